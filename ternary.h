@@ -1,0 +1,4112 @@
+/* ------------------------------------------------------------------------------------------------
+   [TERN-1] Configuration
+   What enters: the switches listed in the manual. What leaves: TERN_API and a checked environment.
+   ------------------------------------------------------------------------------------------------ */
+#ifndef TERNARY_H
+#define TERNARY_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define TERN_VERSION 100 /* 0.1.0 */
+
+#ifdef TERNARY_STATIC
+#define TERN_API static
+#else
+#define TERN_API extern
+#endif
+
+#ifdef __cplusplus
+#define TERN_ZERO {}
+extern "C" {
+#else
+#define TERN_ZERO {0}
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   [TERN-2] Types
+   What every room shares. A desc struct set to TERN_ZERO asks for the defaults.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Results. 0 is success; every failure leaves its numbers in a tern_error. */
+#define TERN_RESULTS(X)                                                        \
+    X(TERN_OK,              0, "ok")                                           \
+    X(TERN_E_ARGUMENT,     -1, "an argument is missing or out of range")       \
+    X(TERN_E_SHAPE,        -2, "shapes do not fit together")                   \
+    X(TERN_E_OVERFLOW,     -3, "a size overflows")                             \
+    X(TERN_E_MEMORY,       -4, "an allocation failed")                         \
+    X(TERN_E_SCRATCH,      -5, "scratch is too small; call tern_reserve")      \
+    X(TERN_E_ALIGNMENT,    -6, "a pointer is not aligned to its element type") \
+    X(TERN_E_NONFINITE,    -7, "a weight is NaN or infinite")                  \
+    X(TERN_E_TRIT,         -8, "a value is not a trit")                        \
+    X(TERN_E_DATA,         -9, "data fault: a row was taken as zero")          \
+    X(TERN_E_UNSUPPORTED, -10, "not supported by this backend or machine")     \
+    X(TERN_E_FORMAT,      -11, "the file is truncated, corrupted or of another kind") \
+    X(TERN_E_MISSING,     -12, "a tensor or buffer is missing")                \
+    X(TERN_E_IO,          -13, "reading or writing failed")                    \
+    X(TERN_E_VERSION,     -14, "header and implementation are of different versions") \
+    X(TERN_E_SELFTEST,    -15, "a known answer was not reproduced")
+#define TERN__ENUM(name, value, text) name = value,
+typedef enum { TERN_RESULTS(TERN__ENUM) TERN__RESULT_END } tern_result;
+#undef TERN__ENUM
+
+typedef struct tern_error {
+    tern_result code;
+    char text[252]; /* zero-terminated, e.g. "weights[17][4] is not finite" */
+} tern_error;
+
+/* Element types. TERN_POW2 is an int8 exponent E that means 2^E (INT8_MIN means 0).
+   TERN_2BIT and TERN_BASE3 are packed panels (see the manual, Formats). */
+typedef enum {
+    TERN_TYPE_DEFAULT, TERN_F32, TERN_BF16, TERN_F16, TERN_I8, TERN_POW2, TERN_2BIT, TERN_BASE3
+} tern_type;
+
+/* How a weight becomes a trit times a scale. alpha is taken over the grain (tensor, row or group).
+   The scale is rounded to its stored type first; trits are taken with the stored scale. */
+typedef enum {
+    TERN_ABSMEAN,       /* alpha = mean|w|;  trit = sign(w) where |w| > alpha/2     (BitNet b1.58) */
+    TERN_ABSMEAN_SIGMA, /* alpha = mean|w| / sqrt(2/pi), so that a normal row gives its sigma        */
+    TERN_TWN,           /* delta = 0.7 mean|w|; trit = sign(w) where |w| > delta; alpha = mean of those |w| (Li 2016) */
+    TERN_GIVEN,         /* trits and scales come from the caller (tern_param_give) */
+    TERN_DENSE          /* an ordinary float32 tensor: gain, bias, or a layer that is not ternary */
+} tern_rule;
+
+enum { TERN_PER_TENSOR = 0, TERN_PER_ROW = -1 }; /* grain; a positive grain is a group of that many inputs */
+
+typedef enum { TERN_ACT_INT8, TERN_ACT_FLOAT } tern_act;   /* activations of a BitLinear */
+typedef enum { TERN_NORM_NONE, TERN_NORM_RMS } tern_norm_kind;
+
+/* CPU tiers, slowest first. One list drives detection, tests, benchmarks and documentation. */
+#define TERN_TIERS(X)                        \
+    X(SCALAR,      scalar,      "scalar")      \
+    X(AVX2,        avx2,        "avx2")        \
+    X(AVX512_VNNI, avx512_vnni, "avx512-vnni")
+#define TERN__ENUM(name, suffix, text) TERN_ISA_##name,
+typedef enum { TERN_ISA_BEST, TERN_TIERS(TERN__ENUM) TERN__ISA_END } tern_isa;
+#undef TERN__ENUM
+
+/* Memory. Set both functions or neither. alloc may return any alignment; the library aligns to 64. */
+typedef struct tern_allocator {
+    void *(*alloc)(void *user, size_t bytes);
+    void (*free)(void *user, void *p);
+    void *user;
+} tern_allocator;
+
+/* Threads. run() calls task(arg, i) once for each i in [0, count) on any threads and returns when all
+   are done. Zero runs everything on the calling thread. workers says how many run at once (at most 64). */
+typedef void (*tern_task)(void *arg, int32_t index);
+typedef struct tern_parallel {
+    void (*run)(void *user, tern_task task, void *arg, int32_t count);
+    void *user;
+    int32_t workers;
+} tern_parallel;
+
+/* A packed ternary matrix: [rows, cols], row-major in meaning, panels of 16 rows in memory.
+   Sizes of the two buffers: tern_matrix_bytes. Scales lie in panel order: the scale of row r and
+   group g at ((r/16)*groups + g)*16 + r%16 (one single scale for TERN_PER_TENSOR). */
+typedef struct tern_matrix {
+    int64_t rows, cols;
+    int32_t grain;        /* TERN_PER_TENSOR, TERN_PER_ROW or a group size */
+    tern_type encoding;   /* TERN_2BIT (default) or TERN_BASE3 */
+    tern_type scale_type; /* TERN_F32 (default) or TERN_POW2 */
+    void *trits, *scales;
+} tern_matrix;
+
+/* ------------------------------------------------------------------------------------------------
+   [TERN-3] API
+   Every data pointer is memory of the context's backend (on the CPU: any memory); only tern_copy
+   crosses. Argument errors are synchronous and write nothing. Data faults (a NaN activation row, a
+   token id out of range) leave zero rows and are reported by tern_sync.
+   ------------------------------------------------------------------------------------------------ */
+
+typedef struct tern_context tern_context; /* used by one thread at a time */
+typedef struct tern_backend tern_backend; /* the function table, below */
+
+/* -- context ([TERN-5], [TERN-14]) -- */
+
+typedef struct tern_context_desc {
+    const tern_backend *backend; /* NULL: the CPU */
+    tern_isa isa_max;            /* CPU: best tier to use; the environment's TERNARY_ISA lowers it further */
+    tern_allocator allocator;
+    tern_parallel parallel;
+    size_t scratch;              /* bytes to reserve at once, as by tern_reserve */
+} tern_context_desc;
+
+/* Opens a context; desc and error may be NULL. The macro passes the caller's version and layout, so
+   that two different headers in one program are an error and not a crash. */
+#define tern_open(out, desc, error) tern_open_checked(out, desc, error, TERN_LAYOUT)
+#define TERN_LAYOUT ((uint64_t)TERN_VERSION << 32 | (uint64_t)sizeof(tern_param) << 16 | \
+                     (uint64_t)(sizeof(tern_context_desc) + sizeof(tern_backend)))
+TERN_API tern_result tern_open_checked(tern_context **out, const tern_context_desc *desc, tern_error *error, uint64_t layout);
+TERN_API void tern_close(tern_context *c); /* NULL is fine; buffers of parameters are the caller's to free first */
+TERN_API const tern_error *tern_last_error(const tern_context *c);
+TERN_API const char *tern_result_text(tern_result code);
+TERN_API const char *tern_backend_name(const tern_context *c); /* "scalar", "avx2", ... */
+
+/* Grows scratch to at least `bytes`: the only call that does. What a layer needs: tern_*_need. */
+TERN_API tern_result tern_reserve(tern_context *c, size_t bytes);
+
+/* Memory of the backend, aligned to 64, zeroed. tern_alloc returns NULL on failure. */
+TERN_API void *tern_alloc(tern_context *c, size_t bytes);
+TERN_API void tern_free(tern_context *c, void *p);
+typedef enum { TERN_TO_DEVICE, TERN_TO_HOST, TERN_ON_DEVICE } tern_direction;
+TERN_API tern_result tern_copy(tern_context *c, void *dst, const void *src, size_t bytes, tern_direction direction);
+
+/* Waits for the backend and returns the first data fault since the last call (TERN_E_DATA, its place in
+   tern_last_error), or TERN_OK. */
+TERN_API tern_result tern_sync(tern_context *c);
+
+/* -- threads ([TERN-4]) -- */
+
+#ifndef TERNARY_NO_THREADS
+typedef struct tern_pool tern_pool;
+/* A small pool; threads counts the caller, 0 asks for one per online CPU. NULL on failure. One pool
+   serves one running context at a time. */
+TERN_API tern_pool *tern_pool_create(int32_t threads);
+TERN_API tern_parallel tern_pool_parallel(tern_pool *pool);
+TERN_API void tern_pool_destroy(tern_pool *pool);
+#endif
+
+/* -- sizes ([TERN-8]) -- */
+
+/* Bytes of a matrix's two buffers; bits per weight is 8 * (trits + scales) / (rows * cols). */
+TERN_API tern_result tern_matrix_bytes(tern_context *c, const tern_matrix *m, size_t *trits, size_t *scales);
+/* Layout of quantized activations for a matrix: int8 elements per token, groups (sums) per token. */
+TERN_API tern_result tern_activation_shape(tern_context *c, const tern_matrix *m, int64_t *stride, int64_t *groups);
+
+/* -- operations ([TERN-7] to [TERN-14]): one struct, one public function and one table entry each --
+
+   tern_NAME(context, &args) checks the arguments and runs the operation on the context's backend.
+   Every operation overwrites its output unless it says "adds". Inputs and outputs must not overlap
+   unless it says so. n counts tokens; float buffers are float32, row-major, contiguous. */
+
+/* [rows, cols] floats -> trits and scales. Non-finite weights are refused (TERN_E_NONFINITE) and
+   nothing is written. An all-zero grain has scale 0. algorithms: see tern_rule. */
+typedef struct tern_ternarize_args {
+    tern_matrix m;
+    tern_rule rule; /* ABSMEAN, ABSMEAN_SIGMA or TWN; GIVEN: m.scales hold the scales, trits as ABSMEAN */
+    tern_type type; /* of w: F32 (default), F16 or BF16 */
+    const void *w;
+} tern_ternarize_args;
+
+/* int8 trits [rows, cols] -> packed. A value that is not -1, 0 or 1 is refused and nothing is written. */
+typedef struct tern_pack_args { tern_matrix m; const int8_t *trits; } tern_pack_args;
+
+/* Packed -> int8 trits and/or float values (trit times scale) of rows [row, row + count); either output
+   may be NULL. An invalid code (2-bit code 3, base-3 byte above 242) is refused: TERN_E_TRIT. */
+typedef struct tern_unpack_args {
+    tern_matrix m;
+    int64_t row, count;
+    int8_t *trits;
+    float *values;
+} tern_unpack_args;
+
+/* Activations x [n, cols] -> int8, one scale per token, with RMSNorm fused when asked:
+   m = max|x g|, q = rne(x g 127/m), scale = (m/127) r, r = 1/sqrt(mean(x^2) + eps) (1 without norm).
+   q is [n, stride], zero in the padding; sum [n, groups] holds the sums of q (the packed codes are
+   trit + 1). stride and groups: tern_activation_shape. A non-finite row is a data fault and a zero row. */
+typedef struct tern_quantize_args {
+    tern_matrix m;     /* only cols, grain and encoding are read */
+    int64_t n;
+    const float *x;
+    tern_norm_kind norm;
+    const float *gain; /* [cols] or NULL */
+    float eps;
+    int8_t *q; float *scale; int32_t *sum;
+    float *rms;        /* [n] r for the backward, or NULL */
+} tern_quantize_args;
+
+/* y [n, rows] = activations [n, cols] * W^T + bias. Activations: q, scale, sum (exact int32 dot
+   products, cols <= 262144; y = float(dot) * (scale * S) + bias), or x (float32; each sum in order of
+   the inputs in segments of 2048). Groups: acc += float(dot_g) * S_g in order, then * scale. */
+typedef struct tern_matmul_args {
+    tern_matrix m;
+    int64_t n;
+    const int8_t *q; const float *scale; const int32_t *sum;
+    const float *x;    /* used when q is NULL */
+    const float *bias; /* [rows] or NULL */
+    float *y;
+} tern_matmul_args;
+
+/* dx [n, cols] = dy [n, rows] * W. */
+typedef struct tern_matmul_dx_args { tern_matrix m; int64_t n; const float *dy; float *dx; } tern_matmul_dx_args;
+
+/* Adds dy^T * activations into dw [rows, cols], and the column sums of dy into dbias (either may be
+   NULL). Activations as in matmul: q with scale, or x. */
+typedef struct tern_matmul_dw_args {
+    tern_matrix m; /* trits and scales are not read */
+    int64_t n;
+    const float *dy;
+    const int8_t *q; const float *scale;
+    const float *x;
+    float *dw, *dbias;
+} tern_matmul_dw_args;
+
+/* c [m, n] = a [m, k] * b [k, n] + bias[n] in float32, with any strides of a and b in elements.
+   add: adds into c. fused: may fuse multiply and add (faster; the bits then depend on the tier). */
+typedef struct tern_dense_args {
+    int64_t m, n, k;
+    const float *a; int64_t a_row, a_col;
+    const float *b; int64_t b_row, b_col;
+    const float *bias;
+    float *c; int64_t c_row;
+    int32_t add, fused;
+} tern_dense_args;
+
+/* y [n, cols] = rows ids[i] of a packed matrix, or of w [rows, cols] when m.trits is NULL.
+   An id out of range is a data fault and a zero row. */
+typedef struct tern_gather_args { tern_matrix m; const float *w; int64_t n; const int32_t *ids; float *y; } tern_gather_args;
+
+/* Adds dy [n, cols] into rows ids[i] of dw [rows, cols], in order of i. Ids out of range are skipped. */
+typedef struct tern_scatter_args { int64_t rows, cols, n; const int32_t *ids; const float *dy; float *dw; } tern_scatter_args;
+
+/* Fills with zeros, or with normal deviates of the given standard deviation: element i of the result
+   depends on (seed, stream, i) alone. */
+typedef struct tern_fill_args { int64_t count; float *x; float deviation; uint64_t seed; uint32_t stream; } tern_fill_args;
+
+/* Converts between F32, BF16 and F16, to nearest even. src and dst may be the same type (a copy).
+   finite: refuses NaN and Inf (TERN_E_NONFINITE) and writes nothing. */
+typedef struct tern_cast_args { int64_t count; tern_type from, to; const void *src; void *dst; int32_t finite; } tern_cast_args;
+
+/* Element by element; y may be a or b. Backward (dy set): da and/or db get dy times the derivative;
+   they may be dy.
+     ADD   y = a + alpha b          MUL   y = a b            SCALE y = alpha a
+     RELU2 y = max(a,0)^2           SILU  y = a sigmoid(a)   GELU  y = gelu_tanh(a)     RELU y = max(a,0) */
+typedef enum { TERN_MAP_ADD, TERN_MAP_MUL, TERN_MAP_SCALE, TERN_MAP_RELU, TERN_MAP_RELU2, TERN_MAP_SILU, TERN_MAP_GELU } tern_map_fn;
+typedef struct tern_map_args {
+    tern_map_fn fn;
+    int64_t count;
+    float alpha;
+    const float *a, *b;
+    float *y;
+    const float *dy; /* set: backward */
+    float *da, *db;
+} tern_map_args;
+
+/* RMSNorm of n rows: y = x g r, r = 1/sqrt(mean(x^2) + eps); y may be x. Backward (dy set): dx (may be
+   dy) and, added, dgain. A non-finite row is a data fault and a zero row. */
+typedef struct tern_norm_args {
+    int64_t n, cols;
+    const float *x, *gain;
+    float eps;
+    float *y;
+    const float *dy; /* set: backward */
+    float *dx, *dgain;
+    int32_t add;     /* backward: dx is added to */
+} tern_norm_args;
+
+/* Rotary positions in place on heads of dim (even) numbers: pairs (i, i + dim/2) turn by
+   position * base^(-2i/dim), where token t has position start + t % period. inverse: the backward. */
+typedef struct tern_rope_args {
+    int64_t n; int32_t heads, dim;
+    float *x; int64_t stride; /* floats from token to token */
+    int64_t start, period;
+    float base;               /* 0: 10000 */
+    int32_t inverse;
+} tern_rope_args;
+
+/* Causal softmax attention. q is [batch, queries, heads, dim], k and v are [batch, keys, kv_heads, dim],
+   with the given strides in floats from token to token; query i sees keys 0 .. keys - queries + i.
+   Scores are scaled by 1/sqrt(dim). y is [batch, queries, heads * dim]; p [batch, heads, queries, keys]
+   receives the probabilities. Backward (dy set; y and p as the forward left them): dq, dk, dv with the
+   strides of q, k, v; p is consumed. */
+typedef struct tern_attention_args {
+    int64_t batch, queries, keys;
+    int32_t heads, kv_heads, dim;
+    const float *q, *k, *v; int64_t q_stride, k_stride, v_stride;
+    float *y, *p;
+    const float *dy; /* set: backward */
+    float *dq, *dk, *dv;
+} tern_attention_args;
+
+/* Softmax cross-entropy of n rows of logits: losses [n] in nats; dlogits (or NULL; may be logits) =
+   (softmax - onehot) * scale. A target out of range or a non-finite row is a data fault: loss 0, zero row. */
+typedef struct tern_loss_args {
+    int64_t n, classes;
+    const float *logits; const int32_t *targets;
+    float *losses, *dlogits;
+    float scale;
+} tern_loss_args;
+
+/* y[0] = the canonical sum of x, |x| or x^2 over count floats; add: added to y[0]. */
+typedef enum { TERN_SUM, TERN_SUM_ABS, TERN_SUM_SQUARES } tern_sum_kind;
+typedef struct tern_sum_args { tern_sum_kind kind; int64_t count; const float *x; float *y; int32_t add; } tern_sum_args;
+
+/* One optimizer step over count weights of type F32 or BF16 (written with stochastic rounding keyed by
+   seed, step, stream and element), then the gradient is set to zero. The gradient is first multiplied by
+   min(1, clip/sqrt(*norm2)) when clip > 0; a *norm2 that is not finite skips the update: a data fault. */
+typedef enum { TERN_ADAMW, TERN_SGD } tern_optimizer;
+typedef struct tern_optimize_args {
+    tern_optimizer kind;
+    int64_t count;
+    tern_type type; void *w;
+    float *grad, *moment1, *moment2; /* SGD: moment1 or NULL is the momentum; AdamW needs both */
+    const float *norm2;
+    float clip, rate, beta1, beta2, eps, decay;
+    uint64_t seed; uint32_t step, stream; /* step counts from 1 */
+} tern_optimize_args;
+
+#define TERN_OPS(X)                                                                    \
+    X(ternarize) X(pack) X(unpack) X(quantize) X(matmul) X(matmul_dx) X(matmul_dw)     \
+    X(dense) X(gather) X(scatter) X(fill) X(cast) X(map) X(norm) X(rope) X(attention)  \
+    X(loss) X(sum) X(optimize)
+
+#define TERN__DECLARE(op) TERN_API tern_result tern_##op(tern_context *c, const tern_##op##_args *a);
+TERN_OPS(TERN__DECLARE)
+#undef TERN__DECLARE
+
+/* The function table. An operation receives checked arguments and the running state; it reports data
+   faults through tern_run.fault (the first one stays). A missing operation is TERN_E_UNSUPPORTED, by name. */
+typedef struct tern_run {
+    const tern_backend *backend;
+    tern_allocator allocator;
+    tern_parallel parallel;
+    void *state;      /* the backend's own */
+    tern_error error; /* text of the last failure */
+    tern_error fault; /* first data fault since tern_sync */
+} tern_run;
+
+struct tern_backend {
+    const char *name;
+    const void *data;                      /* the backend's own constants */
+    tern_result (*open)(tern_run *r);
+    void (*close)(tern_run *r);
+    void *(*alloc)(tern_run *r, size_t bytes); /* aligned to 64, zeroed */
+    void (*free)(tern_run *r, void *p);
+    tern_result (*copy)(tern_run *r, void *dst, const void *src, size_t bytes, tern_direction direction);
+    tern_result (*sync)(tern_run *r);
+#define TERN__ENTRY(op) tern_result (*op)(tern_run *r, const tern_##op##_args *a);
+    TERN_OPS(TERN__ENTRY)
+#undef TERN__ENTRY
+};
+
+/* The CPU's table for a tier, or NULL where this machine or build lacks it. TERN_ISA_BEST: the best. */
+TERN_API const tern_backend *tern_cpu_backend(tern_isa isa);
+
+/* -- parameters ([TERN-15]) -- */
+
+/* What a parameter is follows from its buffers: trits and scales alone are frozen; a shadow makes it
+   trainable by the straight-through estimator; rule TERN_DENSE keeps an ordinary float32 tensor in the
+   shadow. Set type before tern_param_alloc to choose an encoding (TRITS: 2BIT or BASE3; SCALES: F32 or
+   POW2; SHADOW: F32 or BF16); set data and count to lend your own memory. */
+typedef struct tern_buffer {
+    tern_type type;
+    void *data;    /* NULL: absent */
+    size_t count;  /* elements (bytes for packed trits) */
+    int32_t owned; /* allocated by tern_param_alloc */
+} tern_buffer;
+enum { TERN_TRITS, TERN_SCALES, TERN_SHADOW, TERN_GRAD, TERN_MOMENT1, TERN_MOMENT2, TERN_BUFFERS };
+enum {
+    TERN_FOR_INFERENCE = 1 << TERN_TRITS | 1 << TERN_SCALES,
+    TERN_FOR_GRADIENT  = TERN_FOR_INFERENCE | 1 << TERN_SHADOW | 1 << TERN_GRAD,
+    TERN_FOR_SGD       = TERN_FOR_GRADIENT | 1 << TERN_MOMENT1,
+    TERN_FOR_ADAMW     = TERN_FOR_SGD | 1 << TERN_MOMENT2,
+    TERN_FOR_TRAINING  = TERN_FOR_ADAMW & ~TERN_FOR_INFERENCE /* what tern_param_free drops to freeze */
+};
+enum { TERN_NO_DECAY = 1 }; /* flags: weight decay leaves this parameter alone (gains, biases) */
+
+typedef struct tern_param {
+    char name[64];      /* unique within a model */
+    int64_t rows, cols; /* a bias or gain is [1, cols] */
+    tern_rule rule;
+    int32_t grain;
+    uint32_t flags;
+    tern_buffer buffer[TERN_BUFFERS];
+} tern_param;
+
+/* Allocates the buffers in the mask that are absent (a dense parameter ignores TRITS and SCALES). All or
+   nothing. tern_param_free frees or detaches those in the mask: freeze is tern_param_free(c, p,
+   TERN_FOR_TRAINING) (a dense parameter keeps its values). */
+TERN_API tern_result tern_param_alloc(tern_context *c, tern_param *p, int32_t mask);
+TERN_API void tern_param_free(tern_context *c, tern_param *p, int32_t mask);
+/* The packed view of a parameter, for the operations. */
+TERN_API tern_matrix tern_param_matrix(const tern_param *p);
+/* Sets the weights from floats [rows, cols] of F32, F16 or BF16: into the shadow where there is one, and
+   ternarized and packed. NULL w: from the shadow as it stands. */
+TERN_API tern_result tern_param_set(tern_context *c, tern_param *p, tern_type type, const void *w);
+/* Sets trits [rows, cols] and scales [rows, groups] (row-major; one for TERN_PER_TENSOR) from host memory,
+   as they are: an invalid trit or scale is refused and nothing changes. A shadow, if any, becomes their product. */
+TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_t *trits, const float *scales);
+/* Reads row r into host memory: trits [cols], its scales [groups], values [cols] (each or NULL). */
+TERN_API tern_result tern_param_get(tern_context *c, const tern_param *p, int64_t row, int8_t *trits, float *scales, float *values);
+
+/* Statistics of a shadow under the parameter's own rule and stored scales (after Tilelli's
+   deadzone_stats): boundary counts | |w|/alpha - threshold/alpha | < band; zero_inner those with
+   0 < |w|/alpha < threshold/alpha - band. alpha is the mean scale. Fractions of all weights. */
+typedef struct tern_stats { float alpha, frac_neg, frac_zero, frac_pos, frac_boundary, frac_zero_inner; } tern_stats;
+TERN_API tern_result tern_param_stats(tern_context *c, const tern_param *p, float band, tern_stats *out);
+/* Checks host values [rows, cols] against the parameter: each must be trit * scale. */
+typedef struct tern_verdict { int64_t wrong, first_wrong; float max_error; } tern_verdict;
+TERN_API tern_result tern_param_verify(tern_context *c, const tern_param *p, const float *values, tern_verdict *out);
+
+/* A model is a list of parameters: the order of files, steps and reports. */
+typedef struct tern_model { tern_param *const *items; int32_t count; } tern_model;
+typedef struct tern_audit {
+    int64_t weights, ternary;               /* all parameters; those held as trits */
+    size_t packed_bytes, bytes[TERN_BUFFERS]; /* trits + scales + dense values; by kind of buffer */
+} tern_audit;
+TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern_audit *out);
+
+/* -- layers ([TERN-15], [TERN-16]) -- */
+
+typedef struct tern_need { size_t saved, scratch; } tern_need; /* bytes: caller's `saved`, and for tern_reserve */
+
+/* BitLinear: y = q(norm(x)) W^T * scales + bias. w may be dense. */
+typedef struct tern_linear {
+    tern_param *w, *bias, *gain; /* bias, gain: dense [1, rows], [1, cols], or NULL */
+    tern_norm_kind norm;
+    float eps;                   /* 0: 1e-6 */
+    tern_act act;
+} tern_linear;
+TERN_API tern_result tern_linear_need(tern_context *c, const tern_linear *l, int64_t n, tern_need *out);
+/* x [n, cols] -> y [n, rows]. saved: need.saved bytes for the backward, or NULL for inference. */
+TERN_API tern_result tern_linear_forward(tern_context *c, const tern_linear *l, int64_t n, const float *x, float *y, void *saved);
+/* Straight-through: adds into the TERN_GRAD of w, bias and gain where present; dx [n, cols] (or NULL) is
+   overwritten. x and saved as in the forward. dx may be dy's memory only if the two shapes are one. */
+TERN_API tern_result tern_linear_backward(tern_context *c, const tern_linear *l, int64_t n, const float *x, const void *saved, const float *dy, float *dx);
+
+/* Embedding: y[i] = row ids[i] of w. Tied output: tern_embedding_as_linear. */
+typedef struct tern_embedding { tern_param *w; } tern_embedding;
+TERN_API tern_result tern_embedding_forward(tern_context *c, const tern_embedding *e, int64_t n, const int32_t *ids, float *y);
+TERN_API tern_result tern_embedding_backward(tern_context *c, const tern_embedding *e, int64_t n, const int32_t *ids, const float *dy);
+TERN_API tern_linear tern_embedding_as_linear(const tern_embedding *e, tern_norm_kind norm, tern_act act);
+
+/* -- training ([TERN-19]) -- */
+
+/* Clips by global norm, updates every parameter that has a TERN_GRAD, zeroes the gradients, ternarizes and
+   packs. Defaults: beta1 0.9, beta2 0.99, eps 1e-8. norm2: where to leave the squared gradient norm
+   (backend memory, one float). */
+typedef struct tern_step {
+    tern_optimizer optimizer;
+    float rate, beta1, beta2, eps, decay, clip;
+    uint64_t seed;
+    uint32_t step; /* from 1 */
+    float *norm2;
+} tern_step;
+TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const tern_step *s);
+
+/* -- files ([TERN-21]) -- */
+
+#ifndef TERNARY_NO_FILES
+/* Where bytes go. write returns 0 on success. */
+typedef struct tern_sink { int (*write)(void *user, const void *data, size_t bytes); void *user; } tern_sink;
+/* Native form: a GGUF container with name.trits (base-3), name.scale or name (dense), read back bit-equal.
+   mask adds TERN_SHADOW, TERN_MOMENT1, TERN_MOMENT2 to be saved with it (as 1 << buffer). */
+TERN_API tern_result tern_model_save(tern_context *c, const tern_model *m, int32_t mask, const tern_sink *sink);
+/* Loads by name into allocated parameters; every byte is checked before anything is written. */
+TERN_API tern_result tern_model_load(tern_context *c, const tern_model *m, const void *file, size_t size);
+/* ggml's forms; ternary parameters as tensors `name`. Needs cols % 256 == 0 (TQ1_0, TQ2_0) or % 64 == 0
+   (Q2_0, the 64-wide mainline form) and one scale per block. The scales are stored as f16: *max_error (or
+   NULL) tells the largest relative change. */
+typedef enum { TERN_TQ1_0 = 34, TERN_TQ2_0 = 35, TERN_Q2_0 = 42 } tern_export;
+TERN_API tern_result tern_model_export(tern_context *c, const tern_model *m, tern_export form, const tern_sink *sink, float *max_error);
+#ifndef TERNARY_NO_STDIO
+TERN_API tern_result tern_model_save_file(tern_context *c, const tern_model *m, int32_t mask, const char *path);
+TERN_API tern_result tern_model_load_file(tern_context *c, const tern_model *m, const char *path);
+#endif
+#endif
+
+/* -- self-test ([TERN-22]) -- */
+
+/* Known answers on this context's backend, any machine, under a second. */
+TERN_API tern_result tern_selftest(tern_context *c);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* TERNARY_H */
+#ifdef TERNARY_IMPLEMENTATION
+#ifndef TERNARY_IMPLEMENTED
+#define TERNARY_IMPLEMENTED
+
+/* ------------------------------------------------------------------------------------------------
+   [TERN-4] Platform: compiler, CPU detection, threads
+   What enters: the compiler's and the machine's facts. What leaves: tern__tier_present, the pool,
+   and a checked floating-point environment. Called by rooms 5 and 14.
+   ------------------------------------------------------------------------------------------------ */
+
+#include <float.h>
+#include <stdarg.h>
+#include <string.h>
+#if !defined(TERNARY_MALLOC) != !defined(TERNARY_FREE)
+#error "define both TERNARY_MALLOC and TERNARY_FREE, or neither"
+#endif
+#if !defined(TERNARY_MALLOC) || !defined(TERNARY_NO_STDIO)
+#include <stdlib.h>
+#endif
+#ifndef TERNARY_MALLOC
+#define TERNARY_MALLOC(bytes) malloc(bytes)
+#define TERNARY_FREE(p) free(p)
+#endif
+#ifndef TERNARY_NO_STDIO
+#include <stdio.h>
+#endif
+#ifndef TERNARY_NO_THREADS
+#include <pthread.h>
+#include <unistd.h>
+#endif
+#ifndef TERNARY_ASSERT
+#define TERNARY_ASSERT(condition) ((void)0)
+#endif
+
+/* The promise of equal bits holds only where the compiler keeps IEEE arithmetic. */
+#ifndef TERNARY_ACCEPT_FAST_MATH
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
+    (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0)
+#error "ternary.h: fast-math breaks equal bits; compile without it or define TERNARY_ACCEPT_FAST_MATH"
+#endif
+#if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD != 0
+#error "ternary.h: floats are evaluated in a wider type (x87?); use -msse2 -mfpmath=sse or define TERNARY_ACCEPT_FAST_MATH"
+#endif
+#endif
+
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__) && defined(__SSE2__) && !defined(TERNARY_NO_SIMD)
+#define TERN__X86 1
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#ifdef TERN__X86
+/* The OS must save the registers too: XCR0 bits 1-2 for AVX, 5-7 for AVX-512. */
+static int32_t tern__cpu_has(int32_t avx512_vnni)
+{
+    unsigned a, b, c, d, b7, c7, xcr0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return 0; /* OSXSAVE */
+    if (!(c >> 12 & 1) || !(c >> 28 & 1) || !(c >> 29 & 1)) return 0; /* FMA, AVX, F16C */
+    __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(d) : "c"(0));
+    if ((xcr0 & 6) != 6) return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d) || !(b7 >> 5 & 1)) return 0; /* AVX2 */
+    if (!avx512_vnni) return 1;
+    if ((xcr0 & 0xE0) != 0xE0) return 0;
+    return (b7 >> 16 & 1) && (b7 >> 17 & 1) && (b7 >> 30 & 1) && (b7 >> 31 & 1) && (c7 >> 11 & 1); /* F, DQ, BW, VL, VNNI */
+}
+#endif
+
+/* One predicate a tier, named as in TERN_TIERS. */
+#define tern__has_scalar() 1
+#if defined(TERN__X86) && !defined(TERNARY_NO_AVX2)
+#define TERN__WITH_AVX2 1
+#define tern__has_avx2() tern__cpu_has(0)
+#else
+#define tern__has_avx2() 0
+#endif
+#if defined(TERN__X86) && !defined(TERNARY_NO_AVX512_VNNI)
+#define TERN__WITH_AVX512_VNNI 1
+#define tern__has_avx512_vnni() tern__cpu_has(1)
+#else
+#define tern__has_avx512_vnni() 0
+#endif
+
+/* Games switch on flush-to-zero; operations run under IEEE defaults and put the caller's mode back. */
+#if defined(__SSE2__)
+typedef unsigned tern__fp_mode;
+static tern__fp_mode tern__fp_enter(void) { tern__fp_mode old = _mm_getcsr(); _mm_setcsr(0x1F80); return old; }
+static void tern__fp_leave(tern__fp_mode old) { _mm_setcsr(old); }
+#elif defined(__aarch64__) && defined(__GNUC__)
+typedef uint64_t tern__fp_mode;
+static tern__fp_mode tern__fp_enter(void)
+{
+    tern__fp_mode old;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(old));
+    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)0));
+    return old;
+}
+static void tern__fp_leave(tern__fp_mode old) { __asm__ volatile("msr fpcr, %0" : : "r"(old)); }
+#else
+typedef int tern__fp_mode;
+static tern__fp_mode tern__fp_enter(void) { return 0; }
+static void tern__fp_leave(tern__fp_mode old) { (void)old; }
+#endif
+
+enum { TERN__WORKERS = 64 };
+
+#ifndef TERNARY_NO_THREADS
+/* Every worker checks in for every job, so that a job's data may live on the caller's stack. Workers
+   spin briefly before they sleep: consecutive operations follow within microseconds. */
+struct tern_pool {
+    pthread_mutex_t mutex;
+    pthread_cond_t wake, done;
+    pthread_t thread[TERN__WORKERS];
+    int32_t threads, stop;            /* threads beside the caller */
+    int32_t job, pending;             /* atomic: number of the job; workers that have not finished it */
+    int32_t next, count;              /* atomic: next index; indices of the job */
+    tern_task task;
+    void *arg;
+};
+
+static int32_t tern__load(int32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+
+static void tern__pause(void)
+{
+#ifdef TERN__X86
+    _mm_pause();
+#endif
+}
+
+static void tern__pool_work(tern_pool *p)
+{
+    int32_t i;
+    while ((i = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->count) p->task(p->arg, i);
+}
+
+static void *tern__pool_thread(void *arg)
+{
+    tern_pool *p = (tern_pool *)arg;
+    int32_t seen = 0, spin;
+    for (;;) {
+        for (spin = 0; spin < 4000 && tern__load(&p->job) == seen; spin++) tern__pause();
+        pthread_mutex_lock(&p->mutex);
+        while (tern__load(&p->job) == seen && !p->stop) pthread_cond_wait(&p->wake, &p->mutex);
+        seen = tern__load(&p->job);
+        if (p->stop) { pthread_mutex_unlock(&p->mutex); return NULL; }
+        pthread_mutex_unlock(&p->mutex);
+        tern__pool_work(p);
+        if (__atomic_sub_fetch(&p->pending, 1, __ATOMIC_ACQ_REL) == 0) {
+            pthread_mutex_lock(&p->mutex);
+            pthread_cond_signal(&p->done);
+            pthread_mutex_unlock(&p->mutex);
+        }
+    }
+}
+
+static void tern__pool_run(void *user, tern_task task, void *arg, int32_t count)
+{
+    tern_pool *p = (tern_pool *)user;
+    int32_t spin;
+    pthread_mutex_lock(&p->mutex);
+    p->task = task;
+    p->arg = arg;
+    p->count = count;
+    __atomic_store_n(&p->next, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&p->pending, p->threads, __ATOMIC_RELAXED);
+    __atomic_store_n(&p->job, p->job + 1, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->mutex);
+    tern__pool_work(p);
+    for (spin = 0; spin < 4000 && tern__load(&p->pending) != 0; spin++) tern__pause();
+    if (tern__load(&p->pending) == 0) return;
+    pthread_mutex_lock(&p->mutex);
+    while (tern__load(&p->pending) != 0) pthread_cond_wait(&p->done, &p->mutex);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+TERN_API tern_pool *tern_pool_create(int32_t threads)
+{
+    tern_pool *p;
+    if (threads <= 0) threads = (int32_t)sysconf(_SC_NPROCESSORS_ONLN);
+    if (threads <= 0) threads = 1;
+    if (threads > TERN__WORKERS) threads = TERN__WORKERS;
+    p = (tern_pool *)TERNARY_MALLOC(sizeof *p);
+    if (!p) return NULL;
+    memset(p, 0, sizeof *p);
+    pthread_mutex_init(&p->mutex, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    pthread_cond_init(&p->done, NULL);
+    while (p->threads < threads - 1) {
+        if (pthread_create(&p->thread[p->threads], NULL, tern__pool_thread, p) != 0) {
+            tern_pool_destroy(p);
+            return NULL;
+        }
+        p->threads++;
+    }
+    return p;
+}
+
+TERN_API tern_parallel tern_pool_parallel(tern_pool *pool)
+{
+    tern_parallel parallel;
+    parallel.run = tern__pool_run;
+    parallel.user = pool;
+    parallel.workers = pool->threads + 1;
+    return parallel;
+}
+
+TERN_API void tern_pool_destroy(tern_pool *pool)
+{
+    if (!pool) return;
+    pthread_mutex_lock(&pool->mutex);
+    pool->stop = 1;
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->mutex);
+    while (pool->threads > 0) pthread_join(pool->thread[--pool->threads], NULL);
+    pthread_cond_destroy(&pool->done);
+    pthread_cond_destroy(&pool->wake);
+    pthread_mutex_destroy(&pool->mutex);
+    TERNARY_FREE(pool);
+}
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   [TERN-5] Memory, checked arithmetic, errors
+   What enters: sizes and pointers nobody has checked. What leaves: checked ones, or a result code
+   with a text. Called by every later room.
+   ------------------------------------------------------------------------------------------------ */
+
+struct tern_context {
+    tern_run run;
+    void *memory;             /* the allocation this struct lies in */
+    unsigned char *scratch;   /* backend memory */
+    size_t scratch_bytes, scratch_used;
+};
+
+TERN_API const char *tern_result_text(tern_result code)
+{
+#define TERN__CASE(name, value, text) if (code == name) return text;
+    TERN_RESULTS(TERN__CASE)
+#undef TERN__CASE
+    return "unknown result";
+}
+
+/* A small printf: %s takes a const char *, %d an int64_t. */
+static void tern__format(char *out, size_t size, const char *format, va_list list)
+{
+    size_t at = 0;
+    for (; *format; format++) {
+        char digits[24];
+        const char *piece = digits;
+        if (*format == '%' && format[1] == 's') {
+            piece = va_arg(list, const char *);
+            format++;
+        } else if (*format == '%' && format[1] == 'd') {
+            int64_t value = va_arg(list, int64_t);
+            uint64_t rest = value < 0 ? 0 - (uint64_t)value : (uint64_t)value;
+            char *end = digits + sizeof digits - 1;
+            *end = 0;
+            do { *--end = (char)('0' + rest % 10); rest /= 10; } while (rest);
+            if (value < 0) *--end = '-';
+            piece = end;
+            format++;
+        } else {
+            digits[0] = *format;
+            digits[1] = 0;
+        }
+        while (*piece && at + 1 < size) out[at++] = *piece++;
+    }
+    out[at] = 0;
+}
+
+static tern_result tern__set_error(tern_error *e, tern_result code, const char *format, ...)
+{
+    va_list list;
+    va_start(list, format);
+    e->code = code;
+    tern__format(e->text, sizeof e->text, format, list);
+    va_end(list);
+    return code;
+}
+
+/* The first fault since tern_sync stays. */
+static void tern__set_fault(tern_run *r, const char *what, int64_t index)
+{
+    if (r->fault.code == TERN_OK)
+        tern__set_error(&r->fault, TERN_E_DATA, what, index);
+}
+
+#define TERN__FAIL(run, ...) return tern__set_error(&(run)->error, __VA_ARGS__)
+#define TERN__REQUIRE(run, condition, ...) do { if (!(condition)) TERN__FAIL(run, __VA_ARGS__); } while (0)
+#define TERN__TRY(call) do { tern_result tern__r = (call); if (tern__r != TERN_OK) return tern__r; } while (0)
+
+/* Products and sums of sizes; INT64_MAX stands for "too large" and stays so. Nothing real needs 2^62. */
+static int64_t tern__mul(int64_t a, int64_t b)
+{
+    if (a == 0 || b == 0) return 0;
+    return a > ((int64_t)1 << 62) / b ? INT64_MAX : a * b;
+}
+static int64_t tern__add(int64_t a, int64_t b) { return a > ((int64_t)1 << 62) - b ? INT64_MAX : a + b; }
+static int64_t tern__min(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t tern__ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+static int32_t tern__fits(int64_t bytes) { return bytes >= 0 && bytes <= ((int64_t)1 << 62) && (uint64_t)bytes <= (uint64_t)PTRDIFF_MAX; }
+
+static void *tern__default_alloc(void *user, size_t bytes) { (void)user; return TERNARY_MALLOC(bytes); }
+static void tern__default_free(void *user, void *p) { (void)user; TERNARY_FREE(p); }
+
+/* 64-aligned and zeroed from any allocator; the original pointer lies just before the block. */
+static void *tern__host_alloc(const tern_allocator *a, size_t bytes)
+{
+    const size_t extra = 64 + sizeof(void *);
+    unsigned char *raw, *p;
+    if (bytes > (size_t)PTRDIFF_MAX - extra) return NULL;
+    raw = (unsigned char *)a->alloc(a->user, bytes + extra);
+    if (!raw) return NULL;
+    p = raw + sizeof(void *);
+    p += (64 - ((uintptr_t)p & 63)) & 63;
+    memcpy(p - sizeof(void *), &raw, sizeof raw);
+    memset(p, 0, bytes);
+    return p;
+}
+
+static void tern__host_free(const tern_allocator *a, void *p)
+{
+    void *raw;
+    if (!p) return;
+    memcpy(&raw, (unsigned char *)p - sizeof(void *), sizeof raw);
+    a->free(a->user, raw);
+}
+
+static int64_t tern__type_bytes(tern_type type)
+{
+    switch (type) {
+    case TERN_TYPE_DEFAULT: case TERN_F32: return 4;
+    case TERN_BF16: case TERN_F16: return 2;
+    default: return 1;
+    }
+}
+
+TERN_API const tern_error *tern_last_error(const tern_context *c) { return &c->run.error; }
+TERN_API const char *tern_backend_name(const tern_context *c) { return c->run.backend->name; }
+
+TERN_API void *tern_alloc(tern_context *c, size_t bytes) { return c->run.backend->alloc(&c->run, bytes); }
+TERN_API void tern_free(tern_context *c, void *p) { if (p) c->run.backend->free(&c->run, p); }
+
+TERN_API tern_result tern_copy(tern_context *c, void *dst, const void *src, size_t bytes, tern_direction direction)
+{
+    if (bytes == 0) return TERN_OK;
+    TERN__REQUIRE(&c->run, dst && src, TERN_E_ARGUMENT, "copy: dst or src is NULL");
+    return c->run.backend->copy(&c->run, dst, src, bytes, direction);
+}
+
+TERN_API tern_result tern_reserve(tern_context *c, size_t bytes)
+{
+    void *p;
+    if (bytes <= c->scratch_bytes) return TERN_OK;
+    p = tern_alloc(c, bytes);
+    TERN__REQUIRE(&c->run, p, TERN_E_MEMORY, "reserve: no memory for %d bytes of scratch", (int64_t)bytes);
+    tern_free(c, c->scratch);
+    c->scratch = (unsigned char *)p;
+    c->scratch_bytes = bytes;
+    return TERN_OK;
+}
+
+/* Layers take scratch piece by piece and give all of it back when they return. */
+static int64_t tern__scratch_piece(int64_t bytes) { return tern__mul(tern__ceil_div(bytes, 64), 64); }
+
+static void *tern__take(tern_context *c, int64_t bytes)
+{
+    size_t piece = (size_t)tern__scratch_piece(bytes);
+    void *p = c->scratch + c->scratch_used;
+    TERNARY_ASSERT(c->scratch_used + piece <= c->scratch_bytes);
+    c->scratch_used += piece;
+    return p;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   [TERN-6] Numbers: f16 and bf16, Philox, canonical sums, elementary functions
+   What enters: floats and counters. What leaves: the same bits on every machine: single IEEE
+   operations in a fixed order, no libm. Called by every later room.
+   ------------------------------------------------------------------------------------------------ */
+
+static uint32_t tern__bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+static float tern__float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+static float tern__abs(float x) { return tern__float(tern__bits(x) & 0x7FFFFFFFu); }
+static int32_t tern__finite(float x) { return (tern__bits(x) & 0x7F800000u) != 0x7F800000u; }
+
+static float tern__from_bf16(uint16_t h) { return tern__float((uint32_t)h << 16); }
+
+/* Rounds to bf16 by adding `extra` (0..65535) below the cut and truncating: 0x7FFF plus the last kept
+   bit is nearest-even, a random number is stochastic rounding. NaN and Inf pass; a carry never makes Inf. */
+static uint16_t tern__to_bf16_with(float x, uint32_t extra)
+{
+    uint32_t u = tern__bits(x), sum = u + extra;
+    if (!tern__finite(x)) return (uint16_t)(u >> 16 | ((u & 0xFFFF) != 0));
+    if ((sum & 0x7F800000u) == 0x7F800000u) return (uint16_t)((u >> 16 & 0x8000u) | 0x7F7Fu);
+    return (uint16_t)(sum >> 16);
+}
+static uint16_t tern__to_bf16(float x) { return tern__to_bf16_with(x, 0x7FFFu + (tern__bits(x) >> 16 & 1)); }
+
+static float tern__from_f16(uint16_t h)
+{
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
+    if (exponent == 0) { /* zero and subnormals: fraction * 2^-24 is exact */
+        float x = (float)fraction * 5.9604644775390625e-8f;
+        return tern__float(tern__bits(x) | sign);
+    }
+    if (exponent == 31) return tern__float(sign | 0x7F800000u | fraction << 13);
+    return tern__float(sign | (exponent + 112) << 23 | fraction << 13);
+}
+
+static uint16_t tern__to_f16(float x)
+{
+    uint32_t u = tern__bits(x), sign = u >> 16 & 0x8000u, a = u & 0x7FFFFFFFu;
+    if (a > 0x7F800000u) return (uint16_t)(sign | 0x7E00u);
+    if (a >= 0x477FF000u) return (uint16_t)(sign | 0x7C00u); /* 65520 and above round to Inf */
+    if (a < 0x38800000u) { /* subnormal: adding 0.5 leaves x / 2^-24, rounded to even, in the low bits */
+        return (uint16_t)(sign | (tern__bits(tern__float(a) + 0.5f) - 0x3F000000u));
+    }
+    a += 0xFFFu + (a >> 13 & 1);
+    return (uint16_t)(sign | (a - 0x38000000u) >> 13);
+}
+
+static float tern__load_float(tern_type type, const void *p, int64_t i)
+{
+    if (type == TERN_BF16) return tern__from_bf16(((const uint16_t *)p)[i]);
+    if (type == TERN_F16) return tern__from_f16(((const uint16_t *)p)[i]);
+    return ((const float *)p)[i];
+}
+
+static void tern__store_float(tern_type type, void *p, int64_t i, float x)
+{
+    if (type == TERN_BF16) ((uint16_t *)p)[i] = tern__to_bf16(x);
+    else if (type == TERN_F16) ((uint16_t *)p)[i] = tern__to_f16(x);
+    else ((float *)p)[i] = x;
+}
+
+/* Power-of-two scales: the exponent nearest in the logarithm; INT8_MIN is zero. */
+static int8_t tern__to_pow2(float x)
+{
+    int32_t exponent = (int32_t)(tern__bits(x) >> 23 & 255) - 127;
+    if (x == 0) return INT8_MIN;
+    if ((tern__bits(x) & 0x7FFFFFu) > 0x3504F3u) exponent++; /* mantissa above sqrt(2) */
+    return (int8_t)(exponent < -126 ? -126 : exponent > 126 ? 126 : exponent);
+}
+static float tern__from_pow2(int8_t e) { return e < -126 ? 0.0f : tern__float((uint32_t)(e + 127) << 23); }
+
+static float tern__load_scale(tern_type type, const void *p, int64_t i)
+{
+    return type == TERN_POW2 ? tern__from_pow2(((const int8_t *)p)[i]) : ((const float *)p)[i];
+}
+
+/* Stores a scale and returns it as stored: trits are taken with that. */
+static float tern__store_scale(tern_type type, void *p, int64_t i, float x)
+{
+    if (type == TERN_POW2) {
+        ((int8_t *)p)[i] = tern__to_pow2(x);
+        return tern__from_pow2(((int8_t *)p)[i]);
+    }
+    return ((float *)p)[i] = x;
+}
+
+/* Philox4x32-10 (Salmon et al. 2011): four random words for (seed, element, step, stream). */
+static void tern__philox(uint64_t seed, uint64_t element, uint32_t step, uint32_t stream, uint32_t out[4])
+{
+    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+    uint32_t c0 = (uint32_t)element, c1 = (uint32_t)(element >> 32), c2 = step, c3 = stream;
+    int32_t round;
+    for (round = 0; round < 10; round++) {
+        uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
+        c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
+        c1 = (uint32_t)p1;
+        c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+        c3 = (uint32_t)p0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    out[0] = c0; out[1] = c1; out[2] = c2; out[3] = c3;
+}
+
+/* A normal deviate: eight 16-bit uniforms summed as integers (variance 8 (2^32 - 1)/12, bounds +-4.9). */
+static float tern__normal(uint64_t seed, uint64_t element, uint32_t stream)
+{
+    uint32_t w[4];
+    int32_t i, sum = -8 * 65535;
+    tern__philox(seed, element, 0, stream, w);
+    for (i = 0; i < 4; i++) sum += 2 * (int32_t)((w[i] & 0xFFFF) + (w[i] >> 16));
+    return (float)sum * 9.3440533e-6f; /* 1 / (2 sqrt(8 (2^32 - 1)/12)) */
+}
+
+/* Correctly rounded square root: one instruction where there is one, else the digits one by one. */
+static float tern__sqrt(float x)
+{
+#if defined(__SSE2__)
+    return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x)));
+#elif defined(__aarch64__) && defined(__GNUC__)
+    float y;
+    __asm__("fsqrt %s0, %s1" : "=w"(y) : "w"(x));
+    return y;
+#else
+    uint32_t u = tern__bits(x), root = 0, bit;
+    uint64_t m;
+    int32_t e;
+    if (x == 0 || u == 0x7F800000u || (u & 0x7FFFFFFFu) > 0x7F800000u) return x;
+    if (u >> 31) return tern__float(0x7FC00000u);
+    if (u < 0x00800000u) return tern__sqrt(x * 16777216.0f) * 0.000244140625f;
+    e = (int32_t)(u >> 23) - 127;
+    m = (uint64_t)((u & 0x7FFFFFu) | 0x800000u) << (25 + (e & 1)); /* 25 digits of the root: 24 and one to round by */
+    for (bit = 1u << 24; bit; bit >>= 1)
+        if ((uint64_t)(root | bit) * (root | bit) <= m) root |= bit;
+    root += root & 1; /* the 25th digit rounds up; an exact tie cannot occur */
+    e = (e - (e & 1)) / 2;
+    return tern__float(((uint32_t)(e + 126) << 23) + (root >> 1));
+#endif
+}
+
+/* Round half to even for |x| < 2^22. */
+static float tern__round(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
+/* e^x, error below 2 units in the last place; 0 below -87, Inf above 88.7. */
+static float tern__exp(float x)
+{
+    float n, r, p;
+    if (!(x < 88.7f)) return x != x ? x : tern__float(0x7F800000u);
+    if (x < -87.0f) return 0.0f;
+    n = tern__round(x * 1.44269504f);
+    r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    p = 1.9841270e-4f;
+    p = p * r + 1.3888889e-3f;
+    p = p * r + 8.3333333e-3f;
+    p = p * r + 4.1666667e-2f;
+    p = p * r + 0.16666667f;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    if (n == 128.0f) return p * 2.0f * tern__float(254u << 23);
+    return p * tern__float((uint32_t)((int32_t)n + 127) << 23);
+}
+
+/* ln x for positive normal x: x = m 2^e with m in (0.707, 1.414], ln m = 2 artanh((m-1)/(m+1)). */
+static float tern__log(float x)
+{
+    uint32_t u = tern__bits(x);
+    int32_t e = (int32_t)((u - 0x3F3504F4u) >> 23);
+    float m, s, z, p;
+    if (e > 255) e -= 512;
+    m = tern__float(u - ((uint32_t)e << 23));
+    s = (m - 1.0f) / (m + 1.0f);
+    z = s * s;
+    p = 0.22222222f;
+    p = p * z + 0.28571429f;
+    p = p * z + 0.4f;
+    p = p * z + 0.66666667f;
+    p = p * z * s + 2.0f * s;
+    return (float)e * 0.693359375f + (p + (float)e * -2.12194440e-4f);
+}
+
+static float tern__sigmoid(float x) { return 1.0f / (1.0f + tern__exp(0.0f - x)); }
+static float tern__tanh(float x) { return 1.0f - 2.0f / (tern__exp(2.0f * x) + 1.0f); }
+
+/* Sine and cosine by quarter turns; the reduction is good to float accuracy for |x| < 8192. */
+static void tern__sincos(float x, float *sine, float *cosine)
+{
+    float n = tern__round(x * 0.636619772f), r, z, s, c;
+    int32_t quarter = (int32_t)n & 3;
+    r = x - n * 1.5703125f;
+    r = r - n * 4.837512969970703125e-4f;
+    r = r - n * 7.549789948768648e-8f;
+    z = r * r;
+    s = ((-1.9515296e-4f * z + 8.3321609e-3f) * z - 0.16666655f) * z * r + r;
+    c = ((2.4433157e-5f * z - 1.3887316e-3f) * z + 4.1666646e-2f) * z * z - 0.5f * z + 1.0f;
+    *sine = quarter & 1 ? c : s;
+    *cosine = quarter & 1 ? s : c;
+    if (quarter & 2) *sine = 0.0f - *sine;
+    if (quarter == 1 || quarter == 2) *cosine = 0.0f - *cosine;
+}
+
+/* The inner table of micro-kernels: all that differs between CPU tiers. Room 10, scalar, specifies it. */
+enum {
+    TERN__ROWS = 16,     /* rows of a panel */
+    TERN__LANES = 32,    /* columns of a float tile */
+    TERN__TOKENS = 64,   /* tokens of one dot call */
+    TERN__PANELS = 4,    /* panels of one dot call */
+    TERN__BLOCK = 1024,  /* floats of a canonical sum */
+    TERN__SEGMENT = 2048 /* terms of a float dot product that are summed in one go */
+};
+
+/* Exact dot products of up to 4 panels with up to 64 tokens over one run of units (a row or a group):
+   acc[panel][token][row] = sum of trit * q. Codes are trit + 1, so the sum of q is subtracted. */
+typedef struct tern__dot {
+    const uint8_t *panel; int64_t panel_stride; /* bytes from panel to panel */
+    int64_t units;                              /* 64 bytes: 16 inputs each (2-bit) or 20 (base-3) */
+    const int8_t *q; int64_t q_stride;          /* -127..127 */
+    const int32_t *sum; int64_t sum_stride;     /* sum of a token's q over the run */
+    int32_t panels, tokens;
+    int32_t *acc;
+} tern__dot;
+
+/* y[t][r] = v * (scale[t] * s[r]) + bias[r] for r < rows, v = (float)acc[t][r]; or, with facc,
+   y[t][r] = facc[t][r] * scale[t] + bias[r]. bias NULL: no addition. */
+typedef struct tern__emit {
+    const int32_t *acc; const float *facc; /* [tokens][16] */
+    const float *scale;                    /* [tokens] */
+    const float *s, *bias;                 /* [16] */
+    float *y; int64_t y_stride;
+    int32_t tokens, rows;
+} tern__emit;
+
+typedef void tern__tile(int64_t m, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b, float *p, int32_t first);
+
+typedef struct tern__kernels {
+    void (*dot_2bit)(const tern__dot *d);
+    void (*dot_base3)(const tern__dot *d);
+    void (*emit)(const tern__emit *e);
+    /* facc[t][r] = (first ? 0 : facc[t][r]) + (float)acc[t][r] * s[r]; the first product is stored as it is */
+    void (*fold)(int32_t tokens, const int32_t *acc, const float *s, float *facc, int32_t first);
+    /* p[i][lane] = (first ? 0 : p[i][lane]) + sum over j, in order, of a[i*a_row + j*a_col] * b[j][lane] */
+    tern__tile *tile;       /* product and sum are rounded separately */
+    tern__tile *tile_fused; /* one rounding where the tier has FMA */
+    float (*sum)(int32_t kind, int64_t n, const float *x);              /* canonical, n <= 1024, kind a tern_sum_kind */
+    uint32_t (*absmax)(int64_t n, const float *x, const float *gain);   /* largest bits of |x gain|: NaN and Inf win */
+    void (*round)(int64_t n, const float *x, const float *gain, float inverse, int8_t *q); /* rne(x gain inverse) */
+} tern__kernels;
+
+/* Canonical sum of any number of floats (algorithm: blocks of 1024, then the same rule over the block
+   sums): block sums are pushed in order; level i holds sums of 1024^i blocks. */
+typedef struct tern__tree { const tern__kernels *k; int64_t count[4]; float level[4][TERN__BLOCK]; } tern__tree;
+
+static void tern__tree_init(tern__tree *t, const tern__kernels *k) { t->k = k; memset(t->count, 0, sizeof t->count); }
+
+static void tern__tree_push(tern__tree *t, float block_sum)
+{
+    int32_t i;
+    for (i = 0; i < 4; i++) {
+        t->level[i][t->count[i]++] = block_sum;
+        if (t->count[i] < TERN__BLOCK || i == 3) return;
+        block_sum = t->k->sum(TERN_SUM, TERN__BLOCK, t->level[i]);
+        t->count[i] = 0;
+    }
+}
+
+static float tern__tree_total(tern__tree *t)
+{
+    int32_t i, above;
+    float total = 0.0f;
+    for (i = 0; i < 4; i++) {
+        if (t->count[i] == 0) continue;
+        for (above = i + 1; above < 4 && t->count[above] == 0;) above++;
+        if (above == 4) return t->count[i] == 1 ? t->level[i][0] : t->k->sum(TERN_SUM, t->count[i], t->level[i]);
+        total = t->k->sum(TERN_SUM, t->count[i], t->level[i]);
+        t->count[i] = 0;
+        t->level[i + 1][t->count[i + 1]++] = total;
+    }
+    return total;
+}
+
+static float tern__sum_of(const tern__kernels *k, tern_sum_kind kind, int64_t n, const float *x)
+{
+    tern__tree tree;
+    int64_t i;
+    if (n <= TERN__BLOCK) return k->sum((int32_t)kind, n, x);
+    tern__tree_init(&tree, k);
+    for (i = 0; i < n; i += TERN__BLOCK) tern__tree_push(&tree, k->sum((int32_t)kind, tern__min(TERN__BLOCK, n - i), x + i));
+    return tern__tree_total(&tree);
+}
+
+/* Work in ranges of [0, items): body(job, begin, end) on as many tasks as the work is worth. A body
+   reports the first index it had to take as zero; the smallest of all tasks comes back, or INT64_MAX. */
+typedef struct tern__job tern__job;
+typedef void tern__body(tern__job *job, int64_t begin, int64_t end, int64_t *bad);
+struct tern__job {
+    tern__body *body;
+    const tern__kernels *k;
+    const void *arg;
+    int64_t items;
+    int32_t tasks;
+    int64_t bad[TERN__WORKERS];
+};
+
+static void tern__job_task(void *arg, int32_t i)
+{
+    tern__job *job = (tern__job *)arg;
+    tern__fp_mode mode = tern__fp_enter();
+    int64_t share = job->items / job->tasks, extra = job->items % job->tasks;
+    int64_t begin = i * share + tern__min(i, extra);
+    job->body(job, begin, begin + share + (i < extra), &job->bad[i]);
+    tern__fp_leave(mode);
+}
+
+/* cost: of one item, in about a tenth of a nanosecond. A task is worth waking a thread from 20 us on. */
+static int64_t tern__for(tern_run *r, tern__body *body, const void *arg, int64_t items, int64_t cost)
+{
+    tern__job job;
+    int64_t bad = INT64_MAX, worth = 1 + tern__min(tern__mul(items, cost) / 200000, TERN__WORKERS - 1);
+    int32_t i;
+    job.body = body;
+    job.k = (const tern__kernels *)r->backend->data;
+    job.arg = arg;
+    job.items = items;
+    job.tasks = (int32_t)tern__min(tern__min(items, worth), r->parallel.run ? tern__min(r->parallel.workers, TERN__WORKERS) : 1);
+    for (i = 0; i < job.tasks; i++) job.bad[i] = INT64_MAX;
+    if (job.tasks == 1) tern__job_task(&job, 0);
+    else if (job.tasks > 1) r->parallel.run(r->parallel.user, tern__job_task, &job, job.tasks);
+    for (i = 0; i < job.tasks; i++) bad = tern__min(bad, job.bad[i]);
+    return bad;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   [TERN-7] Ternarize: scales and thresholds
+   What enters: finite floats. What leaves: for each grain a stored scale and the threshold above which
+   a weight is +-1. Called by the ternarize operation in room 8.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Weights beyond 2^96 would overflow the sums, so they count as not finite. */
+static int32_t tern__weight_ok(float w) { return (tern__bits(w) & 0x7FFFFFFFu) < 0x6F800000u; }
+
+static void tern__scan_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_ternarize_args *a = (const tern_ternarize_args *)job->arg;
+    int64_t i;
+    for (i = begin; i < end; i++)
+        if (!tern__weight_ok(tern__load_float(a->type, a->w, i))) { *bad = i; return; }
+}
+
+/* Canonical sum over n weights from element i: of the |w| above delta (all, for a negative delta), counted. */
+static float tern__sum_row(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, float delta, int64_t *count)
+{
+    tern__tree tree;
+    float block[TERN__BLOCK];
+    int64_t j, len;
+    tern__tree_init(&tree, k);
+    for (; n > 0; i += len, n -= len) {
+        len = tern__min(n, TERN__BLOCK);
+        for (j = 0; j < len; j++) {
+            float w = tern__abs(tern__load_float(a->type, a->w, i + j));
+            int32_t above = w > delta;
+            block[j] = above ? w : 0.0f;
+            *count += above;
+        }
+        tern__tree_push(&tree, k->sum(TERN_SUM, len, block));
+    }
+    return tern__tree_total(&tree);
+}
+
+/* Their mean over a rectangle of weights; a statistic over rows is the same rule over the row sums. */
+static float tern__mean_above(const tern__kernels *k, const tern_ternarize_args *a, int64_t row, int64_t rows, int64_t col, int64_t cols, float delta)
+{
+    tern__tree tree;
+    int64_t r, count = 0;
+    tern__tree_init(&tree, k);
+    for (r = row; r < row + rows; r++) tern__tree_push(&tree, tern__sum_row(k, a, r * a->m.cols + col, cols, delta, &count));
+    return count ? tern__tree_total(&tree) / (float)count : 0.0f;
+}
+
+/* The grain over a rectangle: stores its scale at index i and returns the threshold. */
+static float tern__apply_rule(const tern__kernels *k, const tern_ternarize_args *a, int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t i)
+{
+    float mean, delta, scale;
+    if (a->rule == TERN_GIVEN) return 0.5f * tern__load_scale(a->m.scale_type, a->m.scales, i);
+    mean = tern__mean_above(k, a, row, rows, col, cols, -1.0f);
+    delta = 0.7f * mean;
+    scale = a->rule == TERN_TWN ? tern__mean_above(k, a, row, rows, col, cols, delta)
+          : a->rule == TERN_ABSMEAN_SIGMA ? mean / 0.7978845608f : mean;
+    scale = tern__store_scale(a->m.scale_type, a->m.scales, i, scale);
+    return a->rule == TERN_TWN ? delta : 0.5f * scale;
+}
+
+/* A zero scale makes every trit zero; the threshold alone would let tiny weights through. */
+static int8_t tern__trit(float w, float threshold, float scale)
+{
+    if (scale == 0.0f || !(tern__abs(w) > threshold)) return 0;
+    return w > 0 ? 1 : -1;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   [TERN-8] Pack
+   What enters: trits and scales. What leaves: panels of 16 rows. A 2-bit unit of 64 bytes holds 16
+   inputs of the 16 rows, a base-3 unit 20: bytes 4r..4r+3 belong to row r, digit s of byte j to input
+   4s + j, as code trit + 1. A group starts a new unit; padding is trit 0. Called by rooms 14 to 21.
+   ------------------------------------------------------------------------------------------------ */
+
+enum { TERN__UNIT = 64 }; /* bytes of a unit */
+
+/* The geometry that follows from a matrix. */
+typedef struct tern__shape {
+    int64_t unit;         /* inputs per unit */
+    int64_t group;        /* inputs per group (cols without groups) */
+    int64_t groups;
+    int64_t group_units;  /* units of a full group */
+    int64_t units;        /* units of a row */
+    int64_t panels, panel_bytes;
+    int64_t scales;       /* stored scales */
+} tern__shape;
+
+static tern__shape tern__shape_of(const tern_matrix *m)
+{
+    tern__shape s;
+    s.unit = m->encoding == TERN_BASE3 ? 20 : 16;
+    s.group = m->grain > 0 ? m->grain : m->cols;
+    s.groups = tern__ceil_div(m->cols, s.group);
+    s.group_units = tern__ceil_div(s.group, s.unit);
+    s.units = (s.groups - 1) * s.group_units + tern__ceil_div(m->cols - (s.groups - 1) * s.group, s.unit);
+    s.panels = tern__ceil_div(m->rows, TERN__ROWS);
+    s.panel_bytes = s.units * TERN__UNIT;
+    s.scales = m->grain == TERN_PER_TENSOR ? 1 : s.panels * TERN__ROWS * s.groups;
+    return s;
+}
+
+static int64_t tern__group_cols(const tern_matrix *m, const tern__shape *s, int64_t g) { return tern__min(s->group, m->cols - g * s->group); }
+static int64_t tern__group_run(const tern_matrix *m, const tern__shape *s, int64_t g) { return tern__ceil_div(tern__group_cols(m, s, g), s->unit); }
+
+/* Index of the scale of a row and group. */
+static int64_t tern__scale_index(const tern_matrix *m, const tern__shape *s, int64_t row, int64_t g)
+{
+    return m->grain == TERN_PER_TENSOR ? 0 : (row / TERN__ROWS * s->groups + g) * TERN__ROWS + row % TERN__ROWS;
+}
+
+static void tern__panel_scales(const tern_matrix *m, const tern__shape *s, int64_t panel, int64_t g, float out[TERN__ROWS])
+{
+    int64_t r;
+    for (r = 0; r < TERN__ROWS; r++)
+        out[r] = tern__load_scale(m->scale_type, m->scales, tern__scale_index(m, s, panel * TERN__ROWS + r, g));
+}
+
+/* The layout limits: cols, so that an int32 dot product cannot overflow (2 * 127 * cols, and four times
+   more where kernels keep shifted codes); rows and products of sizes by checked arithmetic. */
+enum { TERN__MAX_COLS = 1 << 18, TERN__MAX_GRAIN = 1 << 18 };
+
+static tern_result tern__check_matrix(tern_run *r, const char *op, const tern_matrix *m)
+{
+    TERN__REQUIRE(r, m->rows > 0 && m->cols > 0, TERN_E_SHAPE, "%s: matrix is %d x %d; both must be positive", op, m->rows, m->cols);
+    TERN__REQUIRE(r, m->cols <= TERN__MAX_COLS, TERN_E_SHAPE, "%s: K = %d exceeds %d, the limit of exact int32 sums", op, m->cols, (int64_t)TERN__MAX_COLS);
+    TERN__REQUIRE(r, m->grain >= TERN_PER_ROW && m->grain <= TERN__MAX_GRAIN, TERN_E_ARGUMENT, "%s: grain %d is neither 0, -1 nor a group size up to %d", op, (int64_t)m->grain, (int64_t)TERN__MAX_GRAIN);
+    TERN__REQUIRE(r, m->encoding == TERN_TYPE_DEFAULT || m->encoding == TERN_2BIT || m->encoding == TERN_BASE3, TERN_E_ARGUMENT, "%s: encoding %d is not TERN_2BIT or TERN_BASE3", op, (int64_t)m->encoding);
+    TERN__REQUIRE(r, m->scale_type == TERN_TYPE_DEFAULT || m->scale_type == TERN_F32 || m->scale_type == TERN_POW2, TERN_E_ARGUMENT, "%s: scale type %d is not TERN_F32 or TERN_POW2", op, (int64_t)m->scale_type);
+    TERN__REQUIRE(r, tern__fits(tern__mul(tern__mul(tern__add(m->rows, 15), m->cols), 128)), TERN_E_OVERFLOW, "%s: a matrix of %d x %d overflows", op, m->rows, m->cols);
+    return TERN_OK;
+}
+
+TERN_API tern_result tern_matrix_bytes(tern_context *c, const tern_matrix *m, size_t *trits, size_t *scales)
+{
+    tern__shape s;
+    TERN__REQUIRE(&c->run, m && trits && scales, TERN_E_ARGUMENT, "matrix_bytes: an argument is NULL");
+    TERN__TRY(tern__check_matrix(&c->run, "matrix_bytes", m));
+    s = tern__shape_of(m);
+    *trits = (size_t)(s.panels * s.panel_bytes);
+    *scales = (size_t)(s.scales * tern__type_bytes(m->scale_type));
+    return TERN_OK;
+}
+
+TERN_API tern_result tern_activation_shape(tern_context *c, const tern_matrix *m, int64_t *stride, int64_t *groups)
+{
+    tern__shape s;
+    TERN__REQUIRE(&c->run, m && stride && groups, TERN_E_ARGUMENT, "activation_shape: an argument is NULL");
+    TERN__TRY(tern__check_matrix(&c->run, "activation_shape", m));
+    s = tern__shape_of(m);
+    *stride = s.units * s.unit;
+    *groups = s.groups;
+    return TERN_OK;
+}
+
+/* One unit from trits t[row * stride + input], n <= unit inputs and as many rows as there are. */
+static void tern__pack_unit(tern_type encoding, const int8_t *t, int64_t stride, int64_t rows, int64_t n, uint8_t *unit)
+{
+    static const uint8_t weight[2][5] = {{1, 4, 16, 64, 0}, {1, 3, 9, 27, 81}};
+    const int32_t base3 = encoding == TERN_BASE3;
+    int64_t r, s, j;
+    for (r = 0; r < TERN__ROWS; r++)
+        for (j = 0; j < 4; j++) {
+            int32_t byte = 0;
+            for (s = 0; s < 4 + base3; s++)
+                byte += weight[base3][s] * (r < rows && 4 * s + j < n ? t[r * stride + 4 * s + j] + 1 : 1);
+            unit[4 * r + j] = (uint8_t)byte;
+        }
+}
+
+/* The inverse, for one row: `unit` trits. Returns whether every code is valid. */
+static int32_t tern__unpack_unit(tern_type encoding, const uint8_t *unit, int64_t row, int8_t *t)
+{
+    int64_t s, j;
+    int32_t valid = 1;
+    for (j = 0; j < 4; j++) {
+        uint32_t byte = unit[4 * row + j];
+        if (encoding == TERN_BASE3) {
+            valid &= byte < 243;
+            for (s = 0; s < 5; s++, byte /= 3) t[4 * s + j] = (int8_t)((int32_t)(byte % 3) - 1);
+        } else {
+            valid &= (byte & byte >> 1 & 0x55) == 0; /* code 3 */
+            for (s = 0; s < 4; s++, byte >>= 2) t[4 * s + j] = (int8_t)((int32_t)(byte & 3) - 1);
+        }
+    }
+    return valid;
+}
+
+/* Trits [col, col + n) of a row; any range. Returns whether the codes that were met are valid. */
+static int32_t tern__unpack_range(const tern_matrix *m, const tern__shape *s, int64_t row, int64_t col, int64_t n, int8_t *t)
+{
+    const uint8_t *panel = (const uint8_t *)m->trits + row / TERN__ROWS * s->panel_bytes;
+    int8_t unit[20];
+    int32_t valid = 1;
+    while (n > 0) {
+        int64_t g = col / s->group, in_group = col - g * s->group;
+        int64_t u = g * s->group_units + in_group / s->unit, from = in_group % s->unit;
+        int64_t len = tern__min(tern__min(n, s->unit - from), tern__group_cols(m, s, g) - in_group);
+        valid &= tern__unpack_unit(m->encoding, panel + u * TERN__UNIT, row % TERN__ROWS, unit);
+        memcpy(t, unit + from, (size_t)len);
+        t += len;
+        col += len;
+        n -= len;
+    }
+    return valid;
+}
+
+/* Ternarize and pack in one pass over the weights, panel by panel. */
+typedef struct tern__ternarize_work {
+    const tern_ternarize_args *a;
+    tern__shape s;
+    float threshold; /* of the tensor, where the grain is the tensor */
+} tern__ternarize_work;
+
+static void tern__ternarize_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern__ternarize_work *w = (const tern__ternarize_work *)job->arg;
+    const tern_ternarize_args *a = w->a;
+    const tern_matrix *m = &a->m;
+    int64_t panel, g, r, i, j;
+    (void)bad;
+    for (panel = begin; panel < end; panel++)
+        for (g = 0; g < w->s.groups; g++) {
+            const int64_t row = panel * TERN__ROWS, rows = tern__min(TERN__ROWS, m->rows - row);
+            const int64_t col = g * w->s.group, cols = tern__group_cols(m, &w->s, g);
+            uint8_t *unit = (uint8_t *)m->trits + panel * w->s.panel_bytes + g * w->s.group_units * TERN__UNIT;
+            float threshold[TERN__ROWS], scale[TERN__ROWS];
+            int8_t t[TERN__ROWS * 20];
+            for (r = 0; r < TERN__ROWS; r++) {
+                const int64_t at = tern__scale_index(m, &w->s, row + r, g);
+                if (m->grain == TERN_PER_TENSOR) threshold[r] = w->threshold;
+                else if (r < rows) threshold[r] = tern__apply_rule(job->k, a, row + r, 1, col, cols, at);
+                else tern__store_scale(m->scale_type, m->scales, at, 0.0f);
+                scale[r] = tern__load_scale(m->scale_type, m->scales, at);
+            }
+            for (i = 0; i < cols; i += w->s.unit, unit += TERN__UNIT) {
+                const int64_t n = tern__min(w->s.unit, cols - i);
+                for (r = 0; r < rows; r++)
+                    for (j = 0; j < n; j++)
+                        t[r * 20 + j] = tern__trit(tern__load_float(a->type, a->w, (row + r) * m->cols + col + i + j), threshold[r], scale[r]);
+                tern__pack_unit(m->encoding, t, 20, rows, n, unit);
+            }
+        }
+}
+
+static tern_result tern__cpu_ternarize(tern_run *run, const tern_ternarize_args *a)
+{
+    tern__ternarize_work w;
+    int64_t bad = tern__for(run, tern__scan_body, a, a->m.rows * a->m.cols, 10);
+    TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_NONFINITE, "ternarize: weights[%d][%d] is not a finite number below 2^96", bad / a->m.cols, bad % a->m.cols);
+    w.a = a;
+    w.s = tern__shape_of(&a->m);
+    w.threshold = a->m.grain == TERN_PER_TENSOR ? tern__apply_rule((const tern__kernels *)run->backend->data, a, 0, a->m.rows, 0, a->m.cols, 0) : 0.0f;
+    tern__for(run, tern__ternarize_body, &w, w.s.panels, tern__mul(a->m.cols, 16 * 30));
+    return TERN_OK;
+}
+
+static void tern__trits_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_pack_args *a = (const tern_pack_args *)job->arg;
+    int64_t i;
+    for (i = begin; i < end; i++)
+        if (a->trits[i] < -1 || a->trits[i] > 1) { *bad = i; return; }
+}
+
+static void tern__pack_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_pack_args *a = (const tern_pack_args *)job->arg;
+    const tern_matrix *m = &a->m;
+    const tern__shape s = tern__shape_of(m);
+    int64_t panel, g, i;
+    (void)bad;
+    for (panel = begin; panel < end; panel++)
+        for (g = 0; g < s.groups; g++) {
+            const int64_t row = panel * TERN__ROWS, cols = tern__group_cols(m, &s, g);
+            const int8_t *t = a->trits + row * m->cols + g * s.group;
+            uint8_t *unit = (uint8_t *)m->trits + panel * s.panel_bytes + g * s.group_units * TERN__UNIT;
+            for (i = 0; i < cols; i += s.unit, unit += TERN__UNIT)
+                tern__pack_unit(m->encoding, t + i, m->cols, tern__min(TERN__ROWS, m->rows - row), tern__min(s.unit, cols - i), unit);
+        }
+}
+
+static tern_result tern__cpu_pack(tern_run *run, const tern_pack_args *a)
+{
+    int64_t bad = tern__for(run, tern__trits_body, a, a->m.rows * a->m.cols, 5);
+    TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_TRIT, "pack: trits[%d][%d] is %d, not -1, 0 or 1", bad / a->m.cols, bad % a->m.cols, (int64_t)a->trits[bad]);
+    tern__for(run, tern__pack_body, a, tern__ceil_div(a->m.rows, TERN__ROWS), tern__mul(a->m.cols, 16 * 12));
+    return TERN_OK;
+}
+
+/* A whole row as trits and as values, each or NULL. Returns whether every code is valid. */
+static int32_t tern__unpack_row(const tern_matrix *m, const tern__shape *s, int64_t row, int8_t *trits, float *values)
+{
+    int8_t t[256];
+    int64_t j, col, n;
+    int32_t valid = 1;
+    for (col = 0; col < m->cols; col += n) {
+        n = tern__min(m->cols - col, 256);
+        valid &= tern__unpack_range(m, s, row, col, n, t);
+        if (trits) memcpy(trits + col, t, (size_t)n);
+        for (j = 0; values && j < n; j++)
+            values[col + j] = (float)t[j] * tern__load_scale(m->scale_type, m->scales, tern__scale_index(m, s, row, (col + j) / s->group));
+    }
+    return valid;
+}
+
+/* Two passes of the same body: check the codes, then write, so that a bad code changes nothing. */
+typedef struct tern__unpack_work { const tern_unpack_args *a; int32_t write; } tern__unpack_work;
+
+static void tern__unpack_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern__unpack_work *w = (const tern__unpack_work *)job->arg;
+    const tern_matrix *m = &w->a->m;
+    const tern__shape s = tern__shape_of(m);
+    int64_t i;
+    for (i = begin; i < end; i++)
+        if (!tern__unpack_row(m, &s, w->a->row + i, w->write && w->a->trits ? w->a->trits + i * m->cols : NULL,
+                              w->write && w->a->values ? w->a->values + i * m->cols : NULL)) { *bad = i; return; }
+}
+
+static tern_result tern__cpu_unpack(tern_run *run, const tern_unpack_args *a)
+{
+    tern__unpack_work w;
+    int64_t bad;
+    w.a = a;
+    w.write = 0;
+    bad = tern__for(run, tern__unpack_body, &w, a->count, tern__mul(a->m.cols, 20));
+    TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_TRIT, "unpack: row %d has an invalid code (2-bit code 3 or base-3 byte above 242)", a->row + bad);
+    w.write = 1;
+    tern__for(run, tern__unpack_body, &w, a->count, tern__mul(a->m.cols, 40));
+    return TERN_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   [TERN-9] Activations
+   What enters: float rows. What leaves: int8 rows in the matrix's group layout, a scale and sums per
+   token, with RMSNorm fused: its factor cancels inside q and enters the scale alone. Called by room 15.
+   ------------------------------------------------------------------------------------------------ */
+
+/* r = 1/sqrt(mean(x^2) + eps); 0 for a row that has no finite mean square. */
+static float tern__rms(const tern__kernels *k, int64_t n, const float *x, float eps)
+{
+    float mean = tern__sum_of(k, TERN_SUM_SQUARES, n, x) / (float)n;
+    return tern__finite(mean) ? 1.0f / tern__sqrt(mean + eps) : 0.0f;
+}
+
+static void tern__quantize_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_quantize_args *a = (const tern_quantize_args *)job->arg;
+    const tern__shape s = tern__shape_of(&a->m);
+    const int64_t stride = s.units * s.unit;
+    int64_t t, g, i;
+    for (t = begin; t < end; t++) {
+        const float *x = a->x + t * a->m.cols;
+        int8_t *q = a->q + t * stride;
+        const float largest = tern__float(job->k->absmax(a->m.cols, x, a->gain));
+        const float r = a->norm == TERN_NORM_RMS ? tern__rms(job->k, a->m.cols, x, a->eps) : 1.0f;
+        const float inverse = 127.0f / largest;
+        const int32_t usable = tern__finite(largest) && r > 0.0f;
+        if (!usable) *bad = tern__min(*bad, t);
+        memset(q, 0, (size_t)stride);
+        if (a->rms) a->rms[t] = usable ? r : 0.0f;
+        a->scale[t] = 0.0f;
+        if (usable && tern__finite(inverse)) { /* not for a row of zeros */
+            a->scale[t] = largest / 127.0f * r;
+            for (g = 0; g < s.groups; g++)
+                job->k->round(tern__group_cols(&a->m, &s, g), x + g * s.group, a->gain ? a->gain + g * s.group : NULL, inverse, q + g * s.group_units * s.unit);
+        }
+        for (g = 0; g < s.groups; g++) {
+            const int8_t *from = q + g * s.group_units * s.unit;
+            int32_t sum = 0;
+            for (i = 0; i < tern__group_cols(&a->m, &s, g); i++) sum += from[i];
+            a->sum[t * s.groups + g] = sum;
+        }
+    }
+}
+
+static tern_result tern__cpu_quantize(tern_run *run, const tern_quantize_args *a)
+{
+    int64_t bad = tern__for(run, tern__quantize_body, a, a->n, tern__mul(a->m.cols, 10));
+    if (bad != INT64_MAX) tern__set_fault(run, "quantize: activation row %d is not finite and was taken as zero", bad);
+    return TERN_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   [TERN-10] Kernels, scalar: the specification
+   Every other tier equals these bit for bit. What enters: packed units, int8 rows, float tiles. What
+   leaves: sums in the order written here. Called through tern__kernels by rooms 6 to 9 and 14.
+   ------------------------------------------------------------------------------------------------ */
+
+/* |sum of code * q| <= 2 * 127 * cols < 2^31 for cols <= 2^18. */
+static void tern__dot_scalar(const tern__dot *d, int64_t digits, uint32_t base)
+{
+    int64_t p, t, u, r, j, s;
+    for (p = 0; p < d->panels; p++)
+        for (t = 0; t < d->tokens; t++) {
+            const uint8_t *unit = d->panel + p * d->panel_stride;
+            const int8_t *q = d->q + t * d->q_stride;
+            int32_t *acc = d->acc + (p * d->tokens + t) * TERN__ROWS;
+            for (r = 0; r < TERN__ROWS; r++) acc[r] = -d->sum[t * d->sum_stride];
+            for (u = 0; u < d->units; u++, unit += TERN__UNIT, q += 4 * digits)
+                for (r = 0; r < TERN__ROWS; r++)
+                    for (j = 0; j < 4; j++) {
+                        uint32_t byte = unit[4 * r + j];
+                        for (s = 0; s < digits; s++, byte /= base) acc[r] += (int32_t)(byte % base) * q[4 * s + j];
+                    }
+        }
+}
+static void tern__dot_2bit_scalar(const tern__dot *d) { tern__dot_scalar(d, 4, 4); }
+static void tern__dot_base3_scalar(const tern__dot *d) { tern__dot_scalar(d, 5, 3); }
+
+static void tern__emit_scalar(const tern__emit *e)
+{
+    int32_t t, r;
+    for (t = 0; t < e->tokens; t++)
+        for (r = 0; r < e->rows; r++) {
+            const int32_t i = t * TERN__ROWS + r;
+            float y = e->facc ? e->facc[i] * e->scale[t] : (float)e->acc[i] * (e->scale[t] * e->s[r]);
+            if (e->bias) y = y + e->bias[r];
+            e->y[t * e->y_stride + r] = y;
+        }
+}
+
+static void tern__fold_scalar(int32_t tokens, const int32_t *acc, const float *s, float *facc, int32_t first)
+{
+    int32_t i;
+    for (i = 0; i < tokens * TERN__ROWS; i++) {
+        const float product = (float)acc[i] * s[i % TERN__ROWS];
+        facc[i] = first ? product : facc[i] + product;
+    }
+}
+
+static void tern__tile_scalar(int64_t m, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b, float *p, int32_t first)
+{
+    int64_t i, j;
+    int32_t l;
+    for (i = 0; i < m; i++, a += a_row, p += TERN__LANES) {
+        float acc[TERN__LANES];
+        for (l = 0; l < TERN__LANES; l++) acc[l] = first ? 0.0f : p[l];
+        for (j = 0; j < k; j++) {
+            const float x = a[j * a_col], *row = b + j * TERN__LANES;
+            for (l = 0; l < TERN__LANES; l++) acc[l] = acc[l] + x * row[l];
+        }
+        memcpy(p, acc, sizeof acc);
+    }
+}
+
+/* 64 lanes x 16, down the lanes in order, then the lanes pairwise: i and i + 32, i and i + 16, ... */
+static float tern__sum_scalar(int32_t kind, int64_t n, const float *x)
+{
+    float lane[64];
+    int64_t i;
+    int32_t half;
+    for (i = 0; i < 64; i++) lane[i] = 0.0f;
+    for (i = 0; i < n; i++) lane[i & 63] = lane[i & 63] + (kind == TERN_SUM ? x[i] : kind == TERN_SUM_ABS ? tern__abs(x[i]) : x[i] * x[i]);
+    for (half = 32; half > 0; half /= 2)
+        for (i = 0; i < half; i++) lane[i] = lane[i] + lane[i + half];
+    return lane[0];
+}
+
+static uint32_t tern__absmax_scalar(int64_t n, const float *x, const float *gain)
+{
+    uint32_t largest = 0;
+    int64_t i;
+    for (i = 0; i < n; i++) {
+        const uint32_t bits = tern__bits(gain ? x[i] * gain[i] : x[i]) & 0x7FFFFFFFu;
+        if (bits > largest) largest = bits;
+    }
+    return largest;
+}
+
+static void tern__round_scalar(int64_t n, const float *x, const float *gain, float inverse, int8_t *q)
+{
+    int64_t i;
+    for (i = 0; i < n; i++) q[i] = (int8_t)tern__round((gain ? x[i] * gain[i] : x[i]) * inverse);
+}
+
+static const tern__kernels tern__kernels_scalar = {
+    tern__dot_2bit_scalar, tern__dot_base3_scalar, tern__emit_scalar, tern__fold_scalar,
+    tern__tile_scalar, tern__tile_scalar, tern__sum_scalar, tern__absmax_scalar, tern__round_scalar
+};
+/* ------------------------------------------------------------------------------------------------
+   [TERN-11] Kernels, x86
+   What enters: the tern__kernels contract of [TERN-10]. What leaves: tern__kernels_avx2 (machines with
+   AVX2, FMA and F16C) and tern__kernels_avx512_vnni (AVX-512 F, BW, DQ, VL and VNNI), equal to the scalar
+   kernels bit for bit. The dispatcher of [TERN-14] calls them through the table, after asking the CPU.
+   Each function names its own target, so no compiler flags are needed. Float sums and products use the
+   operators of the vector types and not intrinsics: so they obey the switches against contraction that
+   surround this code, under every compiler.
+   ------------------------------------------------------------------------------------------------ */
+#if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__)) && !defined(TERNARY_NO_SIMD)
+
+/* A quad is 64 bytes of plain codes: byte 4r+j belongs to row r and input j of four. A 2-bit unit holds
+   four quads, a base-3 unit five. From a few tokens on, a chunk of one panel is decoded into quads in L1
+   once and then multiplied with all tokens: the encoding costs the same however many tokens follow, and
+   the tile below knows nothing of it. 64 quads are what AVX2's int16 sums can take (see there). */
+enum { TERN__QUADS = 64, TERN__AHEAD = 4096 };
+
+typedef struct tern__quads {
+    void (*decode)(const uint8_t *panel, int64_t units, uint8_t *code);
+    /* acc[p][t] += dot of panel p's quads, at code + p * TERN__QUADS * 64, with token t of q */
+    void (*tile)(const tern__dot *d, int32_t panels, int32_t tokens, int64_t quads, const uint8_t *code, const int8_t *q, int32_t *acc);
+    int32_t per_unit, panels, tokens; /* quads in a unit; the largest tile */
+} tern__quads;
+
+static void tern__dot_quads(const tern__dot *d, const tern__quads *k) {
+    uint8_t buffer[2 * TERN__QUADS * 64 + 63], *code = buffer + (-(uintptr_t)buffer & 63);
+    const int64_t chunk = TERN__QUADS / k->per_unit;
+    for (int32_t p = 0, panels; p < d->panels; p += panels) {
+        int32_t *acc = d->acc + (int64_t)p * d->tokens * 16;
+        panels = d->panels - p < k->panels ? d->panels - p : k->panels;
+        for (int32_t t = 0; t < panels * d->tokens; t++)
+            for (int32_t r = 0; r < 16; r++) acc[t * 16 + r] = -d->sum[t % d->tokens * d->sum_stride];
+        for (int64_t u = 0; u < d->units; u += chunk) {
+            const int64_t units = d->units - u < chunk ? d->units - u : chunk;
+            for (int32_t i = 0; i < panels; i++)
+                k->decode(d->panel + (p + i) * d->panel_stride + u * 64, units, code + i * TERN__QUADS * 64);
+            /* Tiles of nearly equal size: a small last one would only wait for its own sums. */
+            int32_t tiles = (d->tokens + k->tokens - 1) / k->tokens;
+            for (int32_t t = 0, tokens; t < d->tokens; t += tokens, tiles--) {
+                tokens = (d->tokens - t + tiles - 1) / tiles;
+                k->tile(d, panels, tokens, units * k->per_unit, code, d->q + t * d->q_stride + u * k->per_unit * 4, acc + t * 16);
+            }
+        }
+    }
+}
+
+/* Slow loops defeat the hardware prefetcher, so every stream of weights asks 4 KB ahead. Where runs are
+   whole panels, the place after the end of a run is the panel that this stream reads next, `panels` on. */
+static inline __attribute__((always_inline)) void tern__prefetch(const tern__dot *d, const uint8_t *unit, int64_t i, int32_t panels) {
+    int64_t ahead = TERN__AHEAD;
+    if (d->panel_stride == d->units * 64 && i * 64 + ahead >= d->panel_stride) ahead += (panels - 1) * d->panel_stride;
+    __builtin_prefetch((const void *)((uintptr_t)unit + (uintptr_t)ahead));
+}
+
+/* The small loops below have constant bounds and run over arrays of registers: they must vanish. */
+#ifdef __clang__
+#define TERN__UNROLL _Pragma("clang loop unroll(full)")
+#else
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" /* both: gcc 12 on its own _mm512_undefined_epi32, in C++ */
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#define TERN__UNROLL _Pragma("GCC unroll 64")
+#endif
+
+/* The float kernels, the same for every vector width. Tier X has TARGET, W lanes, vector types V (float)
+   and I (int), the intrinsic prefix MM, and brings tern__load_X and tern__store_X (the first n lanes, the
+   rest +0), tern__load_int_X and tern__store_i8_X. */
+#define TERN__X86_FLOAT(X, TARGET, W, V, I, MM)                                                          \
+static TARGET void tern__emit_##X(const tern__emit *e) {                                                 \
+    for (int32_t t = 0; t < e->tokens; t++)                                                              \
+        for (int32_t r = 0; r < e->rows; r += W) {                                                       \
+            V y = MM##set1_ps(e->scale[t]);                                                              \
+            if (e->facc) y = MM##loadu_ps(e->facc + t * 16 + r) * y;                                     \
+            else y = MM##cvtepi32_ps(tern__load_int_##X(e->acc + t * 16 + r)) * (y * MM##loadu_ps(e->s + r)); \
+            if (e->bias) y = y + MM##loadu_ps(e->bias + r);                                              \
+            tern__store_##X(e->y + t * e->y_stride + r, y, e->rows - r);                                 \
+        }                                                                                                \
+}                                                                                                        \
+static TARGET void tern__fold_##X(int32_t tokens, const int32_t *acc, const float *s, float *facc, int32_t first) { \
+    for (int32_t t = 0; t < tokens; t++)                                                                 \
+        for (int32_t r = 0; r < 16; r += W) {                                                            \
+            V y = MM##cvtepi32_ps(tern__load_int_##X(acc + t * 16 + r)) * MM##loadu_ps(s + r);           \
+            if (!first) y = MM##loadu_ps(facc + t * 16 + r) + y;                                         \
+            MM##storeu_ps(facc + t * 16 + r, y);                                                         \
+        }                                                                                                \
+}                                                                                                        \
+static TARGET float tern__sum_##X(int32_t kind, int64_t n, const float *x) {                             \
+    const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
+    V sum[64 / W];                                                                                       \
+    TERN__UNROLL for (int j = 0; j < 64 / W; j++) sum[j] = MM##setzero_ps();                             \
+    for (int64_t i = 0; i < n; i += 64)                                                                  \
+        TERN__UNROLL for (int j = 0; j < 64 / W; j++) {                                                  \
+            V v = tern__load_##X(x + i + j * W, n - i - j * W);                                          \
+            if (kind == 1) v = (V)((I)v & magnitude);                                                    \
+            if (kind == 2) v = v * v;                                                                    \
+            if (i) v = sum[j] + v;                                                                       \
+            sum[j] = v;                                                                                  \
+        }                                                                                                \
+    if (n <= 960) /* the missing rows of 64, once: they turn a -0 into +0 */                             \
+        TERN__UNROLL for (int j = 0; j < 64 / W; j++) sum[j] = sum[j] + MM##setzero_ps();                \
+    TERN__UNROLL for (int half = 32 / W; half; half /= 2)                                                \
+        TERN__UNROLL for (int j = 0; j < half; j++) sum[j] = sum[j] + sum[j + half];                     \
+    float lane[W];                                                                                       \
+    MM##storeu_ps(lane, sum[0]);                                                                         \
+    for (int half = W / 2; half; half /= 2)                                                              \
+        for (int j = 0; j < half; j++) lane[j] = lane[j] + lane[j + half];                               \
+    return lane[0];                                                                                      \
+}                                                                                                        \
+static TARGET uint32_t tern__absmax_##X(int64_t n, const float *x, const float *gain) {                  \
+    const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
+    I most = MM##set1_epi32(0);                                                                          \
+    for (int64_t i = 0; i < n; i += W) {                                                                 \
+        V v = tern__load_##X(x + i, n - i);                                                              \
+        if (gain) v = v * tern__load_##X(gain + i, n - i);                                               \
+        most = MM##max_epu32(most, (I)v & magnitude);                                                    \
+    }                                                                                                    \
+    uint32_t lane[W];                                                                                    \
+    memcpy(lane, &most, sizeof lane);                                                                    \
+    for (int j = 1; j < W; j++) lane[0] = lane[j] > lane[0] ? lane[j] : lane[0];                         \
+    return lane[0];                                                                                      \
+}                                                                                                        \
+static TARGET void tern__round_##X(int64_t n, const float *x, const float *gain, float inverse, int8_t *q) { \
+    for (int64_t i = 0; i < n; i += W) {                                                                 \
+        V v = tern__load_##X(x + i, n - i);                                                              \
+        if (gain) v = v * tern__load_##X(gain + i, n - i);                                               \
+        tern__store_i8_##X(q + i, MM##cvtps_epi32(v * MM##set1_ps(inverse)), n - i);                     \
+    }                                                                                                    \
+}
+
+/* The float tile: R rows of p by 2 W lanes stay in registers for all of k; the 32 lanes take 16/W passes.
+   R1, R2 and 1 rows at a time. MADD says how a product joins its sum. */
+#define TERN__PLAIN_MADD(a, b, c) ((a) * (b) + (c))
+#define TERN__X86_TILE(NAME, TARGET, W, V, MM, R1, R2, MADD)                                             \
+static inline __attribute__((always_inline)) TARGET void NAME##_block(const int R, int64_t k, const float *a, int64_t a_row, \
+                                                                      int64_t a_col, const float *b, float *p, int32_t first) { \
+    for (int half = 0; half < 32; half += 2 * W) {                                                       \
+        V sum[R1][2];                                                                                    \
+        TERN__UNROLL for (int i = 0; i < R; i++) {                                                       \
+            sum[i][0] = first ? MM##setzero_ps() : MM##load_ps(p + i * 32 + half);                       \
+            sum[i][1] = first ? MM##setzero_ps() : MM##load_ps(p + i * 32 + half + W);                   \
+        }                                                                                                \
+        for (int64_t j = 0; j < k; j++) {                                                                \
+            const V b0 = MM##load_ps(b + j * 32 + half), b1 = MM##load_ps(b + j * 32 + half + W);        \
+            TERN__UNROLL for (int i = 0; i < R; i++) {                                                   \
+                const V x = MM##set1_ps(a[i * a_row + j * a_col]);                                       \
+                sum[i][0] = MADD(x, b0, sum[i][0]);                                                      \
+                sum[i][1] = MADD(x, b1, sum[i][1]);                                                      \
+            }                                                                                            \
+        }                                                                                                \
+        TERN__UNROLL for (int i = 0; i < R; i++) {                                                       \
+            MM##store_ps(p + i * 32 + half, sum[i][0]);                                                  \
+            MM##store_ps(p + i * 32 + half + W, sum[i][1]);                                              \
+        }                                                                                                \
+    }                                                                                                    \
+}                                                                                                        \
+static TARGET void NAME(int64_t m, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b, float *p, int32_t first) { \
+    int64_t i = 0;                                                                                       \
+    for (; m - i >= R1; i += R1) NAME##_block(R1, k, a + i * a_row, a_row, a_col, b, p + i * 32, first); \
+    for (; m - i >= R2; i += R2) NAME##_block(R2, k, a + i * a_row, a_row, a_col, b, p + i * 32, first); \
+    for (; i < m; i++) NAME##_block(1, k, a + i * a_row, a_row, a_col, b, p + i * 32, first);            \
+}
+
+/* Low nibble of 3^s * digit -> digit, for every s: 0; 3, 9, 27 = 0x1b, 81 = 0x51; 6, 18 = 0x12, 54 = 0x36, 162 = 0xa2. */
+#define TERN__DIGIT_OF_NIBBLE 0, 1, 2, 1, 0, 0, 2, 0, 0, 1, 0, 1, 0, 0, 0, 0
+
+#ifndef TERNARY_NO_AVX2
+/* -- AVX2 -- */
+enum { TERN__TILE_AVX2 = 4 };
+#define TERN__AVX2 __attribute__((target("avx2")))
+#define TERN__AVX2_INLINE static inline __attribute__((always_inline, target("avx2")))
+
+TERN__AVX2_INLINE __m256i tern__lanes_avx2(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n < 8 ? (int32_t)n : 8), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+TERN__AVX2_INLINE __m256 tern__load_avx2(const float *p, int64_t n) {
+    if (n >= 8) return _mm256_loadu_ps(p);
+    return n > 0 ? _mm256_maskload_ps(p, tern__lanes_avx2(n)) : _mm256_setzero_ps();
+}
+TERN__AVX2_INLINE void tern__store_avx2(float *p, __m256 v, int64_t n) {
+    if (n >= 8) _mm256_storeu_ps(p, v);
+    else _mm256_maskstore_ps(p, tern__lanes_avx2(n), v);
+}
+TERN__AVX2_INLINE __m256i tern__load_int_avx2(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+TERN__AVX2_INLINE void tern__store_int_avx2(void *p, __m256i v) { _mm256_storeu_si256((__m256i *)p, v); }
+TERN__AVX2_INLINE void tern__store_i8_avx2(int8_t *q, __m256i v, int64_t n) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    const __m128i bytes = _mm_packs_epi16(words, words);
+    memcpy(q, &bytes, n < 8 ? (size_t)n : 8);
+}
+TERN__X86_FLOAT(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
+TERN__X86_TILE(tern__tile_avx2, TERN__AVX2, 8, __m256, _mm256_, 6, 2, TERN__PLAIN_MADD)
+TERN__X86_TILE(tern__tile_fused_avx2, __attribute__((target("avx2,fma"))), 8, __m256, _mm256_, 6, 2, _mm256_fmadd_ps)
+
+TERN__AVX2_INLINE __m256i tern__quad_avx2(const int8_t *q) {
+    int32_t x;
+    memcpy(&x, q, 4);
+    return _mm256_set1_epi32(x);
+}
+
+/* One panel with one token. maddubs multiplies bytes and adds neighbours in int16 with saturation, so the
+   sums are kept apart by bit position: low holds the codes at bits 0 and 4 (shifted down), high those at
+   bits 2 and 6, four times too large. Eight units fit: 8 * 2 * 2 bytes * (2 * 4) * 127 = 32512. */
+static TERN__AVX2 void tern__gemv_2bit_avx2(const tern__dot *d, int32_t panel) {
+    const __m256i mask3 = _mm256_set1_epi8(3), mask12 = _mm256_set1_epi8(12), ones = _mm256_set1_epi16(1);
+    const uint8_t *unit = d->panel + panel * d->panel_stride;
+    __m256i acc[2];
+    acc[0] = acc[1] = _mm256_set1_epi32(-d->sum[0]);
+    for (int64_t i = 0; i < d->units;) {
+        const int64_t end = d->units - i < 8 ? d->units : i + 8;
+        __m256i low[2], high[2];
+        low[0] = low[1] = high[0] = high[1] = _mm256_setzero_si256();
+        for (; i < end; i++, unit += 64) {
+            const int8_t *q = d->q + i * 16;
+            const __m256i x0 = tern__quad_avx2(q), x1 = tern__quad_avx2(q + 4), x2 = tern__quad_avx2(q + 8), x3 = tern__quad_avx2(q + 12);
+            tern__prefetch(d, unit, i, 1);
+            TERN__UNROLL for (int h = 0; h < 2; h++) {
+                const __m256i v = tern__load_int_avx2(unit + h * 32), w = _mm256_srli_epi16(v, 4);
+                low[h] = _mm256_add_epi16(low[h], _mm256_maddubs_epi16(_mm256_and_si256(v, mask3), x0));
+                high[h] = _mm256_add_epi16(high[h], _mm256_maddubs_epi16(_mm256_and_si256(v, mask12), x1));
+                low[h] = _mm256_add_epi16(low[h], _mm256_maddubs_epi16(_mm256_and_si256(w, mask3), x2));
+                high[h] = _mm256_add_epi16(high[h], _mm256_maddubs_epi16(_mm256_and_si256(w, mask12), x3));
+            }
+        }
+        TERN__UNROLL for (int h = 0; h < 2; h++)
+            acc[h] = _mm256_add_epi32(acc[h], _mm256_madd_epi16(_mm256_add_epi16(low[h], _mm256_srai_epi16(high[h], 2)), ones));
+    }
+    memcpy(d->acc + panel * 16, acc, sizeof acc);
+}
+
+static TERN__AVX2 void tern__decode_2bit_avx2(const uint8_t *panel, int64_t units, uint8_t *code) {
+    const __m256i mask = _mm256_set1_epi8(3);
+    for (int64_t i = 0; i < units; i++, panel += 64, code += 4 * 64)
+        TERN__UNROLL for (int h = 0; h < 64; h += 32) {
+            const __m256i v = tern__load_int_avx2(panel + h);
+            tern__store_int_avx2(code + h, _mm256_and_si256(v, mask));
+            tern__store_int_avx2(code + h + 64, _mm256_and_si256(_mm256_srli_epi16(v, 2), mask));
+            tern__store_int_avx2(code + h + 128, _mm256_and_si256(_mm256_srli_epi16(v, 4), mask));
+            tern__store_int_avx2(code + h + 192, _mm256_and_si256(_mm256_srli_epi16(v, 6), mask));
+        }
+}
+
+/* v mod w for v < 3 w: a subtraction that goes below zero wraps to something larger, and loses. */
+TERN__AVX2_INLINE __m256i tern__mod_avx2(__m256i v, int w) {
+    v = _mm256_min_epu8(v, _mm256_sub_epi8(v, _mm256_set1_epi8((char)(2 * w))));
+    return _mm256_min_epu8(v, _mm256_sub_epi8(v, _mm256_set1_epi8((char)w)));
+}
+static TERN__AVX2 void tern__decode_base3_avx2(const uint8_t *panel, int64_t units, uint8_t *code) {
+    const __m256i mask = _mm256_set1_epi8(15), digit = _mm256_setr_epi8(TERN__DIGIT_OF_NIBBLE, TERN__DIGIT_OF_NIBBLE);
+    for (int64_t i = 0; i < units; i++, panel += 64, code += 5 * 64)
+        for (int h = 0; h < 64; h += 32) {
+            __m256i v = tern__load_int_avx2(panel + h);
+            for (int s = 4, w = 81; s; s--, w /= 3) {
+                const __m256i rest = tern__mod_avx2(v, w);
+                tern__store_int_avx2(code + h + s * 64, _mm256_shuffle_epi8(digit, _mm256_and_si256(_mm256_sub_epi8(v, rest), mask)));
+                v = rest;
+            }
+            tern__store_int_avx2(code + h, v);
+        }
+}
+
+/* T tokens, both halves of the panel. Each quad adds at most 2 * 2 * 127 to an int16: 64 * 508 = 32512. */
+TERN__AVX2_INLINE void tern__tile_quads_avx2(const int T, const tern__dot *d, int64_t quads, const uint8_t *code, const int8_t *q, int32_t *acc) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i sum[TERN__TILE_AVX2][2];
+    TERN__UNROLL for (int t = 0; t < T; t++) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
+    for (int64_t i = 0; i < quads; i++) {
+        const __m256i w0 = tern__load_int_avx2(code + i * 64), w1 = tern__load_int_avx2(code + i * 64 + 32);
+        TERN__UNROLL for (int t = 0; t < T; t++) {
+            const __m256i x = tern__quad_avx2(q + t * d->q_stride + i * 4);
+            sum[t][0] = _mm256_add_epi16(sum[t][0], _mm256_maddubs_epi16(w0, x));
+            sum[t][1] = _mm256_add_epi16(sum[t][1], _mm256_maddubs_epi16(w1, x));
+        }
+    }
+    TERN__UNROLL for (int t = 0; t < T; t++)
+        TERN__UNROLL for (int h = 0; h < 2; h++) {
+            int32_t *to = acc + t * 16 + h * 8;
+            tern__store_int_avx2(to, _mm256_add_epi32(tern__load_int_avx2(to), _mm256_madd_epi16(sum[t][h], ones)));
+        }
+}
+static TERN__AVX2 void tern__tiles_avx2(const tern__dot *d, int32_t panels, int32_t tokens, int64_t quads, const uint8_t *code, const int8_t *q, int32_t *acc) {
+    (void)panels; /* always one */
+    switch (tokens) {
+#define TERN__CASE(T) case T: tern__tile_quads_avx2(T, d, quads, code, q, acc); break;
+    TERN__CASE(1) TERN__CASE(2) TERN__CASE(3) TERN__CASE(4)
+#undef TERN__CASE
+    default: break;
+    }
+}
+
+static void tern__dot_2bit_avx2(const tern__dot *d) {
+    static const tern__quads quads = {tern__decode_2bit_avx2, tern__tiles_avx2, 4, 1, TERN__TILE_AVX2};
+    if (d->tokens > 1) {
+        tern__dot_quads(d, &quads);
+        return;
+    }
+    for (int32_t p = 0; p < d->panels; p++) tern__gemv_2bit_avx2(d, p);
+}
+static void tern__dot_base3_avx2(const tern__dot *d) {
+    static const tern__quads quads = {tern__decode_base3_avx2, tern__tiles_avx2, 5, 1, TERN__TILE_AVX2};
+    tern__dot_quads(d, &quads);
+}
+
+static const tern__kernels tern__kernels_avx2 = {
+    tern__dot_2bit_avx2, tern__dot_base3_avx2, tern__emit_avx2, tern__fold_avx2, tern__tile_avx2, tern__tile_fused_avx2,
+    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2
+};
+#endif /* TERNARY_NO_AVX2 */
+
+#ifndef TERNARY_NO_AVX512_VNNI
+/* -- AVX-512 with VNNI -- */
+enum { TERN__TILE_AVX512 = 12 };
+#define TERN__AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define TERN__AVX512_INLINE static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+
+TERN__AVX512_INLINE __mmask16 tern__lanes_avx512(int64_t n) { return (__mmask16)(n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0); }
+TERN__AVX512_INLINE __m512 tern__load_avx512(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(tern__lanes_avx512(n), p); }
+TERN__AVX512_INLINE void tern__store_avx512(float *p, __m512 v, int64_t n) { _mm512_mask_storeu_ps(p, tern__lanes_avx512(n), v); }
+TERN__AVX512_INLINE __m512i tern__load_int_avx512(const void *p) { return _mm512_loadu_si512(p); }
+TERN__AVX512_INLINE void tern__store_i8_avx512(int8_t *q, __m512i v, int64_t n) {
+    _mm_mask_storeu_epi8(q, tern__lanes_avx512(n), _mm512_cvtepi32_epi8(v));
+}
+TERN__X86_FLOAT(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
+TERN__X86_TILE(tern__tile_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4, TERN__PLAIN_MADD)
+TERN__X86_TILE(tern__tile_fused_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4, _mm512_fmadd_ps)
+
+/* acc += dot of four codes and four activations in each lane, at most 4 * 255 * 127, wrapping. As asm,
+   because gcc 12 copies the accumulator of the intrinsic around and so spills large tiles. */
+TERN__AVX512_INLINE __m512i tern__dp_avx512(__m512i acc, __m512i code, __m512i x) {
+    __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+v"(acc) : "v"(code), "v"(x));
+    return acc;
+}
+TERN__AVX512_INLINE __m512i tern__quad_avx512(const int8_t *q) {
+    int32_t x;
+    memcpy(&x, q, 4);
+    return _mm512_set1_epi32(x);
+}
+TERN__AVX512_INLINE __m512i tern__mod_avx512(__m512i v, int w) {
+    v = _mm512_min_epu8(v, _mm512_sub_epi8(v, _mm512_set1_epi8((char)(2 * w))));
+    return _mm512_min_epu8(v, _mm512_sub_epi8(v, _mm512_set1_epi8((char)w)));
+}
+
+/* Quad s of what is left of a unit, s falling from the top, still multiplied by its weight: 4^s in the 2-bit
+   unit (one AND); in base 3 81, 27, 9 (a difference of remainders), 1, 1 (by table). */
+TERN__AVX512_INLINE __m512i tern__peel_avx512(const int base3, const int s, __m512i *v) {
+    const __m512i all = *v;
+    if (!base3) return _mm512_and_si512(all, _mm512_set1_epi8((char)(3 << 2 * s)));
+    if (s == 1) return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0)), all);
+    if (s == 0) return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0)), all);
+    *v = tern__mod_avx512(all, s == 4 ? 81 : s == 3 ? 27 : 9);
+    return _mm512_sub_epi8(all, *v);
+}
+
+/* P panels with T tokens straight from the packed units, one sum per weight; the weight is divided out at
+   the end. 2-bit: |sum| <= 16384 units * 4 * 128 * 127 < 2^30, a multiple of 4^s: a shift. Base 3: sums
+   wrap mod 2^32, where the odd weight has an inverse; the true quotient, |it| <= 2 * 127 * 2^18 < 2^26, is
+   the one that comes out. */
+TERN__AVX512_INLINE void tern__direct_avx512(const int base3, const int P, const int T, const tern__dot *d, int32_t panel) {
+    static const uint32_t inverse[5] = {1, 1, 0x38e38e39u, 0x684bda13u, 0x781948b1u};
+    const int Q = base3 ? 5 : 4;
+    const uint8_t *unit = d->panel + panel * d->panel_stride;
+    __m512i acc[2][3][5];
+    TERN__UNROLL for (int p = 0; p < P; p++)
+        TERN__UNROLL for (int t = 0; t < T; t++)
+            TERN__UNROLL for (int s = 0; s < Q; s++) acc[p][t][s] = _mm512_setzero_si512();
+    for (int64_t i = 0; i < d->units; i++, unit += 64) {
+        __m512i v[2];
+        TERN__UNROLL for (int p = 0; p < P; p++) {
+            v[p] = tern__load_int_avx512(unit + p * d->panel_stride);
+            tern__prefetch(d, unit + p * d->panel_stride, i, P);
+        }
+        TERN__UNROLL for (int s = Q - 1; s >= 0; s--)
+            TERN__UNROLL for (int p = 0; p < P; p++) {
+                const __m512i quad = tern__peel_avx512(base3, s, &v[p]);
+                TERN__UNROLL for (int t = 0; t < T; t++)
+                    acc[p][t][s] = tern__dp_avx512(acc[p][t][s], quad, tern__quad_avx512(d->q + t * d->q_stride + (i * Q + s) * 4));
+            }
+    }
+    TERN__UNROLL for (int p = 0; p < P; p++)
+        TERN__UNROLL for (int t = 0; t < T; t++) {
+            __m512i sum = _mm512_set1_epi32(-d->sum[t * d->sum_stride]);
+            TERN__UNROLL for (int s = 0; s < Q; s++)
+                sum = _mm512_add_epi32(sum, base3 ? _mm512_mullo_epi32(acc[p][t][s], _mm512_set1_epi32((int32_t)inverse[s]))
+                                                  : _mm512_sra_epi32(acc[p][t][s], _mm_cvtsi32_si128(2 * s)));
+            _mm512_store_si512(d->acc + ((panel + p) * T + t) * 16, sum);
+        }
+}
+
+static TERN__AVX512 void tern__decode_2bit_avx512(const uint8_t *panel, int64_t units, uint8_t *code) {
+    const __m512i mask = _mm512_set1_epi8(3);
+    for (int64_t i = 0; i < units; i++, panel += 64, code += 4 * 64) {
+        const __m512i v = tern__load_int_avx512(panel);
+        _mm512_store_si512(code, _mm512_and_si512(v, mask));
+        _mm512_store_si512(code + 64, _mm512_and_si512(_mm512_srli_epi16(v, 2), mask));
+        _mm512_store_si512(code + 128, _mm512_and_si512(_mm512_srli_epi16(v, 4), mask));
+        _mm512_store_si512(code + 192, _mm512_and_si512(_mm512_srli_epi16(v, 6), mask));
+    }
+}
+static TERN__AVX512 void tern__decode_base3_avx512(const uint8_t *panel, int64_t units, uint8_t *code) {
+    const __m512i mask = _mm512_set1_epi8(15), digit = _mm512_broadcast_i32x4(_mm_setr_epi8(TERN__DIGIT_OF_NIBBLE));
+    for (int64_t i = 0; i < units; i++, panel += 64, code += 5 * 64) {
+        __m512i v = tern__load_int_avx512(panel);
+        TERN__UNROLL for (int s = 4; s >= 0; s--)
+            _mm512_store_si512(code + s * 64, _mm512_shuffle_epi8(digit, _mm512_and_si512(tern__peel_avx512(1, s, &v), mask)));
+    }
+}
+
+/* P panels with T tokens: P + T loads feed P * T products. */
+TERN__AVX512_INLINE void tern__tile_quads_avx512(const int P, const int T, const tern__dot *d, int64_t quads, const uint8_t *code, const int8_t *q, int32_t *acc) {
+    __m512i sum[2][TERN__TILE_AVX512];
+    TERN__UNROLL for (int p = 0; p < P; p++)
+        TERN__UNROLL for (int t = 0; t < T; t++) sum[p][t] = _mm512_load_si512(acc + (p * d->tokens + t) * 16);
+    for (int64_t i = 0; i < quads; i++) {
+        __m512i w[2];
+        TERN__UNROLL for (int p = 0; p < P; p++) w[p] = _mm512_load_si512(code + (p * TERN__QUADS + i) * 64);
+        TERN__UNROLL for (int t = 0; t < T; t++) {
+            const __m512i x = tern__quad_avx512(q + t * d->q_stride + i * 4);
+            TERN__UNROLL for (int p = 0; p < P; p++) sum[p][t] = tern__dp_avx512(sum[p][t], w[p], x);
+        }
+    }
+    TERN__UNROLL for (int p = 0; p < P; p++)
+        TERN__UNROLL for (int t = 0; t < T; t++) _mm512_store_si512(acc + (p * d->tokens + t) * 16, sum[p][t]);
+}
+static TERN__AVX512 void tern__tiles_avx512(const tern__dot *d, int32_t panels, int32_t tokens, int64_t quads, const uint8_t *code, const int8_t *q, int32_t *acc) {
+    switch (panels * 16 + tokens) {
+#define TERN__CASE(T) case 16 + T: tern__tile_quads_avx512(1, T, d, quads, code, q, acc); break; \
+                      case 32 + T: tern__tile_quads_avx512(2, T, d, quads, code, q, acc); break;
+    TERN__CASE(1) TERN__CASE(2) TERN__CASE(3) TERN__CASE(4) TERN__CASE(5) TERN__CASE(6) TERN__CASE(7) TERN__CASE(8)
+    TERN__CASE(9) TERN__CASE(10) TERN__CASE(11) TERN__CASE(12)
+#undef TERN__CASE
+    default: break;
+    }
+}
+
+TERN__AVX512_INLINE void tern__direct_all_avx512(const int base3, const int P, const int T, const tern__dot *d) {
+    int32_t p = 0;
+    for (; d->panels - p >= P; p += P) tern__direct_avx512(base3, P, T, d, p);
+    for (; p < d->panels; p++) tern__direct_avx512(base3, 1, T, d, p);
+}
+static TERN__AVX512 void tern__dot_2bit_avx512(const tern__dot *d) {
+    static const tern__quads quads = {tern__decode_2bit_avx512, tern__tiles_avx512, 4, 2, TERN__TILE_AVX512};
+    switch (d->tokens) {
+    case 1: tern__direct_all_avx512(0, 2, 1, d); break;
+    case 2: tern__direct_all_avx512(0, 2, 2, d); break;
+    case 3: tern__direct_all_avx512(0, 2, 3, d); break;
+    default: tern__dot_quads(d, &quads);
+    }
+}
+static TERN__AVX512 void tern__dot_base3_avx512(const tern__dot *d) {
+    static const tern__quads quads = {tern__decode_base3_avx512, tern__tiles_avx512, 5, 2, TERN__TILE_AVX512};
+    switch (d->tokens) {
+    case 1: tern__direct_all_avx512(1, 1, 1, d); break;
+    case 2: tern__direct_all_avx512(1, 1, 2, d); break;
+    case 3: tern__direct_all_avx512(1, 1, 3, d); break;
+    default: tern__dot_quads(d, &quads);
+    }
+}
+
+static const tern__kernels tern__kernels_avx512_vnni = {
+    tern__dot_2bit_avx512, tern__dot_base3_avx512, tern__emit_avx512, tern__fold_avx512, tern__tile_avx512, tern__tile_fused_avx512,
+    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512
+};
+#endif /* TERNARY_NO_AVX512_VNNI */
+
+#ifndef __clang__
+#pragma GCC diagnostic pop
+#endif
+#endif /* x86 */
+
+/* ------------------------------------------------------------------------------------------------
+   [TERN-14] Backends: the function table, one instance per tier, selection
+   What enters: checked arguments. What leaves: results with the same bits from every tier on the
+   inference path. The operations are written once; tiers differ in tern__kernels alone. Called by the
+   public tern_NAME functions at the end of the room, and through them by the layers.
+   ------------------------------------------------------------------------------------------------ */
+
+#if defined(__GNUC__)
+#define TERN__ALIGN64 __attribute__((aligned(64)))
+#else
+#define TERN__ALIGN64
+#endif
+
+/* -- ternary matmul on int8 activations -- */
+
+/* Tokens [t0, t1) of panels [p0, p1). Each token block passes over all panels while it is in cache. */
+static void tern__matmul_range(const tern__kernels *k, const tern_matmul_args *a, const tern__shape *s, int64_t p0, int64_t p1, int64_t t0, int64_t t1)
+{
+    const tern_matrix *m = &a->m;
+    const int64_t stride = s->units * s->unit;
+    int32_t acc[TERN__PANELS * TERN__TOKENS * TERN__ROWS] TERN__ALIGN64;
+    float facc[TERN__PANELS * TERN__TOKENS * TERN__ROWS] TERN__ALIGN64, scale[TERN__ROWS], bias[TERN__ROWS];
+    int64_t t, p, g, r;
+    int32_t i;
+    for (t = t0; t < t1; t += TERN__TOKENS)
+        for (p = p0; p < p1; p += TERN__PANELS) {
+            tern__dot d;
+            d.panel_stride = s->panel_bytes;
+            d.q_stride = stride;
+            d.sum_stride = s->groups;
+            d.panels = (int32_t)tern__min(TERN__PANELS, p1 - p);
+            d.tokens = (int32_t)tern__min(TERN__TOKENS, t1 - t);
+            d.acc = acc;
+            for (g = 0; g < s->groups; g++) {
+                d.panel = (const uint8_t *)m->trits + p * s->panel_bytes + g * s->group_units * TERN__UNIT;
+                d.units = tern__group_run(m, s, g);
+                d.q = a->q + t * stride + g * s->group_units * s->unit;
+                d.sum = a->sum + t * s->groups + g;
+                (m->encoding == TERN_BASE3 ? k->dot_base3 : k->dot_2bit)(&d);
+                for (i = 0; m->grain > 0 && i < d.panels; i++) {
+                    tern__panel_scales(m, s, p + i, g, scale);
+                    k->fold(d.tokens, acc + i * d.tokens * TERN__ROWS, scale, facc + i * d.tokens * TERN__ROWS, g == 0);
+                }
+            }
+            for (i = 0; i < d.panels; i++) {
+                const int64_t row = (p + i) * TERN__ROWS;
+                tern__emit e;
+                e.rows = (int32_t)tern__min(TERN__ROWS, m->rows - row);
+                e.tokens = d.tokens;
+                e.acc = acc + i * d.tokens * TERN__ROWS;
+                e.facc = m->grain > 0 ? facc + i * d.tokens * TERN__ROWS : NULL;
+                e.scale = a->scale + t;
+                if (m->grain <= 0) tern__panel_scales(m, s, p + i, 0, scale);
+                e.s = scale;
+                for (r = 0; a->bias && r < TERN__ROWS; r++) bias[r] = r < e.rows ? a->bias[row + r] : 0.0f;
+                e.bias = a->bias ? bias : NULL;
+                e.y = a->y + t * m->rows + row;
+                e.y_stride = m->rows;
+                k->emit(&e);
+            }
+        }
+}
+
+typedef struct tern__matmul_work { const tern_matmul_args *a; tern__shape s; int32_t by_token; } tern__matmul_work;
+
+static void tern__matmul_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern__matmul_work *w = (const tern__matmul_work *)job->arg;
+    (void)bad;
+    if (w->by_token) tern__matmul_range(job->k, w->a, &w->s, 0, w->s.panels, begin, end);
+    else tern__matmul_range(job->k, w->a, &w->s, begin, end, 0, w->a->n);
+}
+
+/* -- float matrix products: one blocked driver, several right operands -- */
+
+enum { TERN__M_BLOCK = 192, TERN__K_BLOCK = 160 }; /* both operands of a tile stay in L1 and L2 */
+typedef enum { TERN__B_FLOATS, TERN__B_TRITS, TERN__B_WEIGHTS, TERN__B_QUANTIZED } tern__operand;
+
+/* c [m, n] (+)= a [m, k] * b [k, n] (* the columns' scales) (+ bias). Right operands:
+     FLOATS     b with strides
+     TRITS      the transpose of packed w, as trits; its scales multiply the columns, group by group
+     WEIGHTS    packed w as trit * scale
+     QUANTIZED  int8 activations of w's layout times their token's scale */
+typedef struct tern__gemm {
+    int64_t m, n, k;
+    const float *a; int64_t a_row, a_col;
+    tern__operand operand;
+    const float *b; int64_t b_row, b_col;
+    const tern_matrix *w;
+    const int8_t *q; const float *scale;
+    const float *bias;
+    float *c; int64_t c_row;
+    int32_t add, fused;
+} tern__gemm;
+
+/* Rows [k0, k0 + len) and columns [n0, n0 + lanes) of the right operand; the other lanes are zero. */
+static void tern__gemm_fill(const tern__gemm *g, const tern__shape *s, int64_t k0, int64_t len, int64_t n0, int64_t lanes, float *b)
+{
+    int8_t t[TERN__K_BLOCK];
+    int64_t j, l;
+    if (lanes < TERN__LANES) memset(b, 0, sizeof(float) * (size_t)(len * TERN__LANES));
+    switch (g->operand) {
+    case TERN__B_FLOATS: {
+        const float *from = g->b + k0 * g->b_row + n0 * g->b_col;
+        for (j = 0; j < len; j++, from += g->b_row, b += TERN__LANES)
+            if (g->b_col == 1) memcpy(b, from, sizeof(float) * (size_t)lanes);
+            else for (l = 0; l < lanes; l++) b[l] = from[l * g->b_col];
+        break;
+    }
+    case TERN__B_TRITS:
+        for (l = 0; l < lanes; l++) {
+            tern__unpack_range(g->w, s, n0 + l, k0, len, t);
+            for (j = 0; j < len; j++) b[j * TERN__LANES + l] = (float)t[j];
+        }
+        break;
+    case TERN__B_WEIGHTS:
+        for (j = 0; j < len; j++, b += TERN__LANES) {
+            tern__unpack_range(g->w, s, k0 + j, n0, lanes, t);
+            for (l = 0; l < lanes; l++)
+                b[l] = (float)t[l] * tern__load_scale(g->w->scale_type, g->w->scales, tern__scale_index(g->w, s, k0 + j, (n0 + l) / s->group));
+        }
+        break;
+    case TERN__B_QUANTIZED:
+        for (j = 0; j < len; j++, b += TERN__LANES) {
+            const int8_t *q = g->q + (k0 + j) * s->units * s->unit;
+            for (l = 0; l < lanes; l++) {
+                const int64_t group = (n0 + l) / s->group;
+                b[l] = (float)q[group * s->group_units * s->unit + (n0 + l) - group * s->group] * g->scale[k0 + j];
+            }
+        }
+        break;
+    }
+}
+
+/* One block of up to 192 rows by 32 columns. Sums run in order within segments of 2048 terms; segment
+   sums are added in order, then multiplied by the columns' scales, then added over the groups. */
+static void tern__gemm_block(const tern__kernels *k, const tern__gemm *g, int64_t m0, int64_t n0)
+{
+    float b[TERN__K_BLOCK * TERN__LANES] TERN__ALIGN64;
+    float part[TERN__M_BLOCK * TERN__LANES] TERN__ALIGN64, whole[TERN__M_BLOCK * TERN__LANES] TERN__ALIGN64;
+    tern__shape s;
+    const int64_t rows = tern__min(TERN__M_BLOCK, g->m - m0), lanes = tern__min(TERN__LANES, g->n - n0);
+    const int32_t scaled = g->operand == TERN__B_TRITS;
+    const int64_t runs = scaled ? (s = tern__shape_of(g->w)).groups : 1;
+    int64_t run, i, l, at, len;
+    if (g->operand != TERN__B_FLOATS) s = tern__shape_of(g->w);
+    for (run = 0; run < runs; run++) {
+        const int64_t from = scaled ? run * s.group : 0, to = scaled ? from + tern__group_cols(g->w, &s, run) : g->k;
+        const float *sum = part;
+        float scale[TERN__LANES];
+        for (at = from; at < to; at += len) {
+            const int64_t in_segment = (at - from) % TERN__SEGMENT;
+            len = tern__min(tern__min(TERN__K_BLOCK, TERN__SEGMENT - in_segment), to - at);
+            tern__gemm_fill(g, &s, at, len, n0, lanes, b);
+            (g->fused ? k->tile_fused : k->tile)(rows, len, g->a + m0 * g->a_row + at * g->a_col, g->a_row, g->a_col, b, part, in_segment == 0);
+            if (to - from > TERN__SEGMENT && (in_segment + len == TERN__SEGMENT || at + len == to)) {
+                for (i = 0; i < rows * TERN__LANES; i++) whole[i] = at - from < TERN__SEGMENT ? part[i] : whole[i] + part[i];
+                sum = whole;
+            }
+        }
+        for (l = 0; scaled && l < lanes; l++)
+            scale[l] = tern__load_scale(g->w->scale_type, g->w->scales, tern__scale_index(g->w, &s, n0 + l, run));
+        for (i = 0; i < rows; i++) {
+            float *c = g->c + (m0 + i) * g->c_row + n0;
+            for (l = 0; l < lanes; l++) {
+                const float v = scaled ? sum[i * TERN__LANES + l] * scale[l] : sum[i * TERN__LANES + l];
+                c[l] = g->add || run > 0 ? c[l] + v : v;
+            }
+            for (l = 0; g->bias && run == runs - 1 && l < lanes; l++) c[l] = c[l] + g->bias[n0 + l];
+        }
+    }
+}
+
+static void tern__gemm_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern__gemm *g = (const tern__gemm *)job->arg;
+    const int64_t blocks = tern__ceil_div(g->m, TERN__M_BLOCK);
+    int64_t i;
+    (void)bad;
+    for (i = begin; i < end; i++) tern__gemm_block(job->k, g, i % blocks * TERN__M_BLOCK, i / blocks * TERN__LANES);
+}
+
+static void tern__gemm_run(tern_run *run, const tern__gemm *g)
+{
+    const int64_t items = tern__mul(tern__ceil_div(g->m, TERN__M_BLOCK), tern__ceil_div(g->n, TERN__LANES));
+    tern__for(run, tern__gemm_body, g, items, tern__mul(tern__min(g->m, TERN__M_BLOCK) * 16, g->k));
+}
+
+/* The same on the calling thread, for bodies that are themselves parallel. */
+static void tern__gemm_here(const tern__kernels *k, const tern__gemm *g)
+{
+    int64_t i, j;
+    for (j = 0; j < g->n; j += TERN__LANES)
+        for (i = 0; i < g->m; i += TERN__M_BLOCK) tern__gemm_block(k, g, i, j);
+}
+
+static tern__gemm tern__gemm_of(int64_t m, int64_t n, int64_t k, const float *a, int64_t a_row, int64_t a_col, float *c, int64_t c_row)
+{
+    tern__gemm g;
+    memset(&g, 0, sizeof g);
+    g.m = m; g.n = n; g.k = k;
+    g.a = a; g.a_row = a_row; g.a_col = a_col;
+    g.c = c; g.c_row = c_row;
+    return g;
+}
+
+/* A float activation row with NaN or Inf counts as zero: its outputs become the bias. */
+static void tern__matmul_rows_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_matmul_args *a = (const tern_matmul_args *)job->arg;
+    int64_t t;
+    for (t = begin; t < end; t++) {
+        float *y = a->y + t * a->m.rows;
+        if (tern__finite(tern__float(job->k->absmax(a->m.cols, a->x + t * a->m.cols, NULL)))) continue;
+        *bad = tern__min(*bad, t);
+        if (a->bias) memcpy(y, a->bias, sizeof(float) * (size_t)a->m.rows);
+        else memset(y, 0, sizeof(float) * (size_t)a->m.rows);
+    }
+}
+
+static tern_result tern__cpu_matmul(tern_run *run, const tern_matmul_args *a)
+{
+    if (a->q) {
+        tern__matmul_work w;
+        w.a = a;
+        w.s = tern__shape_of(&a->m);
+        w.by_token = w.s.panels < run->parallel.workers && a->n > w.s.panels;
+        tern__for(run, tern__matmul_body, &w, w.by_token ? a->n : w.s.panels,
+                  tern__mul(tern__mul(w.by_token ? w.s.panels : a->n, a->m.cols) / 8 + 1, 1));
+    } else {
+        tern__gemm g = tern__gemm_of(a->n, a->m.rows, a->m.cols, a->x, a->m.cols, 1, a->y, a->m.rows);
+        int64_t bad;
+        g.operand = TERN__B_TRITS;
+        g.w = &a->m;
+        g.bias = a->bias;
+        g.fused = 1; /* a product with a trit is exact */
+        tern__gemm_run(run, &g);
+        bad = tern__for(run, tern__matmul_rows_body, a, a->n, a->m.cols);
+        if (bad != INT64_MAX) tern__set_fault(run, "matmul: activation row %d is not finite and was taken as zero", bad);
+    }
+    return TERN_OK;
+}
+
+static tern_result tern__cpu_dense(tern_run *run, const tern_dense_args *a)
+{
+    tern__gemm g = tern__gemm_of(a->m, a->n, a->k, a->a, a->a_row, a->a_col, a->c, a->c_row);
+    g.b = a->b; g.b_row = a->b_row; g.b_col = a->b_col;
+    g.bias = a->bias;
+    g.add = a->add;
+    g.fused = a->fused;
+    tern__gemm_run(run, &g);
+    return TERN_OK;
+}
+
+#ifndef TERNARY_NO_TRAINING
+static tern_result tern__cpu_matmul_dx(tern_run *run, const tern_matmul_dx_args *a)
+{
+    tern__gemm g = tern__gemm_of(a->n, a->m.cols, a->m.rows, a->dy, a->m.rows, 1, a->dx, a->m.cols);
+    g.operand = TERN__B_WEIGHTS;
+    g.w = &a->m;
+    g.fused = 1;
+    tern__gemm_run(run, &g);
+    return TERN_OK;
+}
+
+static void tern__bias_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_matmul_dw_args *a = (const tern_matmul_dw_args *)job->arg;
+    int64_t t, r;
+    (void)bad;
+    for (t = 0; t < a->n; t++)
+        for (r = begin; r < end; r++) a->dbias[r] = a->dbias[r] + a->dy[t * a->m.rows + r];
+}
+
+static tern_result tern__cpu_matmul_dw(tern_run *run, const tern_matmul_dw_args *a)
+{
+    if (a->dw) {
+        tern__gemm g = tern__gemm_of(a->m.rows, a->m.cols, a->n, a->dy, 1, a->m.rows, a->dw, a->m.cols);
+        g.operand = a->q ? TERN__B_QUANTIZED : TERN__B_FLOATS;
+        g.w = &a->m;
+        g.q = a->q; g.scale = a->scale;
+        g.b = a->x; g.b_row = a->m.cols; g.b_col = 1;
+        g.add = 1;
+        g.fused = 1;
+        tern__gemm_run(run, &g);
+    }
+    if (a->dbias) tern__for(run, tern__bias_body, a, a->m.rows, tern__mul(a->n, 5));
+    return TERN_OK;
+}
+#endif
+
+/* -- rows by id -- */
+
+static void tern__gather_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_gather_args *a = (const tern_gather_args *)job->arg;
+    const tern__shape s = tern__shape_of(&a->m);
+    int64_t i;
+    for (i = begin; i < end; i++) {
+        float *y = a->y + i * a->m.cols;
+        if (a->ids[i] < 0 || a->ids[i] >= a->m.rows) {
+            *bad = tern__min(*bad, i);
+            memset(y, 0, sizeof(float) * (size_t)a->m.cols);
+        } else if (a->m.trits) tern__unpack_row(&a->m, &s, a->ids[i], NULL, y);
+        else memcpy(y, a->w + a->ids[i] * a->m.cols, sizeof(float) * (size_t)a->m.cols);
+    }
+}
+
+static tern_result tern__cpu_gather(tern_run *run, const tern_gather_args *a)
+{
+    int64_t bad = tern__for(run, tern__gather_body, a, a->n, tern__mul(a->m.cols, 30));
+    if (bad != INT64_MAX) tern__set_fault(run, "gather: ids[%d] is out of range and its row was taken as zero", bad);
+    return TERN_OK;
+}
+
+#ifndef TERNARY_NO_TRAINING
+/* Threads share out the columns, so that every sum runs in the order of the tokens. */
+static void tern__scatter_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_scatter_args *a = (const tern_scatter_args *)job->arg;
+    int64_t i, j;
+    (void)bad;
+    for (i = 0; i < a->n; i++) {
+        float *dw = a->dw + a->ids[i] * a->cols;
+        if (a->ids[i] < 0 || a->ids[i] >= a->rows) continue;
+        for (j = begin; j < end; j++) dw[j] = dw[j] + a->dy[i * a->cols + j];
+    }
+}
+
+static tern_result tern__cpu_scatter(tern_run *run, const tern_scatter_args *a)
+{
+    tern__for(run, tern__scatter_body, a, a->cols, tern__mul(a->n, 5));
+    return TERN_OK;
+}
+#endif
+
+/* -- element by element -- */
+
+static void tern__fill_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_fill_args *a = (const tern_fill_args *)job->arg;
+    int64_t i;
+    (void)bad;
+    for (i = begin; i < end; i++)
+        a->x[i] = a->deviation == 0.0f ? 0.0f : a->deviation * tern__normal(a->seed, (uint64_t)i, a->stream);
+}
+
+static tern_result tern__cpu_fill(tern_run *run, const tern_fill_args *a)
+{
+    tern__for(run, tern__fill_body, a, a->count, a->deviation == 0.0f ? 2 : 200);
+    return TERN_OK;
+}
+
+static void tern__cast_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_cast_args *a = (const tern_cast_args *)job->arg;
+    int64_t i;
+    (void)bad;
+    for (i = begin; i < end; i++) tern__store_float(a->to, a->dst, i, tern__load_float(a->from, a->src, i));
+}
+
+static void tern__cast_scan_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_cast_args *a = (const tern_cast_args *)job->arg;
+    int64_t i;
+    for (i = begin; i < end; i++)
+        if (!tern__finite(tern__load_float(a->from, a->src, i))) { *bad = i; return; }
+}
+
+static tern_result tern__cpu_cast(tern_run *run, const tern_cast_args *a)
+{
+    int64_t bad = a->finite ? tern__for(run, tern__cast_scan_body, a, a->count, 10) : INT64_MAX;
+    TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_NONFINITE, "cast: element %d is not finite", bad);
+    tern__for(run, tern__cast_body, a, a->count, 15);
+    return TERN_OK;
+}
+
+/* gelu(x) = x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3) (Hendrycks and Gimpel 2016). */
+static float tern__gelu_tanh(float x) { return tern__tanh(0.79788456f * (x + 0.044715f * (x * x * x))); }
+
+/* Each function beside its derivative times dy. Parameters: x, y; dy, dx. */
+#define TERN__MAP(FN, FORWARD, BACKWARD)                                                        \
+    case FN:                                                                                    \
+        for (i = begin; i < end; i++) {                                                         \
+            const float x = a->a[i];                                                            \
+            if (a->dy) { const float dy = a->dy[i]; a->da[i] = BACKWARD; }                      \
+            else a->y[i] = FORWARD;                                                             \
+        }                                                                                       \
+        break;
+
+static void tern__map_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_map_args *a = (const tern_map_args *)job->arg;
+    int64_t i;
+    (void)bad;
+    switch (a->fn) {
+    case TERN_MAP_ADD:
+        for (i = begin; i < end; i++) {
+            if (!a->dy) { a->y[i] = a->a[i] + a->alpha * a->b[i]; continue; }
+            const float dy = a->dy[i];
+            if (a->da) a->da[i] = dy;
+            if (a->db) a->db[i] = a->alpha * dy;
+        }
+        break;
+    case TERN_MAP_MUL:
+        for (i = begin; i < end; i++) {
+            if (!a->dy) { a->y[i] = a->a[i] * a->b[i]; continue; }
+            const float dy = a->dy[i], x = a->a[i], z = a->b[i];
+            if (a->da) a->da[i] = dy * z;
+            if (a->db) a->db[i] = dy * x;
+        }
+        break;
+    case TERN_MAP_SCALE:
+        for (i = begin; i < end; i++) {
+            if (a->dy) a->da[i] = a->alpha * a->dy[i];
+            else a->y[i] = a->alpha * a->a[i];
+        }
+        break;
+    TERN__MAP(TERN_MAP_RELU, x > 0.0f ? x : 0.0f, x > 0.0f ? dy : 0.0f)
+    TERN__MAP(TERN_MAP_RELU2, x > 0.0f ? x * x : 0.0f, x > 0.0f ? 2.0f * x * dy : 0.0f)
+    TERN__MAP(TERN_MAP_SILU, x * tern__sigmoid(x), dy * (tern__sigmoid(x) * (1.0f + x * (1.0f - tern__sigmoid(x)))))
+    TERN__MAP(TERN_MAP_GELU, 0.5f * x * (1.0f + tern__gelu_tanh(x)),
+              dy * (0.5f * (1.0f + tern__gelu_tanh(x)) + 0.5f * x * (1.0f - tern__gelu_tanh(x) * tern__gelu_tanh(x)) *
+                    (0.79788456f * (1.0f + 0.134145f * (x * x)))))
+    }
+}
+#undef TERN__MAP
+
+static tern_result tern__cpu_map(tern_run *run, const tern_map_args *a)
+{
+    tern__for(run, tern__map_body, a, a->count, a->fn >= TERN_MAP_SILU ? 100 : 8);
+    return TERN_OK;
+}
+
+/* -- norm -- */
+
+static void tern__norm_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_norm_args *a = (const tern_norm_args *)job->arg;
+    int64_t t, i;
+    for (t = begin; t < end; t++) {
+        const float *x = a->x + t * a->cols;
+        const float r = tern__rms(job->k, a->cols, x, a->eps);
+        if (!(r > 0.0f)) *bad = tern__min(*bad, t);
+        if (!a->dy) {
+            float *y = a->y + t * a->cols;
+            for (i = 0; i < a->cols; i++) y[i] = r > 0.0f ? (a->gain ? x[i] * a->gain[i] : x[i]) * r : 0.0f;
+        } else if (a->dx) { /* dx = r g dy - x r^3 mean(g dy x) */
+            const float *dy = a->dy + t * a->cols;
+            float *dx = a->dx + t * a->cols, mean = 0.0f;
+            for (i = 0; i < a->cols; i++) mean = mean + (a->gain ? a->gain[i] * dy[i] : dy[i]) * x[i];
+            mean = mean / (float)a->cols * (r * r * r);
+            for (i = 0; i < a->cols; i++) {
+                const float v = r > 0.0f ? r * (a->gain ? a->gain[i] * dy[i] : dy[i]) - x[i] * mean : 0.0f;
+                dx[i] = a->add ? dx[i] + v : v;
+            }
+        }
+    }
+}
+
+/* dgain in order of the tokens: threads share out the columns. */
+static void tern__norm_gain_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_norm_args *a = (const tern_norm_args *)job->arg;
+    int64_t t, i;
+    (void)bad;
+    for (t = 0; t < a->n; t++) {
+        const float *x = a->x + t * a->cols, *dy = a->dy + t * a->cols;
+        const float r = tern__rms(job->k, a->cols, x, a->eps);
+        for (i = begin; r > 0.0f && i < end; i++) a->dgain[i] = a->dgain[i] + dy[i] * (x[i] * r);
+    }
+}
+
+static tern_result tern__cpu_norm(tern_run *run, const tern_norm_args *a)
+{
+    int64_t bad;
+    if (a->dy && a->dgain) tern__for(run, tern__norm_gain_body, a, a->cols, tern__mul(a->n, 10)); /* first: dx may be dy */
+    bad = tern__for(run, tern__norm_body, a, a->n, tern__mul(a->cols, 15));
+    if (bad != INT64_MAX) tern__set_fault(run, "norm: row %d is not finite and was taken as zero", bad);
+    return TERN_OK;
+}
+
+/* -- rotary positions (Su et al. 2021), pairs (i, i + dim/2) -- */
+
+enum { TERN__MAX_HEAD = 1024 };
+
+static void tern__rope_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_rope_args *a = (const tern_rope_args *)job->arg;
+    const int32_t half = a->dim / 2;
+    const float step = -2.0f / (float)a->dim * tern__log(a->base > 0.0f ? a->base : 10000.0f);
+    float frequency[TERN__MAX_HEAD / 2], sine[TERN__MAX_HEAD / 2], cosine[TERN__MAX_HEAD / 2];
+    int64_t t;
+    int32_t i, h;
+    (void)bad;
+    for (i = 0; i < half; i++) frequency[i] = tern__exp((float)i * step);
+    for (t = begin; t < end; t++) {
+        const float position = (float)(a->start + t % a->period);
+        for (i = 0; i < half; i++) {
+            tern__sincos(position * frequency[i], &sine[i], &cosine[i]);
+            if (a->inverse) sine[i] = 0.0f - sine[i];
+        }
+        for (h = 0; h < a->heads; h++) {
+            float *x = a->x + t * a->stride + h * a->dim;
+            for (i = 0; i < half; i++) {
+                const float u = x[i], v = x[i + half];
+                x[i] = u * cosine[i] - v * sine[i];
+                x[i + half] = u * sine[i] + v * cosine[i];
+            }
+        }
+    }
+}
+
+static tern_result tern__cpu_rope(tern_run *run, const tern_rope_args *a)
+{
+    tern__for(run, tern__rope_body, a, a->n, 100 * (a->heads + 1) * a->dim / 8);
+    return TERN_OK;
+}
+
+/* -- attention: one item is one key head of one sequence, with the query heads that share it -- */
+
+typedef struct tern__head { const float *q, *k, *v; float *y, *p; int64_t batch; int32_t head, kv; } tern__head;
+
+static tern__head tern__head_of(const tern_attention_args *a, int64_t batch, int32_t head)
+{
+    tern__head h;
+    h.batch = batch;
+    h.head = head;
+    h.kv = head / (a->heads / a->kv_heads);
+    h.q = a->q + batch * a->queries * a->q_stride + (int64_t)head * a->dim;
+    h.k = a->k + batch * a->keys * a->k_stride + (int64_t)h.kv * a->dim;
+    h.v = a->v + batch * a->keys * a->v_stride + (int64_t)h.kv * a->dim;
+    h.y = a->y + batch * a->queries * a->heads * a->dim + (int64_t)head * a->dim;
+    h.p = a->p + (batch * a->heads + head) * a->queries * a->keys;
+    return h;
+}
+
+/* Row i of p: softmax of the visible scores, zeros behind them. */
+static void tern__softmax_row(const tern__kernels *k, float *p, int64_t visible, int64_t keys, float scale)
+{
+    float largest, sum;
+    int64_t j;
+    for (j = 0; j < visible; j++) p[j] = p[j] * scale;
+    for (largest = p[0], j = 1; j < visible; j++) if (p[j] > largest) largest = p[j];
+    for (j = 0; j < visible; j++) p[j] = tern__exp(p[j] - largest);
+    sum = tern__sum_of(k, TERN_SUM, visible, p);
+    for (j = 0; j < visible; j++) p[j] = p[j] / sum;
+    for (; j < keys; j++) p[j] = 0.0f;
+}
+
+static void tern__attention_forward(const tern__kernels *k, const tern_attention_args *a, const tern__head *h)
+{
+    const int64_t width = (int64_t)a->heads * a->dim;
+    tern__gemm g = tern__gemm_of(a->queries, a->keys, a->dim, h->q, a->q_stride, 1, h->p, a->keys);
+    int64_t i;
+    g.b = h->k; g.b_row = 1; g.b_col = a->k_stride;
+    tern__gemm_here(k, &g);
+    for (i = 0; i < a->queries; i++)
+        tern__softmax_row(k, h->p + i * a->keys, a->keys - a->queries + i + 1, a->keys, 1.0f / tern__sqrt((float)a->dim));
+    g = tern__gemm_of(a->queries, a->dim, a->keys, h->p, a->keys, 1, h->y, width);
+    g.b = h->v; g.b_row = a->v_stride; g.b_col = 1;
+    tern__gemm_here(k, &g);
+}
+
+/* dV = P^T dY; dS = P (dY V^T - <dy, y>) / sqrt(dim), in place of P; dQ = dS K; dK = dS^T Q. */
+static void tern__attention_backward(const tern__kernels *k, const tern_attention_args *a, const tern__head *h)
+{
+    const int64_t width = (int64_t)a->heads * a->dim;
+    const int64_t dq = h->q - a->q, dk = h->k - a->k, dv = h->v - a->v;
+    const float *dy = a->dy + (h->y - a->y);
+    const float scale = 1.0f / tern__sqrt((float)a->dim);
+    const int32_t add = h->head % (a->heads / a->kv_heads) != 0;
+    float ds[TERN__M_BLOCK * TERN__LANES];
+    int64_t i, j, d, m0, n0;
+    tern__gemm g = tern__gemm_of(a->keys, a->dim, a->queries, h->p, 1, a->keys, a->dv + dv, a->v_stride);
+    g.b = dy; g.b_row = width; g.b_col = 1;
+    g.add = add;
+    g.fused = 1;
+    tern__gemm_here(k, &g);
+    for (m0 = 0; m0 < a->queries; m0 += TERN__M_BLOCK) {
+        const int64_t rows = tern__min(TERN__M_BLOCK, a->queries - m0);
+        float delta[TERN__M_BLOCK];
+        for (i = 0; i < rows; i++)
+            for (delta[i] = 0.0f, d = 0; d < a->dim; d++) delta[i] += dy[(m0 + i) * width + d] * h->y[(m0 + i) * width + d];
+        for (n0 = 0; n0 < a->keys; n0 += TERN__LANES) {
+            const int64_t lanes = tern__min(TERN__LANES, a->keys - n0);
+            g = tern__gemm_of(rows, lanes, a->dim, dy + m0 * width, width, 1, ds, TERN__LANES);
+            g.b = h->v + n0 * a->v_stride; g.b_row = 1; g.b_col = a->v_stride;
+            g.fused = 1;
+            tern__gemm_block(k, &g, 0, 0);
+            for (i = 0; i < rows; i++)
+                for (j = 0; j < lanes; j++) {
+                    float *p = h->p + (m0 + i) * a->keys + n0 + j;
+                    *p = *p * (ds[i * TERN__LANES + j] - delta[i]) * scale;
+                }
+        }
+    }
+    g = tern__gemm_of(a->queries, a->dim, a->keys, h->p, a->keys, 1, a->dq + dq, a->q_stride);
+    g.b = h->k; g.b_row = a->k_stride; g.b_col = 1;
+    g.fused = 1;
+    tern__gemm_here(k, &g);
+    g = tern__gemm_of(a->keys, a->dim, a->queries, h->p, 1, a->keys, a->dk + dk, a->k_stride);
+    g.b = h->q; g.b_row = a->q_stride; g.b_col = 1;
+    g.add = add;
+    g.fused = 1;
+    tern__gemm_here(k, &g);
+}
+
+static void tern__attention_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_attention_args *a = (const tern_attention_args *)job->arg;
+    const int32_t shared = a->heads / a->kv_heads;
+    int64_t item;
+    int32_t i;
+    (void)bad;
+    for (item = begin; item < end; item++)
+        for (i = 0; i < shared; i++) {
+            tern__head h = tern__head_of(a, item / a->kv_heads, (int32_t)(item % a->kv_heads) * shared + i);
+            if (a->dy) tern__attention_backward(job->k, a, &h);
+            else tern__attention_forward(job->k, a, &h);
+        }
+}
+
+static tern_result tern__cpu_attention(tern_run *run, const tern_attention_args *a)
+{
+    tern__for(run, tern__attention_body, a, a->batch * a->kv_heads,
+              tern__mul(tern__mul(a->queries, a->keys), a->heads / a->kv_heads * (a->dim + 30)));
+    return TERN_OK;
+}
+
+/* -- loss and sums -- */
+
+static void tern__loss_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_loss_args *a = (const tern_loss_args *)job->arg;
+    int64_t t, i, j;
+    for (t = begin; t < end; t++) {
+        const float *x = a->logits + t * a->classes;
+        float *dx = a->dlogits ? a->dlogits + t * a->classes : NULL;
+        const int32_t target = a->targets[t];
+        const int32_t usable = target >= 0 && target < a->classes && tern__finite(tern__float(job->k->absmax(a->classes, x, NULL)));
+        float largest = x[0], block[TERN__BLOCK], sum, at_target;
+        tern__tree tree;
+        a->losses[t] = 0.0f;
+        if (!usable) {
+            *bad = tern__min(*bad, t);
+            if (dx) memset(dx, 0, sizeof(float) * (size_t)a->classes);
+            continue;
+        }
+        at_target = x[target];
+        for (i = 1; i < a->classes; i++) if (x[i] > largest) largest = x[i];
+        tern__tree_init(&tree, job->k);
+        for (i = 0; i < a->classes; i += TERN__BLOCK) {
+            const int64_t n = tern__min(TERN__BLOCK, a->classes - i);
+            for (j = 0; j < n; j++) block[j] = tern__exp(x[i + j] - largest);
+            tern__tree_push(&tree, job->k->sum(TERN_SUM, n, block));
+            if (dx) memcpy(dx + i, block, sizeof(float) * (size_t)n);
+        }
+        sum = tern__tree_total(&tree);
+        a->losses[t] = tern__log(sum) + (largest - at_target);
+        for (i = 0; dx && i < a->classes; i++) dx[i] = (dx[i] / sum - (i == target ? 1.0f : 0.0f)) * a->scale;
+    }
+}
+
+static tern_result tern__cpu_loss(tern_run *run, const tern_loss_args *a)
+{
+    int64_t bad = tern__for(run, tern__loss_body, a, a->n, tern__mul(a->classes, 80));
+    if (bad != INT64_MAX) tern__set_fault(run, "loss: row %d has a target out of range or logits that are not finite and was taken as zero", bad);
+    return TERN_OK;
+}
+
+/* Blocks of 1024 floats go to the threads, 1024 block sums at a time. */
+typedef struct tern__sum_work { const tern_sum_args *a; int64_t block0; float *sums; } tern__sum_work;
+
+static void tern__sum_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern__sum_work *w = (const tern__sum_work *)job->arg;
+    int64_t i;
+    (void)bad;
+    for (i = begin; i < end; i++) {
+        const int64_t at = (w->block0 + i) * TERN__BLOCK;
+        w->sums[i] = job->k->sum((int32_t)w->a->kind, tern__min(TERN__BLOCK, w->a->count - at), w->a->x + at);
+    }
+}
+
+static tern_result tern__cpu_sum(tern_run *run, const tern_sum_args *a)
+{
+    const int64_t blocks = tern__ceil_div(a->count, TERN__BLOCK);
+    float sums[TERN__BLOCK], total;
+    tern__sum_work w;
+    tern__tree tree;
+    int64_t i;
+    tern__tree_init(&tree, (const tern__kernels *)run->backend->data);
+    w.a = a;
+    w.sums = sums;
+    for (w.block0 = 0; w.block0 < blocks; w.block0 += TERN__BLOCK) {
+        const int64_t n = tern__min(TERN__BLOCK, blocks - w.block0);
+        tern__for(run, tern__sum_body, &w, n, 1000);
+        for (i = 0; i < n; i++) tern__tree_push(&tree, sums[i]);
+    }
+    total = tern__tree_total(&tree);
+    a->y[0] = a->add ? a->y[0] + total : total;
+    return TERN_OK;
+}
+
+/* -- optimizers (Loshchilov and Hutter 2017 for AdamW) -- */
+
+#ifndef TERNARY_NO_TRAINING
+typedef struct tern__optimize_work { const tern_optimize_args *a; float factor, correct1, correct2; } tern__optimize_work;
+
+static void tern__optimize_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern__optimize_work *work = (const tern__optimize_work *)job->arg;
+    const tern_optimize_args *a = work->a;
+    uint32_t random[4] = {0, 0, 0, 0};
+    int64_t i;
+    (void)bad;
+    for (i = begin; i < end; i++) {
+        const float g = a->grad[i] * work->factor;
+        float w = tern__load_float(a->type, a->w, i), step = g;
+        if (a->kind == TERN_ADAMW) {
+            a->moment1[i] = a->beta1 * a->moment1[i] + (1.0f - a->beta1) * g;
+            a->moment2[i] = a->beta2 * a->moment2[i] + (1.0f - a->beta2) * g * g;
+            step = a->moment1[i] * work->correct1 / (tern__sqrt(a->moment2[i] * work->correct2) + a->eps);
+        } else if (a->moment1) step = a->moment1[i] = a->beta1 * a->moment1[i] + g;
+        w = w - a->rate * (step + a->decay * w);
+        a->grad[i] = 0.0f;
+        if (a->type == TERN_BF16) { /* element i takes word i % 4 of block i / 4 */
+            if (i == begin || (i & 3) == 0) tern__philox(a->seed, (uint64_t)(i >> 2), a->step, a->stream, random);
+            ((uint16_t *)a->w)[i] = tern__to_bf16_with(w, random[i & 3] & 0xFFFF);
+        } else ((float *)a->w)[i] = w;
+    }
+}
+
+static float tern__power(float base, uint32_t exponent)
+{
+    float result = 1.0f;
+    for (; exponent; exponent >>= 1, base = base * base)
+        if (exponent & 1) result = result * base;
+    return result;
+}
+
+static tern_result tern__cpu_optimize(tern_run *run, const tern_optimize_args *a)
+{
+    tern__optimize_work w;
+    if (a->norm2 && !tern__finite(*a->norm2)) {
+        tern__set_fault(run, "optimize: the gradient norm of step %d is not finite; the update was skipped", (int64_t)a->step);
+        memset(a->grad, 0, sizeof(float) * (size_t)a->count);
+        return TERN_OK;
+    }
+    w.a = a;
+    w.factor = 1.0f;
+    if (a->clip > 0.0f && a->norm2) {
+        const float norm = tern__sqrt(*a->norm2);
+        if (norm > a->clip) w.factor = a->clip / norm;
+    }
+    w.correct1 = 1.0f / (1.0f - tern__power(a->beta1, a->step));
+    w.correct2 = 1.0f / (1.0f - tern__power(a->beta2, a->step));
+    tern__for(run, tern__optimize_body, &w, a->count, a->type == TERN_BF16 ? 120 : 50);
+    return TERN_OK;
+}
+#else
+#define tern__cpu_matmul_dx NULL
+#define tern__cpu_matmul_dw NULL
+#define tern__cpu_scatter NULL
+#define tern__cpu_optimize NULL
+#endif
+
+/* -- memory and the tables -- */
+
+static tern_result tern__cpu_open(tern_run *r) { (void)r; return TERN_OK; }
+static void tern__cpu_close(tern_run *r) { (void)r; }
+static void *tern__cpu_alloc(tern_run *r, size_t bytes) { return tern__host_alloc(&r->allocator, bytes); }
+static void tern__cpu_free(tern_run *r, void *p) { tern__host_free(&r->allocator, p); }
+static tern_result tern__cpu_copy(tern_run *r, void *dst, const void *src, size_t bytes, tern_direction direction)
+{
+    (void)r;
+    (void)direction;
+    memmove(dst, src, bytes);
+    return TERN_OK;
+}
+static tern_result tern__cpu_sync(tern_run *r) { (void)r; return TERN_OK; }
+
+#define TERN__OP(op) tern__cpu_##op,
+#define TERN__TABLE(suffix, text)                                                              \
+    static const tern_backend tern__backend_##suffix = {                                       \
+        text, &tern__kernels_##suffix, tern__cpu_open, tern__cpu_close, tern__cpu_alloc,       \
+        tern__cpu_free, tern__cpu_copy, tern__cpu_sync, TERN_OPS(TERN__OP)                     \
+    };
+TERN__TABLE(scalar, "scalar")
+#ifdef TERN__WITH_AVX2
+TERN__TABLE(avx2, "avx2")
+#endif
+#ifdef TERN__WITH_AVX512_VNNI
+TERN__TABLE(avx512_vnni, "avx512-vnni")
+#endif
+#undef TERN__TABLE
+#undef TERN__OP
+
+/* A tier this machine and build have, or NULL. */
+TERN_API const tern_backend *tern_cpu_backend(tern_isa isa)
+{
+    const tern_backend *best = NULL, *tier;
+    int32_t i = 0;
+#ifdef TERN__WITH_AVX2
+#define tern__table_avx2 &tern__backend_avx2
+#else
+#define tern__table_avx2 NULL
+#endif
+#ifdef TERN__WITH_AVX512_VNNI
+#define tern__table_avx512_vnni &tern__backend_avx512_vnni
+#else
+#define tern__table_avx512_vnni NULL
+#endif
+#define tern__table_scalar &tern__backend_scalar
+#define TERN__TIER(name, suffix, text)                                    \
+    tier = tern__has_##suffix() ? tern__table_##suffix : NULL;            \
+    i++;                                                                  \
+    if (tier) best = tier;                                                \
+    if (i == (int32_t)isa) return tier;
+    TERN_TIERS(TERN__TIER)
+#undef TERN__TIER
+#undef tern__table_scalar
+#undef tern__table_avx2
+#undef tern__table_avx512_vnni
+    return isa == TERN_ISA_BEST ? best : NULL;
+}
+
+/* The best tier that desc and environment allow. A named tier that is not here is an error, not a guess. */
+static tern_result tern__choose(tern_run *r, tern_isa isa_max, const tern_backend **out)
+{
+    tern_isa isa = isa_max;
+    TERN__REQUIRE(r, (int32_t)isa_max >= 0 && isa_max < TERN__ISA_END, TERN_E_ARGUMENT, "open: isa_max %d is not a tier", (int64_t)isa_max);
+#ifndef TERNARY_NO_STDIO
+    {
+        const char *wanted = getenv("TERNARY_ISA");
+        if (wanted && *wanted) {
+            tern_isa named = TERN__ISA_END;
+#define TERN__TIER(name, suffix, text) if (strcmp(wanted, text) == 0) named = TERN_ISA_##name;
+            TERN_TIERS(TERN__TIER)
+#undef TERN__TIER
+#define TERN__TIER(name, suffix, text) " " text
+            TERN__REQUIRE(r, named != TERN__ISA_END, TERN_E_ARGUMENT, "open: TERNARY_ISA=%s is not one of:" TERN_TIERS(TERN__TIER), wanted);
+#undef TERN__TIER
+            TERN__REQUIRE(r, tern_cpu_backend(named), TERN_E_UNSUPPORTED, "open: TERNARY_ISA=%s is not supported by this machine or build", wanted);
+            if (isa == TERN_ISA_BEST || named < isa) isa = named;
+        }
+    }
+#endif
+    *out = tern_cpu_backend(isa);
+    TERN__REQUIRE(r, *out, TERN_E_UNSUPPORTED, "open: tier %d is not supported by this machine or build", (int64_t)isa);
+    return TERN_OK;
+}
+
+static tern_result tern__open_run(tern_run *r, const tern_context_desc *d, uint64_t layout)
+{
+    TERN__REQUIRE(r, layout == TERN_LAYOUT, TERN_E_VERSION, "open: the caller's ternary.h is another version than the implementation");
+    TERN__REQUIRE(r, !d->allocator.alloc == !d->allocator.free, TERN_E_ARGUMENT, "open: set both alloc and free, or neither");
+    TERN__REQUIRE(r, !d->parallel.run || (d->parallel.workers >= 1 && d->parallel.workers <= TERN__WORKERS), TERN_E_ARGUMENT,
+                  "open: parallel.workers is %d; 1 to %d can be used", (int64_t)d->parallel.workers, (int64_t)TERN__WORKERS);
+    r->allocator = d->allocator;
+    r->parallel = d->parallel;
+    if (!r->allocator.alloc) {
+        r->allocator.alloc = tern__default_alloc;
+        r->allocator.free = tern__default_free;
+    }
+    if (!r->parallel.run) r->parallel.workers = 1;
+    r->backend = d->backend;
+    return d->backend ? TERN_OK : tern__choose(r, d->isa_max, &r->backend);
+}
+
+TERN_API tern_result tern_open_checked(tern_context **out, const tern_context_desc *desc, tern_error *error, uint64_t layout)
+{
+    static const tern_context_desc defaults = TERN_ZERO;
+    const tern_context_desc *d = desc ? desc : &defaults;
+    tern_error ignored;
+    tern_context *c = NULL;
+    tern_result result;
+    tern_run run;
+    memset(&run, 0, sizeof run);
+    if (!error) error = &ignored;
+    memset(error, 0, sizeof *error);
+    if (!out) return tern__set_error(error, TERN_E_ARGUMENT, "open: out is NULL");
+    *out = NULL;
+    result = tern__open_run(&run, d, layout);
+    if (result == TERN_OK) {
+        c = (tern_context *)tern__host_alloc(&run.allocator, sizeof *c);
+        if (!c) result = tern__set_error(&run.error, TERN_E_MEMORY, "open: no memory for the context");
+    }
+    if (result != TERN_OK) {
+        *error = run.error;
+        return result;
+    }
+    c->run = run;
+    result = run.backend->open(&c->run);
+    if (result == TERN_OK) {
+        result = tern_reserve(c, d->scratch);
+        if (result != TERN_OK) run.backend->close(&c->run);
+    }
+    if (result != TERN_OK) {
+        *error = c->run.error;
+        tern__host_free(&run.allocator, c);
+        return result;
+    }
+    *out = c;
+    return TERN_OK;
+}
+
+TERN_API void tern_close(tern_context *c)
+{
+    tern_allocator allocator;
+    if (!c) return;
+    allocator = c->run.allocator;
+    tern_free(c, c->scratch);
+    c->run.backend->close(&c->run);
+    tern__host_free(&allocator, c);
+}
+
+TERN_API tern_result tern_sync(tern_context *c)
+{
+    tern_result result;
+    TERN__TRY(c->run.backend->sync(&c->run));
+    result = c->run.fault.code;
+    if (result != TERN_OK) c->run.error = c->run.fault;
+    c->run.fault.code = TERN_OK;
+    return result;
+}
+
+/* -- checks, one per operation: everything that can be said before a byte is touched -- */
+
+static tern_result tern__check_pointer(tern_run *r, const char *op, const char *name, const void *p, int64_t align)
+{
+    TERN__REQUIRE(r, p, TERN_E_ARGUMENT, "%s: %s is NULL", op, name);
+    TERN__REQUIRE(r, ((uintptr_t)p & (uintptr_t)(align - 1)) == 0, TERN_E_ALIGNMENT, "%s: %s is not aligned to %d bytes", op, name, align);
+    return TERN_OK;
+}
+
+/* n items of `width` elements of at most 4 bytes. */
+static tern_result tern__check_count(tern_run *r, const char *op, const char *name, int64_t n, int64_t width)
+{
+    TERN__REQUIRE(r, n > 0, TERN_E_SHAPE, "%s: %s = %d; it must be positive", op, name, n);
+    TERN__REQUIRE(r, tern__fits(tern__mul(tern__mul(n, width), 4)), TERN_E_OVERFLOW, "%s: %s = %d x %d overflows", op, name, n, width);
+    return TERN_OK;
+}
+
+static tern_result tern__check_float_type(tern_run *r, const char *op, tern_type type)
+{
+    TERN__REQUIRE(r, type == TERN_TYPE_DEFAULT || type == TERN_F32 || type == TERN_BF16 || type == TERN_F16, TERN_E_ARGUMENT,
+                  "%s: type %d is not TERN_F32, TERN_BF16 or TERN_F16", op, (int64_t)type);
+    return TERN_OK;
+}
+
+/* NEED: required pointer of 4-byte elements. MAY: the same, or NULL. */
+#define TERN__NEED(op, field) TERN__TRY(tern__check_pointer(r, op, #field, a->field, 4))
+#define TERN__MAY(op, field) do { if (a->field) TERN__NEED(op, field); } while (0)
+
+/* Packed data and its scales, and the matrix they belong to. */
+static tern_result tern__check_packed(tern_run *r, const char *op, const tern_matrix *m)
+{
+    TERN__TRY(tern__check_matrix(r, op, m));
+    TERN__TRY(tern__check_pointer(r, op, "m.trits", m->trits, 1));
+    return tern__check_pointer(r, op, "m.scales", m->scales, tern__type_bytes(m->scale_type));
+}
+
+static tern_result tern__check_ternarize(tern_run *r, const tern_ternarize_args *a)
+{
+    TERN__TRY(tern__check_packed(r, "ternarize", &a->m));
+    TERN__REQUIRE(r, (int32_t)a->rule >= 0 && a->rule < TERN_DENSE, TERN_E_ARGUMENT, "ternarize: rule %d does not ternarize", (int64_t)a->rule);
+    TERN__TRY(tern__check_float_type(r, "ternarize", a->type));
+    return tern__check_pointer(r, "ternarize", "w", a->w, tern__type_bytes(a->type));
+}
+
+static tern_result tern__check_pack(tern_run *r, const tern_pack_args *a)
+{
+    TERN__TRY(tern__check_matrix(r, "pack", &a->m));
+    TERN__TRY(tern__check_pointer(r, "pack", "m.trits", a->m.trits, 1));
+    return tern__check_pointer(r, "pack", "trits", a->trits, 1);
+}
+
+static tern_result tern__check_unpack(tern_run *r, const tern_unpack_args *a)
+{
+    TERN__TRY(tern__check_matrix(r, "unpack", &a->m));
+    TERN__TRY(tern__check_pointer(r, "unpack", "m.trits", a->m.trits, 1));
+    TERN__MAY("unpack", values);
+    if (a->values) TERN__TRY(tern__check_packed(r, "unpack", &a->m));
+    TERN__REQUIRE(r, a->row >= 0 && a->count > 0 && a->row < a->m.rows && a->count <= a->m.rows - a->row, TERN_E_SHAPE,
+                  "unpack: rows %d to %d of %d", a->row, tern__add(a->row, a->count), a->m.rows);
+    return TERN_OK;
+}
+
+static tern_result tern__check_quantize(tern_run *r, const tern_quantize_args *a)
+{
+    tern_matrix m = a->m;
+    m.rows = 1; /* not read */
+    TERN__TRY(tern__check_matrix(r, "quantize", &m));
+    TERN__TRY(tern__check_count(r, "quantize", "n", a->n, 32 * a->m.cols)); /* 32: padding of the smallest groups */
+    TERN__NEED("quantize", x);
+    TERN__MAY("quantize", gain);
+    TERN__TRY(tern__check_pointer(r, "quantize", "q", a->q, 1));
+    TERN__NEED("quantize", scale);
+    TERN__NEED("quantize", sum);
+    TERN__MAY("quantize", rms);
+    TERN__REQUIRE(r, a->norm == TERN_NORM_NONE || (a->norm == TERN_NORM_RMS && a->eps > 0), TERN_E_ARGUMENT, "quantize: norm %d is unknown or its eps is not positive", (int64_t)a->norm);
+    return TERN_OK;
+}
+
+static tern_result tern__check_matmul(tern_run *r, const tern_matmul_args *a)
+{
+    TERN__TRY(tern__check_packed(r, "matmul", &a->m));
+    TERN__TRY(tern__check_count(r, "matmul", "n", a->n, a->m.rows));
+    TERN__TRY(tern__check_count(r, "matmul", "n", a->n, 32 * a->m.cols));
+    if (a->q) {
+        TERN__NEED("matmul", scale);
+        TERN__NEED("matmul", sum);
+    } else TERN__NEED("matmul", x);
+    TERN__MAY("matmul", bias);
+    TERN__NEED("matmul", y);
+    return TERN_OK;
+}
+
+static tern_result tern__check_matmul_dx(tern_run *r, const tern_matmul_dx_args *a)
+{
+    TERN__TRY(tern__check_packed(r, "matmul_dx", &a->m));
+    TERN__TRY(tern__check_count(r, "matmul_dx", "n", a->n, a->m.rows));
+    TERN__TRY(tern__check_count(r, "matmul_dx", "n", a->n, a->m.cols));
+    TERN__NEED("matmul_dx", dy);
+    TERN__NEED("matmul_dx", dx);
+    return TERN_OK;
+}
+
+static tern_result tern__check_matmul_dw(tern_run *r, const tern_matmul_dw_args *a)
+{
+    TERN__TRY(tern__check_matrix(r, "matmul_dw", &a->m));
+    TERN__TRY(tern__check_count(r, "matmul_dw", "n", a->n, a->m.rows));
+    TERN__TRY(tern__check_count(r, "matmul_dw", "n", a->n, 32 * a->m.cols));
+    TERN__NEED("matmul_dw", dy);
+    TERN__MAY("matmul_dw", dw);
+    TERN__MAY("matmul_dw", dbias);
+    if (a->dw && a->q) TERN__NEED("matmul_dw", scale);
+    if (a->dw && !a->q) TERN__NEED("matmul_dw", x);
+    return TERN_OK;
+}
+
+static tern_result tern__check_dense(tern_run *r, const tern_dense_args *a)
+{
+    TERN__REQUIRE(r, a->k > 0 && a->n > 0, TERN_E_SHAPE, "dense: [%d x %d] * [%d x %d]; all must be positive", a->m, a->k, a->k, a->n);
+    TERN__TRY(tern__check_count(r, "dense", "m", a->m, tern__mul(a->k, a->n)));
+    TERN__REQUIRE(r, a->a_row >= 0 && a->a_col >= 0 && a->b_row >= 0 && a->b_col >= 0 && a->c_row >= a->n, TERN_E_SHAPE,
+                  "dense: strides must not be negative, and c_row = %d at least n = %d", a->c_row, a->n);
+    TERN__NEED("dense", a);
+    TERN__NEED("dense", b);
+    TERN__MAY("dense", bias);
+    TERN__NEED("dense", c);
+    return TERN_OK;
+}
+
+static tern_result tern__check_gather(tern_run *r, const tern_gather_args *a)
+{
+    if (a->m.trits) TERN__TRY(tern__check_packed(r, "gather", &a->m));
+    else {
+        TERN__TRY(tern__check_count(r, "gather", "rows", a->m.rows, a->m.cols));
+        TERN__NEED("gather", w);
+    }
+    TERN__TRY(tern__check_count(r, "gather", "n", a->n, a->m.cols));
+    TERN__REQUIRE(r, a->m.cols > 0, TERN_E_SHAPE, "gather: cols = %d; it must be positive", a->m.cols);
+    TERN__NEED("gather", ids);
+    TERN__NEED("gather", y);
+    return TERN_OK;
+}
+
+static tern_result tern__check_scatter(tern_run *r, const tern_scatter_args *a)
+{
+    TERN__TRY(tern__check_count(r, "scatter", "rows", a->rows, a->cols));
+    TERN__TRY(tern__check_count(r, "scatter", "n", a->n, a->cols));
+    TERN__TRY(tern__check_count(r, "scatter", "cols", a->cols, 1));
+    TERN__NEED("scatter", ids);
+    TERN__NEED("scatter", dy);
+    TERN__NEED("scatter", dw);
+    return TERN_OK;
+}
+
+static tern_result tern__check_fill(tern_run *r, const tern_fill_args *a)
+{
+    TERN__TRY(tern__check_count(r, "fill", "count", a->count, 1));
+    TERN__NEED("fill", x);
+    TERN__REQUIRE(r, a->deviation >= 0 && tern__finite(a->deviation), TERN_E_ARGUMENT, "fill: the deviation is negative or not finite");
+    return TERN_OK;
+}
+
+static tern_result tern__check_cast(tern_run *r, const tern_cast_args *a)
+{
+    TERN__TRY(tern__check_count(r, "cast", "count", a->count, 1));
+    TERN__TRY(tern__check_float_type(r, "cast", a->from));
+    TERN__TRY(tern__check_float_type(r, "cast", a->to));
+    TERN__TRY(tern__check_pointer(r, "cast", "src", a->src, tern__type_bytes(a->from)));
+    return tern__check_pointer(r, "cast", "dst", a->dst, tern__type_bytes(a->to));
+}
+
+static tern_result tern__check_map(tern_run *r, const tern_map_args *a)
+{
+    const int32_t two = a->fn == TERN_MAP_ADD || a->fn == TERN_MAP_MUL;
+    TERN__REQUIRE(r, (int32_t)a->fn >= 0 && a->fn <= TERN_MAP_GELU, TERN_E_ARGUMENT, "map: function %d is unknown", (int64_t)a->fn);
+    TERN__TRY(tern__check_count(r, "map", "count", a->count, 1));
+    if (!a->dy || a->fn == TERN_MAP_MUL || a->fn >= TERN_MAP_RELU) TERN__NEED("map", a);
+    if ((!a->dy && two) || a->fn == TERN_MAP_MUL) TERN__NEED("map", b);
+    if (!a->dy) TERN__NEED("map", y);
+    if (a->dy) {
+        TERN__NEED("map", dy);
+        if (!two) TERN__NEED("map", da);
+        TERN__MAY("map", da);
+        TERN__MAY("map", db);
+    }
+    return TERN_OK;
+}
+
+static tern_result tern__check_norm(tern_run *r, const tern_norm_args *a)
+{
+    TERN__TRY(tern__check_count(r, "norm", "cols", a->cols, 1));
+    TERN__TRY(tern__check_count(r, "norm", "n", a->n, a->cols));
+    TERN__REQUIRE(r, a->eps > 0 && tern__finite(a->eps), TERN_E_ARGUMENT, "norm: eps must be positive and finite");
+    TERN__NEED("norm", x);
+    TERN__MAY("norm", gain);
+    TERN__MAY("norm", dy);
+    TERN__MAY("norm", dx);
+    TERN__MAY("norm", dgain);
+    if (!a->dy) TERN__NEED("norm", y);
+    return TERN_OK;
+}
+
+static tern_result tern__check_rope(tern_run *r, const tern_rope_args *a)
+{
+    TERN__REQUIRE(r, a->dim > 0 && a->dim % 2 == 0 && a->dim <= TERN__MAX_HEAD, TERN_E_SHAPE, "rope: dim = %d; it must be even, 2 to %d", (int64_t)a->dim, (int64_t)TERN__MAX_HEAD);
+    TERN__TRY(tern__check_count(r, "rope", "heads", a->heads, a->dim));
+    TERN__REQUIRE(r, a->stride >= (int64_t)a->heads * a->dim, TERN_E_SHAPE, "rope: stride %d is below heads x dim = %d", a->stride, (int64_t)a->heads * a->dim);
+    TERN__TRY(tern__check_count(r, "rope", "n", a->n, a->stride));
+    TERN__REQUIRE(r, a->start >= 0 && a->period > 0 && a->start <= ((int64_t)1 << 24) - tern__min(a->period, a->n), TERN_E_ARGUMENT, "rope: start %d and period %d leave positions outside 0 .. 2^24", a->start, a->period);
+    TERN__REQUIRE(r, a->base >= 0 && tern__finite(a->base), TERN_E_ARGUMENT, "rope: base is negative or not finite");
+    TERN__NEED("rope", x);
+    return TERN_OK;
+}
+
+static tern_result tern__check_attention(tern_run *r, const tern_attention_args *a)
+{
+    TERN__REQUIRE(r, a->heads > 0 && a->kv_heads > 0 && a->heads % a->kv_heads == 0, TERN_E_SHAPE, "attention: %d heads cannot share %d key heads", (int64_t)a->heads, (int64_t)a->kv_heads);
+    TERN__REQUIRE(r, a->dim > 0 && a->dim <= TERN__MAX_HEAD, TERN_E_SHAPE, "attention: dim = %d; 1 to %d can be used", (int64_t)a->dim, (int64_t)TERN__MAX_HEAD);
+    TERN__REQUIRE(r, a->queries > 0 && a->queries <= a->keys, TERN_E_SHAPE, "attention: %d queries over %d keys", a->queries, a->keys);
+    TERN__REQUIRE(r, a->q_stride >= (int64_t)a->heads * a->dim && a->k_stride >= (int64_t)a->kv_heads * a->dim && a->v_stride >= (int64_t)a->kv_heads * a->dim,
+                  TERN_E_SHAPE, "attention: strides %d, %d, %d are below heads x dim", a->q_stride, a->k_stride, a->v_stride);
+    TERN__TRY(tern__check_count(r, "attention", "batch", a->batch, tern__mul(a->keys, tern__add(a->q_stride, tern__add(a->k_stride, a->v_stride)))));
+    TERN__TRY(tern__check_count(r, "attention", "batch", a->batch, tern__mul(a->heads, tern__mul(a->queries, a->keys))));
+    TERN__NEED("attention", q);
+    TERN__NEED("attention", k);
+    TERN__NEED("attention", v);
+    TERN__NEED("attention", y);
+    TERN__NEED("attention", p);
+    if (a->dy) {
+        TERN__NEED("attention", dy);
+        TERN__NEED("attention", dq);
+        TERN__NEED("attention", dk);
+        TERN__NEED("attention", dv);
+    }
+    return TERN_OK;
+}
+
+static tern_result tern__check_loss(tern_run *r, const tern_loss_args *a)
+{
+    TERN__TRY(tern__check_count(r, "loss", "classes", a->classes, 1));
+    TERN__TRY(tern__check_count(r, "loss", "n", a->n, a->classes));
+    TERN__NEED("loss", logits);
+    TERN__NEED("loss", targets);
+    TERN__NEED("loss", losses);
+    TERN__MAY("loss", dlogits);
+    return TERN_OK;
+}
+
+static tern_result tern__check_sum(tern_run *r, const tern_sum_args *a)
+{
+    TERN__REQUIRE(r, (int32_t)a->kind >= 0 && a->kind <= TERN_SUM_SQUARES, TERN_E_ARGUMENT, "sum: kind %d is unknown", (int64_t)a->kind);
+    TERN__TRY(tern__check_count(r, "sum", "count", a->count, 1));
+    TERN__NEED("sum", x);
+    TERN__NEED("sum", y);
+    return TERN_OK;
+}
+
+static tern_result tern__check_optimize(tern_run *r, const tern_optimize_args *a)
+{
+    TERN__TRY(tern__check_count(r, "optimize", "count", a->count, 1));
+    TERN__REQUIRE(r, a->kind == TERN_ADAMW || a->kind == TERN_SGD, TERN_E_ARGUMENT, "optimize: optimizer %d is unknown", (int64_t)a->kind);
+    TERN__REQUIRE(r, a->type == TERN_TYPE_DEFAULT || a->type == TERN_F32 || a->type == TERN_BF16, TERN_E_ARGUMENT, "optimize: weights of type %d; TERN_F32 or TERN_BF16 can be trained", (int64_t)a->type);
+    TERN__REQUIRE(r, a->rate >= 0 && tern__finite(a->rate) && a->beta1 >= 0 && a->beta1 < 1 && a->beta2 >= 0 && a->beta2 < 1 && a->eps >= 0 &&
+                  tern__finite(a->decay) && a->step > 0, TERN_E_ARGUMENT, "optimize: rate, betas, eps or decay out of range at step %d (counted from 1)", (int64_t)a->step);
+    TERN__TRY(tern__check_pointer(r, "optimize", "w", a->w, tern__type_bytes(a->type)));
+    TERN__NEED("optimize", grad);
+    TERN__MAY("optimize", moment1);
+    TERN__MAY("optimize", moment2);
+    TERN__MAY("optimize", norm2);
+    if (a->kind == TERN_ADAMW) {
+        TERN__NEED("optimize", moment1);
+        TERN__NEED("optimize", moment2);
+    }
+    return TERN_OK;
+}
+
+#define TERN__PUBLIC(op)                                                                                            \
+    TERN_API tern_result tern_##op(tern_context *c, const tern_##op##_args *a)                                      \
+    {                                                                                                               \
+        if (!c) return TERN_E_ARGUMENT;                                                                             \
+        TERN__REQUIRE(&c->run, a, TERN_E_ARGUMENT, #op ": args is NULL");                                           \
+        TERN__TRY(tern__check_##op(&c->run, a));                                                                    \
+        TERN__REQUIRE(&c->run, c->run.backend->op, TERN_E_UNSUPPORTED, "%s has no operation " #op, c->run.backend->name); \
+        return c->run.backend->op(&c->run, a);                                                                      \
+    }
+TERN_OPS(TERN__PUBLIC)
+#undef TERN__PUBLIC
+
+/* ------------------------------------------------------------------------------------------------
+   [TERN-15] Parameters and BitLinear
+   What enters: the caller's tern_param structs. What leaves: filled buffers, and BitLinear composed of
+   quantize, matmul and their backward twins. Nothing here touches backend memory directly.
+   ------------------------------------------------------------------------------------------------ */
+
+TERN_API tern_matrix tern_param_matrix(const tern_param *p)
+{
+    tern_matrix m;
+    m.rows = p->rows;
+    m.cols = p->cols;
+    m.grain = p->grain;
+    m.encoding = p->buffer[TERN_TRITS].type == TERN_BASE3 ? TERN_BASE3 : TERN_2BIT;
+    m.scale_type = p->buffer[TERN_SCALES].type == TERN_POW2 ? TERN_POW2 : TERN_F32;
+    m.trits = p->buffer[TERN_TRITS].data;
+    m.scales = p->buffer[TERN_SCALES].data;
+    return m;
+}
+
+static tern_result tern__check_param(tern_context *c, const tern_param *p)
+{
+    tern_run *r;
+    if (!c) return TERN_E_ARGUMENT;
+    r = &c->run;
+    TERN__REQUIRE(r, p, TERN_E_ARGUMENT, "a parameter is NULL");
+    TERN__REQUIRE(r, memchr(p->name, 0, sizeof p->name), TERN_E_ARGUMENT, "a parameter's name is not terminated");
+    TERN__REQUIRE(r, (int32_t)p->rule >= 0 && p->rule <= TERN_DENSE, TERN_E_ARGUMENT, "%s: rule %d is unknown", p->name, (int64_t)p->rule);
+    if (p->rule == TERN_DENSE) {
+        TERN__REQUIRE(r, p->rows > 0 && p->cols > 0, TERN_E_SHAPE, "%s: %d x %d; both must be positive", p->name, p->rows, p->cols);
+        TERN__TRY(tern__check_count(r, p->name, "rows", p->rows, p->cols));
+        TERN__REQUIRE(r, p->buffer[TERN_SHADOW].type == TERN_TYPE_DEFAULT || p->buffer[TERN_SHADOW].type == TERN_F32, TERN_E_ARGUMENT, "%s: a dense parameter is TERN_F32", p->name);
+    } else {
+        const tern_matrix m = tern_param_matrix(p);
+        TERN__TRY(tern__check_matrix(r, p->name, &m));
+    }
+    return TERN_OK;
+}
+
+/* Fails where a buffer is absent or has fewer elements than the parameter. */
+static tern_result tern__check_buffer(tern_context *c, const tern_param *p, int32_t which, int64_t count)
+{
+    static const char *const names[TERN_BUFFERS] = {"trits", "scales", "shadow", "gradient", "first moment", "second moment"};
+    TERN__REQUIRE(&c->run, p->buffer[which].data, TERN_E_MISSING, "%s has no %s", p->name, names[which]);
+    TERN__REQUIRE(&c->run, p->buffer[which].count >= (size_t)count, TERN_E_SHAPE, "%s: its %s has %d elements of %d", p->name, names[which], (int64_t)p->buffer[which].count, count);
+    return TERN_OK;
+}
+
+/* Elements a buffer of this parameter has. */
+static int64_t tern__buffer_count(const tern_param *p, int32_t which)
+{
+    const tern_matrix m = tern_param_matrix(p);
+    if (which > TERN_SCALES) return p->rows * p->cols;
+    if (p->rule == TERN_DENSE) return 0;
+    return which == TERN_TRITS ? tern__shape_of(&m).panels * tern__shape_of(&m).panel_bytes : tern__shape_of(&m).scales;
+}
+
+/* What a layer reads: packed weights, or the values of a dense parameter. */
+static tern_result tern__check_ready(tern_context *c, const tern_param *p)
+{
+    TERN__TRY(tern__check_param(c, p));
+    if (p->rule == TERN_DENSE) return tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols);
+    TERN__TRY(tern__check_buffer(c, p, TERN_TRITS, tern__buffer_count(p, TERN_TRITS)));
+    return tern__check_buffer(c, p, TERN_SCALES, tern__buffer_count(p, TERN_SCALES));
+}
+
+static float *tern__floats(const tern_param *p, int32_t which) { return p ? (float *)p->buffer[which].data : NULL; }
+
+static tern_type tern__buffer_type(const tern_param *p, int32_t which)
+{
+    const tern_matrix m = tern_param_matrix(p);
+    if (which == TERN_TRITS) return m.encoding;
+    if (which == TERN_SCALES) return m.scale_type;
+    if (which == TERN_SHADOW && p->buffer[which].type == TERN_BF16) return TERN_BF16;
+    return TERN_F32;
+}
+
+TERN_API tern_result tern_param_alloc(tern_context *c, tern_param *p, int32_t mask)
+{
+    int32_t i, fresh = 0;
+    TERN__TRY(tern__check_param(c, p));
+    for (i = 0; i < TERN_BUFFERS; i++) {
+        tern_buffer *b = &p->buffer[i];
+        const int64_t count = tern__buffer_count(p, i);
+        if (!(mask >> i & 1) || b->data || count == 0) continue;
+        b->type = tern__buffer_type(p, i);
+        b->data = tern_alloc(c, (size_t)(count * tern__type_bytes(b->type)));
+        if (!b->data) {
+            tern_param_free(c, p, fresh);
+            TERN__FAIL(&c->run, TERN_E_MEMORY, "%s: no memory for %d bytes", p->name, count * tern__type_bytes(b->type));
+        }
+        b->count = (size_t)count;
+        b->owned = 1;
+        fresh |= 1 << i;
+    }
+    return TERN_OK;
+}
+
+TERN_API void tern_param_free(tern_context *c, tern_param *p, int32_t mask)
+{
+    int32_t i;
+    const int32_t values = p->rule == TERN_DENSE && mask == TERN_FOR_TRAINING ? 1 << TERN_SHADOW : 0;
+    for (i = 0; i < TERN_BUFFERS; i++) {
+        tern_buffer *b = &p->buffer[i];
+        if (!((mask & ~values) >> i & 1)) continue;
+        if (b->owned) tern_free(c, b->data);
+        b->data = NULL;
+        b->count = 0;
+        b->owned = 0;
+    }
+}
+
+/* Trits and scales from floats in backend memory. */
+static tern_result tern__param_ternarize(tern_context *c, tern_param *p, tern_type type, const void *w)
+{
+    tern_ternarize_args a;
+    a.m = tern_param_matrix(p);
+    a.rule = p->rule;
+    a.type = type;
+    a.w = w;
+    return tern_ternarize(c, &a);
+}
+
+TERN_API tern_result tern_param_set(tern_context *c, tern_param *p, tern_type type, const void *w)
+{
+    const int32_t dense = p && p->rule == TERN_DENSE;
+    TERN__TRY(tern__check_ready(c, p));
+    if (w && !dense) TERN__TRY(tern__param_ternarize(c, p, type, w)); /* refuses bad weights before anything is written */
+    if (w && p->buffer[TERN_SHADOW].data) {
+        tern_cast_args a;
+        TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
+        a.count = p->rows * p->cols;
+        a.from = type;
+        a.to = tern__buffer_type(p, TERN_SHADOW);
+        a.src = w;
+        a.dst = p->buffer[TERN_SHADOW].data;
+        a.finite = 1;
+        TERN__TRY(tern_cast(c, &a));
+    }
+    if (dense || (w && tern__buffer_type(p, TERN_SHADOW) != TERN_BF16)) return TERN_OK;
+    if (w && !p->buffer[TERN_SHADOW].data) return TERN_OK;
+    TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
+    return tern__param_ternarize(c, p, tern__buffer_type(p, TERN_SHADOW), p->buffer[TERN_SHADOW].data);
+}
+
+/* Packs rows given by the host, panel by panel through a staging buffer of the backend. */
+static tern_result tern__upload_panel(tern_context *c, const tern_param *p, int64_t panel, const int8_t *trits, int8_t *staging)
+{
+    tern_pack_args a;
+    const int64_t panel_bytes = tern__buffer_count(p, TERN_TRITS) / tern__ceil_div(p->rows, TERN__ROWS);
+    a.m = tern_param_matrix(p);
+    a.m.rows = tern__min(TERN__ROWS, p->rows - panel * TERN__ROWS);
+    a.m.trits = (uint8_t *)a.m.trits + panel * panel_bytes;
+    a.trits = staging;
+    TERN__TRY(tern_copy(c, staging, trits, (size_t)(a.m.rows * p->cols), TERN_TO_DEVICE));
+    return tern_pack(c, &a);
+}
+
+TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_t *trits, const float *scales)
+{
+    tern_result result = TERN_OK;
+    tern_run *r;
+    tern_matrix m;
+    tern__shape s;
+    int64_t i, g, panel, stored;
+    int8_t *staging;
+    void *ordered;
+    TERN__TRY(tern__check_ready(c, p));
+    r = &c->run;
+    TERN__REQUIRE(r, p->rule != TERN_DENSE, TERN_E_ARGUMENT, "%s is dense and takes no trits", p->name);
+    TERN__REQUIRE(r, trits && scales, TERN_E_ARGUMENT, "%s: trits or scales are NULL", p->name);
+    m = tern_param_matrix(p);
+    s = tern__shape_of(&m);
+    stored = m.grain == TERN_PER_TENSOR ? 1 : m.rows * s.groups;
+    for (i = 0; i < m.rows * m.cols; i++)
+        TERN__REQUIRE(r, trits[i] >= -1 && trits[i] <= 1, TERN_E_TRIT, "%s: trits[%d][%d] is %d, not -1, 0 or 1", p->name, i / m.cols, i % m.cols, (int64_t)trits[i]);
+    for (i = 0; i < stored; i++) {
+        TERN__REQUIRE(r, tern__weight_ok(scales[i]) && scales[i] >= 0, TERN_E_NONFINITE, "%s: scales[%d] is negative or not a finite number below 2^96", p->name, i);
+        TERN__REQUIRE(r, m.scale_type != TERN_POW2 || tern__from_pow2(tern__to_pow2(scales[i])) == scales[i], TERN_E_ARGUMENT, "%s: scales[%d] is not a power of two", p->name, i);
+    }
+    staging = (int8_t *)tern_alloc(c, (size_t)(TERN__ROWS * m.cols));
+    ordered = tern__host_alloc(&r->allocator, (size_t)(s.scales * tern__type_bytes(m.scale_type)));
+    if (!staging || !ordered) result = tern__set_error(&r->error, TERN_E_MEMORY, "%s: no memory to pack", p->name);
+    for (panel = 0; result == TERN_OK && panel < s.panels; panel++)
+        result = tern__upload_panel(c, p, panel, trits + panel * TERN__ROWS * m.cols, staging);
+    for (i = 0; result == TERN_OK && i < (m.grain == TERN_PER_TENSOR ? 1 : m.rows); i++)
+        for (g = 0; g < s.groups; g++)
+            tern__store_scale(m.scale_type, ordered, tern__scale_index(&m, &s, i, g), scales[i * s.groups + g]);
+    if (result == TERN_OK) result = tern_copy(c, m.scales, ordered, (size_t)(s.scales * tern__type_bytes(m.scale_type)), TERN_TO_DEVICE);
+    if (staging) tern_free(c, staging);
+    tern__host_free(&r->allocator, ordered);
+    return result;
+}
+
+TERN_API tern_result tern_param_get(tern_context *c, const tern_param *p, int64_t row, int8_t *trits, float *scales, float *values)
+{
+    tern_result result = TERN_OK;
+    tern_run *r;
+    tern_matrix m;
+    tern__shape s;
+    tern_unpack_args a;
+    int64_t g;
+    TERN__TRY(tern__check_ready(c, p));
+    r = &c->run;
+    TERN__REQUIRE(r, row >= 0 && row < p->rows, TERN_E_SHAPE, "%s: row %d of %d", p->name, row, p->rows);
+    if (p->rule == TERN_DENSE) {
+        TERN__REQUIRE(r, !trits && !scales, TERN_E_ARGUMENT, "%s is dense and has no trits", p->name);
+        return values ? tern_copy(c, values, tern__floats(p, TERN_SHADOW) + row * p->cols, (size_t)p->cols * 4, TERN_TO_HOST) : TERN_OK;
+    }
+    m = tern_param_matrix(p);
+    s = tern__shape_of(&m);
+    for (g = 0; scales && g < s.groups; g++) {
+        union { float f; int8_t e; } stored;
+        const size_t width = (size_t)tern__type_bytes(m.scale_type);
+        TERN__TRY(tern_copy(c, &stored, (const uint8_t *)m.scales + (size_t)tern__scale_index(&m, &s, row, g) * width, width, TERN_TO_HOST));
+        scales[g] = tern__load_scale(m.scale_type, &stored, 0);
+    }
+    if (!trits && !values) return TERN_OK;
+    a.m = m;
+    a.row = row;
+    a.count = 1;
+    a.values = (float *)tern_alloc(c, (size_t)m.cols * 5);
+    TERN__REQUIRE(r, a.values, TERN_E_MEMORY, "%s: no memory for a row", p->name);
+    a.trits = (int8_t *)(a.values + m.cols);
+    result = tern_unpack(c, &a);
+    if (result == TERN_OK && trits) result = tern_copy(c, trits, a.trits, (size_t)m.cols, TERN_TO_HOST);
+    if (result == TERN_OK && values) result = tern_copy(c, values, a.values, (size_t)m.cols * 4, TERN_TO_HOST);
+    tern_free(c, a.values);
+    return result;
+}
+
+/* -- diagnostics, on the host, row by row -- */
+
+/* One row of everything the diagnostics read: trits, values, scales and the shadow's own bits. */
+typedef struct tern__row { int8_t *trits; float *values, *scales, *shadow; void *memory; } tern__row;
+
+static tern_result tern__row_open(tern_context *c, const tern_param *p, tern__row *row)
+{
+    const size_t cols = (size_t)p->cols;
+    row->memory = tern__host_alloc(&c->run.allocator, cols * (3 * sizeof(float) + 1));
+    TERN__REQUIRE(&c->run, row->memory, TERN_E_MEMORY, "%s: no memory for a row", p->name);
+    row->values = (float *)row->memory;
+    row->scales = row->values + cols;
+    row->shadow = row->scales + cols;
+    row->trits = (int8_t *)(row->shadow + cols);
+    return TERN_OK;
+}
+
+static tern_result tern__row_read(tern_context *c, const tern_param *p, int64_t i, tern__row *row)
+{
+    const size_t width = (size_t)(p->cols * tern__type_bytes(tern__buffer_type(p, TERN_SHADOW)));
+    TERN__TRY(tern_param_get(c, p, i, row->trits, row->scales, row->values));
+    if (!p->buffer[TERN_SHADOW].data) return TERN_OK;
+    return tern_copy(c, row->shadow, (const uint8_t *)p->buffer[TERN_SHADOW].data + (size_t)i * width, width, TERN_TO_HOST);
+}
+
+/* Counts of one row. The threshold is the rule's own: alpha/2, or 0.7 mean|w| for TWN. */
+typedef struct tern__tally { int64_t neg, pos, boundary, inner, scales; float alpha; } tern__tally;
+
+static void tern__tally_row(const tern_param *p, const tern__row *row, float band, float tensor_mean, tern__tally *n)
+{
+    tern_ternarize_args a;
+    tern__shape s;
+    int64_t g, j;
+    a.m = tern_param_matrix(p);
+    a.type = tern__buffer_type(p, TERN_SHADOW);
+    a.w = row->shadow;
+    s = tern__shape_of(&a.m);
+    for (g = 0; g < s.groups; g++) {
+        const float scale = row->scales[g];
+        float threshold = 0.5f;
+        n->alpha += scale;
+        n->scales++;
+        if (p->rule == TERN_TWN && scale > 0.0f)
+            threshold = 0.7f * (p->grain == TERN_PER_TENSOR ? tensor_mean
+                                : tern__mean_above(&tern__kernels_scalar, &a, 0, 1, g * s.group, tern__group_cols(&a.m, &s, g), -1.0f)) / scale;
+        for (j = g * s.group; j < g * s.group + tern__group_cols(&a.m, &s, g); j++) {
+            const float w = tern__abs(tern__load_float(a.type, row->shadow, j));
+            n->neg += row->trits[j] < 0;
+            n->pos += row->trits[j] > 0;
+            n->boundary += scale > 0.0f && tern__abs(w / scale - threshold) < band;
+            n->inner += scale > 0.0f && w > 0.0f && w / scale < threshold - band;
+        }
+    }
+}
+
+TERN_API tern_result tern_param_stats(tern_context *c, const tern_param *p, float band, tern_stats *out)
+{
+    tern_result result = TERN_OK;
+    tern__tally n = {0, 0, 0, 0, 0, 0.0f};
+    tern__row row;
+    float all, tensor_mean = 0.0f;
+    int64_t i, j;
+    TERN__TRY(tern__check_ready(c, p));
+    TERN__REQUIRE(&c->run, out && band >= 0, TERN_E_ARGUMENT, "%s: stats: out is NULL or band is negative", p->name);
+    TERN__REQUIRE(&c->run, p->rule != TERN_DENSE, TERN_E_ARGUMENT, "%s is dense and has no dead zone", p->name);
+    TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
+    TERN__TRY(tern__row_open(c, p, &row));
+    all = (float)(p->rows * p->cols);
+    for (i = 0; p->rule == TERN_TWN && p->grain == TERN_PER_TENSOR && result == TERN_OK && i < p->rows; i++) {
+        result = tern__row_read(c, p, i, &row);
+        for (j = 0; j < p->cols; j++) tensor_mean += tern__abs(tern__load_float(tern__buffer_type(p, TERN_SHADOW), row.shadow, j)) / all;
+    }
+    for (i = 0; result == TERN_OK && i < p->rows; i++) {
+        result = tern__row_read(c, p, i, &row);
+        if (result == TERN_OK) tern__tally_row(p, &row, band, tensor_mean, &n);
+    }
+    tern__host_free(&c->run.allocator, row.memory);
+    if (result != TERN_OK) return result;
+    out->alpha = n.alpha / (float)n.scales;
+    out->frac_neg = (float)n.neg / all;
+    out->frac_pos = (float)n.pos / all;
+    out->frac_zero = (float)(p->rows * p->cols - n.neg - n.pos) / all;
+    out->frac_boundary = (float)n.boundary / all;
+    out->frac_zero_inner = (float)n.inner / all;
+    return TERN_OK;
+}
+
+TERN_API tern_result tern_param_verify(tern_context *c, const tern_param *p, const float *values, tern_verdict *out)
+{
+    tern_result result = TERN_OK;
+    tern_verdict v = {0, -1, 0.0f};
+    tern__row row;
+    int64_t i, j;
+    TERN__TRY(tern__check_ready(c, p));
+    TERN__REQUIRE(&c->run, values && out, TERN_E_ARGUMENT, "%s: verify: values or out is NULL", p->name);
+    TERN__REQUIRE(&c->run, p->rule != TERN_DENSE, TERN_E_ARGUMENT, "%s is dense; there is nothing to verify", p->name);
+    TERN__TRY(tern__row_open(c, p, &row));
+    for (i = 0; result == TERN_OK && i < p->rows; i++) {
+        result = tern_param_get(c, p, i, NULL, NULL, row.values);
+        for (j = 0; result == TERN_OK && j < p->cols; j++) {
+            const float error = tern__abs(values[i * p->cols + j] - row.values[j]);
+            if (error == 0.0f) continue;
+            if (v.wrong++ == 0) v.first_wrong = i * p->cols + j;
+            if (!(error <= v.max_error)) v.max_error = error; /* a NaN stays */
+        }
+    }
+    tern__host_free(&c->run.allocator, row.memory);
+    if (result == TERN_OK) *out = v;
+    return result;
+}
+
+static tern_result tern__check_model(tern_context *c, const tern_model *m)
+{
+    int32_t i;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__REQUIRE(&c->run, m && m->items && m->count > 0, TERN_E_ARGUMENT, "the model is NULL or has no parameters");
+    for (i = 0; i < m->count; i++) TERN__TRY(tern__check_param(c, m->items[i]));
+    return TERN_OK;
+}
+
+TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern_audit *out)
+{
+    int32_t i, b;
+    TERN__TRY(tern__check_model(c, m));
+    TERN__REQUIRE(&c->run, out, TERN_E_ARGUMENT, "audit: out is NULL");
+    memset(out, 0, sizeof *out);
+    for (i = 0; i < m->count; i++) {
+        const tern_param *p = m->items[i];
+        out->weights += p->rows * p->cols;
+        if (p->rule != TERN_DENSE) out->ternary += p->rows * p->cols;
+        for (b = 0; b < TERN_BUFFERS; b++) {
+            const size_t bytes = p->buffer[b].data ? p->buffer[b].count * (size_t)tern__type_bytes(tern__buffer_type(p, b)) : 0;
+            out->bytes[b] += bytes;
+            if (b <= TERN_SCALES || (p->rule == TERN_DENSE && b == TERN_SHADOW)) out->packed_bytes += bytes;
+        }
+    }
+    return TERN_OK;
+}
+
+/* -- BitLinear (Wang et al. 2023; Ma et al. 2024) -- */
+
+/* What the forward leaves for the backward, at the start of `saved` or of scratch. Int8 activations keep
+   q, scale and sum; a normalised layer keeps 1/rms. */
+typedef struct tern__kept {
+    int64_t stride, groups;
+    int8_t *q; float *scale; int32_t *sum; float *rms;
+    int64_t bytes;
+} tern__kept;
+
+static int32_t tern__is_int8(const tern_linear *l) { return l->act == TERN_ACT_INT8 && l->w->rule != TERN_DENSE; }
+
+static tern__kept tern__kept_at(const tern_linear *l, int64_t n, void *base)
+{
+    const tern_matrix m = tern_param_matrix(l->w);
+    const tern__shape s = tern__shape_of(&m);
+    unsigned char *p = (unsigned char *)base;
+    const int32_t q8 = tern__is_int8(l);
+    tern__kept k;
+    int64_t at[4];
+    k.stride = s.units * s.unit;
+    k.groups = s.groups;
+    at[0] = q8 ? tern__scratch_piece(tern__mul(n, k.stride)) : 0;
+    at[1] = tern__add(at[0], q8 ? tern__scratch_piece(tern__mul(n, 4)) : 0);
+    at[2] = tern__add(at[1], q8 ? tern__scratch_piece(tern__mul(tern__mul(n, k.groups), 4)) : 0);
+    at[3] = tern__add(at[2], l->norm != TERN_NORM_NONE ? tern__scratch_piece(tern__mul(n, 4)) : 0);
+    k.bytes = at[3];
+    k.q = q8 && p ? (int8_t *)p : NULL;
+    k.scale = q8 && p ? (float *)(void *)(p + at[0]) : NULL;
+    k.sum = q8 && p ? (int32_t *)(void *)(p + at[1]) : NULL;
+    k.rms = l->norm != TERN_NORM_NONE && p ? (float *)(void *)(p + at[2]) : NULL;
+    return k;
+}
+
+static tern_result tern__check_linear(tern_context *c, const tern_linear *l, int64_t n)
+{
+    tern_run *r;
+    if (!c) return TERN_E_ARGUMENT;
+    r = &c->run;
+    TERN__REQUIRE(r, l && l->w, TERN_E_ARGUMENT, "linear: the layer or its w is NULL");
+    TERN__TRY(tern__check_ready(c, l->w));
+    TERN__TRY(tern__check_count(r, l->w->name, "n", n, tern__add(l->w->rows, tern__mul(32, l->w->cols))));
+    TERN__REQUIRE(r, (l->norm == TERN_NORM_NONE || l->norm == TERN_NORM_RMS) && (l->act == TERN_ACT_INT8 || l->act == TERN_ACT_FLOAT) && l->eps >= 0 && tern__finite(l->eps),
+                  TERN_E_ARGUMENT, "%s: norm %d, act %d or eps is out of range", l->w->name, (int64_t)l->norm, (int64_t)l->act);
+    if (l->bias) {
+        TERN__TRY(tern__check_ready(c, l->bias));
+        TERN__REQUIRE(r, l->bias->rule == TERN_DENSE && l->bias->rows * l->bias->cols == l->w->rows, TERN_E_SHAPE, "%s: its bias has %d values for %d rows", l->w->name, l->bias->rows * l->bias->cols, l->w->rows);
+    }
+    if (l->gain) {
+        TERN__TRY(tern__check_ready(c, l->gain));
+        TERN__REQUIRE(r, l->gain->rule == TERN_DENSE && l->gain->rows * l->gain->cols == l->w->cols, TERN_E_SHAPE, "%s: its gain has %d values for %d columns", l->w->name, l->gain->rows * l->gain->cols, l->w->cols);
+        TERN__REQUIRE(r, l->norm == TERN_NORM_RMS, TERN_E_ARGUMENT, "%s: a gain without a norm", l->w->name);
+    }
+    return TERN_OK;
+}
+
+/* Scratch: normalised float activations, and in the backward the gradient before the norm. */
+static int64_t tern__linear_scratch(const tern_linear *l, int64_t n)
+{
+    const int64_t row = tern__scratch_piece(tern__mul(tern__mul(n, l->w->cols), 4));
+    return l->norm == TERN_NORM_NONE ? 0 : tern__add(row, tern__is_int8(l) ? 0 : row);
+}
+
+TERN_API tern_result tern_linear_need(tern_context *c, const tern_linear *l, int64_t n, tern_need *out)
+{
+    int64_t scratch;
+    TERN__TRY(tern__check_linear(c, l, n));
+    TERN__REQUIRE(&c->run, out, TERN_E_ARGUMENT, "linear: out is NULL");
+    scratch = tern__add(tern__kept_at(l, n, NULL).bytes, tern__linear_scratch(l, n));
+    TERN__REQUIRE(&c->run, tern__fits(scratch), TERN_E_OVERFLOW, "%s: the scratch of %d tokens overflows", l->w->name, n);
+    out->saved = (size_t)tern__kept_at(l, n, NULL).bytes;
+    out->scratch = (size_t)scratch;
+    return TERN_OK;
+}
+
+static tern_result tern__need_scratch(tern_context *c, const tern_linear *l, int64_t n)
+{
+    tern_need need;
+    TERN__TRY(tern_linear_need(c, l, n, &need));
+    TERN__REQUIRE(&c->run, need.scratch <= c->scratch_bytes, TERN_E_SCRATCH, "%s: %d tokens need %d bytes of scratch, %d are reserved", l->w->name, n, (int64_t)need.scratch, (int64_t)c->scratch_bytes);
+    c->scratch_used = 0;
+    return TERN_OK;
+}
+
+static float tern__linear_eps(const tern_linear *l) { return l->eps > 0.0f ? l->eps : 1e-6f; }
+
+static tern_norm_args tern__linear_norm(const tern_linear *l, int64_t n, const float *x)
+{
+    tern_norm_args a;
+    memset(&a, 0, sizeof a);
+    a.n = n;
+    a.cols = l->w->cols;
+    a.x = x;
+    a.gain = tern__floats(l->gain, TERN_SHADOW);
+    a.eps = tern__linear_eps(l);
+    return a;
+}
+
+/* The float activations that the matmul used: x itself, or normalised into scratch. */
+static tern_result tern__linear_input(tern_context *c, const tern_linear *l, int64_t n, const float *x, const float **out)
+{
+    *out = x;
+    if (l->norm != TERN_NORM_NONE) {
+        tern_norm_args a = tern__linear_norm(l, n, x);
+        a.y = (float *)tern__take(c, n * l->w->cols * 4);
+        *out = a.y;
+        return tern_norm(c, &a);
+    }
+    return TERN_OK;
+}
+
+/* y = x W^T (+ bias) in float, W dense. */
+static tern_dense_args tern__linear_dense(const tern_linear *l, int64_t n, const float *x, float *y)
+{
+    tern_dense_args a;
+    memset(&a, 0, sizeof a);
+    a.m = n; a.n = l->w->rows; a.k = l->w->cols;
+    a.a = x; a.a_row = l->w->cols; a.a_col = 1;
+    a.b = tern__floats(l->w, TERN_SHADOW); a.b_row = 1; a.b_col = l->w->cols;
+    a.bias = tern__floats(l->bias, TERN_SHADOW);
+    a.c = y; a.c_row = l->w->rows;
+    return a;
+}
+
+TERN_API tern_result tern_linear_forward(tern_context *c, const tern_linear *l, int64_t n, const float *x, float *y, void *saved)
+{
+    tern_matmul_args a;
+    tern__kept kept;
+    TERN__TRY(tern__check_linear(c, l, n));
+    TERN__TRY(tern__need_scratch(c, l, n));
+    TERN__TRY(tern__check_pointer(&c->run, l->w->name, "x", x, 4));
+    TERN__TRY(tern__check_pointer(&c->run, l->w->name, "y", y, 4));
+    if (saved) TERN__TRY(tern__check_pointer(&c->run, l->w->name, "saved", saved, 4));
+    kept = tern__kept_at(l, n, saved ? saved : tern__take(c, tern__kept_at(l, n, NULL).bytes));
+    memset(&a, 0, sizeof a);
+    if (tern__is_int8(l)) {
+        tern_quantize_args q;
+        q.m = tern_param_matrix(l->w);
+        q.n = n;
+        q.x = x;
+        q.norm = l->norm;
+        q.gain = tern__floats(l->gain, TERN_SHADOW);
+        q.eps = tern__linear_eps(l);
+        q.q = kept.q; q.scale = kept.scale; q.sum = kept.sum; q.rms = kept.rms;
+        TERN__TRY(tern_quantize(c, &q));
+        a.q = kept.q; a.scale = kept.scale; a.sum = kept.sum;
+    } else {
+        TERN__TRY(tern__linear_input(c, l, n, x, &a.x));
+        if (l->w->rule == TERN_DENSE) {
+            tern_dense_args d = tern__linear_dense(l, n, a.x, y);
+            return tern_dense(c, &d);
+        }
+    }
+    a.m = tern_param_matrix(l->w);
+    a.n = n;
+    a.bias = tern__floats(l->bias, TERN_SHADOW);
+    a.y = y;
+    return tern_matmul(c, &a);
+}
+
+#ifndef TERNARY_NO_TRAINING
+/* dW += dy^T x~ and db += column sums, x~ the activations that the forward used. */
+static tern_result tern__linear_dw(tern_context *c, const tern_linear *l, int64_t n, const float *x, const tern__kept *kept, const float *dy)
+{
+    tern_matmul_dw_args a;
+    memset(&a, 0, sizeof a);
+    a.m = tern_param_matrix(l->w);
+    a.n = n;
+    a.dy = dy;
+    a.dw = tern__floats(l->w, TERN_GRAD);
+    a.dbias = tern__floats(l->bias, TERN_GRAD);
+    a.q = kept->q;
+    a.scale = kept->scale;
+    if (a.dw && !a.q) TERN__TRY(tern__linear_input(c, l, n, x, &a.x));
+    return a.dw || a.dbias ? tern_matmul_dw(c, &a) : TERN_OK;
+}
+
+/* dx before the norm: dy W. */
+static tern_result tern__linear_dx(tern_context *c, const tern_linear *l, int64_t n, const float *dy, float *dx)
+{
+    tern_matmul_dx_args a;
+    if (l->w->rule == TERN_DENSE) {
+        tern_dense_args d = tern__linear_dense(l, n, dy, dx);
+        d.n = l->w->cols; d.k = l->w->rows;
+        d.a_row = l->w->rows;
+        d.b_row = l->w->cols; d.b_col = 1;
+        d.bias = NULL;
+        d.c_row = l->w->cols;
+        d.fused = 1;
+        return tern_dense(c, &d);
+    }
+    a.m = tern_param_matrix(l->w);
+    a.n = n;
+    a.dy = dy;
+    a.dx = dx;
+    return tern_matmul_dx(c, &a);
+}
+
+TERN_API tern_result tern_linear_backward(tern_context *c, const tern_linear *l, int64_t n, const float *x, const void *saved, const float *dy, float *dx)
+{
+    tern__kept kept;
+    tern_norm_args norm;
+    float *dgain;
+    TERN__TRY(tern__check_linear(c, l, n));
+    TERN__TRY(tern__need_scratch(c, l, n));
+    TERN__TRY(tern__check_pointer(&c->run, l->w->name, "x", x, 4));
+    TERN__TRY(tern__check_pointer(&c->run, l->w->name, "dy", dy, 4));
+    if (dx) TERN__TRY(tern__check_pointer(&c->run, l->w->name, "dx", dx, 4));
+    if (tern__kept_at(l, n, NULL).bytes) TERN__TRY(tern__check_pointer(&c->run, l->w->name, "saved", saved, 4));
+    if (tern__floats(l->w, TERN_GRAD)) TERN__TRY(tern__check_buffer(c, l->w, TERN_GRAD, l->w->rows * l->w->cols));
+    kept = tern__kept_at(l, n, (void *)(uintptr_t)saved);
+    TERN__TRY(tern__linear_dw(c, l, n, x, &kept, dy));
+    dgain = tern__floats(l->gain, TERN_GRAD);
+    if (l->norm == TERN_NORM_NONE) return dx ? tern__linear_dx(c, l, n, dy, dx) : TERN_OK;
+    if (!dx && !dgain) return TERN_OK;
+    norm = tern__linear_norm(l, n, x);
+    norm.dx = dx;
+    norm.dgain = dgain;
+    norm.dy = (float *)tern__take(c, n * l->w->cols * 4);
+    TERN__TRY(tern__linear_dx(c, l, n, dy, (float *)(uintptr_t)norm.dy));
+    return tern_norm(c, &norm);
+}
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   [TERN-16] Embedding
+   What enters: token ids. What leaves: rows of a ternary (or dense) table; gradients added by row.
+   ------------------------------------------------------------------------------------------------ */
+
+TERN_API tern_result tern_embedding_forward(tern_context *c, const tern_embedding *e, int64_t n, const int32_t *ids, float *y)
+{
+    tern_gather_args a;
+    if (!c || !e) return TERN_E_ARGUMENT;
+    TERN__TRY(tern__check_ready(c, e->w));
+    a.m = tern_param_matrix(e->w);
+    if (e->w->rule == TERN_DENSE) a.m.trits = NULL;
+    a.w = tern__floats(e->w, TERN_SHADOW);
+    a.n = n;
+    a.ids = ids;
+    a.y = y;
+    return tern_gather(c, &a);
+}
+
+#ifndef TERNARY_NO_TRAINING
+TERN_API tern_result tern_embedding_backward(tern_context *c, const tern_embedding *e, int64_t n, const int32_t *ids, const float *dy)
+{
+    tern_scatter_args a;
+    if (!c || !e) return TERN_E_ARGUMENT;
+    TERN__TRY(tern__check_ready(c, e->w));
+    if (!e->w->buffer[TERN_GRAD].data) return TERN_OK;
+    TERN__TRY(tern__check_buffer(c, e->w, TERN_GRAD, e->w->rows * e->w->cols));
+    a.rows = e->w->rows;
+    a.cols = e->w->cols;
+    a.n = n;
+    a.ids = ids;
+    a.dy = dy;
+    a.dw = tern__floats(e->w, TERN_GRAD);
+    return tern_scatter(c, &a);
+}
+#endif
+
+TERN_API tern_linear tern_embedding_as_linear(const tern_embedding *e, tern_norm_kind norm, tern_act act)
+{
+    tern_linear l;
+    memset(&l, 0, sizeof l);
+    l.w = e->w;
+    l.norm = norm;
+    l.act = act;
+    return l;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   [TERN-19] Optimizers and shadow weights
+   What enters: gradients. What leaves: updated shadows, and trits ternarized and packed from them.
+   ------------------------------------------------------------------------------------------------ */
+
+#ifndef TERNARY_NO_TRAINING
+/* Everything a step will need, before the first parameter changes. */
+static tern_result tern__check_step(tern_context *c, const tern_model *m, const tern_step *s)
+{
+    int32_t i, b, trained = 0;
+    TERN__TRY(tern__check_model(c, m));
+    TERN__REQUIRE(&c->run, s, TERN_E_ARGUMENT, "step: the desc is NULL");
+    TERN__REQUIRE(&c->run, s->norm2 || c->scratch_bytes >= 4, TERN_E_SCRATCH, "step: needs 4 bytes of scratch, none are reserved");
+    for (i = 0; i < m->count; i++) {
+        const tern_param *p = m->items[i];
+        if (!p->buffer[TERN_GRAD].data) continue;
+        trained++;
+        TERN__TRY(tern__check_ready(c, p));
+        for (b = TERN_SHADOW; b < TERN_BUFFERS; b++)
+            if (p->buffer[b].data || b <= TERN_GRAD || s->optimizer == TERN_ADAMW) TERN__TRY(tern__check_buffer(c, p, b, p->rows * p->cols));
+    }
+    TERN__REQUIRE(&c->run, trained > 0, TERN_E_MISSING, "step: no parameter has a gradient");
+    return TERN_OK;
+}
+
+TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const tern_step *s)
+{
+    float *norm2;
+    int32_t i, first = 1;
+    TERN__TRY(tern__check_step(c, m, s));
+    norm2 = s->norm2 ? s->norm2 : (float *)(void *)c->scratch;
+    for (i = 0; i < m->count; i++) {
+        tern_sum_args a;
+        if (!m->items[i]->buffer[TERN_GRAD].data) continue;
+        a.kind = TERN_SUM_SQUARES;
+        a.count = m->items[i]->rows * m->items[i]->cols;
+        a.x = tern__floats(m->items[i], TERN_GRAD);
+        a.y = norm2;
+        a.add = !first;
+        first = 0;
+        TERN__TRY(tern_sum(c, &a));
+    }
+    for (i = 0; i < m->count; i++) {
+        tern_param *p = m->items[i];
+        tern_optimize_args a;
+        if (!p->buffer[TERN_GRAD].data) continue;
+        a.kind = s->optimizer;
+        a.count = p->rows * p->cols;
+        a.type = tern__buffer_type(p, TERN_SHADOW);
+        a.w = p->buffer[TERN_SHADOW].data;
+        a.grad = tern__floats(p, TERN_GRAD);
+        a.moment1 = tern__floats(p, TERN_MOMENT1);
+        a.moment2 = tern__floats(p, TERN_MOMENT2);
+        a.norm2 = norm2;
+        a.clip = s->clip;
+        a.rate = s->rate;
+        a.beta1 = s->beta1 > 0.0f ? s->beta1 : 0.9f;
+        a.beta2 = s->beta2 > 0.0f ? s->beta2 : 0.99f;
+        a.eps = s->eps > 0.0f ? s->eps : 1e-8f;
+        a.decay = p->flags & TERN_NO_DECAY ? 0.0f : s->decay;
+        a.seed = s->seed;
+        a.step = s->step;
+        a.stream = (uint32_t)i;
+        TERN__TRY(tern_optimize(c, &a));
+        if (p->rule != TERN_DENSE) TERN__TRY(tern_param_set(c, p, TERN_TYPE_DEFAULT, NULL));
+    }
+    return TERN_OK;
+}
+#endif
+
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT DEFAULT
+#elif defined(__GNUC__)
+#pragma GCC pop_options
+#endif
+#endif /* TERNARY_IMPLEMENTED */
+#endif /* TERNARY_IMPLEMENTATION */

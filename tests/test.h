@@ -1,0 +1,139 @@
+/* The harness that every test file shares: checks, contexts for each tier, odd shapes, hashes.
+   tests.c includes the implementation first, so that tests may call private functions. */
+#ifndef TEST_H
+#define TEST_H
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int test_passed, test_failed;       /* tests */
+static int test_errors;                    /* failed checks of the running test */
+static const char *test_only;              /* runs tests whose name contains this */
+static long test_blocks;                   /* allocations not yet freed, by test_allocator */
+static long test_fail_at = -1;             /* the allocation with this number fails (counted from 0) */
+static long test_allocations;
+
+#define CHECK(condition, ...)                                                    \
+    do {                                                                         \
+        if (!(condition) && test_errors++ < 5) {                                 \
+            printf("  %s:%d: %s: ", __FILE__, __LINE__, #condition);             \
+            printf(__VA_ARGS__);                                                 \
+            printf("\n");                                                        \
+        }                                                                        \
+    } while (0)
+
+/* The call succeeds; on failure the library's own text is printed. */
+#define CHECK_OK(c, call)                                                                                        \
+    do {                                                                                                         \
+        tern_result check_result = (call);                                                                       \
+        CHECK(check_result == TERN_OK, "%s (%s)", tern_result_text(check_result), (c) ? tern_last_error(c)->text : ""); \
+    } while (0)
+
+/* The call fails with this code, and its text contains this part. */
+#define CHECK_FAILS(c, call, code, part)                                                                         \
+    do {                                                                                                         \
+        tern_result check_result = (call);                                                                       \
+        CHECK(check_result == (code), "got %s (%s)", tern_result_text(check_result), tern_last_error(c)->text);  \
+        CHECK(strstr(tern_last_error(c)->text, part) != NULL, "text is \"%s\"", tern_last_error(c)->text);       \
+    } while (0)
+
+#define RUN(test)                                                                \
+    do {                                                                         \
+        if (test_only && !strstr(#test, test_only)) break;                       \
+        test_errors = 0;                                                         \
+        test_blocks = 0;                                                         \
+        test();                                                                  \
+        CHECK(test_blocks == 0, "%ld allocations leaked", test_blocks);          \
+        printf("%s %s\n", test_errors ? "FAIL" : "ok  ", #test);                 \
+        fflush(stdout);                                                          \
+        if (test_errors) test_failed++; else test_passed++;                      \
+    } while (0)
+
+/* Odd sizes on purpose: one, around every unit, panel and block. */
+static const int64_t test_sizes[] = {1, 15, 16, 17, 127, 130};
+#define TEST_SIZES ((int)(sizeof test_sizes / sizeof test_sizes[0]))
+
+static void *test_malloc(void *user, size_t bytes)
+{
+    void *p;
+    (void)user;
+    if (test_allocations++ == test_fail_at) return NULL;
+    p = malloc(bytes);
+    if (p) test_blocks++;
+    return p;
+}
+
+static void test_free(void *user, void *p)
+{
+    (void)user;
+    if (p) test_blocks--;
+    free(p);
+}
+
+/* A context of a tier (NULL, with a line, where this machine lacks it); threads > 1 brings a pool. */
+typedef struct test_context { tern_context *c; tern_pool *pool; } test_context;
+
+static test_context test_open(tern_isa isa, int32_t threads)
+{
+    test_context t = {NULL, NULL};
+    tern_context_desc d = TERN_ZERO;
+    tern_error e;
+    if (!tern_cpu_backend(isa)) {
+        printf("  skipped: this machine lacks tier %d\n", (int)isa);
+        return t;
+    }
+    d.isa_max = isa;
+    d.allocator.alloc = test_malloc;
+    d.allocator.free = test_free;
+    d.scratch = 1 << 20;
+    if (threads > 1) {
+        t.pool = tern_pool_create(threads);
+        d.parallel = tern_pool_parallel(t.pool);
+    }
+    if (tern_open(&t.c, &d, &e) != TERN_OK) {
+        CHECK(0, "cannot open: %s", e.text);
+        tern_pool_destroy(t.pool);
+        t.pool = NULL;
+    }
+    return t;
+}
+
+static void test_close(test_context *t)
+{
+    tern_close(t->c);
+    tern_pool_destroy(t->pool);
+    t->c = NULL;
+    t->pool = NULL;
+}
+
+/* FNV-1a, 64 bits. */
+static uint64_t test_hash_bytes(uint64_t h, const void *data, size_t bytes)
+{
+    const unsigned char *p = (const unsigned char *)data;
+    while (bytes--) h = (h ^ *p++) * UINT64_C(1099511628211);
+    return h;
+}
+#define TEST_HASH UINT64_C(14695981039346656037)
+
+/* The same on every byte order: each float as its bits, low byte first. */
+static uint64_t test_hash_floats(uint64_t h, const float *x, int64_t n)
+{
+    int64_t i;
+    for (i = 0; i < n; i++) {
+        uint32_t u;
+        unsigned char b[4];
+        memcpy(&u, &x[i], 4);
+        b[0] = (unsigned char)u; b[1] = (unsigned char)(u >> 8); b[2] = (unsigned char)(u >> 16); b[3] = (unsigned char)(u >> 24);
+        h = test_hash_bytes(h, b, 4);
+    }
+    return h;
+}
+
+/* Reproducible inputs that do not go through the library. */
+static uint32_t test_seed = 1;
+static uint32_t test_random(void) { test_seed = test_seed * 1664525u + 1013904223u; return test_seed >> 8; }
+static float test_float(void) { return (float)test_random() / 8388608.0f - 1.0f; } /* [-1, 1) */
+static int8_t test_trit(void) { return (int8_t)((int)(test_random() % 3) - 1); }
+
+#endif

@@ -1,0 +1,20 @@
+/* All tests in one program: `tests [part of a name]`. One file per room of ternary.h, in its order. */
+#define TERNARY_IMPLEMENTATION
+#include "../ternary.h"
+#include "test.h"
+
+#define SUITES(X)
+
+#define SUITE(name) static void suite_##name(void);
+SUITES(SUITE)
+#undef SUITE
+
+int main(int argc, char **argv)
+{
+    test_only = argc > 1 ? argv[1] : NULL;
+#define SUITE(name) printf("-- %s\n", #name); suite_##name();
+    SUITES(SUITE)
+#undef SUITE
+    printf("%d passed, %d failed\n", test_passed, test_failed);
+    return test_failed != 0;
+}
