@@ -1,3 +1,123 @@
+/*
+ternary.h - neural networks whose weights are -1, 0 or +1, in one C file
+
+    #define TERNARY_IMPLEMENTATION      in exactly one .c or .cpp file
+    #include "ternary.h"
+
+    cc -O2 program.c -pthread           C99 or C++11, nothing else to link
+
+It turns float matrices into trits and scales, packs them into 2 or 1.6 bits per weight, runs them with
+kernels chosen for the CPU at run time, and trains them (straight-through estimator, shadow weights).
+Inference gives the same bits on every CPU, with any number of threads and any batch.
+
+CONTENTS (search for the tag)
+
+    Manual
+    [TERN-1]  Configuration
+    [TERN-2]  Types
+    [TERN-3]  API
+    [TERN-4]  Platform: compiler, CPU detection, threads
+    [TERN-5]  Memory, checked arithmetic, errors
+    [TERN-6]  Numbers: f16 and bf16, Philox, canonical sums, elementary functions
+    [TERN-7]  Ternarize: scales and thresholds
+    [TERN-8]  Pack
+    [TERN-9]  Activations
+    [TERN-10] Kernels, scalar: the specification
+    [TERN-11] Kernels, x86
+    [TERN-14] Backends: the function table, one instance per tier, selection
+    [TERN-15] Parameters and BitLinear
+    [TERN-16] Embedding
+    [TERN-19] Optimizers and shadow weights
+    [TERN-21] Model files
+    [TERN-22] Self-test
+
+    A room calls only rooms before it. Rooms that are not here yet (Arm, WebAssembly, mixture of experts,
+    graphs, training without floats) keep their numbers free.
+
+QUICK START
+
+    tern_context *c;
+    tern_param w = TERN_ZERO;
+    tern_linear layer = TERN_ZERO;
+    tern_need need;
+
+    tern_open(&c, NULL, NULL);
+    w.rows = 512; w.cols = 1024; w.grain = TERN_PER_ROW;      a [512, 1024] matrix, one scale per row
+    tern_param_alloc(c, &w, TERN_FOR_INFERENCE);
+    tern_param_set(c, &w, TERN_F32, floats);                  ternarize and pack
+    layer.w = &w;
+    tern_linear_need(c, &layer, 1, &need);
+    tern_reserve(c, need.scratch);
+    tern_linear_forward(c, &layer, 1, x, y, NULL);            x [1, 1024] -> y [1, 512]
+
+    Every call but the frees returns a tern_result, 0 on success; tern_last_error(c)->text says what was
+    wrong, with the numbers. To train, allocate TERN_FOR_ADAMW, call tern_linear_forward with `saved`,
+    tern_linear_backward and tern_model_step; tern_param_free(c, &w, TERN_FOR_TRAINING) freezes.
+
+ONE WAY THROUGH
+
+    float weights --ternarize--> trits + scales --pack--> panels --+
+    float input --(norm)--quantize--> int8 + scale ----------------+--matmul--> int32 --scales, bias--> output
+    training: shadow --ternarize, pack--> the same forward --> dy --> dx, dw --> optimizer --> shadow
+
+    Layers are compositions of the operations in [TERN-3], and hold no data: a tern_linear is a handful of
+    pointers to parameters. What a parameter is follows from the buffers it has.
+
+WHAT IT DOES NOT DO
+
+    No autograd: a layer's backward is a call beside its forward. No tokenizers, no data loading. No lazy
+    global state, no hidden threads, no printing, no abort. No Arm, WebAssembly or GPU kernels yet (the
+    scalar tier runs anywhere). MSVC: no SIMD tiers and no thread pool.
+
+OPTIONS (define before the implementation; public layouts never depend on them)
+
+    TERNARY_STATIC            everything static: several copies in one program
+    TERNARY_MALLOC, _FREE     the default allocator, both or neither
+    TERNARY_ASSERT(x)         checks of the library's own invariants (default: none)
+    TERNARY_NO_STDIO          no FILE functions, no getenv
+    TERNARY_NO_THREADS        no thread pool
+    TERNARY_NO_SIMD           the scalar tier alone; TERNARY_NO_AVX2, _NO_AVX512_VNNI leave out one tier
+    TERNARY_NO_TRAINING       no backward of ternary layers, no optimizers
+    TERNARY_NO_FILES          no model files
+    TERNARY_ACCEPT_FAST_MATH  compile under fast-math, without the promise of equal bits
+
+MEMORY
+
+    Buffers come from the context's allocator or are yours (set tern_buffer.data and count); tern_reserve is
+    the only call that grows scratch, so a forward or training step never allocates. tern_LAYER_need tells
+    both sizes: `saved`, the caller's, between forward and backward, and scratch. Kernels use up to 100 KB
+    of stack.
+
+THREADS
+
+    A context belongs to one thread at a time; contexts are independent. Work spreads over
+    tern_parallel.run, yours or a tern_pool's; without one everything runs on the calling thread. Results
+    never depend on the number of workers.
+
+ERRORS
+
+    Argument errors come back at once and nothing is written. Data faults (NaN in an activation row, a token
+    id out of range) leave a zero row and are reported by the next tern_sync: one-pass kernels and queued
+    devices cannot know earlier. Weights that are not finite are refused with their index.
+
+NUMERICS AND DETERMINISM
+
+    int8 dot products are exact in int32 (inputs per row <= 262144). Float sums follow one rule: up to 1024
+    terms in 64 lanes, then pairwise; more in blocks of 1024. Float dot products run in order, in segments of
+    2048. No contraction, no libm; exp, log, tanh, sine and cosine are the library's own polynomials.
+    So the forward pass gives the same bits from every tier, compiler and architecture. The gradients of
+    weights are fused where the tier can: training repeats exactly on a given tier, for any thread count.
+    NaN payloads are not part of the promise.
+
+FORMATS
+
+    Packed panels of 16 rows: [TERN-8]. 2-bit: 2 bits per weight; base-3: 1.6. A group of inputs starts a new
+    64-byte unit. Model files: [TERN-21], a GGUF container, read back bit-equal; export to ggml's TQ1_0,
+    TQ2_0 and Q2_0.
+
+Licence: MIT or Unlicense, at your choice; see the end of LICENSE.
+*/
+
 /* ------------------------------------------------------------------------------------------------
    [TERN-1] Configuration
    What enters: the switches listed in the manual. What leaves: TERN_API and a checked environment.
