@@ -130,10 +130,16 @@ Licence: MIT or Unlicense, at your choice; see the end of LICENSE.
 
 #define TERN_VERSION 100 /* 0.1.0 */
 
-#ifdef TERNARY_STATIC
+#if defined(TERNARY_STATIC) && defined(__GNUC__)
+#define TERN_API __attribute__((unused)) static /* nobody calls all of it */
+#elif defined(TERNARY_STATIC)
 #define TERN_API static
 #else
 #define TERN_API extern
+#endif
+
+#if defined(_WIN32) && !defined(TERNARY_NO_THREADS)
+#define TERNARY_NO_THREADS /* the pool is for POSIX threads; tern_parallel takes yours */
 #endif
 
 #ifdef __cplusplus
@@ -583,12 +589,16 @@ TERN_API tern_result tern_linear_need(tern_context *c, const tern_linear *l, int
 TERN_API tern_result tern_linear_forward(tern_context *c, const tern_linear *l, int64_t n, const float *x, float *y, void *saved);
 /* Straight-through: adds into the TERN_GRAD of w, bias and gain where present; dx [n, cols] (or NULL) is
    overwritten. x and saved as in the forward. dx may be dy's memory only if the two shapes are one. */
+#ifndef TERNARY_NO_TRAINING
 TERN_API tern_result tern_linear_backward(tern_context *c, const tern_linear *l, int64_t n, const float *x, const void *saved, const float *dy, float *dx);
+#endif
 
 /* Embedding: y[i] = row ids[i] of w. Tied output: tern_embedding_as_linear. */
 typedef struct tern_embedding { tern_param *w; } tern_embedding;
 TERN_API tern_result tern_embedding_forward(tern_context *c, const tern_embedding *e, int64_t n, const int32_t *ids, float *y);
+#ifndef TERNARY_NO_TRAINING
 TERN_API tern_result tern_embedding_backward(tern_context *c, const tern_embedding *e, int64_t n, const int32_t *ids, const float *dy);
+#endif
 TERN_API tern_linear tern_embedding_as_linear(const tern_embedding *e, tern_norm_kind norm, tern_act act);
 
 /* -- training ([TERN-19]) -- */
@@ -603,7 +613,9 @@ typedef struct tern_step {
     uint32_t step; /* from 1 */
     float *norm2;
 } tern_step;
+#ifndef TERNARY_NO_TRAINING
 TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const tern_step *s);
+#endif
 
 /* -- files ([TERN-21]) -- */
 
@@ -676,7 +688,7 @@ TERN_API tern_result tern_selftest(tern_context *c);
 #error "ternary.h: fast-math breaks equal bits; compile without it or define TERNARY_ACCEPT_FAST_MATH"
 #endif
 #if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD != 0
-#error "ternary.h: floats are evaluated in a wider type (x87?); use -msse2 -mfpmath=sse or define TERNARY_ACCEPT_FAST_MATH"
+#error "ternary.h: floats are evaluated in a wider type (x87, s390x); use -msse2 -mfpmath=sse, -std=gnu99 or define TERNARY_ACCEPT_FAST_MATH"
 #endif
 #endif
 
@@ -1332,11 +1344,15 @@ static void tern__job_task(void *arg, int32_t i)
     tern__fp_leave(mode);
 }
 
-/* cost: of one item, in about a tenth of a nanosecond. A task is worth waking a thread from 20 us on. */
+/* cost: of one item, in about a tenth of a nanosecond. A task is worth waking a thread from 20 us on
+   (the tests set less, so that threads share small shapes too). */
+#ifndef TERN__TASK_COST
+#define TERN__TASK_COST 200000
+#endif
 static int64_t tern__for(tern_run *r, tern__body *body, const void *arg, int64_t items, int64_t cost)
 {
     tern__job job;
-    int64_t bad = INT64_MAX, worth = 1 + tern__min(tern__mul(items, cost) / 200000, TERN__WORKERS - 1);
+    int64_t bad = INT64_MAX, worth = 1 + tern__min(tern__mul(items, cost) / TERN__TASK_COST, TERN__WORKERS - 1);
     int32_t i;
     job.body = body;
     job.k = (const tern__kernels *)r->backend->data;
@@ -1359,30 +1375,47 @@ static int64_t tern__for(tern_run *r, tern__body *body, const void *arg, int64_t
 /* Weights beyond 2^96 would overflow the sums, so they count as not finite. */
 static int32_t tern__weight_ok(float w) { return (tern__bits(w) & 0x7FFFFFFFu) < 0x6F800000u; }
 
+/* Up to 1024 weights from element i as floats: where they lie, or converted into the buffer. */
+static const float *tern__load_block(const tern_ternarize_args *a, int64_t i, int64_t n, float *buffer)
+{
+    int64_t j;
+    if (a->type != TERN_BF16 && a->type != TERN_F16) return (const float *)a->w + i;
+    for (j = 0; j < n; j++) buffer[j] = tern__load_float(a->type, a->w, i + j);
+    return buffer;
+}
+
+/* Items are blocks of 1024 weights; the first bad weight comes back. */
 static void tern__scan_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_ternarize_args *a = (const tern_ternarize_args *)job->arg;
-    int64_t i;
-    for (i = begin; i < end; i++)
-        if (!tern__weight_ok(tern__load_float(a->type, a->w, i))) { *bad = i; return; }
+    const int64_t stop = tern__min(end * TERN__BLOCK, a->m.rows * a->m.cols);
+    float buffer[TERN__BLOCK];
+    int64_t i, n;
+    for (i = begin * TERN__BLOCK; i < stop; i += n) {
+        const float *w = tern__load_block(a, i, n = tern__min(TERN__BLOCK, stop - i), buffer);
+        int64_t j = 0;
+        if (tern__weight_ok(tern__float(job->k->absmax(n, w, NULL)))) continue;
+        while (tern__weight_ok(w[j])) j++;
+        *bad = i + j;
+        return;
+    }
 }
 
 /* Canonical sum over n weights from element i: of the |w| above delta (all, for a negative delta), counted. */
 static float tern__sum_row(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, float delta, int64_t *count)
 {
     tern__tree tree;
-    float block[TERN__BLOCK];
+    float buffer[TERN__BLOCK], above[TERN__BLOCK];
     int64_t j, len;
     tern__tree_init(&tree, k);
     for (; n > 0; i += len, n -= len) {
-        len = tern__min(n, TERN__BLOCK);
-        for (j = 0; j < len; j++) {
-            float w = tern__abs(tern__load_float(a->type, a->w, i + j));
-            int32_t above = w > delta;
-            block[j] = above ? w : 0.0f;
-            *count += above;
+        const float *w = tern__load_block(a, i, len = tern__min(n, TERN__BLOCK), buffer);
+        if (delta < 0.0f) *count += len;
+        else for (j = 0; j < len; j++) {
+            above[j] = tern__abs(w[j]) > delta ? w[j] : 0.0f;
+            *count += above[j] != 0.0f;
         }
-        tern__tree_push(&tree, k->sum(TERN_SUM, len, block));
+        tern__tree_push(&tree, k->sum(TERN_SUM_ABS, len, delta < 0.0f ? w : above));
     }
     return tern__tree_total(&tree);
 }
@@ -1397,24 +1430,22 @@ static float tern__mean_above(const tern__kernels *k, const tern_ternarize_args 
     return count ? tern__tree_total(&tree) / (float)count : 0.0f;
 }
 
-/* The grain over a rectangle: stores its scale at index i and returns the threshold. */
+/* The grain over a rectangle: stores its scale at index i and returns the threshold. No weight is above
+   the threshold of a zero scale. */
 static float tern__apply_rule(const tern__kernels *k, const tern_ternarize_args *a, int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t i)
 {
     float mean, delta, scale;
-    if (a->rule == TERN_GIVEN) return 0.5f * tern__load_scale(a->m.scale_type, a->m.scales, i);
+    if (a->rule == TERN_GIVEN) {
+        scale = tern__load_scale(a->m.scale_type, a->m.scales, i);
+        return scale == 0.0f ? FLT_MAX : 0.5f * scale;
+    }
     mean = tern__mean_above(k, a, row, rows, col, cols, -1.0f);
     delta = 0.7f * mean;
     scale = a->rule == TERN_TWN ? tern__mean_above(k, a, row, rows, col, cols, delta)
           : a->rule == TERN_ABSMEAN_SIGMA ? mean / 0.7978845608f : mean;
     scale = tern__store_scale(a->m.scale_type, a->m.scales, i, scale);
+    if (scale == 0.0f) return FLT_MAX;
     return a->rule == TERN_TWN ? delta : 0.5f * scale;
-}
-
-/* A zero scale makes every trit zero; the threshold alone would let tiny weights through. */
-static int8_t tern__trit(float w, float threshold, float scale)
-{
-    if (scale == 0.0f || !(tern__abs(w) > threshold)) return 0;
-    return w > 0 ? 1 : -1;
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -1504,18 +1535,17 @@ TERN_API tern_result tern_activation_shape(tern_context *c, const tern_matrix *m
     return TERN_OK;
 }
 
-/* One unit from trits t[row * stride + input], n <= unit inputs and as many rows as there are. */
-static void tern__pack_unit(tern_type encoding, const int8_t *t, int64_t stride, int64_t rows, int64_t n, uint8_t *unit)
+/* One unit from its trits, [row][input]. */
+typedef int8_t tern__unit_trits[TERN__ROWS][20];
+
+static void tern__pack_unit(tern_type encoding, tern__unit_trits t, uint8_t *unit)
 {
-    static const uint8_t weight[2][5] = {{1, 4, 16, 64, 0}, {1, 3, 9, 27, 81}};
-    const int32_t base3 = encoding == TERN_BASE3;
-    int64_t r, s, j;
+    int32_t r, j;
     for (r = 0; r < TERN__ROWS; r++)
         for (j = 0; j < 4; j++) {
-            int32_t byte = 0;
-            for (s = 0; s < 4 + base3; s++)
-                byte += weight[base3][s] * (r < rows && 4 * s + j < n ? t[r * stride + 4 * s + j] + 1 : 1);
-            unit[4 * r + j] = (uint8_t)byte;
+            const int8_t *d = t[r] + j; /* digits 0, 4, 8, ... */
+            unit[4 * r + j] = (uint8_t)(encoding == TERN_BASE3 ? 121 + d[0] + 3 * d[4] + 9 * d[8] + 27 * d[12] + 81 * d[16]
+                                                                : 85 + d[0] + 4 * d[4] + 16 * d[8] + 64 * d[12]);
         }
 }
 
@@ -1575,21 +1605,23 @@ static void tern__ternarize_body(tern__job *job, int64_t begin, int64_t end, int
             const int64_t row = panel * TERN__ROWS, rows = tern__min(TERN__ROWS, m->rows - row);
             const int64_t col = g * w->s.group, cols = tern__group_cols(m, &w->s, g);
             uint8_t *unit = (uint8_t *)m->trits + panel * w->s.panel_bytes + g * w->s.group_units * TERN__UNIT;
-            float threshold[TERN__ROWS], scale[TERN__ROWS];
-            int8_t t[TERN__ROWS * 20];
+            float threshold[TERN__ROWS], buffer[20];
+            tern__unit_trits t;
             for (r = 0; r < TERN__ROWS; r++) {
                 const int64_t at = tern__scale_index(m, &w->s, row + r, g);
                 if (m->grain == TERN_PER_TENSOR) threshold[r] = w->threshold;
                 else if (r < rows) threshold[r] = tern__apply_rule(job->k, a, row + r, 1, col, cols, at);
                 else tern__store_scale(m->scale_type, m->scales, at, 0.0f);
-                scale[r] = tern__load_scale(m->scale_type, m->scales, at);
             }
+            memset(t, 0, sizeof t);
             for (i = 0; i < cols; i += w->s.unit, unit += TERN__UNIT) {
                 const int64_t n = tern__min(w->s.unit, cols - i);
-                for (r = 0; r < rows; r++)
-                    for (j = 0; j < n; j++)
-                        t[r * 20 + j] = tern__trit(tern__load_float(a->type, a->w, (row + r) * m->cols + col + i + j), threshold[r], scale[r]);
-                tern__pack_unit(m->encoding, t, 20, rows, n, unit);
+                for (r = 0; r < rows; r++) {
+                    const float *x = tern__load_block(a, (row + r) * m->cols + col + i, n, buffer);
+                    for (j = 0; j < n; j++) t[r][j] = (int8_t)((x[j] > threshold[r]) - (x[j] < -threshold[r]));
+                    for (; j < w->s.unit; j++) t[r][j] = 0;
+                }
+                tern__pack_unit(m->encoding, t, unit);
             }
         }
 }
@@ -1597,7 +1629,7 @@ static void tern__ternarize_body(tern__job *job, int64_t begin, int64_t end, int
 static tern_result tern__cpu_ternarize(tern_run *run, const tern_ternarize_args *a)
 {
     tern__ternarize_work w;
-    int64_t bad = tern__for(run, tern__scan_body, a, a->m.rows * a->m.cols, 10);
+    int64_t bad = tern__for(run, tern__scan_body, a, tern__ceil_div(a->m.rows * a->m.cols, TERN__BLOCK), 1000);
     TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_NONFINITE, "ternarize: weights[%d][%d] is not a finite number below 2^96", bad / a->m.cols, bad % a->m.cols);
     w.a = a;
     w.s = tern__shape_of(&a->m);
@@ -1619,15 +1651,20 @@ static void tern__pack_body(tern__job *job, int64_t begin, int64_t end, int64_t 
     const tern_pack_args *a = (const tern_pack_args *)job->arg;
     const tern_matrix *m = &a->m;
     const tern__shape s = tern__shape_of(m);
-    int64_t panel, g, i;
+    tern__unit_trits unit_trits;
+    int64_t panel, g, i, r;
     (void)bad;
     for (panel = begin; panel < end; panel++)
         for (g = 0; g < s.groups; g++) {
             const int64_t row = panel * TERN__ROWS, cols = tern__group_cols(m, &s, g);
             const int8_t *t = a->trits + row * m->cols + g * s.group;
             uint8_t *unit = (uint8_t *)m->trits + panel * s.panel_bytes + g * s.group_units * TERN__UNIT;
-            for (i = 0; i < cols; i += s.unit, unit += TERN__UNIT)
-                tern__pack_unit(m->encoding, t + i, m->cols, tern__min(TERN__ROWS, m->rows - row), tern__min(s.unit, cols - i), unit);
+            for (i = 0; i < cols; i += s.unit, unit += TERN__UNIT) {
+                memset(unit_trits, 0, sizeof unit_trits);
+                for (r = 0; r < tern__min(TERN__ROWS, m->rows - row); r++)
+                    memcpy(unit_trits[r], t + r * m->cols + i, (size_t)tern__min(s.unit, cols - i));
+                tern__pack_unit(m->encoding, unit_trits, unit);
+            }
         }
 }
 
@@ -2397,7 +2434,7 @@ typedef struct tern__gemm {
 static void tern__gemm_fill(const tern__gemm *g, const tern__shape *s, int64_t k0, int64_t len, int64_t n0, int64_t lanes, float *b)
 {
     int8_t t[TERN__K_BLOCK];
-    int64_t j, l;
+    int64_t i, j, l, stop;
     if (lanes < TERN__LANES) memset(b, 0, sizeof(float) * (size_t)(len * TERN__LANES));
     switch (g->operand) {
     case TERN__B_FLOATS: {
@@ -2416,16 +2453,22 @@ static void tern__gemm_fill(const tern__gemm *g, const tern__shape *s, int64_t k
     case TERN__B_WEIGHTS:
         for (j = 0; j < len; j++, b += TERN__LANES) {
             tern__unpack_range(g->w, s, k0 + j, n0, lanes, t);
-            for (l = 0; l < lanes; l++)
-                b[l] = (float)t[l] * tern__load_scale(g->w->scale_type, g->w->scales, tern__scale_index(g->w, s, k0 + j, (n0 + l) / s->group));
+            for (l = 0; l < lanes; l = stop) {
+                const int64_t group = (n0 + l) / s->group;
+                const float scale = tern__load_scale(g->w->scale_type, g->w->scales, tern__scale_index(g->w, s, k0 + j, group));
+                stop = tern__min(lanes, (group + 1) * s->group - n0);
+                for (; l < stop; l++) b[l] = (float)t[l] * scale;
+            }
         }
         break;
     case TERN__B_QUANTIZED:
-        for (j = 0; j < len; j++, b += TERN__LANES) {
-            const int8_t *q = g->q + (k0 + j) * s->units * s->unit;
-            for (l = 0; l < lanes; l++) {
-                const int64_t group = (n0 + l) / s->group;
-                b[l] = (float)q[group * s->group_units * s->unit + (n0 + l) - group * s->group] * g->scale[k0 + j];
+        for (l = 0; l < lanes; l = stop) {
+            const int64_t group = (n0 + l) / s->group, stride = s->units * s->unit;
+            const int8_t *q = g->q + k0 * stride + group * (s->group_units * s->unit - s->group) + n0;
+            stop = tern__min(lanes, (group + 1) * s->group - n0);
+            for (j = 0; j < len; j++, q += stride) {
+                const float scale = g->scale[k0 + j];
+                for (i = l; i < stop; i++) b[j * TERN__LANES + i] = (float)q[i] * scale;
             }
         }
         break;
@@ -2525,8 +2568,7 @@ static tern_result tern__cpu_matmul(tern_run *run, const tern_matmul_args *a)
         w.a = a;
         w.s = tern__shape_of(&a->m);
         w.by_token = w.s.panels < run->parallel.workers && a->n > w.s.panels;
-        tern__for(run, tern__matmul_body, &w, w.by_token ? a->n : w.s.panels,
-                  tern__mul(tern__mul(w.by_token ? w.s.panels : a->n, a->m.cols) / 8 + 1, 1));
+        tern__for(run, tern__matmul_body, &w, w.by_token ? a->n : w.s.panels, tern__mul(w.by_token ? w.s.panels : a->n, a->m.cols));
     } else {
         tern__gemm g = tern__gemm_of(a->n, a->m.rows, a->m.cols, a->x, a->m.cols, 1, a->y, a->m.rows);
         int64_t bad;
@@ -3114,7 +3156,8 @@ TERN_API const tern_backend *tern_cpu_backend(tern_isa isa)
 #endif
 #define tern__table_scalar &tern__backend_scalar
 #define TERN__TIER(name, suffix, text)                                    \
-    tier = tern__has_##suffix() ? tern__table_##suffix : NULL;            \
+    tier = NULL;                                                          \
+    if (tern__has_##suffix()) tier = tern__table_##suffix;                \
     i++;                                                                  \
     if (tier) best = tier;                                                \
     if (i == (int32_t)isa) return tier;
@@ -3612,8 +3655,9 @@ TERN_API tern_result tern_param_alloc(tern_context *c, tern_param *p, int32_t ma
 
 TERN_API void tern_param_free(tern_context *c, tern_param *p, int32_t mask)
 {
-    int32_t i;
-    const int32_t values = p->rule == TERN_DENSE && mask == TERN_FOR_TRAINING ? 1 << TERN_SHADOW : 0;
+    int32_t i, values;
+    if (!c || !p) return;
+    values = p->rule == TERN_DENSE && mask == TERN_FOR_TRAINING ? 1 << TERN_SHADOW : 0;
     for (i = 0; i < TERN_BUFFERS; i++) {
         tern_buffer *b = &p->buffer[i];
         if (!((mask & ~values) >> i & 1)) continue;

@@ -1,5 +1,6 @@
 /* All tests in one program: `tests [part of a name]`. One file per room of ternary.h, in its order. */
 #define TERNARY_IMPLEMENTATION
+#define TERN__TASK_COST 1000
 #include "../ternary.h"
 #include "test.h"
 
