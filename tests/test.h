@@ -3,10 +3,19 @@
 #ifndef TEST_H
 #define TEST_H
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+/* References round after every operation, as the library does. */
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+static uint32_t test_seed;                 /* of test_random; every test starts from 1 */
 static int test_passed, test_failed;       /* tests */
 static int test_errors;                    /* failed checks of the running test */
 static const char *test_only;              /* runs tests whose name contains this */
@@ -43,6 +52,9 @@ static long test_allocations;
         if (test_only && !strstr(#test, test_only)) break;                       \
         test_errors = 0;                                                         \
         test_blocks = 0;                                                         \
+        test_allocations = 0;                                                    \
+        test_fail_at = -1;                                                       \
+        test_seed = 1;                                                           \
         test();                                                                  \
         CHECK(test_blocks == 0, "%ld allocations leaked", test_blocks);          \
         printf("%s %s\n", test_errors ? "FAIL" : "ok  ", #test);                 \
@@ -71,7 +83,22 @@ static void test_free(void *user, void *p)
     free(p);
 }
 
-/* A context of a tier (NULL, with a line, where this machine lacks it); threads > 1 brings a pool. */
+/* The tier's table; NULL where this machine lacks it or TERNARY_ISA forbids it. The names count from
+   TERN_ISA_BEST, so for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; ...) meets every tier. */
+#define TEST__NAME(name, suffix, text) text,
+static const char *const test_tier_name[] = {"best", TERN_TIERS(TEST__NAME)};
+#undef TEST__NAME
+
+static const tern_backend *test_tier(tern_isa isa)
+{
+    const char *cap = getenv("TERNARY_ISA");
+    int i;
+    for (i = TERN_ISA_SCALAR; cap && i < (int)isa; i++)
+        if (strcmp(cap, test_tier_name[i]) == 0) return NULL;
+    return tern_cpu_backend(isa);
+}
+
+/* A context of a tier (NULL, with a line, where test_tier has none); threads > 1 brings a pool. */
 typedef struct test_context { tern_context *c; tern_pool *pool; } test_context;
 
 static test_context test_open(tern_isa isa, int32_t threads)
@@ -79,8 +106,8 @@ static test_context test_open(tern_isa isa, int32_t threads)
     test_context t = {NULL, NULL};
     tern_context_desc d = TERN_ZERO;
     tern_error e;
-    if (!tern_cpu_backend(isa)) {
-        printf("  skipped: this machine lacks tier %d\n", (int)isa);
+    if (!test_tier(isa)) {
+        printf("  skipped: no tier %s here\n", test_tier_name[isa]);
         return t;
     }
     d.isa_max = isa;
@@ -131,9 +158,15 @@ static uint64_t test_hash_floats(uint64_t h, const float *x, int64_t n)
 }
 
 /* Reproducible inputs that do not go through the library. */
-static uint32_t test_seed = 1;
 static uint32_t test_random(void) { test_seed = test_seed * 1664525u + 1013904223u; return test_seed >> 8; }
 static float test_float(void) { return (float)test_random() / 8388608.0f - 1.0f; } /* [-1, 1) */
+static float *test_floats(int64_t n)
+{
+    float *x = (float *)malloc(sizeof(float) * (size_t)n);
+    int64_t i;
+    for (i = 0; i < n; i++) x[i] = test_float();
+    return x;
+}
 static int8_t test_trit(void) { return (int8_t)((int)(test_random() % 3) - 1); }
 
 #endif

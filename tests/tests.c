@@ -1,4 +1,5 @@
 /* All tests in one program: `tests [part of a name]`. One file per room of ternary.h, in its order. */
+#define _DEFAULT_SOURCE /* setenv and the like under -std=c99 */
 #define TERNARY_IMPLEMENTATION
 #define TERN__TASK_COST 1000
 #include "../ternary.h"
