@@ -1,0 +1,53 @@
+# Everything is built into build/. CC and CFLAGS may be given: make test CC=clang CFLAGS="-O3 -march=native"
+CC      = cc
+CFLAGS  = -O2
+LDLIBS  = -pthread -lm
+PREFIX  = /usr/local
+HEADERS = ternary.h tests/test.h
+
+examples: build/quickstart build/image_classifier build/language_model
+demo: build/language_model          # trains a language model on TEXT (default: ternary.h), packs it, lets it write
+	build/language_model $(if $(TEXT),--text "$(TEXT)") --out build
+test:                               # all tests; the last line is "N passed, M failed"
+	@CC="$(CC)" CFLAGS="$(CFLAGS)" LDLIBS="$(LDLIBS)" sh tests/run.sh
+bench: build/bench                  # the machine's limits, then each operation as a fraction of them
+	build/bench
+install:                            # the header alone
+	mkdir -p "$(DESTDIR)$(PREFIX)/include" && cp ternary.h "$(DESTDIR)$(PREFIX)/include/"
+clean:
+	rm -rf build
+
+# The stricter checks. ONLY=part runs the tests whose names contain it.
+sanitize: build/tests-asan          # addresses and undefined behaviour
+	build/tests-asan $(ONLY)
+tsan: build/tests-tsan              # data races
+	build/tests-tsan $(ONLY)
+msan: build/tests-msan              # uninitialised memory; needs clang
+	build/tests-msan $(ONLY)
+valgrind: build/tests-plain         # leaks and uninitialised memory, on the scalar tier
+	TERNARY_ISA=scalar valgrind -q --leak-check=full --error-exitcode=1 build/tests-plain $(ONLY)
+cross: build/tests-aarch64 build/tests-s390x        # the same bits on Arm and on big-endian, under qemu
+	qemu-aarch64 build/tests-aarch64 $(ONLY) && qemu-s390x build/tests-s390x $(ONLY)
+matrix:                             # every switch and pair of switches, four language standards, gcc and clang
+	sh tests/matrix.sh
+fuzz: build/fuzz                    # damaged model files, for SECONDS; needs clang
+	build/fuzz -max_total_time=$(or $(SECONDS),60) -timeout=10 -rss_limit_mb=2048
+
+build:
+	mkdir -p build
+build/%: examples/%.c ternary.h | build
+	$(CC) $(CFLAGS) -I. $< -o $@ $(LDLIBS)
+build/bench: bench/bench.c ternary.h | build
+	$(CC) $(CFLAGS) -I. $< -o $@ $(LDLIBS) -ldl
+build/tests-plain:   TEST_CC = $(CC) $(CFLAGS) -g
+build/tests-asan:    TEST_CC = $(CC) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+build/tests-tsan:    TEST_CC = $(CC) -O1 -g -fsanitize=thread
+build/tests-msan:    TEST_CC = clang -O1 -g -fsanitize=memory -fno-omit-frame-pointer
+build/tests-aarch64: TEST_CC = aarch64-linux-gnu-gcc -O2 -static
+build/tests-s390x:   TEST_CC = s390x-linux-gnu-gcc -O2 -static
+build/tests-%: tests/tests.c $(wildcard tests/*.c) $(HEADERS) | build
+	$(TEST_CC) -I. $< -o $@ $(LDLIBS)
+build/fuzz: tests/fuzz.c ternary.h | build
+	clang -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. $< -o $@ $(LDLIBS)
+
+.PHONY: examples demo test bench install clean sanitize tsan msan valgrind cross matrix fuzz

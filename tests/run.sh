@@ -1,0 +1,118 @@
+#!/bin/sh
+# What `make test` runs: the tests of the code, then those of the files as files. The last line counts both.
+# CC, CFLAGS and LDLIBS come from the Makefile.
+cd "$(dirname "$0")/.." || exit 1
+CC=${CC:-cc} CFLAGS=${CFLAGS--O2} LDLIBS=${LDLIBS--pthread -lm}
+out=build/check
+passed=0 failed=0
+rm -rf $out
+mkdir -p $out
+
+compile() { $CC $CFLAGS -I. "$@" $LDLIBS; }
+
+# check NAME COMMAND...: one line, and the command's output if it fails.
+check() {
+    name=$1
+    shift
+    if "$@" > $out/log 2>&1; then
+        passed=$((passed + 1))
+        echo "ok   $name"
+    else
+        failed=$((failed + 1))
+        echo "FAIL $name"
+        sed 's/^/  /' $out/log
+    fi
+}
+
+# -- programs --
+
+# One implementation; the other unit is compiled with other switches, which must not change any layout.
+two_units() {
+    compile -DTERNARY_NO_FILES -DTERNARY_NO_THREADS -DTERNARY_NO_TRAINING -DUNIT=1 -c tests/units.c -o $out/user.o &&
+    compile -DTERNARY_IMPLEMENTATION -DUNIT=2 -c tests/units.c -o $out/implementation.o &&
+    compile $out/user.o $out/implementation.o -o $out/two_units && $out/two_units
+}
+
+static_twice() {
+    for unit in 1 2; do
+        compile -DTERNARY_STATIC -DTERNARY_IMPLEMENTATION -DUNIT=$unit -c tests/units.c -o $out/static$unit.o || return 1
+    done
+    compile $out/static1.o $out/static2.o -o $out/static_twice && $out/static_twice
+}
+
+# Nothing but tern_* leaves the implementation, and nothing at all a static copy.
+symbols() {
+    ! nm -g --defined-only $out/implementation.o | awk '{ print $NF }' | grep -Ev '^_?(tern_[a-z0-9]|other_answer)' &&
+    ! nm -g --defined-only $out/static1.o $out/static2.o | grep tern_
+}
+
+fast_math_refused() {
+    ! $CC $CFLAGS -ffast-math -DTERNARY_IMPLEMENTATION -I. -c tests/units.c -o $out/fast.o 2> $out/fast &&
+    grep 'fast-math breaks equal bits' $out/fast &&
+    $CC $CFLAGS -ffast-math -DTERNARY_ACCEPT_FAST_MATH -DTERNARY_IMPLEMENTATION -I. -c tests/units.c -o $out/fast.o
+}
+
+# Each ```c block of the README that has a main is a program that compiles and runs.
+readme_snippets() {
+    awk -v out=$out/readme '
+        /^```/ { if (inside && program) { file = sprintf("%s%d.c", out, ++n); printf "%s", text > file; close(file) }
+                 inside = !inside && $0 == "```c"; text = ""; program = 0; next }
+        inside { text = text $0 "\n"; if (/int main/) program = 1 }' README.md
+    for file in $out/readme*.c; do
+        echo "$file" && compile "$file" -o "${file%.c}" && (cd $out && "./$(basename "${file%.c}")") || return 1
+    done
+}
+
+example() { compile "examples/$1.c" -o $out/"$1"; }
+quickstart_runs() { $out/quickstart; }
+bench_compiles() { compile bench/bench.c -o $out/bench -ldl; }
+
+# -- ternary.h as a text --
+
+# The contents name every room once, in the order in which the rooms come.
+contents() {
+    sed -n '/^CONTENTS/,/^QUICK START/s/^    \(\[TERN-[0-9]*\]\)  *\(.*\)$/\1 \2/p' ternary.h > $out/contents
+    sed -n 's/^   \(\[TERN-[0-9]*\] .*\)$/\1/p' ternary.h > $out/rooms
+    test -s $out/contents && diff $out/contents $out/rooms
+}
+
+# Every tag that the text refers to is a room.
+references() {
+    ! grep -o '\[TERN-[0-9]*\]' ternary.h | sort -u | while read -r tag; do
+        grep -qF "$tag" $out/rooms || echo "no room $tag"
+    done | grep .
+}
+
+# Plain text: no character beyond ASCII, no tab but in the Makefile, no space before the end of a line, no path of one machine.
+plain_text() {
+    files=$(find ternary.h README.md LICENSE CMakeLists.txt tests examples bench -type f)
+    ! LC_ALL=C grep -n '[^ -~]' $files && ! grep -nE ' $|/(home|Users|work)/' $files
+}
+
+compile tests/tests.c -o $out/tests > $out/tests.log 2>&1 &
+compiling=$!
+check "two translation units" two_units
+check "TERNARY_STATIC twice in one program" static_twice
+check "exported symbols" symbols
+check "fast-math is refused" fast_math_refused
+check "the README's programs" readme_snippets
+for name in quickstart image_classifier language_model; do check "examples/$name.c compiles" example $name; done
+check "examples/quickstart.c runs" quickstart_runs
+check "bench/bench.c compiles" bench_compiles
+check "table of contents" contents
+check "references to rooms" references
+check "plain text" plain_text
+
+if wait $compiling; then
+    $out/tests "$@" | tee $out/tests.log | sed '/^[0-9]* passed, [0-9]* failed$/d'
+else
+    cat $out/tests.log
+fi
+set -- $(sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed$/\1 \2/p' $out/tests.log)
+if [ $# -ne 2 ]; then
+    echo "FAIL the test program did not come to its end"
+    set -- 0 1
+fi
+passed=$((passed + $1)) failed=$((failed + $2))
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]
