@@ -3545,13 +3545,20 @@ static tern_result tern__check_optimize(tern_run *r, const tern_optimize_args *a
 }
 
 #define TERN__PUBLIC(op)                                                                                            \
-    TERN_API tern_result tern_##op(tern_context *c, const tern_##op##_args *a)                                      \
+    static tern_result tern__checked_##op(tern_context *c, const tern_##op##_args *a)                               \
     {                                                                                                               \
         if (!c) return TERN_E_ARGUMENT;                                                                             \
         TERN__REQUIRE(&c->run, a, TERN_E_ARGUMENT, #op ": args is NULL");                                           \
         TERN__TRY(tern__check_##op(&c->run, a));                                                                    \
         TERN__REQUIRE(&c->run, c->run.backend->op, TERN_E_UNSUPPORTED, "%s has no operation " #op, c->run.backend->name); \
         return c->run.backend->op(&c->run, a);                                                                      \
+    }                                                                                                               \
+    TERN_API tern_result tern_##op(tern_context *c, const tern_##op##_args *a)                                      \
+    {                                                                                                               \
+        const tern__fp_mode mode = tern__fp_enter();                                                                \
+        const tern_result result = tern__checked_##op(c, a);                                                        \
+        tern__fp_leave(mode);                                                                                       \
+        return result;                                                                                              \
     }
 TERN_OPS(TERN__PUBLIC)
 #undef TERN__PUBLIC
@@ -3714,13 +3721,26 @@ static tern_result tern__upload_panel(tern_context *c, const tern_param *p, int6
     return tern_pack(c, &a);
 }
 
+/* Row-major scales from the host, through `ordered`: host memory for the scales in panel order. */
+static tern_result tern__upload_scales(tern_context *c, const tern_param *p, const float *scales, void *ordered)
+{
+    const tern_matrix m = tern_param_matrix(p);
+    const tern__shape s = tern__shape_of(&m);
+    int64_t i, g;
+    for (i = 0; i < s.scales; i++) tern__store_scale(m.scale_type, ordered, i, 0.0f); /* padding rows keep it */
+    for (i = 0; i < (m.grain == TERN_PER_TENSOR ? 1 : m.rows); i++)
+        for (g = 0; g < s.groups; g++)
+            tern__store_scale(m.scale_type, ordered, tern__scale_index(&m, &s, i, g), scales[i * s.groups + g]);
+    return tern_copy(c, m.scales, ordered, (size_t)(s.scales * tern__type_bytes(m.scale_type)), TERN_TO_DEVICE);
+}
+
 TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_t *trits, const float *scales)
 {
     tern_result result = TERN_OK;
     tern_run *r;
     tern_matrix m;
     tern__shape s;
-    int64_t i, g, panel, stored;
+    int64_t i, panel, stored;
     int8_t *staging;
     void *ordered;
     TERN__TRY(tern__check_ready(c, p));
@@ -3741,10 +3761,7 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
     if (!staging || !ordered) result = tern__set_error(&r->error, TERN_E_MEMORY, "%s: no memory to pack", p->name);
     for (panel = 0; result == TERN_OK && panel < s.panels; panel++)
         result = tern__upload_panel(c, p, panel, trits + panel * TERN__ROWS * m.cols, staging);
-    for (i = 0; result == TERN_OK && i < (m.grain == TERN_PER_TENSOR ? 1 : m.rows); i++)
-        for (g = 0; g < s.groups; g++)
-            tern__store_scale(m.scale_type, ordered, tern__scale_index(&m, &s, i, g), scales[i * s.groups + g]);
-    if (result == TERN_OK) result = tern_copy(c, m.scales, ordered, (size_t)(s.scales * tern__type_bytes(m.scale_type)), TERN_TO_DEVICE);
+    if (result == TERN_OK) result = tern__upload_scales(c, p, scales, ordered);
     if (staging) tern_free(c, staging);
     tern__host_free(&r->allocator, ordered);
     return result;
@@ -4265,6 +4282,929 @@ TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const
     }
     return TERN_OK;
 }
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   [TERN-21] Model files
+   What enters: parameters, or the bytes of a file. What leaves: bytes through the caller's sink, or
+   filled parameters. The container is GGUF v3, little-endian: a header, keys, the names, shapes and
+   places of tensors, then their data, each at a multiple of 32. The native form has the keys
+   ternary.hash (first, so that its place is fixed: FNV-1a of the whole file with the hash as zero) and
+   ternary.NAME.rule, .rows, .cols and .grain, and these tensors:
+     NAME.trits    I8, base-3: byte i holds trits 5i .. 5i+4 of the row-major matrix, the first as the
+                   lowest digit, as code trit + 1; the digits after the last trit are 1
+     NAME.scale    F32, or I8 exponents (-128: zero), [rows, groups]
+     NAME          F32: the values of a dense parameter
+     NAME.shadow (F32 or BF16), NAME.moment1, NAME.moment2 (F32), where they were asked for
+   ------------------------------------------------------------------------------------------------ */
+
+#ifndef TERNARY_NO_FILES
+
+enum { TERN__GGML_F32 = 0, TERN__GGML_F16 = 1, TERN__GGML_I8 = 24, TERN__GGML_BF16 = 30 };
+enum { TERN__GGUF_UINT32 = 4, TERN__GGUF_INT32 = 5, TERN__GGUF_STRING = 8, TERN__GGUF_ARRAY = 9, TERN__GGUF_UINT64 = 10 };
+enum {
+    TERN__ALIGNMENT = 32,
+    TERN__HASH_AT = 48,     /* the header's 24 bytes, then length, text and type of the first key */
+    TERN__MAX_NAME = 55,    /* GGUF allows a tensor 63 bytes; ".moment1" takes 8 of them */
+    TERN__MAX_BYTE = 242,   /* five trits of 1 in base 3 */
+    TERN__CHUNK = 1 << 16,  /* bytes of float tensors that cross to the host at a time */
+    TERN__ALL_BUFFERS = (1 << TERN_BUFFERS) - 1
+};
+
+static const char *const tern__rule_names[] = {"absmean", "absmean_sigma", "twn", "given", "dense"};
+
+#define TERN__FNV_START UINT64_C(14695981039346656037)
+static uint64_t tern__fnv(uint64_t hash, const uint8_t *p, size_t bytes)
+{
+    while (bytes--) hash = (hash ^ *p++) * UINT64_C(1099511628211);
+    return hash;
+}
+
+static void tern__put_number(uint8_t *p, uint64_t value, int32_t bytes)
+{
+    for (; bytes--; value >>= 8) *p++ = (uint8_t)value;
+}
+
+static uint64_t tern__get_number(const uint8_t *p, int32_t bytes)
+{
+    uint64_t value = 0;
+    while (bytes--) value = value << 8 | p[bytes];
+    return value;
+}
+
+/* Elements of 1, 2 or 4 bytes in place from the host's order to little-endian or back: the same swap. */
+static void tern__little_endian(uint8_t *p, int64_t count, int32_t width)
+{
+    for (; count--; p += width) {
+        uint16_t half;
+        uint32_t word;
+        if (width == 4) { memcpy(&word, p, 4); tern__put_number(p, word, 4); }
+        if (width == 2) { memcpy(&half, p, 2); tern__put_number(p, half, 2); }
+    }
+}
+
+/* -- ggml's blocks: trits of one scale d (as f16) -- */
+
+/* Five trits at a stride, the first as the highest digit, as a fraction of 243 in 1/256, rounded up:
+   multiplying by 3 then carries the digits out one by one. Trits from n on are absent digits 0. */
+static uint8_t tern__tq1_byte(const int8_t *t, int32_t stride, int32_t n)
+{
+    int32_t i, v = 0;
+    for (i = 0; i < 5; i++) v = 3 * v + (i < n ? t[i * stride] + 1 : 0);
+    return (uint8_t)((256 * v + 242) / 243);
+}
+
+static void tern__encode_tq1_0(const int8_t *t, uint16_t d, uint8_t *out)
+{
+    int32_t i;
+    for (i = 0; i < 32; i++) *out++ = tern__tq1_byte(t + i, 32, 5);
+    for (i = 0; i < 16; i++) *out++ = tern__tq1_byte(t + 160 + i, 16, 5);
+    for (i = 0; i < 4; i++) *out++ = tern__tq1_byte(t + 240 + i, 4, 4);
+    tern__put_number(out, d, 2);
+}
+
+/* Four trits at a stride as 2-bit codes, the first lowest. */
+static uint8_t tern__tq2_byte(const int8_t *t, int32_t stride)
+{
+    return (uint8_t)((t[0] + 1) | (t[stride] + 1) << 2 | (t[2 * stride] + 1) << 4 | (t[3 * stride] + 1) << 6);
+}
+
+static void tern__encode_tq2_0(const int8_t *t, uint16_t d, uint8_t *out)
+{
+    int32_t i;
+    for (i = 0; i < 64; i++) *out++ = tern__tq2_byte(t + i / 32 * 128 + i % 32, 32);
+    tern__put_number(out, d, 2);
+}
+
+static void tern__encode_q2_0(const int8_t *t, uint16_t d, uint8_t *out)
+{
+    int32_t i;
+    tern__put_number(out, d, 2);
+    for (i = 0; i < 16; i++) out[2 + i] = tern__tq2_byte(t + 4 * i, 1);
+}
+
+enum { TERN__BLOCK_BYTES = 66 }; /* the largest */
+typedef struct tern__block {
+    tern_export form;
+    const char *name;
+    int32_t weights, bytes;
+    void (*encode)(const int8_t *t, uint16_t d, uint8_t *out);
+} tern__block;
+static const tern__block tern__blocks[] = {
+    {TERN_TQ1_0, "TQ1_0", 256, 54, tern__encode_tq1_0},
+    {TERN_TQ2_0, "TQ2_0", 256, 66, tern__encode_tq2_0},
+    {TERN_Q2_0, "Q2_0", 64, 18, tern__encode_q2_0}
+};
+
+/* -- what a file holds of a parameter -- */
+
+/* Trits and scales, or dense values, always; shadow and moments where the mask asks and they exist. */
+static int32_t tern__is_stored(const tern_param *p, int32_t which, int32_t mask)
+{
+    if (which <= TERN_SCALES) return p->rule != TERN_DENSE;
+    if (which == TERN_SHADOW && p->rule == TERN_DENSE) return 1;
+    return which != TERN_GRAD && (mask >> which & 1) && p->buffer[which].data;
+}
+
+static const char *const tern__suffixes[TERN_BUFFERS] = {".trits", ".scale", ".shadow", "", ".moment1", ".moment2"};
+
+static const char *tern__suffix(const tern_param *p, int32_t which)
+{
+    return which == TERN_SHADOW && p->rule == TERN_DENSE ? "" : tern__suffixes[which];
+}
+
+typedef struct tern__tensor { int32_t type; int64_t dims[2], bytes; } tern__tensor; /* dims innermost first */
+
+/* A tensor of the native form. */
+static tern__tensor tern__tensor_of(const tern_param *p, int32_t which)
+{
+    const tern_type type = tern__buffer_type(p, which);
+    tern__tensor t;
+    t.dims[0] = p->cols;
+    t.dims[1] = p->rows;
+    t.type = type == TERN_BF16 ? TERN__GGML_BF16 : TERN__GGML_F32;
+    if (which == TERN_TRITS) {
+        t.dims[0] = tern__ceil_div(p->rows * p->cols, 5);
+        t.dims[1] = 1;
+        t.type = TERN__GGML_I8;
+    } else if (which == TERN_SCALES) {
+        const tern_matrix m = tern_param_matrix(p);
+        t.dims[0] = tern__shape_of(&m).groups;
+        if (p->grain == TERN_PER_TENSOR) t.dims[1] = 1;
+        if (type == TERN_POW2) t.type = TERN__GGML_I8;
+    }
+    t.bytes = t.dims[0] * t.dims[1] * (which == TERN_TRITS ? 1 : tern__type_bytes(type));
+    return t;
+}
+
+static int32_t tern__scale_ok(float scale) { return tern__finite(scale) && scale >= 0.0f; }
+
+static tern_result tern__check_block(tern_context *c, const tern_param *p, const tern__block *b)
+{
+    TERN__REQUIRE(&c->run, p->cols % b->weights == 0, TERN_E_SHAPE, "%s: %d columns are not whole %s blocks of %d", p->name, p->cols, b->name, (int64_t)b->weights);
+    TERN__REQUIRE(&c->run, p->grain <= 0 || p->grain % b->weights == 0, TERN_E_SHAPE, "%s: groups of %d are not whole %s blocks of %d", p->name, (int64_t)p->grain, b->name, (int64_t)b->weights);
+    return TERN_OK;
+}
+
+/* The names of tensors must differ: "a.scale" may be a gain or the scales of "a". */
+static tern_result tern__check_names(tern_context *c, const tern_model *m)
+{
+    int32_t i, j, b;
+    for (i = 0; i < m->count; i++) {
+        const char *name = m->items[i]->name;
+        const size_t length = strlen(name);
+        TERN__REQUIRE(&c->run, length > 0, TERN_E_ARGUMENT, "parameter %d of the model has no name", (int64_t)i);
+        TERN__REQUIRE(&c->run, length <= TERN__MAX_NAME, TERN_E_ARGUMENT, "%s: a name of %d bytes exceeds %d, the limit in files", name, (int64_t)length, (int64_t)TERN__MAX_NAME);
+        for (j = 0; j < m->count; j++) {
+            const char *other = m->items[j]->name;
+            if (i == j || strncmp(name, other, length) != 0) continue;
+            TERN__REQUIRE(&c->run, other[length], TERN_E_ARGUMENT, "two parameters of the model have the name %s", name);
+            for (b = 0; b < TERN_BUFFERS; b++)
+                TERN__REQUIRE(&c->run, m->items[j]->rule != TERN_DENSE || strcmp(other + length, tern__suffixes[b]) != 0, TERN_E_ARGUMENT, "%s would also be the name of a tensor of %s", other, name);
+        }
+    }
+    return TERN_OK;
+}
+
+static tern_result tern__check_file_model(tern_context *c, const tern_model *m, int32_t mask)
+{
+    int32_t i, b;
+    TERN__TRY(tern__check_model(c, m));
+    TERN__TRY(tern__check_names(c, m));
+    for (i = 0; i < m->count; i++) {
+        TERN__TRY(tern__check_ready(c, m->items[i]));
+        for (b = TERN_SHADOW; b < TERN_BUFFERS; b++)
+            if (tern__is_stored(m->items[i], b, mask)) TERN__TRY(tern__check_buffer(c, m->items[i], b, tern__buffer_count(m->items[i], b)));
+    }
+    return TERN_OK;
+}
+
+/* The widest ternary parameter; 0 where all are dense. */
+static int64_t tern__widest(const tern_model *m)
+{
+    int64_t cols = 0;
+    int32_t i;
+    for (i = 0; i < m->count; i++)
+        if (m->items[i]->rule != TERN_DENSE && m->items[i]->cols > cols) cols = m->items[i]->cols;
+    return cols;
+}
+
+/* -- writing: the same emitter runs twice, first for the hash and the checks, then into the sink -- */
+
+typedef struct tern__writer {
+    tern_context *c;
+    const tern_model *m;
+    const tern__block *block; /* of an export; NULL: the native form */
+    int32_t mask, failed;
+    const tern_sink *sink;    /* NULL: the first run */
+    uint64_t hash;
+    int64_t at;
+    float max_error;
+    uint8_t *chunk;           /* memory of both kinds of data, one at a time: a piece of floats, ... */
+    int8_t *trits;            /* ... or a row of trits and its scales */
+    float *scales;
+    size_t used;
+    uint8_t out[1024];
+} tern__writer;
+
+static void tern__flush(tern__writer *w)
+{
+    w->hash = tern__fnv(w->hash, w->out, w->used);
+    if (w->sink && w->used && !w->failed) w->failed = w->sink->write(w->sink->user, w->out, w->used) != 0;
+    w->used = 0;
+}
+
+static void tern__emit_bytes(tern__writer *w, const void *data, size_t bytes)
+{
+    const uint8_t *p = (const uint8_t *)data;
+    w->at += (int64_t)bytes;
+    while (bytes--) {
+        w->out[w->used++] = *p++;
+        if (w->used == sizeof w->out) tern__flush(w);
+    }
+}
+
+static void tern__emit_number(tern__writer *w, uint64_t value, int32_t bytes)
+{
+    uint8_t p[8];
+    tern__put_number(p, value, bytes);
+    tern__emit_bytes(w, p, (size_t)bytes);
+}
+
+static void tern__emit_padding(tern__writer *w)
+{
+    while (w->at % TERN__ALIGNMENT) tern__emit_number(w, 0, 1);
+}
+
+/* A string of three pieces. */
+static void tern__emit_string(tern__writer *w, const char *a, const char *b, const char *c)
+{
+    tern__emit_number(w, strlen(a) + strlen(b) + strlen(c), 8);
+    tern__emit_bytes(w, a, strlen(a));
+    tern__emit_bytes(w, b, strlen(b));
+    tern__emit_bytes(w, c, strlen(c));
+}
+
+static void tern__emit_key(tern__writer *w, const char *a, const char *b, const char *c, int32_t type)
+{
+    tern__emit_string(w, a, b, c);
+    tern__emit_number(w, (uint64_t)type, 4);
+}
+
+static void tern__emit_param_keys(tern__writer *w, const tern_param *p)
+{
+    tern__emit_key(w, "ternary.", p->name, ".rule", TERN__GGUF_STRING);
+    tern__emit_string(w, tern__rule_names[p->rule], "", "");
+    tern__emit_key(w, "ternary.", p->name, ".rows", TERN__GGUF_UINT64);
+    tern__emit_number(w, (uint64_t)p->rows, 8);
+    tern__emit_key(w, "ternary.", p->name, ".cols", TERN__GGUF_UINT64);
+    tern__emit_number(w, (uint64_t)p->cols, 8);
+    tern__emit_key(w, "ternary.", p->name, ".grain", TERN__GGUF_INT32);
+    tern__emit_number(w, (uint64_t)(int64_t)p->grain, 4);
+}
+
+/* An export holds a ternary parameter as one tensor. */
+static int32_t tern__is_written(const tern__writer *w, int32_t i, int32_t which)
+{
+    return tern__is_stored(w->m->items[i], which, w->mask) && !(w->block && which == TERN_SCALES);
+}
+
+static tern__tensor tern__written_tensor(const tern__writer *w, const tern_param *p, int32_t which)
+{
+    tern__tensor t = tern__tensor_of(p, which);
+    if (w->block && which == TERN_TRITS) {
+        t.type = (int32_t)w->block->form;
+        t.dims[0] = p->cols;
+        t.dims[1] = p->rows;
+        t.bytes = p->rows * (p->cols / w->block->weights) * w->block->bytes;
+    }
+    return t;
+}
+
+static void tern__emit_head(tern__writer *w, uint64_t hash)
+{
+    uint64_t tensors = 0;
+    int64_t offset = 0;
+    int32_t i, b;
+    for (i = 0; i < w->m->count; i++)
+        for (b = 0; b < TERN_BUFFERS; b++) tensors += (uint64_t)tern__is_written(w, i, b);
+    tern__emit_bytes(w, "GGUF", 4);
+    tern__emit_number(w, 3, 4);
+    tern__emit_number(w, tensors, 8);
+    tern__emit_number(w, w->block ? 3 : 2 + 4 * (uint64_t)w->m->count, 8);
+    tern__emit_key(w, "ternary.hash", "", "", TERN__GGUF_UINT64);
+    tern__emit_number(w, hash, 8);
+    tern__emit_key(w, "general.architecture", "", "", TERN__GGUF_STRING);
+    tern__emit_string(w, "ternary", "", "");
+    if (w->block) {
+        tern__emit_key(w, "general.quantization_version", "", "", TERN__GGUF_UINT32);
+        tern__emit_number(w, 2, 4); /* ggml's, of block layouts */
+    }
+    for (i = 0; !w->block && i < w->m->count; i++) tern__emit_param_keys(w, w->m->items[i]);
+    for (i = 0; i < w->m->count; i++)
+        for (b = 0; b < TERN_BUFFERS; b++) {
+            const tern_param *p = w->m->items[i];
+            tern__tensor t;
+            if (!tern__is_written(w, i, b)) continue;
+            t = tern__written_tensor(w, p, b);
+            tern__emit_string(w, p->name, w->block ? "" : tern__suffix(p, b), "");
+            tern__emit_number(w, 2, 4);
+            tern__emit_number(w, (uint64_t)t.dims[0], 8);
+            tern__emit_number(w, (uint64_t)t.dims[1], 8);
+            tern__emit_number(w, (uint64_t)t.type, 4);
+            tern__emit_number(w, (uint64_t)offset, 8);
+            offset += tern__ceil_div(t.bytes, TERN__ALIGNMENT) * TERN__ALIGNMENT;
+        }
+    tern__emit_padding(w);
+}
+
+static tern_result tern__emit_trits(tern__writer *w, const tern_param *p)
+{
+    uint64_t byte = 0, weight = 1;
+    int64_t i, j;
+    for (i = 0; i < p->rows; i++) {
+        TERN__TRY(tern_param_get(w->c, p, i, w->trits, NULL, NULL));
+        for (j = 0; j < p->cols; j++) {
+            byte += weight * (uint64_t)(w->trits[j] + 1);
+            weight *= 3;
+            if (weight < 243) continue;
+            tern__emit_number(w, byte, 1);
+            byte = 0;
+            weight = 1;
+        }
+    }
+    if (weight == 1) return TERN_OK;
+    for (; weight < 243; weight *= 3) byte += weight; /* padding is trit 0 */
+    tern__emit_number(w, byte, 1);
+    return TERN_OK;
+}
+
+/* Reads the scales of a row and refuses what load would refuse. */
+static tern_result tern__read_scales(tern__writer *w, const tern_param *p, int64_t row, int64_t groups)
+{
+    int64_t g;
+    TERN__TRY(tern_param_get(w->c, p, row, NULL, w->scales, NULL));
+    for (g = 0; g < groups; g++)
+        TERN__REQUIRE(&w->c->run, tern__scale_ok(w->scales[g]), TERN_E_NONFINITE, "%s: scales[%d][%d] is negative or not finite", p->name, row, g);
+    return TERN_OK;
+}
+
+static tern_result tern__emit_scales(tern__writer *w, const tern_param *p)
+{
+    const tern__tensor t = tern__tensor_of(p, TERN_SCALES);
+    int64_t i, g;
+    for (i = 0; i < t.dims[1]; i++) {
+        TERN__TRY(tern__read_scales(w, p, i, t.dims[0]));
+        for (g = 0; g < t.dims[0]; g++) {
+            if (t.type == TERN__GGML_I8) tern__emit_number(w, (uint64_t)(int64_t)tern__to_pow2(w->scales[g]), 1);
+            else tern__emit_number(w, tern__bits(w->scales[g]), 4);
+        }
+    }
+    return TERN_OK;
+}
+
+static tern_result tern__emit_floats(tern__writer *w, const tern_param *p, int32_t which)
+{
+    const int32_t width = (int32_t)tern__type_bytes(tern__buffer_type(p, which));
+    const int64_t bytes = p->rows * p->cols * width;
+    int64_t at, n;
+    for (at = 0; at < bytes; at += n) {
+        n = tern__min(bytes - at, TERN__CHUNK);
+        TERN__TRY(tern_copy(w->c, w->chunk, (const uint8_t *)p->buffer[which].data + at, (size_t)n, TERN_TO_HOST));
+        tern__little_endian(w->chunk, n / width, width);
+        tern__emit_bytes(w, w->chunk, (size_t)n);
+    }
+    return TERN_OK;
+}
+
+/* The scale as f16; keeps the largest relative change. */
+static tern_result tern__half_scale(tern__writer *w, const tern_param *p, float scale, uint16_t *half)
+{
+    float error;
+    *half = tern__to_f16(scale);
+    TERN__REQUIRE(&w->c->run, tern__finite(tern__from_f16(*half)), TERN_E_OVERFLOW, "%s: a scale exceeds 65504, the largest f16", p->name);
+    error = scale > 0.0f ? tern__abs(tern__from_f16(*half) - scale) / scale : 0.0f;
+    if (error > w->max_error) w->max_error = error;
+    return TERN_OK;
+}
+
+static tern_result tern__emit_blocks(tern__writer *w, const tern_param *p)
+{
+    const tern__block *b = w->block;
+    const int64_t group = p->grain > 0 ? p->grain : p->cols;
+    uint8_t out[TERN__BLOCK_BYTES];
+    uint16_t half;
+    int64_t i, j;
+    for (i = 0; i < p->rows; i++) {
+        TERN__TRY(tern__read_scales(w, p, i, tern__ceil_div(p->cols, group)));
+        TERN__TRY(tern_param_get(w->c, p, i, w->trits, NULL, NULL));
+        for (j = 0; j < p->cols; j += b->weights) {
+            TERN__TRY(tern__half_scale(w, p, w->scales[j / group], &half));
+            b->encode(w->trits + j, half, out);
+            tern__emit_bytes(w, out, (size_t)b->bytes);
+        }
+    }
+    return TERN_OK;
+}
+
+static tern_result tern__emit_file(tern__writer *w, uint64_t hash)
+{
+    int32_t i, b;
+    w->hash = TERN__FNV_START;
+    w->at = 0;
+    tern__emit_head(w, hash);
+    for (i = 0; i < w->m->count; i++)
+        for (b = 0; b < TERN_BUFFERS; b++) {
+            const tern_param *p = w->m->items[i];
+            if (!tern__is_written(w, i, b)) continue;
+            if (b >= TERN_SHADOW) TERN__TRY(tern__emit_floats(w, p, b));
+            else if (b == TERN_SCALES) TERN__TRY(tern__emit_scales(w, p));
+            else if (w->block) TERN__TRY(tern__emit_blocks(w, p));
+            else TERN__TRY(tern__emit_trits(w, p));
+            tern__emit_padding(w);
+            TERN__REQUIRE(&w->c->run, !w->failed, TERN_E_IO, "the sink refused bytes, at the latest at %d of the file", w->at);
+        }
+    tern__flush(w);
+    TERN__REQUIRE(&w->c->run, !w->failed, TERN_E_IO, "the sink refused the last bytes of %d", w->at);
+    return TERN_OK;
+}
+
+static tern_result tern__write(tern_context *c, const tern_model *m, int32_t mask, const tern__block *block, const tern_sink *sink, float *max_error)
+{
+    tern__writer w;
+    tern_result result;
+    const int64_t cols = tern__widest(m);
+    TERN__REQUIRE(&c->run, sink && sink->write, TERN_E_ARGUMENT, "the sink or its write is NULL");
+    memset(&w, 0, sizeof w);
+    w.c = c;
+    w.m = m;
+    w.block = block;
+    w.mask = mask;
+    w.chunk = (uint8_t *)tern__host_alloc(&c->run.allocator, (size_t)(5 * cols > TERN__CHUNK ? 5 * cols : TERN__CHUNK));
+    TERN__REQUIRE(&c->run, w.chunk, TERN_E_MEMORY, "no memory to write a model");
+    w.scales = (float *)(void *)w.chunk;
+    w.trits = (int8_t *)(w.scales + cols);
+    result = tern__emit_file(&w, 0);
+    w.sink = sink;
+    if (result == TERN_OK) result = tern__emit_file(&w, w.hash);
+    if (result == TERN_OK && max_error) *max_error = w.max_error;
+    tern__host_free(&c->run.allocator, w.chunk);
+    return result;
+}
+
+TERN_API tern_result tern_model_save(tern_context *c, const tern_model *m, int32_t mask, const tern_sink *sink)
+{
+    TERN__TRY(tern__check_file_model(c, m, mask));
+    return tern__write(c, m, mask, NULL, sink, NULL);
+}
+
+TERN_API tern_result tern_model_export(tern_context *c, const tern_model *m, tern_export form, const tern_sink *sink, float *max_error)
+{
+    const tern__block *block = NULL;
+    size_t i;
+    int32_t j;
+    TERN__TRY(tern__check_file_model(c, m, 0));
+    for (i = 0; i < sizeof tern__blocks / sizeof *tern__blocks; i++)
+        if (tern__blocks[i].form == form) block = &tern__blocks[i];
+    TERN__REQUIRE(&c->run, block, TERN_E_ARGUMENT, "export: form %d is not TERN_TQ1_0, TERN_TQ2_0 or TERN_Q2_0", (int64_t)form);
+    for (j = 0; j < m->count; j++)
+        if (m->items[j]->rule != TERN_DENSE) TERN__TRY(tern__check_block(c, m->items[j], block));
+    return tern__write(c, m, 0, block, sink, max_error);
+}
+
+/* -- reading: the first problem stops the walk, since it moves the reader to the end of the file -- */
+
+typedef struct tern__text { const uint8_t *p; uint64_t length; } tern__text;
+
+/* A key or a tensor. */
+typedef struct tern__entry {
+    tern__text name;
+    uint64_t type;
+    uint64_t value;          /* bits of a key's number */
+    tern__text string;       /* a key's string */
+    uint64_t dims[4], offset; /* of a tensor; absent dims are 1 */
+} tern__entry;
+
+typedef struct tern__file tern__file;
+typedef struct tern__list { /* of keys or of tensors, with the place where the last search ended */
+    void (*read)(tern__file *f, tern__entry *e);
+    uint64_t count, start, index, at;
+} tern__list;
+
+struct tern__file {
+    const uint8_t *bytes;
+    uint64_t size, at;
+    const char *problem;
+    uint64_t problem_at;
+    uint64_t alignment, data; /* start of the tensors' data */
+    tern__list keys, tensors;
+};
+
+static void tern__set_problem(tern__file *f, const char *what)
+{
+    if (f->problem) return;
+    f->problem = what;
+    f->problem_at = f->at;
+    f->at = f->size;
+}
+
+/* The next bytes, or NULL. */
+static const uint8_t *tern__next_bytes(tern__file *f, uint64_t bytes)
+{
+    const uint8_t *p = f->bytes + f->at;
+    if (f->problem) return NULL;
+    if (bytes > f->size - f->at) {
+        tern__set_problem(f, "the file ends in the middle of a value");
+        return NULL;
+    }
+    f->at += bytes;
+    return p;
+}
+
+static uint64_t tern__next_number(tern__file *f, int32_t bytes)
+{
+    const uint8_t *p = tern__next_bytes(f, (uint64_t)bytes);
+    return p ? tern__get_number(p, bytes) : 0;
+}
+
+static tern__text tern__next_text(tern__file *f)
+{
+    tern__text t;
+    t.length = tern__next_number(f, 8);
+    t.p = tern__next_bytes(f, t.length);
+    if (!t.p) t.length = 0;
+    return t;
+}
+
+static int32_t tern__text_is(tern__text t, const char *a, const char *b, const char *c)
+{
+    const size_t na = strlen(a), nb = strlen(b), nc = strlen(c);
+    return t.length == na + nb + nc && memcmp(t.p, a, na) == 0 && memcmp(t.p + na, b, nb) == 0 && memcmp(t.p + na + nb, c, nc) == 0;
+}
+
+/* Bytes of a key's number of this type; 0 where the type is none. */
+static int32_t tern__key_bytes(uint64_t type)
+{
+    static const uint8_t bytes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+    return type < sizeof bytes ? bytes[type] : 0;
+}
+
+static void tern__skip_array(tern__file *f)
+{
+    const uint64_t type = tern__next_number(f, 4);
+    uint64_t count = tern__next_number(f, 8);
+    const uint64_t bytes = (uint64_t)tern__key_bytes(type);
+    if (type == TERN__GGUF_STRING) while (count-- && !f->problem) tern__next_text(f);
+    else if (bytes == 0) tern__set_problem(f, "an array has elements of an unknown type");
+    else if (count > f->size / bytes) tern__set_problem(f, "an array is longer than the file");
+    else tern__next_bytes(f, count * bytes);
+}
+
+static void tern__read_key(tern__file *f, tern__entry *e)
+{
+    memset(e, 0, sizeof *e);
+    e->name = tern__next_text(f);
+    e->type = tern__next_number(f, 4);
+    if (e->type == TERN__GGUF_STRING) e->string = tern__next_text(f);
+    else if (e->type == TERN__GGUF_ARRAY) tern__skip_array(f);
+    else if (tern__key_bytes(e->type)) e->value = tern__next_number(f, tern__key_bytes(e->type));
+    else tern__set_problem(f, "a key has an unknown type");
+}
+
+static void tern__read_tensor(tern__file *f, tern__entry *e)
+{
+    uint64_t i, n;
+    memset(e, 0, sizeof *e);
+    e->name = tern__next_text(f);
+    n = tern__next_number(f, 4);
+    if (n < 1 || n > 4) tern__set_problem(f, "a tensor does not have 1 to 4 dimensions");
+    for (i = 0; i < 4; i++) {
+        e->dims[i] = i < n ? tern__next_number(f, 8) : 1;
+        if (e->dims[i] >> 62) tern__set_problem(f, "a tensor is larger than 2^62");
+    }
+    e->type = tern__next_number(f, 4);
+    e->offset = tern__next_number(f, 8);
+}
+
+static void tern__read_list(tern__file *f, tern__list *list, void (*read)(tern__file *f, tern__entry *e))
+{
+    tern__entry e;
+    uint64_t i;
+    list->read = read;
+    list->start = list->at = f->at;
+    for (i = 0; i < list->count && !f->problem; i++) read(f, &e);
+}
+
+/* Files are read in the order they were written, so the search goes on where the last one ended. */
+static int32_t tern__find(tern__file *f, tern__list *list, const char *a, const char *b, const char *c, tern__entry *e)
+{
+    uint64_t n;
+    for (n = 0; n < list->count; n++) {
+        f->at = list->index ? list->at : list->start;
+        list->read(f, e);
+        list->at = f->at;
+        list->index = (list->index + 1) % list->count;
+        if (tern__text_is(e->name, a, b, c)) return 1;
+    }
+    return 0;
+}
+
+/* Whether a tensor lies within the data; of unknown types only the start is known. */
+static void tern__check_place(tern__file *f, const tern__entry *e)
+{
+    int64_t bytes = 0;
+    int32_t i;
+    if (e->type == TERN__GGML_F32) bytes = 4;
+    if (e->type == TERN__GGML_F16 || e->type == TERN__GGML_BF16) bytes = 2;
+    if (e->type == TERN__GGML_I8) bytes = 1;
+    for (i = 0; i < 4; i++) bytes = tern__mul(bytes, (int64_t)e->dims[i]);
+    if (e->offset % f->alignment) tern__set_problem(f, "a tensor's offset is not aligned");
+    else if (e->offset > f->size - f->data || (uint64_t)bytes > f->size - f->data - e->offset)
+        tern__set_problem(f, "a tensor runs past the end of the file");
+}
+
+static void tern__read_structure(tern__file *f)
+{
+    tern__entry e;
+    uint64_t i, end;
+    f->at = 8;
+    f->alignment = TERN__ALIGNMENT;
+    f->tensors.count = tern__next_number(f, 8);
+    f->keys.count = tern__next_number(f, 8);
+    tern__read_list(f, &f->keys, tern__read_key);
+    end = f->at;
+    if (!f->problem && tern__find(f, &f->keys, "general.alignment", "", "", &e)) f->alignment = e.value;
+    f->at = end;
+    if (f->alignment == 0 || (f->alignment & (f->alignment - 1)) != 0 || f->alignment > f->size) tern__set_problem(f, "general.alignment is not a power of two within the file");
+    tern__read_list(f, &f->tensors, tern__read_tensor);
+    if (f->problem) return;
+    f->data = (f->at + f->alignment - 1) & ~(f->alignment - 1);
+    if (f->data > f->size) tern__set_problem(f, "the file ends before the tensors' data");
+    f->at = f->tensors.start;
+    for (i = 0; i < f->tensors.count && !f->problem; i++) {
+        tern__read_tensor(f, &e);
+        tern__check_place(f, &e);
+    }
+}
+
+static tern_result tern__open_file(tern_context *c, tern__file *f, const void *bytes, size_t size)
+{
+    static const uint8_t zeros[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    const size_t after = TERN__HASH_AT + 8;
+    uint64_t hash;
+    memset(f, 0, sizeof *f);
+    f->bytes = (const uint8_t *)bytes;
+    f->size = size;
+    TERN__REQUIRE(&c->run, bytes, TERN_E_ARGUMENT, "load: the file is NULL");
+    TERN__REQUIRE(&c->run, size >= after, TERN_E_FORMAT, "a file of %d bytes is too short to be a model", (int64_t)size);
+    TERN__REQUIRE(&c->run, memcmp(bytes, "GGUF", 4) == 0, TERN_E_FORMAT, "not a GGUF file: byte 0 is %d", (int64_t)f->bytes[0]);
+    TERN__REQUIRE(&c->run, tern__get_number(f->bytes + 4, 4) == 3, TERN_E_FORMAT, "GGUF version %d is not 3", (int64_t)tern__get_number(f->bytes + 4, 4));
+    TERN__REQUIRE(&c->run, memcmp(f->bytes + TERN__HASH_AT - 16, "ternary.hash", 12) == 0, TERN_E_FORMAT, "a GGUF file of another program: its first key is not ternary.hash");
+    hash = tern__fnv(tern__fnv(TERN__FNV_START, f->bytes, TERN__HASH_AT), zeros, 8);
+    hash = tern__fnv(hash, f->bytes + after, size - after);
+    TERN__REQUIRE(&c->run, hash == tern__get_number(f->bytes + TERN__HASH_AT, 8), TERN_E_FORMAT, "the file's %d bytes do not have the hash it states: it is truncated or corrupted", (int64_t)size);
+    tern__read_structure(f);
+    TERN__REQUIRE(&c->run, !f->problem, TERN_E_FORMAT, "byte %d of %d: %s", (int64_t)f->problem_at, (int64_t)size, f->problem);
+    return TERN_OK;
+}
+
+/* -- loading -- */
+
+typedef struct tern__loader {
+    tern_context *c;
+    tern__file file;
+    const uint8_t **source; /* [TERN_BUFFERS] of each parameter: where its tensors lie; NULL: not loaded */
+    uint8_t *chunk;         /* trits of a panel, or floats */
+    int8_t *staging;        /* trits of a panel on the backend */
+    float *scales;          /* scales of a parameter, row-major ... */
+    void *ordered;          /* ... and in panel order */
+} tern__loader;
+
+static tern_result tern__match_number(tern__loader *l, const tern_param *p, const char *key, uint64_t type, int64_t value)
+{
+    tern__entry e;
+    int64_t found;
+    TERN__REQUIRE(&l->c->run, tern__find(&l->file, &l->file.keys, "ternary.", p->name, key, &e), TERN_E_MISSING, "the file has no key ternary.%s%s", p->name, key);
+    TERN__REQUIRE(&l->c->run, e.type == type, TERN_E_FORMAT, "ternary.%s%s has GGUF type %d, not %d", p->name, key, (int64_t)e.type, (int64_t)type);
+    found = type == TERN__GGUF_INT32 ? (int64_t)(int32_t)(uint32_t)e.value : (int64_t)e.value;
+    TERN__REQUIRE(&l->c->run, found == value, TERN_E_SHAPE, "%s: %s is %d in the file and %d in the parameter", p->name, key + 1, found, value);
+    return TERN_OK;
+}
+
+static tern_result tern__match_param(tern__loader *l, const tern_param *p)
+{
+    const char *found = "unknown";
+    tern__entry e;
+    int32_t i;
+    TERN__REQUIRE(&l->c->run, tern__find(&l->file, &l->file.keys, "ternary.", p->name, ".rule", &e), TERN_E_MISSING, "the file has no parameter %s", p->name);
+    for (i = 0; i <= TERN_DENSE; i++)
+        if (e.type == TERN__GGUF_STRING && tern__text_is(e.string, tern__rule_names[i], "", "")) found = tern__rule_names[i];
+    TERN__REQUIRE(&l->c->run, found == tern__rule_names[p->rule], TERN_E_SHAPE, "%s: rule is %s in the file and %s in the parameter", p->name, found, tern__rule_names[p->rule]);
+    TERN__TRY(tern__match_number(l, p, ".rows", TERN__GGUF_UINT64, p->rows));
+    TERN__TRY(tern__match_number(l, p, ".cols", TERN__GGUF_UINT64, p->cols));
+    return tern__match_number(l, p, ".grain", TERN__GGUF_INT32, p->grain);
+}
+
+static tern_result tern__check_trits(tern__loader *l, const tern_param *p, const uint8_t *source)
+{
+    const int64_t bytes = tern__tensor_of(p, TERN_TRITS).bytes, last = p->rows * p->cols - 5 * (bytes - 1);
+    int64_t i;
+    uint32_t rest;
+    for (i = 0; i < bytes; i++)
+        TERN__REQUIRE(&l->c->run, source[i] <= TERN__MAX_BYTE, TERN_E_FORMAT, "%s.trits: byte %d is %d, above %d", p->name, i, (int64_t)source[i], (int64_t)TERN__MAX_BYTE);
+    rest = source[bytes - 1];
+    for (i = 0; i < 5; i++, rest /= 3)
+        TERN__REQUIRE(&l->c->run, i < last || rest % 3 == 1, TERN_E_FORMAT, "%s.trits: the last byte is %d: trits after the %d of the matrix are not zero", p->name, (int64_t)source[bytes - 1], p->rows * p->cols);
+    return TERN_OK;
+}
+
+/* Scale i of a tensor of scales. */
+static float tern__source_scale(const tern_param *p, const uint8_t *source, int64_t i)
+{
+    if (tern__buffer_type(p, TERN_SCALES) != TERN_POW2) return tern__float((uint32_t)tern__get_number(source + 4 * i, 4));
+    return tern__from_pow2((int8_t)((source[i] ^ 0x80) - 0x80));
+}
+
+static tern_result tern__check_scales(tern__loader *l, const tern_param *p, const uint8_t *source)
+{
+    const tern__tensor t = tern__tensor_of(p, TERN_SCALES);
+    int64_t i;
+    for (i = 0; i < t.dims[0] * t.dims[1]; i++) {
+        TERN__REQUIRE(&l->c->run, t.type != TERN__GGML_I8 || (source[i] != 127 && source[i] != 129), TERN_E_FORMAT, "%s.scale: exponent %d is %d, not -126 to 126 or -128", p->name, i, (int64_t)((source[i] ^ 0x80) - 0x80));
+        TERN__REQUIRE(&l->c->run, tern__scale_ok(tern__source_scale(p, source, i)), TERN_E_FORMAT, "%s.scale: number %d is negative or not finite", p->name, i);
+    }
+    return TERN_OK;
+}
+
+/* Finds and checks one tensor. Moments may be absent. */
+static tern_result tern__match_tensor(tern__loader *l, const tern_param *p, int32_t which, const uint8_t **source)
+{
+    const tern__tensor t = tern__tensor_of(p, which);
+    const char *suffix = tern__suffix(p, which);
+    tern__entry e;
+    if (!tern__find(&l->file, &l->file.tensors, p->name, suffix, "", &e)) {
+        TERN__REQUIRE(&l->c->run, which > TERN_SHADOW, TERN_E_MISSING, "the file has no tensor %s%s", p->name, suffix);
+        return TERN_OK;
+    }
+    TERN__REQUIRE(&l->c->run, e.type == (uint64_t)t.type, TERN_E_SHAPE, "%s%s has GGML type %d in the file and %d in the parameter", p->name, suffix, (int64_t)e.type, (int64_t)t.type);
+    TERN__REQUIRE(&l->c->run, e.dims[0] == (uint64_t)t.dims[0] && e.dims[1] == (uint64_t)t.dims[1] && e.dims[2] == 1 && e.dims[3] == 1, TERN_E_SHAPE,
+                  "%s%s is %d x %d x %d x %d in the file and %d x %d in the parameter", p->name, suffix, (int64_t)e.dims[3], (int64_t)e.dims[2], (int64_t)e.dims[1], (int64_t)e.dims[0], t.dims[1], t.dims[0]);
+    *source = l->file.bytes + l->file.data + e.offset;
+    if (which == TERN_TRITS) return tern__check_trits(l, p, *source);
+    return which == TERN_SCALES ? tern__check_scales(l, p, *source) : TERN_OK;
+}
+
+/* Everything that can be wrong with the file, and all memory, before the first parameter is touched. */
+static tern_result tern__prepare(tern__loader *l, const tern_model *m)
+{
+    const tern_allocator *a = &l->c->run.allocator;
+    const int64_t panel = TERN__ROWS * tern__widest(m);
+    int64_t scales = 1;
+    int32_t i, b;
+    l->source = (const uint8_t **)tern__host_alloc(a, (size_t)m->count * TERN_BUFFERS * sizeof *l->source);
+    TERN__REQUIRE(&l->c->run, l->source, TERN_E_MEMORY, "load: no memory for a list of %d parameters", (int64_t)m->count);
+    for (i = 0; i < m->count; i++) {
+        const tern_param *p = m->items[i];
+        TERN__TRY(tern__match_param(l, p));
+        for (b = 0; b < TERN_BUFFERS; b++)
+            if (tern__is_stored(p, b, TERN__ALL_BUFFERS)) TERN__TRY(tern__match_tensor(l, p, b, &l->source[i * TERN_BUFFERS + b]));
+        if (tern__buffer_count(p, TERN_SCALES) > scales) scales = tern__buffer_count(p, TERN_SCALES);
+    }
+    l->chunk = (uint8_t *)tern__host_alloc(a, (size_t)(panel > TERN__CHUNK ? panel : TERN__CHUNK));
+    l->scales = (float *)tern__host_alloc(a, (size_t)scales * sizeof(float));
+    l->ordered = tern__host_alloc(a, (size_t)scales * sizeof(float));
+    l->staging = (int8_t *)tern_alloc(l->c, (size_t)(panel + 1));
+    TERN__REQUIRE(&l->c->run, l->chunk && l->scales && l->ordered && l->staging, TERN_E_MEMORY, "load: no memory for panels of %d bytes and %d scales", panel, scales);
+    return TERN_OK;
+}
+
+static tern_result tern__load_trits(tern__loader *l, const tern_param *p, const uint8_t *source)
+{
+    static const uint8_t power[5] = {1, 3, 9, 27, 81};
+    int64_t row, rows, i;
+    for (row = 0; row < p->rows; row += rows) {
+        int8_t *trits = (int8_t *)l->chunk;
+        rows = tern__min(TERN__ROWS, p->rows - row);
+        for (i = row * p->cols; i < (row + rows) * p->cols; i++) *trits++ = (int8_t)(source[i / 5] / power[i % 5] % 3 - 1);
+        TERN__TRY(tern__upload_panel(l->c, p, row / TERN__ROWS, (const int8_t *)l->chunk, l->staging));
+    }
+    return TERN_OK;
+}
+
+static tern_result tern__load_scales(tern__loader *l, const tern_param *p, const uint8_t *source)
+{
+    const tern__tensor t = tern__tensor_of(p, TERN_SCALES);
+    int64_t i;
+    for (i = 0; i < t.dims[0] * t.dims[1]; i++) l->scales[i] = tern__source_scale(p, source, i);
+    return tern__upload_scales(l->c, p, l->scales, l->ordered);
+}
+
+static tern_result tern__load_floats(tern__loader *l, const tern_param *p, int32_t which, const uint8_t *source)
+{
+    const tern__tensor t = tern__tensor_of(p, which);
+    const int32_t width = (int32_t)tern__type_bytes(tern__buffer_type(p, which));
+    int64_t at, n;
+    for (at = 0; at < t.bytes; at += n) {
+        n = tern__min(t.bytes - at, TERN__CHUNK);
+        memcpy(l->chunk, source + at, (size_t)n);
+        tern__little_endian(l->chunk, n / width, width);
+        TERN__TRY(tern_copy(l->c, (uint8_t *)p->buffer[which].data + at, l->chunk, (size_t)n, TERN_TO_DEVICE));
+    }
+    return TERN_OK;
+}
+
+static tern_result tern__load_model(tern__loader *l, const tern_model *m)
+{
+    int32_t i, b;
+    for (i = 0; i < m->count; i++)
+        for (b = 0; b < TERN_BUFFERS; b++) {
+            const uint8_t *source = l->source[i * TERN_BUFFERS + b];
+            if (!source) continue;
+            if (b == TERN_TRITS) TERN__TRY(tern__load_trits(l, m->items[i], source));
+            else if (b == TERN_SCALES) TERN__TRY(tern__load_scales(l, m->items[i], source));
+            else TERN__TRY(tern__load_floats(l, m->items[i], b, source));
+        }
+    return TERN_OK;
+}
+
+TERN_API tern_result tern_model_load(tern_context *c, const tern_model *m, const void *file, size_t size)
+{
+    tern__loader l;
+    tern_result result;
+    const tern_allocator *a;
+    TERN__TRY(tern__check_file_model(c, m, TERN__ALL_BUFFERS));
+    memset(&l, 0, sizeof l);
+    l.c = c;
+    TERN__TRY(tern__open_file(c, &l.file, file, size));
+    result = tern__prepare(&l, m);
+    if (result == TERN_OK) result = tern__load_model(&l, m);
+    a = &c->run.allocator;
+    tern__host_free(a, l.source);
+    tern__host_free(a, l.chunk);
+    tern__host_free(a, l.scales);
+    tern__host_free(a, l.ordered);
+    tern_free(c, l.staging);
+    return result;
+}
+
+#ifndef TERNARY_NO_STDIO
+/* Opened by the first write, so that a model which cannot be saved leaves an older file alone. */
+typedef struct tern__path { const char *name; FILE *file; } tern__path;
+
+static int tern__path_write(void *user, const void *data, size_t bytes)
+{
+    tern__path *path = (tern__path *)user;
+    if (!path->file) path->file = fopen(path->name, "wb");
+    return !path->file || fwrite(data, 1, bytes, path->file) != bytes;
+}
+
+TERN_API tern_result tern_model_save_file(tern_context *c, const tern_model *m, int32_t mask, const char *path)
+{
+    tern__path to;
+    tern_sink sink;
+    tern_result result;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__REQUIRE(&c->run, path, TERN_E_ARGUMENT, "save: the path is NULL");
+    to.name = path;
+    to.file = NULL;
+    sink.write = tern__path_write;
+    sink.user = &to;
+    result = tern_model_save(c, m, mask, &sink);
+    if (to.file && fclose(to.file) != 0 && result == TERN_OK) result = TERN_E_IO;
+    if (result == TERN_E_IO) tern__set_error(&c->run.error, TERN_E_IO, "cannot write %s", path);
+    return result;
+}
+
+/* The bytes of a file, to be freed by tern__host_free. */
+static tern_result tern__read_file(tern_context *c, const char *path, FILE *file, void **bytes, size_t *size)
+{
+    long end = -1;
+    if (fseek(file, 0, SEEK_END) == 0) end = ftell(file);
+    TERN__REQUIRE(&c->run, end >= 0 && fseek(file, 0, SEEK_SET) == 0, TERN_E_IO, "cannot read %s", path);
+    *size = (size_t)end;
+    *bytes = tern__host_alloc(&c->run.allocator, *size);
+    TERN__REQUIRE(&c->run, *bytes, TERN_E_MEMORY, "%s: no memory for its %d bytes", path, (int64_t)end);
+    TERN__REQUIRE(&c->run, fread(*bytes, 1, *size, file) == *size, TERN_E_IO, "cannot read the %d bytes of %s", (int64_t)end, path);
+    return TERN_OK;
+}
+
+TERN_API tern_result tern_model_load_file(tern_context *c, const tern_model *m, const char *path)
+{
+    FILE *file;
+    void *bytes = NULL;
+    size_t size = 0;
+    tern_result result;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__REQUIRE(&c->run, path, TERN_E_ARGUMENT, "load: the path is NULL");
+    file = fopen(path, "rb");
+    TERN__REQUIRE(&c->run, file, TERN_E_IO, "cannot open %s", path);
+    result = tern__read_file(c, path, file, &bytes, &size);
+    fclose(file);
+    if (result == TERN_OK) result = tern_model_load(c, m, bytes, size);
+    tern__host_free(&c->run.allocator, bytes);
+    return result;
+}
+#endif
 #endif
 
 #if defined(__clang__)

@@ -5,11 +5,16 @@
 #include "../ternary.h"
 #include "test.h"
 
-#define SUITES(X)
+#define SUITES(X) \
+    X(platform)   \
+    X(memory)
 
 #define SUITE(name) static void suite_##name(void);
 SUITES(SUITE)
 #undef SUITE
+
+#include "04_platform.c"
+#include "05_memory.c"
 
 int main(int argc, char **argv)
 {
