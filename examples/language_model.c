@@ -1,0 +1,823 @@
+/* Trains a byte-level language model with ternary weights on a text, packs and saves it, reloads the file
+   into a fresh model, lets that talk, and checks that nothing changed on the way.
+
+       cc -O2 -I. examples/language_model.c -o build/language_model -pthread
+       build/language_model --text book.txt
+
+   A transformer: rotary positions, RMSNorm of queries and keys, squared ReLU; every linear layer is a
+   BitLinear with an RMSNorm without gain before it, int8 activations and one scale per row. --float
+   trains the same network with float weights. Everything is computed by the operations of ternary.h on
+   memory of its backend. */
+#define _POSIX_C_SOURCE 200809L /* clock_gettime, isatty */
+#define TERNARY_IMPLEMENTATION
+#include "ternary.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+static void die(const char *format, ...)
+{
+    va_list list;
+    va_start(list, format);
+    fprintf(stderr, "\nlanguage_model: ");
+    vfprintf(stderr, format, list);
+    fprintf(stderr, "\n");
+    va_end(list);
+    exit(1);
+}
+
+static void *host_alloc(int64_t count, size_t bytes)
+{
+    void *p = calloc((size_t)count, bytes);
+    if (!p) die("no memory for %lld x %zu bytes", (long long)count, bytes);
+    return p;
+}
+
+static double seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* -- options -- */
+
+typedef struct options {
+    const char *text, *out;
+    int64_t layers, heads, width, context, batch, steps, seed, threads, generate;
+    double rate;
+    int dense, float_shadows;
+} options;
+
+static const char usage[] =
+    "usage: language_model [options]\n"
+    "  --text PATH      what to learn (default: ternary.h)\n"
+    "  --out DIR        where loss.svg and model.gguf go (default: build)\n"
+    "  --layers N  --heads N  --width N  --context N  --batch N  --steps N\n"
+    "  --lr RATE        peak learning rate\n"
+    "  --seed N         of the initial weights, the batches and the generated text\n"
+    "  --float          float weights instead of ternary ones\n"
+    "  --float-shadows  32-bit shadow weights instead of bfloat16\n"
+    "  --threads N      0: one per CPU\n"
+    "  --generate N     bytes to generate\n";
+
+static options parse(int count, char **words)
+{
+    options o = {"ternary.h", "build", 4, 4, 128, 64, 12, 500, 1, 0, 400, 0.0, 0, 0};
+    const struct { const char *name; int64_t *value, least, most; } numbers[] = {
+        {"--layers", &o.layers, 1, 1000},      {"--heads", &o.heads, 1, 1000},  {"--width", &o.width, 2, 65536},
+        {"--context", &o.context, 2, 1 << 20}, {"--batch", &o.batch, 1, 65536}, {"--steps", &o.steps, 1, 100000000},
+        {"--seed", &o.seed, 0, INT64_MAX},     {"--threads", &o.threads, 0, 64}, {"--generate", &o.generate, 0, 1 << 30}};
+    const int known = (int)(sizeof numbers / sizeof numbers[0]);
+    int i, k;
+    for (i = 1; i < count; i++) {
+        const char *name = words[i], *value;
+        char *end;
+        if (!strcmp(name, "--help")) { fputs(usage, stdout); exit(0); }
+        if (!strcmp(name, "--float")) { o.dense = 1; continue; }
+        if (!strcmp(name, "--float-shadows")) { o.float_shadows = 1; continue; }
+        for (k = 0; k < known && strcmp(name, numbers[k].name); k++) {}
+        if (k == known && strcmp(name, "--text") && strcmp(name, "--out") && strcmp(name, "--lr")) die("unknown option %s\n%s", name, usage);
+        if (++i == count) die("%s needs a value", name);
+        value = words[i];
+        if (!strcmp(name, "--text")) o.text = value;
+        else if (!strcmp(name, "--out")) o.out = value;
+        else if (!strcmp(name, "--lr")) {
+            o.rate = strtod(value, &end);
+            if (end == value || *end || !(o.rate > 0 && o.rate < 10)) die("--lr %s is not a number between 0 and 10", value);
+        } else {
+            *numbers[k].value = strtoll(value, &end, 10);
+            if (end == value || *end || *numbers[k].value < numbers[k].least || *numbers[k].value > numbers[k].most)
+                die("%s %s is not a whole number from %lld to %lld", name, value, (long long)numbers[k].least, (long long)numbers[k].most);
+        }
+    }
+    if (o.width % (2 * o.heads)) die("--width %lld does not divide into %lld heads of even size", (long long)o.width, (long long)o.heads);
+    if (o.rate == 0) o.rate = o.dense ? 3e-3 : 7e-3; /* ternary weights want two to three times the rate */
+    return o;
+}
+
+/* -- the text: the last tenth validates -- */
+
+typedef struct text { unsigned char *bytes; int64_t train, validate, windows; } text;
+
+static text read_text(const options *o)
+{
+    text t;
+    FILE *f = fopen(o->text, "rb");
+    int64_t size = 0, room = 1 << 20;
+    if (!f) die("cannot open %s", o->text);
+    t.bytes = (unsigned char *)host_alloc(room, 1);
+    while ((size += (int64_t)fread(t.bytes + size, 1, (size_t)(room - size), f)) == room)
+        if (!(t.bytes = (unsigned char *)realloc(t.bytes, (size_t)(room *= 2)))) die("no memory for %s", o->text);
+    if (ferror(f)) die("cannot read %s", o->text);
+    fclose(f);
+    t.validate = size / 10;
+    t.train = size - t.validate;
+    t.windows = (t.validate - 1) / o->context; /* disjoint windows; each predicts the byte after it too */
+    if (t.windows < 1) die("%s has %lld bytes; a context of %lld needs at least %lld", o->text, (long long)size, (long long)o->context, 10 * (long long)(o->context + 1));
+    return t;
+}
+
+/* splitmix64 (Steele et al. 2014) */
+static uint64_t random_bits(uint64_t *state)
+{
+    uint64_t z = *state += UINT64_C(0x9E3779B97F4A7C15);
+    z = (z ^ z >> 30) * UINT64_C(0xBF58476D1CE4E5B9);
+    z = (z ^ z >> 27) * UINT64_C(0x94D049BB133111EB);
+    return z ^ z >> 31;
+}
+
+/* -- the model: a context, parameters, and room for the activations of a batch -- */
+
+enum { BYTES = 256, EMBEDDING = 0, HEAD = 1, FIRST_BLOCK = 2 };
+enum { QK, V, O, UP, DOWN, LINEARS }; /* the linear layers of a block */
+
+/* What a block's forward leaves for its backward. */
+typedef struct block {
+    float *x, *qk, *turned, *v, *p, *mixed, *mid, *up, *hidden;
+    void *saved[LINEARS];
+} block;
+
+typedef struct lm {
+    options o;
+    tern_pool *pool;
+    tern_context *c;
+    int training;
+    tern_param *params, **items;
+    tern_model model;
+    void *memory;         /* of the backend; everything below but the last line is cut from it */
+    size_t used;
+    int32_t *ids, *targets;
+    float *embedded, *branch, *x, *logits, *losses;
+    void *saved_head;
+    float *dx, *dv, *dqk, *dwide;
+    block *blocks;
+    int32_t *host_ids; float *host_losses, *host_logits;
+} lm;
+
+static void ok(const lm *m, tern_result result)
+{
+    if (result != TERN_OK) die("%s", m->c ? tern_last_error(m->c)->text : tern_result_text(result));
+}
+
+static tern_linear linear(const lm *m, int64_t param)
+{
+    tern_linear l = TERN_ZERO;
+    l.w = &m->params[param];
+    l.norm = TERN_NORM_RMS;
+    return l;
+}
+
+static int64_t param_of(int64_t layer, int which) { return FIRST_BLOCK + layer * LINEARS + which; }
+
+/* The next `count` floats of the model's memory; while there is none yet, only counts. */
+static float *cut(lm *m, int64_t count)
+{
+    float *p = m->memory ? (float *)m->memory + m->used / sizeof(float) : NULL;
+    m->used += ((size_t)count * sizeof(float) + 63) & ~(size_t)63;
+    return p;
+}
+
+static void *cut_saved(lm *m, int64_t param, int64_t n)
+{
+    const tern_linear l = linear(m, param);
+    tern_need need;
+    ok(m, tern_linear_need(m->c, &l, n, &need));
+    ok(m, tern_reserve(m->c, need.scratch));
+    return m->training ? cut(m, (int64_t)(need.saved + 3) / 4) : NULL;
+}
+
+static void lay_out(lm *m)
+{
+    const int64_t n = m->o.batch * m->o.context, w = m->o.width;
+    int64_t i;
+    int k;
+    m->used = 0;
+    m->ids = (int32_t *)cut(m, n);
+    m->targets = (int32_t *)cut(m, n);
+    m->embedded = cut(m, n * w);
+    for (i = 0; i < m->o.layers; i++) {
+        block *b = &m->blocks[i];
+        b->x = cut(m, n * w);
+        b->qk = cut(m, n * 2 * w);
+        b->turned = cut(m, n * 2 * w);
+        b->v = cut(m, n * w);
+        b->p = cut(m, n * m->o.heads * m->o.context);
+        b->mixed = cut(m, n * w);
+        b->mid = cut(m, n * w);
+        b->up = cut(m, n * 4 * w);
+        b->hidden = cut(m, n * 4 * w);
+        for (k = 0; k < LINEARS; k++) b->saved[k] = cut_saved(m, param_of(i, k), n);
+    }
+    m->branch = cut(m, n * w);
+    m->x = cut(m, n * w);
+    m->logits = cut(m, n * BYTES);
+    m->losses = cut(m, n);
+    m->saved_head = cut_saved(m, HEAD, n);
+    if (!m->training) return;
+    m->dx = cut(m, n * w);
+    m->dv = cut(m, n * w);
+    m->dqk = cut(m, n * 2 * w);
+    m->dwide = cut(m, n * 4 * w);
+}
+
+static void add_param(lm *m, const char *name, int64_t layer, int64_t rows, int64_t cols, tern_type encoding)
+{
+    const int32_t mask = m->training ? TERN_FOR_ADAMW : m->o.dense ? 1 << TERN_SHADOW : TERN_FOR_INFERENCE;
+    tern_param *p = m->items[m->model.count] = &m->params[m->model.count];
+    m->model.count++;
+    snprintf(p->name, sizeof p->name, name, (int)layer);
+    p->rows = rows;
+    p->cols = cols;
+    p->rule = m->o.dense ? TERN_DENSE : TERN_ABSMEAN;
+    p->grain = TERN_PER_ROW;
+    p->buffer[TERN_TRITS].type = encoding;
+    p->buffer[TERN_SHADOW].type = m->o.dense || m->o.float_shadows ? TERN_F32 : TERN_BF16;
+    ok(m, tern_param_alloc(m->c, p, mask));
+}
+
+/* Trains in base-3 panels, the smaller ones, and runs in 2-bit panels, the faster ones. */
+static lm *lm_open(const options *o, tern_isa isa, int64_t threads, int training)
+{
+    const tern_type encoding = training ? TERN_BASE3 : TERN_2BIT;
+    const int64_t params = FIRST_BLOCK + o->layers * LINEARS, w = o->width;
+    lm *m = (lm *)host_alloc(1, sizeof *m);
+    tern_context_desc d = TERN_ZERO;
+    tern_error e;
+    int64_t i;
+    m->o = *o;
+    m->training = training;
+    d.isa_max = isa;
+    if (threads != 1) {
+        if (!(m->pool = tern_pool_create((int32_t)threads))) die("cannot start %lld threads", (long long)threads);
+        d.parallel = tern_pool_parallel(m->pool);
+    }
+    if (tern_open(&m->c, &d, &e) != TERN_OK) die("%s", e.text);
+    m->params = (tern_param *)host_alloc(params, sizeof *m->params);
+    m->items = (tern_param **)host_alloc(params, sizeof *m->items);
+    m->blocks = (block *)host_alloc(o->layers, sizeof *m->blocks);
+    m->host_ids = (int32_t *)host_alloc(2 * o->batch * o->context, sizeof *m->host_ids);
+    m->host_losses = (float *)host_alloc(o->batch * o->context, sizeof *m->host_losses);
+    m->host_logits = (float *)host_alloc(o->context * BYTES, sizeof *m->host_logits);
+    m->model.items = m->items;
+    add_param(m, "embedding", 0, BYTES, w, encoding);
+    add_param(m, "head", 0, BYTES, w, encoding);
+    for (i = 0; i < o->layers; i++) {
+        add_param(m, "block.%d.qk", i, 2 * w, w, encoding);
+        add_param(m, "block.%d.v", i, w, w, encoding);
+        add_param(m, "block.%d.o", i, w, w, encoding);
+        add_param(m, "block.%d.up", i, 4 * w, w, encoding);
+        add_param(m, "block.%d.down", i, w, 4 * w, encoding);
+    }
+    lay_out(m);
+    if (!(m->memory = tern_alloc(m->c, m->used))) die("no memory for %zu bytes of activations", m->used);
+    lay_out(m);
+    return m;
+}
+
+static void lm_close(lm *m)
+{
+    int32_t i;
+    for (i = 0; i < m->model.count; i++) tern_param_free(m->c, &m->params[i], (1 << TERN_BUFFERS) - 1);
+    tern_free(m->c, m->memory);
+    tern_close(m->c);
+    tern_pool_destroy(m->pool);
+    free(m->host_logits);
+    free(m->host_losses);
+    free(m->host_ids);
+    free(m->blocks);
+    free(m->items);
+    free(m->params);
+    free(m);
+}
+
+/* 1/sqrt(x) by Newton's method, without libm. */
+static float inverse_root(double x)
+{
+    double y = x > 1 ? 1 / x : 1;
+    int i;
+    for (i = 0; i < 100; i++) y = y * (1.5 - 0.5 * x * y * y);
+    return (float)y;
+}
+
+/* Every weight from N(0, 1/inputs). */
+static void lm_initialise(lm *m)
+{
+    const int64_t w4 = 4 * m->o.width, largest = m->o.width * (w4 > BYTES ? w4 : BYTES);
+    float *w = (float *)tern_alloc(m->c, (size_t)largest * sizeof *w);
+    int32_t i;
+    if (!w) die("no memory for the initial weights");
+    for (i = 0; i < m->model.count; i++) {
+        tern_param *p = &m->params[i];
+        ok(m, tern_fill(m->c, &(tern_fill_args){.count = p->rows * p->cols, .x = w, .deviation = inverse_root((double)p->cols), .seed = (uint64_t)m->o.seed, .stream = (uint32_t)i}));
+        ok(m, tern_param_set(m->c, p, TERN_F32, w));
+    }
+    tern_free(m->c, w);
+}
+
+/* -- forward and backward, side by side -- */
+
+static void linear_forward(lm *m, int64_t param, int64_t n, const float *x, float *y, void *saved)
+{
+    const tern_linear l = linear(m, param);
+    ok(m, tern_linear_forward(m->c, &l, n, x, y, saved));
+}
+
+static void linear_backward(lm *m, int64_t param, int64_t n, const float *x, const void *saved, const float *dy, float *dx)
+{
+    const tern_linear l = linear(m, param);
+    ok(m, tern_linear_backward(m->c, &l, n, x, saved, dy, dx));
+}
+
+/* y = a + alpha b */
+static void add(lm *m, int64_t count, const float *a, float alpha, const float *b, float *y)
+{
+    ok(m, tern_map(m->c, &(tern_map_args){.fn = TERN_MAP_ADD, .count = count, .a = a, .alpha = alpha, .b = b, .y = y}));
+}
+
+/* y = alpha a */
+static void scale(lm *m, int64_t count, float alpha, const float *a, float *y)
+{
+    ok(m, tern_map(m->c, &(tern_map_args){.fn = TERN_MAP_SCALE, .count = count, .alpha = alpha, .a = a, .y = y}));
+}
+
+/* Queries and keys of a token lie side by side, so one norm and one rotation serve both. */
+static tern_norm_args head_norm(const lm *m, int64_t n, const block *b)
+{
+    return (tern_norm_args){.n = n * 2 * m->o.heads, .cols = m->o.width / m->o.heads, .x = b->qk, .eps = 1e-6f};
+}
+
+static tern_rope_args rotation(const lm *m, int64_t n, int64_t start, int64_t count, float *x)
+{
+    return (tern_rope_args){.n = n, .heads = (int32_t)(2 * m->o.heads), .dim = (int32_t)(m->o.width / m->o.heads), .x = x, .stride = 2 * m->o.width, .start = start, .period = count};
+}
+
+static tern_attention_args attention(const lm *m, const block *b, int64_t batch, int64_t start, int64_t count)
+{
+    const int64_t w = m->o.width;
+    return (tern_attention_args){.batch = batch, .queries = count, .keys = start + count, .heads = (int32_t)m->o.heads, .kv_heads = (int32_t)m->o.heads, .dim = (int32_t)(w / m->o.heads),
+                                 .q = b->turned + start * 2 * w, .q_stride = 2 * w, .k = b->turned + w, .k_stride = 2 * w, .v = b->v, .v_stride = w, .y = b->mixed, .p = b->p};
+}
+
+static float branch_weight(const lm *m) { return inverse_root(2 * (double)m->o.layers); }
+
+/* mid = x + s o(attention(rope(norm(qk(x))), v(x)));  y = mid + s down(relu2(up(mid)))
+   Keys and values of earlier tokens stay in `turned` and `v`: with start > 0 they are the cache. */
+static void block_forward(lm *m, int64_t layer, int64_t batch, int64_t start, int64_t count, float *y)
+{
+    block *b = &m->blocks[layer];
+    const int64_t n = batch * count, w = m->o.width;
+    float *turned = b->turned + start * 2 * w;
+    tern_norm_args norm = head_norm(m, n, b);
+    tern_rope_args rope = rotation(m, n, start, count, turned);
+    tern_attention_args attend = attention(m, b, batch, start, count);
+    linear_forward(m, param_of(layer, QK), n, b->x, b->qk, b->saved[QK]);
+    linear_forward(m, param_of(layer, V), n, b->x, b->v + start * w, b->saved[V]);
+    norm.y = turned;
+    ok(m, tern_norm(m->c, &norm));
+    ok(m, tern_rope(m->c, &rope));
+    ok(m, tern_attention(m->c, &attend));
+    linear_forward(m, param_of(layer, O), n, b->mixed, m->branch, b->saved[O]);
+    add(m, n * w, b->x, branch_weight(m), m->branch, b->mid);
+    linear_forward(m, param_of(layer, UP), n, b->mid, b->up, b->saved[UP]);
+    ok(m, tern_map(m->c, &(tern_map_args){.fn = TERN_MAP_RELU2, .count = n * 4 * w, .a = b->up, .y = b->hidden}));
+    linear_forward(m, param_of(layer, DOWN), n, b->hidden, m->branch, b->saved[DOWN]);
+    add(m, n * w, b->mid, branch_weight(m), m->branch, y);
+}
+
+/* The same lines from the last to the first; m->dx holds dy on entry and dx on return. */
+static void block_backward(lm *m, int64_t layer, int64_t batch)
+{
+    block *b = &m->blocks[layer];
+    const int64_t n = batch * m->o.context, w = m->o.width;
+    tern_norm_args norm = head_norm(m, n, b);
+    tern_rope_args rope = rotation(m, n, 0, m->o.context, m->dqk);
+    tern_attention_args attend = attention(m, b, batch, 0, m->o.context);
+    scale(m, n * w, branch_weight(m), m->dx, m->branch);
+    linear_backward(m, param_of(layer, DOWN), n, b->hidden, b->saved[DOWN], m->branch, m->dwide);
+    ok(m, tern_map(m->c, &(tern_map_args){.fn = TERN_MAP_RELU2, .count = n * 4 * w, .a = b->up, .dy = m->dwide, .da = m->dwide}));
+    linear_backward(m, param_of(layer, UP), n, b->mid, b->saved[UP], m->dwide, m->branch);
+    add(m, n * w, m->dx, 1, m->branch, m->dx);
+    scale(m, n * w, branch_weight(m), m->dx, m->branch);
+    linear_backward(m, param_of(layer, O), n, b->mixed, b->saved[O], m->branch, m->branch);
+    attend.dy = m->branch;
+    attend.dq = m->dqk;
+    attend.dk = m->dqk + w;
+    attend.dv = m->dv;
+    ok(m, tern_attention(m->c, &attend));
+    rope.inverse = 1;
+    ok(m, tern_rope(m->c, &rope));
+    norm.dy = norm.dx = m->dqk;
+    ok(m, tern_norm(m->c, &norm));
+    linear_backward(m, param_of(layer, V), n, b->x, b->saved[V], m->dv, m->dv);
+    add(m, n * w, m->dx, 1, m->dv, m->dx);
+    linear_backward(m, param_of(layer, QK), n, b->x, b->saved[QK], m->dqk, m->branch);
+    add(m, n * w, m->dx, 1, m->branch, m->dx);
+}
+
+/* Logits of tokens start .. start + count of each sequence; start > 0 continues a single one. */
+static void lm_forward(lm *m, int64_t batch, int64_t start, int64_t count)
+{
+    const tern_embedding embedding = {&m->params[EMBEDDING]};
+    const int64_t n = batch * count;
+    int64_t i;
+    ok(m, tern_copy(m->c, m->ids, m->host_ids, (size_t)n * sizeof *m->ids, TERN_TO_DEVICE));
+    ok(m, tern_embedding_forward(m->c, &embedding, n, m->ids, m->embedded));
+    ok(m, tern_norm(m->c, &(tern_norm_args){.n = n, .cols = m->o.width, .x = m->embedded, .eps = 1e-6f, .y = m->blocks[0].x}));
+    for (i = 0; i < m->o.layers; i++)
+        block_forward(m, i, batch, start, count, i + 1 < m->o.layers ? m->blocks[i + 1].x : m->x);
+    linear_forward(m, HEAD, n, m->x, m->logits, m->saved_head);
+}
+
+/* From the gradient in m->logits. */
+static void lm_backward(lm *m, int64_t batch)
+{
+    const tern_embedding embedding = {&m->params[EMBEDDING]};
+    const int64_t n = batch * m->o.context;
+    int64_t i;
+    linear_backward(m, HEAD, n, m->x, m->saved_head, m->logits, m->dx);
+    for (i = m->o.layers - 1; i >= 0; i--) block_backward(m, i, batch);
+    ok(m, tern_norm(m->c, &(tern_norm_args){.n = n, .cols = m->o.width, .x = m->embedded, .eps = 1e-6f, .dy = m->dx, .dx = m->dx}));
+    ok(m, tern_embedding_backward(m->c, &embedding, n, m->ids, m->dx));
+}
+
+/* Window `slot` of the batch: `context` bytes from `at`, and as targets the bytes after them. */
+static void set_window(lm *m, int64_t slot, const unsigned char *at)
+{
+    const int64_t context = m->o.context;
+    int32_t *ids = m->host_ids + slot * context, *targets = ids + m->o.batch * context;
+    int64_t i;
+    for (i = 0; i < context; i++) {
+        ids[i] = at[i];
+        targets[i] = at[i + 1];
+    }
+}
+
+/* Sum of the losses of `batch` windows; leaves the gradient of their mean in m->logits if asked. */
+static double lm_loss(lm *m, int64_t batch, int gradient)
+{
+    const int64_t n = batch * m->o.context;
+    double sum = 0;
+    int64_t i;
+    lm_forward(m, batch, 0, m->o.context);
+    ok(m, tern_copy(m->c, m->targets, m->host_ids + m->o.batch * m->o.context, (size_t)n * sizeof *m->targets, TERN_TO_DEVICE));
+    ok(m, tern_loss(m->c, &(tern_loss_args){.n = n, .classes = BYTES, .logits = m->logits, .targets = m->targets, .losses = m->losses, .dlogits = gradient ? m->logits : NULL, .scale = 1.0f / (float)n}));
+    ok(m, tern_copy(m->c, m->host_losses, m->losses, (size_t)n * sizeof *m->losses, TERN_TO_HOST));
+    ok(m, tern_sync(m->c));
+    for (i = 0; i < n; i++) sum += m->host_losses[i];
+    return sum;
+}
+
+/* Mean loss, in nats per byte, over the whole validation text in disjoint windows. */
+static double lm_validate(lm *m, const text *t)
+{
+    double sum = 0;
+    int64_t at, i, batch;
+    for (at = 0; at < t->windows; at += batch) {
+        batch = t->windows - at < m->o.batch ? t->windows - at : m->o.batch;
+        for (i = 0; i < batch; i++) set_window(m, i, t->bytes + t->train + (at + i) * m->o.context);
+        sum += lm_loss(m, batch, 0);
+    }
+    return sum / (double)(t->windows * m->o.context);
+}
+
+/* -- training -- */
+
+enum { POINTS = 400, VALIDATIONS = 10 };
+typedef struct curve { double train[POINTS], validation[VALIDATIONS + 1]; int64_t points, steps; } curve;
+
+/* Warm-up, then down to a tenth. 1 - 3t^2 + 2t^3 is within 0.01 of the usual half cosine and needs no libm. */
+static double rate_at(const options *o, int64_t step)
+{
+    const int64_t warmup = o->steps < 1000 ? o->steps / 10 : 100;
+    const double t = (double)(step - warmup) / (double)(o->steps - warmup);
+    if (step <= warmup) return o->rate * (double)step / (double)(warmup + 1);
+    return o->rate * (0.1 + 0.9 * (1 - t * t * (3 - 2 * t)));
+}
+
+static double train_step(lm *m, const text *t, int64_t step, uint64_t *random)
+{
+    const int64_t batch = m->o.batch;
+    double sum;
+    int64_t i;
+    for (i = 0; i < batch; i++) set_window(m, i, t->bytes + random_bits(random) % (uint64_t)(t->train - m->o.context));
+    sum = lm_loss(m, batch, 1);
+    lm_backward(m, batch);
+    ok(m, tern_model_step(m->c, &m->model, &(tern_step){.optimizer = TERN_ADAMW, .rate = (float)rate_at(&m->o, step), .beta2 = 0.99f, .decay = 0.05f, .clip = 1, .seed = (uint64_t)m->o.seed, .step = (uint32_t)step}));
+    return sum / (double)(batch * m->o.context);
+}
+
+/* One line that changes in place on a terminal, a line now and then elsewhere. */
+static void progress(const options *o, int64_t step, double loss, double elapsed)
+{
+    static double shown = -1;
+    const int terminal = isatty(STDOUT_FILENO), sparse = step % (o->steps / 20 + 1) == 0 || step == o->steps;
+    const double left = elapsed / (double)step * (double)(o->steps - step);
+    if (terminal ? elapsed - shown < 0.1 && step < o->steps : !sparse) return;
+    shown = elapsed;
+    printf("%sstep %lld of %lld   loss %.3f   %.0f tokens/s   %d:%02d left%s", terminal ? "\r" : "", (long long)step, (long long)o->steps, loss,
+           (double)(step * o->batch * o->context) / elapsed, (int)left / 60, (int)left % 60, terminal ? "\033[K" : "\n");
+    fflush(stdout);
+}
+
+static curve train(lm *m, const text *t)
+{
+    const int64_t steps = m->o.steps;
+    const double start = seconds();
+    uint64_t random = (uint64_t)m->o.seed;
+    double smooth = 0, paused = 0;
+    int64_t step, in_point[POINTS] = {0}, k;
+    curve c = {{0}, {0}, 0, 0};
+    c.steps = steps;
+    c.points = steps < POINTS ? steps : POINTS;
+    c.validation[0] = lm_validate(m, t);
+    paused = seconds() - start;
+    for (step = 1; step <= steps; step++) {
+        const double loss = train_step(m, t, step, &random);
+        k = (step - 1) * c.points / steps;
+        c.train[k] += (loss - c.train[k]) / (double)++in_point[k];
+        smooth = step == 1 ? loss : smooth + 0.05 * (loss - smooth);
+        progress(&m->o, step, smooth, seconds() - start - paused);
+        k = step * VALIDATIONS / steps;
+        if (k > (step - 1) * VALIDATIONS / steps) {
+            const double now = seconds();
+            c.validation[k] = lm_validate(m, t);
+            paused += seconds() - now;
+        }
+    }
+    if (isatty(STDOUT_FILENO)) printf("\n");
+    return c;
+}
+
+/* -- the loss curve as SVG -- */
+
+enum { WIDTH = 760, HEIGHT = 440, LEFT = 64, RIGHT = 24, TOP = 56, BOTTOM = 56 };
+
+static FILE *create(const options *o, const char *name)
+{
+    char path[1024];
+    FILE *f;
+    snprintf(path, sizeof path, "%s/%s", o->out, name);
+    if (!(f = fopen(path, "wb"))) die("cannot write %s; --out names an existing directory", path);
+    return f;
+}
+
+/* 1, 2 or 5 times a power of ten, so that the range takes at most `most` ticks. */
+static double tick(double range, int most)
+{
+    static const double next[3] = {2, 2.5, 2};
+    double step = 0.001;
+    int i;
+    for (i = 0; range / step > most; i = (i + 1) % 3) step *= next[i];
+    return step;
+}
+
+typedef struct axes { double low, high, steps; } axes;
+static double x_of(const axes *a, double step) { return LEFT + (WIDTH - LEFT - RIGHT) * step / a->steps; }
+static double y_of(const axes *a, double loss) { return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (loss - a->low) / (a->high - a->low); }
+
+static void draw_axes(FILE *f, const axes *a)
+{
+    const double dx = tick(a->steps, 8), dy = tick(a->high - a->low, 8);
+    int i;
+    for (i = 0; a->low + i * dy < a->high + dy / 2; i++)
+        fprintf(f, "<line class=\"grid\" x1=\"%d\" x2=\"%d\" y1=\"%.1f\" y2=\"%.1f\"/><text x=\"%d\" y=\"%.1f\" text-anchor=\"end\">%.1f</text>\n",
+                LEFT, WIDTH - RIGHT, y_of(a, a->low + i * dy), y_of(a, a->low + i * dy), LEFT - 8, y_of(a, a->low + i * dy) + 4, a->low + i * dy);
+    for (i = 0; i * dx < a->steps + dx / 100; i++)
+        fprintf(f, "<line class=\"axis\" x1=\"%.1f\" x2=\"%.1f\" y1=\"%d\" y2=\"%d\"/><text x=\"%.1f\" y=\"%d\" text-anchor=\"middle\">%.0f</text>\n",
+                x_of(a, i * dx), x_of(a, i * dx), HEIGHT - BOTTOM, HEIGHT - BOTTOM + 5, x_of(a, i * dx), HEIGHT - BOTTOM + 20, i * dx);
+    fprintf(f, "<path class=\"axis\" d=\"M%d %dV%dH%d\"/>\n", LEFT, TOP, HEIGHT - BOTTOM, WIDTH - RIGHT);
+    fprintf(f, "<text x=\"%d\" y=\"%d\" text-anchor=\"middle\">training step</text>\n", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 14);
+    fprintf(f, "<text transform=\"translate(18 %d) rotate(-90)\" text-anchor=\"middle\">loss in nats per byte</text>\n", (TOP + HEIGHT - BOTTOM) / 2);
+}
+
+static void draw_curve(FILE *f, const options *o, const curve *c)
+{
+    axes a = {100, 0, 0};
+    double half;
+    int64_t i;
+    for (i = 0; i < c->points; i++) {
+        if (c->train[i] < a.low) a.low = c->train[i];
+        if (c->train[i] > a.high) a.high = c->train[i];
+    }
+    half = tick(a.high - a.low, 8);
+    a.low = (double)(int64_t)(a.low / half) * half;
+    a.high = (double)((int64_t)(a.high / half) + 1) * half;
+    a.steps = (double)c->steps;
+    fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" font-family=\"system-ui, sans-serif\" font-size=\"12\">\n"
+               "<style>text{fill:#444}.grid{stroke:#e6e6e6}.axis{stroke:#888;fill:none}.train{stroke:#9bbfe0;fill:none;stroke-width:1.5}"
+               ".validation{stroke:#c0392b;fill:none;stroke-width:2}.dot{fill:#c0392b}</style>\n"
+               "<rect width=\"%d\" height=\"%d\" rx=\"8\" fill=\"#fff\"/>\n", WIDTH, HEIGHT, WIDTH, HEIGHT);
+    fprintf(f, "<text x=\"%d\" y=\"32\" font-size=\"17\" style=\"fill:#111\">Byte-level language model with %s weights: %.3f nats after %lld steps</text>\n",
+            LEFT, o->dense ? "float" : "ternary", c->validation[VALIDATIONS], (long long)c->steps);
+    draw_axes(f, &a);
+    fprintf(f, "<path class=\"train\" d=\"");
+    for (i = 0; i < c->points; i++)
+        fprintf(f, "%c%.1f %.1f", i ? 'L' : 'M', x_of(&a, ((double)i + 0.5) * a.steps / (double)c->points), y_of(&a, c->train[i]));
+    fprintf(f, "\"/>\n<path class=\"validation\" d=\"");
+    for (i = 0; i <= VALIDATIONS; i++)
+        fprintf(f, "%c%.1f %.1f", i ? 'L' : 'M', x_of(&a, (double)i * a.steps / VALIDATIONS), y_of(&a, c->validation[i]));
+    fprintf(f, "\"/>\n");
+    for (i = 0; i <= VALIDATIONS; i++)
+        fprintf(f, "<circle class=\"dot\" r=\"3.5\" cx=\"%.1f\" cy=\"%.1f\"/>\n", x_of(&a, (double)i * a.steps / VALIDATIONS), y_of(&a, c->validation[i]));
+    fprintf(f, "<path class=\"train\" d=\"M%d 76h28\"/><text x=\"%d\" y=\"80\">training, mean of %lld windows a step</text>\n", WIDTH - 300, WIDTH - 264, (long long)o->batch);
+    fprintf(f, "<path class=\"validation\" d=\"M%d 96h28\"/><text x=\"%d\" y=\"100\">validation, the last tenth of the text</text>\n</svg>\n", WIDTH - 300, WIDTH - 264);
+    if (fclose(f)) die("cannot write %s/loss.svg", o->out);
+}
+
+/* -- talking -- */
+
+/* Draws a byte from softmax(logits / 0.8) of a row: the gradient of the loss is softmax - onehot. */
+static int sample(lm *m, int64_t row, uint64_t *random)
+{
+    const double u = (double)(random_bits(random) >> 11) / 9007199254740992.0;
+    const int32_t target = 0;
+    float *logits = m->logits + row * BYTES, *p = m->host_logits;
+    double sum = 0;
+    int i;
+    ok(m, tern_copy(m->c, m->targets, &target, sizeof target, TERN_TO_DEVICE));
+    scale(m, BYTES, 1 / 0.8f, logits, logits);
+    ok(m, tern_loss(m->c, &(tern_loss_args){.n = 1, .classes = BYTES, .logits = logits, .targets = m->targets, .losses = m->losses, .dlogits = logits, .scale = 1}));
+    ok(m, tern_copy(m->c, p, logits, BYTES * sizeof *p, TERN_TO_HOST));
+    ok(m, tern_sync(m->c));
+    p[target] += 1;
+    for (i = 0; i < BYTES - 1 && (sum += p[i]) <= u; i++) {}
+    return i;
+}
+
+/* Writes `count` bytes, one forward of one token each. A full cache starts again from its last half. */
+static void talk(lm *m, int64_t count)
+{
+    const int64_t context = m->o.context;
+    unsigned char *said = (unsigned char *)host_alloc(count + 1, 1);
+    uint64_t random = (uint64_t)m->o.seed + 1;
+    int64_t i, k, cached = 0, fresh = 1;
+    said[0] = '\n';
+    for (i = 1; i <= count; i++) {
+        if (cached + fresh > context) {
+            cached = 0;
+            fresh = context / 2;
+        }
+        for (k = 0; k < fresh; k++) m->host_ids[k] = said[i - fresh + k];
+        lm_forward(m, 1, cached, fresh);
+        said[i] = (unsigned char)sample(m, fresh - 1, &random);
+        putchar(said[i] < ' ' && said[i] != '\n' && said[i] != '\t' ? ' ' : said[i]);
+        fflush(stdout);
+        cached += fresh;
+        fresh = 1;
+    }
+    putchar('\n');
+    free(said);
+}
+
+/* -- the closing table -- */
+
+/* FNV-1a over the bits of the first `rows` rows of logits. */
+static uint64_t hash_logits(lm *m, uint64_t h, int64_t rows)
+{
+    int64_t i;
+    ok(m, tern_copy(m->c, m->host_logits, m->logits, (size_t)(rows * BYTES) * sizeof *m->host_logits, TERN_TO_HOST));
+    for (i = 0; i < rows * BYTES; i++) {
+        uint32_t bits;
+        memcpy(&bits, &m->host_logits[i], sizeof bits);
+        h = (h ^ bits) * UINT64_C(1099511628211);
+    }
+    return h;
+}
+
+typedef struct speed { double batched, single; uint64_t hash; int same; } speed;
+
+/* Logits of a validation window, computed within a batch and then byte by byte; both are timed. */
+static speed measure(lm *m, const text *t)
+{
+    const uint64_t basis = UINT64_C(14695981039346656037);
+    const int64_t context = m->o.context, batch = t->windows < m->o.batch ? t->windows : m->o.batch;
+    const unsigned char *window = t->bytes + t->train;
+    speed s = {0, 0, basis, 0};
+    uint64_t single = basis;
+    double start;
+    int64_t i, tokens = 0;
+    for (i = 0; i < batch; i++) set_window(m, i, window + i * context);
+    lm_forward(m, batch, 0, context);
+    s.hash = hash_logits(m, s.hash, context);
+    for (start = seconds(); seconds() - start < 0.3; tokens += batch * context) lm_forward(m, batch, 0, context);
+    s.batched = (double)tokens / (seconds() - start);
+    start = seconds();
+    for (i = 0; i < context; i++) {
+        m->host_ids[0] = window[i];
+        lm_forward(m, 1, i, 1);
+        single = hash_logits(m, single, 1);
+    }
+    s.single = (double)context / (seconds() - start);
+    s.same = single == s.hash;
+    return s;
+}
+
+/* Loads the file on every tier, with one and two threads; 1 if all logits have the same bits. */
+static int compare_tiers(const options *o, const text *t, const char *path)
+{
+    const char *weights = o->dense ? "float" : "ternary";
+    uint64_t hash = 0;
+    int same = 1, isa, threads;
+    printf("weights  tier         threads  tokens/s in batches  one by one  hash of the logits\n");
+    for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++)
+        for (threads = 1; threads <= 2; threads++) {
+            speed s;
+            lm *m;
+            if (!tern_cpu_backend((tern_isa)isa)) continue;
+            m = lm_open(o, (tern_isa)isa, threads, 0);
+            if (!strcmp(tern_backend_name(m->c), tern_cpu_backend((tern_isa)isa)->name)) { /* else TERNARY_ISA lowered it */
+                ok(m, tern_model_load_file(m->c, &m->model, path));
+                s = measure(m, t);
+                hash = hash ? hash : s.hash;
+                same = same && s.same && s.hash == hash;
+                printf("%-8s %-12s %7d  %19.0f  %10.0f  %016llx%s\n", weights, tern_backend_name(m->c), threads, s.batched, s.single,
+                       (unsigned long long)s.hash, !s.same ? " DIFFERENT one by one" : s.hash != hash ? " DIFFERENT" : "");
+            }
+            lm_close(m);
+        }
+    return same;
+}
+
+/* For the ternary table's first line: the speed of the same network with float weights. */
+static void print_float_speed(const options *o, const text *t)
+{
+    options dense = *o;
+    speed s;
+    lm *m;
+    dense.dense = 1;
+    m = lm_open(&dense, TERN_ISA_BEST, 2, 0);
+    lm_initialise(m);
+    s = measure(m, t);
+    printf("float    %-12s %7d  %19.0f  %10.0f  (untrained, for its speed)\n", tern_backend_name(m->c), 2, s.batched, s.single);
+    lm_close(m);
+}
+
+static uint64_t bits_of(double x)
+{
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static void print_sizes(const tern_audit *trained, const tern_audit *packed)
+{
+    const double n = (double)trained->weights;
+    const double shadow = (double)trained->bytes[TERN_SHADOW] / n, gradient = (double)trained->bytes[TERN_GRAD] / n;
+    const double moments = (double)(trained->bytes[TERN_MOMENT1] + trained->bytes[TERN_MOMENT2]) / n;
+    const double trits = (double)(trained->bytes[TERN_TRITS] + trained->bytes[TERN_SCALES]) / n;
+    printf("parameters       %lld, %lld of them ternary\n", (long long)trained->weights, (long long)trained->ternary);
+    printf("bytes            %.0f as float, %zu packed: %.2f bits per weight\n", 4 * n, packed->packed_bytes, 8 * (double)packed->packed_bytes / n);
+    printf("training state   %.3f bytes per weight: weights %.3f, moments %.3f, gradient %.3f, trits and scales %.3f\n",
+           shadow + moments + gradient + trits, shadow, moments, gradient, trits);
+}
+
+int main(int count, char **words)
+{
+    const options o = parse(count, words);
+    const text t = read_text(&o);
+    FILE *svg = create(&o, "loss.svg");
+    lm *m = lm_open(&o, TERN_ISA_BEST, o.threads, 1), *fresh;
+    char path[1024];
+    tern_audit trained, packed;
+    curve c;
+    double before, after;
+    int32_t i;
+    int same;
+
+    printf("%s: %lld bytes to learn from, %lld windows of %lld to validate; tier %s, seed %lld\n", o.text, (long long)t.train, (long long)t.windows,
+           (long long)o.context, tern_backend_name(m->c), (long long)o.seed);
+    lm_initialise(m);
+    c = train(m, &t);
+    before = c.validation[VALIDATIONS];
+    draw_curve(svg, &o, &c);
+
+    /* Freeze, save, and from here on only the file. */
+    ok(m, tern_model_audit(m->c, &m->model, &trained));
+    for (i = 0; i < m->model.count; i++) tern_param_free(m->c, &m->params[i], TERN_FOR_TRAINING);
+    snprintf(path, sizeof path, "%s/model.gguf", o.out);
+    ok(m, tern_model_audit(m->c, &m->model, &packed));
+    ok(m, tern_model_save_file(m->c, &m->model, 0, path));
+    lm_close(m);
+    fresh = lm_open(&o, TERN_ISA_BEST, o.threads, 0);
+    ok(fresh, tern_model_load_file(fresh->c, &fresh->model, path));
+    after = lm_validate(fresh, &t);
+    printf("wrote %s/loss.svg and %s, which says:\n\n", o.out, path);
+    talk(fresh, o.generate);
+    lm_close(fresh);
+
+    same = bits_of(before) == bits_of(after);
+    printf("\n");
+    print_sizes(&trained, &packed);
+    printf("validation loss  %.4f nats per byte in training, bits %016llx\n", before, (unsigned long long)bits_of(before));
+    printf("                 %.4f nats per byte reloaded,    bits %016llx: %s\n\n", after, (unsigned long long)bits_of(after), same ? "equal" : "DIFFERENT");
+    if (!o.dense) print_float_speed(&o, &t);
+    same &= compare_tiers(&o, &t, path);
+    printf("%s\n", same ? "All the same bits." : "The bits are DIFFERENT.");
+    free(t.bytes);
+    return !same;
+}
