@@ -956,6 +956,7 @@ static int64_t tern__mul(int64_t a, int64_t b)
 }
 static int64_t tern__add(int64_t a, int64_t b) { return a > ((int64_t)1 << 62) - b ? INT64_MAX : a + b; }
 static int64_t tern__min(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t tern__max(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t tern__ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 static int32_t tern__fits(int64_t bytes) { return bytes >= 0 && bytes <= ((int64_t)1 << 62) && (uint64_t)bytes <= (uint64_t)PTRDIFF_MAX; }
 
@@ -2663,8 +2664,9 @@ static void tern__scatter_body(tern__job *job, int64_t begin, int64_t end, int64
     int64_t i, j;
     (void)bad;
     for (i = 0; i < a->n; i++) {
-        float *dw = a->dw + a->ids[i] * a->cols;
+        float *dw;
         if (a->ids[i] < 0 || a->ids[i] >= a->rows) continue;
+        dw = a->dw + a->ids[i] * a->cols;
         for (j = begin; j < end; j++) dw[j] = dw[j] + a->dy[i * a->cols + j];
     }
 }
@@ -2843,7 +2845,7 @@ static void tern__rope_body(tern__job *job, int64_t begin, int64_t end, int64_t 
             if (a->inverse) sine[i] = 0.0f - sine[i];
         }
         for (h = 0; h < a->heads; h++) {
-            float *x = a->x + t * a->stride + h * a->dim;
+            float *x = a->x + t * a->stride + (int64_t)h * a->dim;
             for (i = 0; i < half; i++) {
                 const float u = x[i], v = x[i + half];
                 x[i] = u * cosine[i] - v * sine[i];
@@ -2855,7 +2857,7 @@ static void tern__rope_body(tern__job *job, int64_t begin, int64_t end, int64_t 
 
 static tern_result tern__cpu_rope(tern_run *run, const tern_rope_args *a)
 {
-    tern__for(run, tern__rope_body, a, a->n, 100 * (a->heads + 1) * a->dim / 8);
+    tern__for(run, tern__rope_body, a, a->n, tern__mul((int64_t)a->heads + 1, 12 * a->dim));
     return TERN_OK;
 }
 
@@ -2966,7 +2968,7 @@ static void tern__attention_body(tern__job *job, int64_t begin, int64_t end, int
 static tern_result tern__cpu_attention(tern_run *run, const tern_attention_args *a)
 {
     tern__for(run, tern__attention_body, a, a->batch * a->kv_heads,
-              tern__mul(tern__mul(a->queries, a->keys), a->heads / a->kv_heads * (a->dim + 30)));
+              tern__mul(tern__mul(a->queries, a->keys), tern__mul(a->heads / a->kv_heads, a->dim + 30)));
     return TERN_OK;
 }
 
@@ -3343,7 +3345,7 @@ static tern_result tern__check_quantize(tern_run *r, const tern_quantize_args *a
     TERN__NEED("quantize", scale);
     TERN__NEED("quantize", sum);
     TERN__MAY("quantize", rms);
-    TERN__REQUIRE(r, a->norm == TERN_NORM_NONE || (a->norm == TERN_NORM_RMS && a->eps > 0), TERN_E_ARGUMENT, "quantize: norm %d is unknown or its eps is not positive", (int64_t)a->norm);
+    TERN__REQUIRE(r, a->norm == TERN_NORM_NONE || (a->norm == TERN_NORM_RMS && a->eps > 0 && tern__finite(a->eps)), TERN_E_ARGUMENT, "quantize: norm %d is unknown or its eps is not positive and finite", (int64_t)a->norm);
     return TERN_OK;
 }
 
@@ -3401,11 +3403,11 @@ static tern_result tern__check_gather(tern_run *r, const tern_gather_args *a)
 {
     if (a->m.trits) TERN__TRY(tern__check_packed(r, "gather", &a->m));
     else {
+        TERN__TRY(tern__check_count(r, "gather", "cols", a->m.cols, 1));
         TERN__TRY(tern__check_count(r, "gather", "rows", a->m.rows, a->m.cols));
         TERN__NEED("gather", w);
     }
     TERN__TRY(tern__check_count(r, "gather", "n", a->n, a->m.cols));
-    TERN__REQUIRE(r, a->m.cols > 0, TERN_E_SHAPE, "gather: cols = %d; it must be positive", a->m.cols);
     TERN__NEED("gather", ids);
     TERN__NEED("gather", y);
     return TERN_OK;
@@ -3413,9 +3415,9 @@ static tern_result tern__check_gather(tern_run *r, const tern_gather_args *a)
 
 static tern_result tern__check_scatter(tern_run *r, const tern_scatter_args *a)
 {
+    TERN__TRY(tern__check_count(r, "scatter", "cols", a->cols, 1));
     TERN__TRY(tern__check_count(r, "scatter", "rows", a->rows, a->cols));
     TERN__TRY(tern__check_count(r, "scatter", "n", a->n, a->cols));
-    TERN__TRY(tern__check_count(r, "scatter", "cols", a->cols, 1));
     TERN__NEED("scatter", ids);
     TERN__NEED("scatter", dy);
     TERN__NEED("scatter", dw);
@@ -4485,7 +4487,7 @@ static int64_t tern__widest(const tern_model *m)
     int64_t cols = 0;
     int32_t i;
     for (i = 0; i < m->count; i++)
-        if (m->items[i]->rule != TERN_DENSE && m->items[i]->cols > cols) cols = m->items[i]->cols;
+        if (m->items[i]->rule != TERN_DENSE) cols = tern__max(cols, m->items[i]->cols);
     return cols;
 }
 
@@ -4740,7 +4742,7 @@ static tern_result tern__write(tern_context *c, const tern_model *m, int32_t mas
     w.m = m;
     w.block = block;
     w.mask = mask;
-    w.chunk = (uint8_t *)tern__host_alloc(&c->run.allocator, (size_t)(5 * cols > TERN__CHUNK ? 5 * cols : TERN__CHUNK));
+    w.chunk = (uint8_t *)tern__host_alloc(&c->run.allocator, (size_t)tern__max(5 * cols, TERN__CHUNK));
     TERN__REQUIRE(&c->run, w.chunk, TERN_E_MEMORY, "no memory to write a model");
     w.scales = (float *)(void *)w.chunk;
     w.trits = (int8_t *)(w.scales + cols);
@@ -5068,9 +5070,9 @@ static tern_result tern__prepare(tern__loader *l, const tern_model *m)
         TERN__TRY(tern__match_param(l, p));
         for (b = 0; b < TERN_BUFFERS; b++)
             if (tern__is_stored(p, b, TERN__ALL_BUFFERS)) TERN__TRY(tern__match_tensor(l, p, b, &l->source[i * TERN_BUFFERS + b]));
-        if (tern__buffer_count(p, TERN_SCALES) > scales) scales = tern__buffer_count(p, TERN_SCALES);
+        scales = tern__max(scales, tern__buffer_count(p, TERN_SCALES));
     }
-    l->chunk = (uint8_t *)tern__host_alloc(a, (size_t)(panel > TERN__CHUNK ? panel : TERN__CHUNK));
+    l->chunk = (uint8_t *)tern__host_alloc(a, (size_t)tern__max(panel, TERN__CHUNK));
     l->scales = (float *)tern__host_alloc(a, (size_t)scales * sizeof(float));
     l->ordered = tern__host_alloc(a, (size_t)scales * sizeof(float));
     l->staging = (int8_t *)tern_alloc(l->c, (size_t)(panel + 1));
