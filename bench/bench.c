@@ -1,0 +1,1008 @@
+/* How fast is ternary.h here? Measures what this machine can do at most (memory and cache reads, integer
+   and float arithmetic), then every operation as a rate and as a fraction of the limit it runs into.
+
+     cc -O2 -I. bench/bench.c -o build/bench -pthread -ldl
+     build/bench [--csv] [--quick] [--filter text]
+
+   --csv      op,shape,tier,threads,metric,value,limit,fraction: one row per case; the metric names the limit
+   --quick    a few seconds, on working sets too small to say anything about memory
+   --filter   only the cases whose op, shape or tier contains this text
+
+   Every row is the best of several repetitions, and its limit the best of repetitions that took turns with
+   them: on a shared machine only times taken side by side can be compared. Nothing here asserts a time. */
+#define _POSIX_C_SOURCE 200809L
+#define TERNARY_IMPLEMENTATION
+#include "../ternary.h"
+
+#include <dlfcn.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#ifndef __GNUC__
+#error "the benchmark needs the vector types and asm of gcc or clang"
+#endif
+
+enum { MIB = 1 << 20, KIB = 1 << 10, THREADS = 2 };
+
+static struct { int csv, quick; const char *filter; } option;
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* -- what runs where: a context for every tier of this machine, with one and with two threads -- */
+
+typedef struct setup {
+    tern_context *c;
+    tern_isa isa;         /* whose arithmetic limits apply */
+    const char *name;
+    int threads;
+} setup;
+
+static setup setups[2 * TERN__ISA_END];
+static int setup_count;
+static tern_parallel workers;      /* THREADS of them, for the limits and the contexts */
+static tern_context *plain;        /* best tier, one thread: memory and preparation */
+static const setup *best;          /* the setup of `plain` */
+
+static void must(tern_context *c, tern_result result)
+{
+    if (result == TERN_OK) return;
+    fprintf(stderr, "bench: %s: %s\n", tern_result_text(result), c ? tern_last_error(c)->text : "");
+    exit(1);
+}
+
+static void *memory(size_t bytes)
+{
+    void *p = tern_alloc(plain, bytes);
+    if (!p) {
+        fprintf(stderr, "bench: no memory for %lu MiB\n", (unsigned long)(bytes / MIB));
+        exit(1);
+    }
+    return p;
+}
+
+static void add_setup(tern_isa isa, const char *name, int threads)
+{
+    tern_context_desc d = TERN_ZERO;
+    setup *s = &setups[setup_count++];
+    d.isa_max = isa;
+    if (threads > 1) d.parallel = workers;
+    s->isa = isa;
+    s->name = name;
+    s->threads = threads;
+    must(NULL, tern_open(&s->c, &d, NULL));
+    if (threads == 1) best = s;
+    plain = best->c;
+}
+
+/* The environment's cap (TERNARY_ISA) would silently change what a row says, so it is taken away. */
+static void open_setups(void)
+{
+    unsetenv("TERNARY_ISA");
+    workers = tern_pool_parallel(tern_pool_create(THREADS));
+#define TIER(id, suffix, text)                                                                            \
+    if (!tern_cpu_backend(TERN_ISA_##id))                                                                 \
+        fprintf(stderr, "bench: this machine or build lacks tier %s: its rows and limits are skipped\n", text); \
+    else {                                                                                                \
+        add_setup(TERN_ISA_##id, text, 1);                                                                \
+        if (TERN_ISA_##id != TERN_ISA_SCALAR) add_setup(TERN_ISA_##id, text, THREADS);                    \
+    }
+    TERN_TIERS(TIER)
+#undef TIER
+}
+
+static uint32_t seed = 1;
+static uint32_t random24(void) { seed = seed * 1664525u + 1013904223u; return seed >> 8; }
+
+static float *random_floats(int64_t n)
+{
+    float *x = (float *)memory((size_t)n * sizeof *x);
+    int64_t i;
+    for (i = 0; i < n; i++) x[i] = (float)random24() / 8388608.0f - 1.0f;
+    return x;
+}
+
+/* -- the stream: a rotation through more memory than any cache holds -- */
+
+static struct { uint8_t *base; size_t bytes, at, block; } stream;
+
+static void stream_fill(const void *block, size_t bytes)
+{
+    size_t i;
+    for (i = 0; i + bytes <= stream.bytes; i += bytes) memcpy(stream.base + i, block, bytes);
+    stream.block = bytes;
+    stream.at = 0;
+}
+
+/* The next `bytes`, from the start of a block; they were last touched a whole rotation ago. */
+static uint8_t *stream_next(size_t bytes)
+{
+    size_t from = (stream.at + stream.block - 1) / stream.block * stream.block;
+    if (from + bytes > stream.bytes / stream.block * stream.block) from = 0;
+    stream.at = from + bytes;
+    return stream.base + from;
+}
+
+/* -- limits: reading memory -- */
+
+/* Reads `bytes` as some streams side by side, asking for lines `ahead` of each (0: leave it to the
+   hardware). 512 bytes a step and four sums, so that loads are all that counts. */
+#define READER(name, TARGET, lanes)                                                                        \
+    static TARGET uint64_t name(const uint8_t *from, size_t bytes, size_t streams, size_t ahead)           \
+    {                                                                                                      \
+        typedef uint64_t vector __attribute__((vector_size(8 * lanes), may_alias, aligned(8)));            \
+        vector a = {0}, b = {0}, c = {0}, d = {0};                                                         \
+        const size_t part = bytes / streams / 512 * 512;                                                   \
+        size_t i, s, j;                                                                                    \
+        for (i = 0; i < part; i += 512)                                                                    \
+            for (s = 0; s < streams; s++) {                                                                \
+                const uint8_t *p = from + s * part + i;                                                    \
+                const vector *v = (const vector *)(const void *)p;                                         \
+                if (ahead) for (j = 0; j < 512; j += 64) __builtin_prefetch((const void *)((uintptr_t)p + ahead + j)); \
+                for (j = 0; j < 64 / lanes; j += 8) {                                                      \
+                    a |= v[j] | v[j + 4]; b |= v[j + 1] | v[j + 5];                                        \
+                    c |= v[j + 2] | v[j + 6]; d |= v[j + 3] | v[j + 7];                                    \
+                }                                                                                          \
+            }                                                                                              \
+        a |= b | c | d;                                                                                    \
+        return a[0] | a[1];                                                                                \
+    }
+
+READER(read_scalar, , 2)
+#ifdef TERN__WITH_AVX2
+READER(read_avx2, __attribute__((target("avx2"))), 4)
+#else
+#define read_avx2 read_scalar
+#endif
+#ifdef TERN__WITH_AVX512_VNNI
+READER(read_avx512_vnni, __attribute__((target("avx512f"))), 8)
+#else
+#define read_avx512_vnni read_scalar
+#endif
+
+typedef struct read_way { uint64_t (*read)(const uint8_t *, size_t, size_t, size_t); size_t streams, ahead; } read_way;
+typedef struct read_job { read_way way; const uint8_t *from[THREADS]; size_t bytes; int passes; uint64_t seen[THREADS]; } read_job;
+
+static void read_task(void *arg, int32_t i)
+{
+    read_job *job = (read_job *)arg;
+    int pass;
+    for (pass = 0; pass < job->passes; pass++)
+        job->seen[i] |= job->way.read(job->from[i], job->bytes, job->way.streams, job->way.ahead);
+}
+
+static volatile uint64_t read_sink;
+
+static void each_thread(int threads, tern_task task, void *arg)
+{
+    if (threads == 1) task(arg, 0);
+    else workers.run(workers.user, task, arg, threads);
+}
+
+/* -- limits: arithmetic in registers. One function per kind and tier, named by TERN_TIERS -- */
+
+#ifdef TERN__X86
+#define REGISTER "x" /* twelve sums fit in the sixteen registers of every vector width */
+#else
+#define REGISTER "w"
+#endif
+#define TWELVE(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
+#define ZEROED(i) a##i = {0},
+#define MERGED(i) a0 += a##i;
+
+/* Twelve independent sums hide the latency. STEP(i) adds to sum i; x and y are operands. */
+#define SPIN(name, TARGET, type, bytes, STEP)                                                              \
+    static TARGET void name(int64_t rounds)                                                                \
+    {                                                                                                      \
+        typedef type vector __attribute__((vector_size(bytes)));                                           \
+        vector TWELVE(ZEROED) x, y;                                                                        \
+        int64_t i;                                                                                         \
+        size_t j;                                                                                          \
+        for (j = 0; j < (bytes) / sizeof(type); j++) { x[j] = (type)(1 + j % 7); y[j] = (type)(3 + j % 5); } \
+        for (i = 0; i < rounds; i++) { TWELVE(STEP) }                                                      \
+        TWELVE(MERGED)                                                                                     \
+        __asm__ volatile("" : : REGISTER(a0));                                                             \
+    }
+
+/* What plain C compiles to everywhere: an integer multiply and add, and a vector of four floats. */
+#define STEP_C(i) a##i += x * y; __asm__ volatile("" : "+" REGISTER(a##i), "+" REGISTER(x));
+SPIN(spin_muladd_scalar, , float, 16, STEP_C)
+#define spin_fma_scalar spin_muladd_scalar
+
+static void spin_int8_scalar(int64_t rounds)
+{
+    uint32_t a[12] = {0}, x = 3, y = 5;
+    int64_t i;
+#define STEP(i) a[i] += x * y; __asm__ volatile("" : "+r"(x), "+r"(y));
+    for (i = 0; i < rounds; i++) { TWELVE(STEP) }
+#undef STEP
+    for (i = 1; i < 12; i++) a[0] += a[i];
+    __asm__ volatile("" : : "r"(a[0]));
+}
+
+#ifdef TERN__X86
+#define STEP_MADDUBS(i) { vector t; __asm__ volatile("vpmaddubsw %2, %3, %1\n\tvpaddw %1, %0, %0" : "+x"(a##i), "=&x"(t) : "x"(x), "x"(y)); }
+#define STEP_MULADD(i) { vector t; __asm__ volatile("vmulps %2, %3, %1\n\tvaddps %1, %0, %0" : "+x"(a##i), "=&x"(t) : "x"(x), "x"(y)); }
+#define STEP_FMA(i) __asm__ volatile("vfmadd231ps %1, %2, %0" : "+x"(a##i) : "x"(x), "x"(y));
+#define STEP_DPBUSD(i) __asm__ volatile("vpdpbusd %1, %2, %0" : "+x"(a##i) : "x"(x), "x"(y));
+#endif
+#ifdef TERN__WITH_AVX2
+SPIN(spin_int8_avx2, __attribute__((target("avx2"))), uint8_t, 32, STEP_MADDUBS)
+SPIN(spin_muladd_avx2, __attribute__((target("avx2"))), float, 32, STEP_MULADD)
+SPIN(spin_fma_avx2, __attribute__((target("avx2,fma"))), float, 32, STEP_FMA)
+#else
+#define spin_int8_avx2 spin_int8_scalar
+#define spin_muladd_avx2 spin_muladd_scalar
+#define spin_fma_avx2 spin_fma_scalar
+#endif
+#ifdef TERN__WITH_AVX512_VNNI
+SPIN(spin_int8_avx512_vnni, __attribute__((target("avx512f,avx512bw,avx512vnni"))), uint8_t, 64, STEP_DPBUSD)
+SPIN(spin_muladd_avx512_vnni, __attribute__((target("avx512f"))), float, 64, STEP_MULADD)
+SPIN(spin_fma_avx512_vnni, __attribute__((target("avx512f"))), float, 64, STEP_FMA)
+#else
+#define spin_int8_avx512_vnni spin_int8_scalar
+#define spin_muladd_avx512_vnni spin_muladd_scalar
+#define spin_fma_avx512_vnni spin_fma_scalar
+#endif
+
+typedef struct peak { const char *name; void (*spin)(int64_t rounds); double macs; } peak; /* multiply-adds of one step */
+typedef struct tier_limits { read_way way; peak int8, muladd, fma; } tier_limits;
+#define TIER(id, suffix, text) {{read_##suffix, 1, 0}, INT8_##id, MULADD_##id, FMA_##id},
+#define INT8_SCALAR {"imul+add", spin_int8_scalar, 1}
+#define MULADD_SCALAR {"mul+add x4", spin_muladd_scalar, 4}
+#define FMA_SCALAR MULADD_SCALAR
+#define INT8_AVX2 {"maddubs+add", spin_int8_avx2, 32}
+#define MULADD_AVX2 {"mul+add x8", spin_muladd_avx2, 8}
+#define FMA_AVX2 {"FMA x8", spin_fma_avx2, 8}
+#define INT8_AVX512_VNNI {"vpdpbusd", spin_int8_avx512_vnni, 64}
+#define MULADD_AVX512_VNNI {"mul+add x16", spin_muladd_avx512_vnni, 16}
+#define FMA_AVX512_VNNI {"FMA x16", spin_fma_avx512_vnni, 16}
+static const tier_limits tiers[] = {TERN_TIERS(TIER)};
+#undef TIER
+
+typedef enum { DRAM, L2, L1, INT8, MULADD, FMA, NONE } limit;
+
+static read_way ways[L1 + 1][THREADS + 1]; /* the fastest way to read, found at the start */
+
+static const peak *peak_of(limit l, const setup *s)
+{
+    const tier_limits *t = &tiers[s->isa - 1];
+    return l == INT8 ? &t->int8 : l == MULADD ? &t->muladd : &t->fma;
+}
+
+static const char *limit_name(limit l, const setup *s)
+{
+    static const char *const names[] = {"DRAM read", "L2 read", "L1 read"};
+    return l == NONE ? "none" : l <= L1 ? names[l] : peak_of(l, s)->name;
+}
+
+typedef struct spin_job { void (*spin)(int64_t rounds); int64_t rounds; } spin_job;
+static void spin_task(void *arg, int32_t i) { const spin_job *job = (const spin_job *)arg; (void)i; job->spin(job->rounds); }
+
+static double read_rate(limit l, read_way way, int threads)
+{
+    static uint8_t *cached;
+    const size_t size = l == DRAM ? stream.bytes / 32 : l == L2 ? MIB : 16 * KIB;
+    read_job job;
+    double t;
+    int i;
+    if (!cached) cached = (uint8_t *)memory((size_t)THREADS * MIB);
+    memset(&job, 0, sizeof job);
+    job.way = way;
+    job.bytes = size;
+    job.passes = l == DRAM ? 1 : (int)((size_t)(option.quick ? 32 : 256) * MIB / size);
+    for (i = 0; i < threads; i++) job.from[i] = l == DRAM ? stream_next(size) : cached + i * MIB;
+    t = now();
+    each_thread(threads, read_task, &job);
+    t = now() - t;
+    read_sink = job.seen[0] | job.seen[THREADS - 1];
+    return 1e-9 * threads * (double)size * job.passes / t;
+}
+
+/* One short measurement of a limit, in 1e9 bytes or multiply-adds a second over all threads. */
+static double limit_rate(limit l, const setup *s)
+{
+    spin_job job;
+    double t;
+    if (l == NONE) return 0;
+    if (l <= L1) return read_rate(l, ways[l][s->threads], s->threads);
+    job.spin = peak_of(l, s)->spin;
+    job.rounds = option.quick ? 100000 : 1000000;
+    t = now();
+    each_thread(s->threads, spin_task, &job);
+    t = now() - t;
+    return 1e-9 * s->threads * 12 * peak_of(l, s)->macs * (double)job.rounds / t;
+}
+
+static void find_ways(void)
+{
+    static const size_t streams[] = {1, 2, 4}, ahead[] = {0, 1024, 4096};
+    int l, threads, tier, i, rep;
+    for (l = DRAM; l <= L1; l++)
+        for (threads = 1; threads <= THREADS; threads++) {
+            double most = 0;
+            for (rep = 0; rep < (option.quick ? 1 : 3); rep++)
+                for (tier = 0; tier < (int)best->isa; tier++)
+                    for (i = 0; i < 9; i++) {
+                        read_way way = tiers[tier].way;
+                        double rate;
+                        way.streams = streams[i % 3];
+                        way.ahead = ahead[i / 3];
+                        if (tern_cpu_backend((tern_isa)(tier + 1)) == NULL) continue;
+                        rate = read_rate((limit)l, way, threads);
+                        if (rate > most) { most = rate; ways[l][threads] = way; }
+                    }
+        }
+}
+
+/* -- the table -- */
+
+enum { MAX_RESULTS = 1024 };
+typedef struct result { const char *op; char shape[32]; const char *tier; int threads; double fraction; } result;
+static result results[MAX_RESULTS]; /* for the targets at the end */
+static int result_count;
+static const char *pending_title;
+
+static void title(const char *text) { pending_title = text; }
+
+static int wanted(const char *op, const char *shape, const char *tier)
+{
+    const char *f = option.filter;
+    return !f || strstr(op, f) || strstr(shape, f) || strstr(tier, f);
+}
+
+typedef enum { BYTES, MACS, LATENCY } metric;
+
+static void print_title(void)
+{
+    if (pending_title)
+        printf("\n%s\n  %-26s %-20s %-12s %3s %10s %-6s %10s %6s  %-12s %11s\n", pending_title,
+               "op", "shape", "tier", "thr", "value", "", "limit", "", "limit is", "us a call");
+    pending_title = NULL;
+}
+
+static void print_row(metric m, const char *op, const char *shape, const setup *s, limit l, double work, double seconds, double rate)
+{
+    const char *unit = m == BYTES ? "GB/s" : m == MACS ? "GMAC/s" : "us";
+    const double value = m == LATENCY ? 1e6 * seconds : 1e-9 * work / seconds;
+    const double most = m == LATENCY && rate > 0 ? 1e-3 * work / rate : rate;
+    const double fraction = rate > 0 ? 1e-9 * work / seconds / rate : 0;
+    if (result_count < MAX_RESULTS) {
+        result *r = &results[result_count++];
+        r->op = op;
+        snprintf(r->shape, sizeof r->shape, "%s", shape);
+        r->tier = s->name;
+        r->threads = s->threads;
+        r->fraction = fraction;
+    }
+    if (option.csv) {
+        printf("%s,%s,%s,%d,%s vs %s,%.6g,", op, shape, s->name, s->threads, unit, limit_name(l, s), value);
+        if (rate > 0) printf("%.6g,%.4f\n", most, fraction); else printf(",\n");
+    } else {
+        print_title();
+        printf("  %-26s %-20s %-12s %3d %10.3f %-6s ", op, shape, s->name, s->threads, value, unit);
+        if (rate > 0) printf("%10.3f %5.1f%%  %-12s", most, 100 * fraction, limit_name(l, s));
+        else printf("%10s %6s  %-12s", "", "", limit_name(l, s));
+        printf(" %11.2f\n", 1e6 * seconds);
+    }
+    fflush(stdout);
+}
+
+static void print_limit(const setup *s, limit l, double rate)
+{
+    const char *unit = l <= L1 ? "GB/s" : "GMAC/s";
+    if (option.csv) printf("limit,%s,%s,%d,%s,%.6g,%.6g,1\n", limit_name(l, s), s->name, s->threads, unit, rate, rate);
+    else {
+        print_title();
+        printf("  %-26s %-20s %-12s %3d %10.3f %s\n", "limit", limit_name(l, s), s->name, s->threads, rate, unit);
+    }
+}
+
+/* Runs call(arg), which does `work` bytes or multiply-adds, taking turns with its limit until the time of a
+   case is used up. */
+static void measure(metric m, const char *op, const char *shape, const setup *s, limit l, double work, void (*call)(void *), void *arg)
+{
+    const double limit_s = option.quick ? 0.02 : 0.3, turn_s = option.quick ? 0.001 : 0.002; /* short: a turn should fit between two interruptions */
+    double start, rate = 0, least = 1e9, t;
+    int64_t calls = 1, i;
+    int turn;
+    if (!wanted(op, shape, s->name)) return;
+    for (;;) {
+        t = now();
+        for (i = 0; i < calls; i++) call(arg);
+        t = now() - t;
+        if (t > turn_s / 2) break;
+        calls *= 2;
+    }
+    start = now();
+    for (turn = 0; turn < (option.quick ? 2 : 5) || now() - start < limit_s; turn++) {
+        const double r = limit_rate(l, s);
+        if (r > rate) rate = r;
+        t = now();
+        for (i = 0; i < calls; i++) call(arg);
+        t = (now() - t) / (double)calls;
+        if (t < least) least = t;
+    }
+    print_row(m, op, shape, s, l, work, least, rate);
+}
+
+static const char *shape_text(const char *format, ...)
+{
+    static char text[64];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    return text;
+}
+
+static void limits_table(void)
+{
+    int i, l;
+    title("The machine's limits");
+    for (i = 0; i < setup_count; i++)
+        for (l = DRAM; l < NONE; l++) {
+            const setup *s = &setups[i];
+            double rate = 0;
+            int rep;
+            if (l <= L1 && s->isa != best->isa) continue; /* reads are the machine's, not a tier's */
+            if (l == FMA && s->isa == TERN_ISA_SCALAR) continue; /* the same as MULADD */
+            if (!wanted("limit", limit_name((limit)l, s), s->name)) continue;
+            for (rep = 0; rep < (option.quick ? 2 : 10); rep++) {
+                const double r = limit_rate((limit)l, s);
+                if (r > rate) rate = r;
+            }
+            print_limit(s, (limit)l, rate);
+        }
+}
+
+/* -- ternary matrix products -- */
+
+/* A layer with its input and output, and its weights: in place, or the next ones of the stream. */
+typedef struct product {
+    tern_context *c;
+    tern_param w;
+    tern_linear layer;
+    tern_matmul_args a;
+    const float *x;
+    size_t trits, scales;
+    int streamed;
+} product;
+
+static size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+static product product_open(int64_t rows, int64_t cols, int32_t grain, tern_type encoding, int64_t n)
+{
+    product p;
+    float *w = random_floats(rows * cols);
+    tern_quantize_args q;
+    int64_t stride, groups;
+    memset(&p, 0, sizeof p);
+    memset(&q, 0, sizeof q);
+    snprintf(p.w.name, sizeof p.w.name, "w");
+    p.w.rows = rows;
+    p.w.cols = cols;
+    p.w.grain = grain;
+    p.w.buffer[TERN_TRITS].type = encoding;
+    must(plain, tern_param_alloc(plain, &p.w, TERN_FOR_INFERENCE));
+    must(plain, tern_param_set(plain, &p.w, TERN_F32, w));
+    tern_free(plain, w);
+    p.a.m = tern_param_matrix(&p.w);
+    must(plain, tern_matrix_bytes(plain, &p.a.m, &p.trits, &p.scales));
+    must(plain, tern_activation_shape(plain, &p.a.m, &stride, &groups));
+    p.x = random_floats(n * cols);
+    q.m = p.a.m;
+    q.n = n;
+    q.x = p.x;
+    q.q = (int8_t *)memory((size_t)(n * stride));
+    q.scale = (float *)memory((size_t)n * 4);
+    q.sum = (int32_t *)memory((size_t)(n * groups) * 4);
+    must(plain, tern_quantize(plain, &q));
+    p.a.q = q.q;
+    p.a.scale = q.scale;
+    p.a.sum = q.sum;
+    p.a.y = (float *)memory((size_t)(n * rows) * 4);
+    p.a.n = n;
+    return p;
+}
+
+static void product_close(product *p)
+{
+    tern_param_free(plain, &p->w, TERN_FOR_INFERENCE);
+    tern_free(plain, (void *)(uintptr_t)p->x);
+    tern_free(plain, (void *)(uintptr_t)p->a.q);
+    tern_free(plain, (void *)(uintptr_t)p->a.scale);
+    tern_free(plain, (void *)(uintptr_t)p->a.sum);
+    tern_free(plain, p->a.y);
+}
+
+static void stream_weights(product *p)
+{
+    const size_t bytes = whole_lines(p->trits) + whole_lines(p->scales);
+    uint8_t *block = (uint8_t *)memory(bytes);
+    memcpy(block, p->a.m.trits, p->trits);
+    memcpy(block + whole_lines(p->trits), p->a.m.scales, p->scales);
+    stream_fill(block, bytes);
+    tern_free(plain, block);
+    p->streamed = 1;
+}
+
+static void next_weights(product *p)
+{
+    if (!p->streamed) return;
+    p->a.m.trits = stream_next(stream.block);
+    p->a.m.scales = (uint8_t *)p->a.m.trits + whole_lines(p->trits);
+}
+
+static void call_matmul(void *arg)
+{
+    product *p = (product *)arg;
+    next_weights(p);
+    must(p->c, tern_matmul(p->c, &p->a));
+}
+
+static void call_float_matmul(void *arg)
+{
+    product *p = (product *)arg;
+    tern_matmul_args a = p->a;
+    next_weights(p);
+    a.m = p->a.m;
+    a.q = NULL;
+    a.x = p->x;
+    must(p->c, tern_matmul(p->c, &a));
+}
+
+static void call_linear(void *arg)
+{
+    product *p = (product *)arg;
+    tern_param w = p->w;
+    next_weights(p);
+    w.buffer[TERN_TRITS].data = p->a.m.trits;
+    w.buffer[TERN_SCALES].data = p->a.m.scales;
+    p->layer.w = &w;
+    must(p->c, tern_linear_forward(p->c, &p->layer, p->a.n, p->x, p->a.y, NULL));
+}
+
+static void product_use(product *p, const setup *s)
+{
+    tern_need need;
+    p->c = s->c;
+    p->layer.w = &p->w;
+    must(s->c, tern_linear_need(s->c, &p->layer, p->a.n, &need));
+    must(s->c, tern_reserve(s->c, need.scratch));
+}
+
+static const char *format_name(tern_type encoding, int32_t grain)
+{
+    if (encoding == TERN_BASE3) return grain > 0 ? "base-3 group 128" : "base-3 row";
+    return grain > 0 ? "2-bit group 128" : "2-bit row";
+}
+
+/* One token. From memory the limit is reading the packed bytes; from L2 it is the arithmetic. */
+static void bench_vector(int64_t rows, int64_t cols, int streamed)
+{
+    static const struct { tern_type encoding; int32_t grain; } formats[] = {
+        {TERN_2BIT, TERN_PER_ROW}, {TERN_2BIT, 128}, {TERN_BASE3, TERN_PER_ROW}, {TERN_BASE3, 128}
+    };
+    static char names[4][3][40];
+    const metric m = streamed ? BYTES : MACS;
+    const char *shape = shape_text("%ldx%ld%s", (long)rows, (long)cols, streamed ? " DRAM" : " L2");
+    int f, i;
+    for (f = 0; f < 4; f++) {
+        const char *name = format_name(formats[f].encoding, formats[f].grain);
+        product p = product_open(rows, cols, formats[f].grain, formats[f].encoding, 1);
+        const double work = streamed ? (double)(p.trits + p.scales) : (double)(rows * cols);
+        if (streamed) stream_weights(&p);
+        snprintf(names[f][0], sizeof names[f][0], "matmul %s", name);
+        snprintf(names[f][1], sizeof names[f][1], "linear %s", name);
+        snprintf(names[f][2], sizeof names[f][2], "float act %s", name);
+        for (i = 0; i < setup_count; i++) {
+            product_use(&p, &setups[i]);
+            measure(m, names[f][0], shape, &setups[i], streamed ? DRAM : INT8, work, call_matmul, &p);
+            if (formats[f].grain < 0) measure(m, names[f][1], shape, &setups[i], streamed ? DRAM : INT8, work, call_linear, &p);
+            if (f == 0) measure(m, names[f][2], shape, &setups[i], streamed ? DRAM : FMA, work, call_float_matmul, &p);
+        }
+        product_close(&p);
+    }
+}
+
+static void bench_batch(int64_t size)
+{
+    static const int64_t tokens[] = {1, 2, 4, 8, 16, 32, 64, 128, 512};
+    int t, i;
+    for (t = 0; t < (int)(sizeof tokens / sizeof *tokens); t++) {
+        product p = product_open(size, size, TERN_PER_ROW, TERN_2BIT, tokens[t]);
+        const double macs = (double)(size * size * tokens[t]);
+        const char *shape = shape_text("%ldx%ld N=%ld", (long)size, (long)size, (long)tokens[t]);
+        for (i = 0; i < setup_count; i++) {
+            if (setups[i].isa == TERN_ISA_SCALAR && tokens[t] > 8) continue;
+            product_use(&p, &setups[i]);
+            measure(MACS, "matmul 2-bit row", shape, &setups[i], INT8, macs, call_matmul, &p);
+            measure(MACS, "linear 2-bit row", shape, &setups[i], INT8, macs, call_linear, &p);
+            if (tokens[t] <= 64 && tokens[t] % 8 == 0) measure(MACS, "float act 2-bit row", shape, &setups[i], FMA, macs, call_float_matmul, &p);
+        }
+        product_close(&p);
+    }
+}
+
+/* -- OpenBLAS, where it is installed: what a user would call for float weights -- */
+
+enum { BLAS_ROW_MAJOR = 101, BLAS_PLAIN = 111, BLAS_TRANSPOSED = 112 };
+static struct {
+    void (*threads)(int n);
+    void (*sgemv)(int order, int trans, int m, int n, float alpha, const float *a, int lda, const float *x, int incx, float beta, float *y, int incy);
+    void (*sgemm)(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc);
+} blas;
+static setup blas_setup;
+
+static int blas_symbol(void *library, const char *name, void *pointer)
+{
+    void *symbol = dlsym(library, name);
+    memcpy(pointer, &symbol, sizeof symbol);
+    return symbol != NULL;
+}
+
+static void open_blas(void)
+{
+    void *library = dlopen("libopenblas.so.0", RTLD_NOW | RTLD_LOCAL);
+    if (!library || !blas_symbol(library, "openblas_set_num_threads", &blas.threads) ||
+        !blas_symbol(library, "cblas_sgemv", &blas.sgemv) || !blas_symbol(library, "cblas_sgemm", &blas.sgemm)) {
+        fprintf(stderr, "bench: libopenblas.so.0 is not here: no sgemv and sgemm rows\n");
+        return;
+    }
+    blas.threads(1);
+    blas_setup = *best;
+    blas_setup.name = "OpenBLAS";
+}
+
+typedef struct blas_job { int m, n, k, streamed; const float *a, *b; float *c; } blas_job; /* c [m, n] = a [m, k] b [n, k]^T */
+
+static void call_sgemv(void *arg)
+{
+    const blas_job *j = (const blas_job *)arg;
+    const float *w = j->streamed ? (const float *)(const void *)stream_next(stream.block) : j->b;
+    blas.sgemv(BLAS_ROW_MAJOR, BLAS_PLAIN, j->n, j->k, 1.0f, w, j->k, j->a, 1, 0.0f, j->c, 1);
+}
+
+static void call_sgemm(void *arg)
+{
+    const blas_job *j = (const blas_job *)arg;
+    blas.sgemm(BLAS_ROW_MAJOR, BLAS_PLAIN, BLAS_TRANSPOSED, j->m, j->n, j->k, 1.0f, j->a, j->k, j->b, j->k, 0.0f, j->c, j->n);
+}
+
+static void bench_blas(int64_t n, int64_t rows, int64_t cols, int streamed)
+{
+    blas_job j;
+    float *w;
+    const double macs = (double)(n * rows * cols);
+    if (!blas.sgemm) return;
+    w = random_floats(rows * cols);
+    j.m = (int)n; j.n = (int)rows; j.k = (int)cols;
+    j.streamed = streamed;
+    j.a = random_floats(n * cols);
+    j.b = w;
+    j.c = (float *)memory((size_t)(n * rows) * 4);
+    if (streamed) {
+        stream_fill(w, (size_t)(rows * cols) * 4);
+        measure(BYTES, "sgemv float weights", shape_text("%ldx%ld DRAM", (long)rows, (long)cols), &blas_setup, DRAM, 4 * macs, call_sgemv, &j);
+    } else if (n == 1) measure(MACS, "sgemv float weights", shape_text("%ldx%ld N=1", (long)rows, (long)cols), &blas_setup, FMA, macs, call_sgemv, &j);
+    else measure(MACS, "sgemm float weights", shape_text("%ldx%ld N=%ld", (long)rows, (long)cols, (long)n), &blas_setup, FMA, macs, call_sgemm, &j);
+    tern_free(plain, w);
+    tern_free(plain, (void *)(uintptr_t)j.a);
+    tern_free(plain, j.c);
+}
+
+/* -- float products of the backward and of dense layers -- */
+
+typedef struct backward { tern_context *c; tern_matmul_dx_args dx; tern_matmul_dw_args dw; tern_dense_args dense; } backward;
+
+static void call_dx(void *arg) { backward *b = (backward *)arg; must(b->c, tern_matmul_dx(b->c, &b->dx)); }
+static void call_dw(void *arg) { backward *b = (backward *)arg; must(b->c, tern_matmul_dw(b->c, &b->dw)); }
+static void call_dense(void *arg) { backward *b = (backward *)arg; must(b->c, tern_dense(b->c, &b->dense)); }
+
+static void bench_backward(int64_t size, int64_t n)
+{
+    product p = product_open(size, size, TERN_PER_ROW, TERN_2BIT, n);
+    float *dy = random_floats(n * size), *w = random_floats(size * size), *dw = (float *)memory((size_t)(size * size) * 4);
+    const double macs = (double)(n * size * size);
+    const char *shape = shape_text("%ldx%ld N=%ld", (long)size, (long)size, (long)n);
+    backward b;
+    int i;
+    memset(&b, 0, sizeof b);
+    b.dx.m = b.dw.m = p.a.m;
+    b.dx.n = b.dw.n = n;
+    b.dx.dy = b.dw.dy = dy;
+    b.dx.dx = b.dense.c = p.a.y;
+    b.dw.q = p.a.q;
+    b.dw.scale = p.a.scale;
+    b.dw.dw = dw;
+    b.dense.m = n; b.dense.n = b.dense.k = size;
+    b.dense.a = p.x; b.dense.a_row = size; b.dense.a_col = 1;
+    b.dense.b = w; b.dense.b_row = 1; b.dense.b_col = size;
+    b.dense.c_row = size;
+    for (i = 0; i < setup_count; i++) {
+        b.c = setups[i].c;
+        measure(MACS, "matmul_dx", shape, &setups[i], FMA, macs, call_dx, &b);
+        measure(MACS, "matmul_dw int8", shape, &setups[i], FMA, macs, call_dw, &b);
+        b.dense.fused = 1;
+        measure(MACS, "dense fused", shape, &setups[i], FMA, macs, call_dense, &b);
+        b.dense.fused = 0;
+        measure(MACS, "dense", shape, &setups[i], MULADD, macs, call_dense, &b);
+    }
+    tern_free(plain, dy);
+    tern_free(plain, w);
+    tern_free(plain, dw);
+    product_close(&p);
+}
+
+/* -- attention: only the visible half of the scores counts as work -- */
+
+typedef struct attend { tern_context *c; tern_attention_args a; } attend;
+static void call_attention(void *arg) { attend *t = (attend *)arg; must(t->c, tern_attention(t->c, &t->a)); }
+
+static void bench_attention(int64_t batch, int64_t queries, int64_t keys, int32_t heads, int32_t dim)
+{
+    const int64_t width = (int64_t)heads * dim;
+    const double visible = (double)(queries * keys) - (double)(queries * (queries - 1)) / 2;
+    const double macs = 2.0 * (double)(batch * width) * visible;
+    const char *shape = shape_text("%ldx%ldx%ld h%dx%d", (long)batch, (long)queries, (long)keys, heads, dim);
+    float *q = random_floats(batch * queries * width), *k = random_floats(batch * keys * width), *v = random_floats(batch * keys * width);
+    float *dy = random_floats(batch * queries * width), *grad = (float *)memory((size_t)(batch * (queries + 2 * keys) * width) * 4);
+    attend t;
+    int i;
+    memset(&t, 0, sizeof t);
+    t.a.batch = batch; t.a.queries = queries; t.a.keys = keys;
+    t.a.heads = t.a.kv_heads = heads;
+    t.a.dim = dim;
+    t.a.q = q; t.a.k = k; t.a.v = v;
+    t.a.q_stride = t.a.k_stride = t.a.v_stride = width;
+    t.a.y = (float *)memory((size_t)(batch * queries * width) * 4);
+    t.a.p = (float *)memory((size_t)(batch * heads * queries * keys) * 4);
+    t.a.dq = grad; t.a.dk = grad + batch * queries * width; t.a.dv = t.a.dk + batch * keys * width;
+    for (i = 0; i < setup_count; i++) {
+        t.c = setups[i].c;
+        t.a.dy = NULL;
+        measure(MACS, "attention", shape, &setups[i], MULADD, macs, call_attention, &t);
+        t.a.dy = dy;
+        if (queries > 1) measure(MACS, "attention backward", shape, &setups[i], FMA, 2 * macs, call_attention, &t);
+    }
+    tern_free(plain, q);
+    tern_free(plain, k);
+    tern_free(plain, v);
+    tern_free(plain, dy);
+    tern_free(plain, grad);
+    tern_free(plain, t.a.y);
+    tern_free(plain, t.a.p);
+}
+
+/* -- operations that move data: bytes read plus bytes written -- */
+
+typedef struct convert {
+    tern_context *c;
+    tern_ternarize_args ternarize;
+    tern_pack_args pack;
+    tern_quantize_args quantize;
+} convert;
+
+static void call_ternarize(void *arg)
+{
+    convert *v = (convert *)arg;
+    v->ternarize.w = stream_next(stream.block);
+    must(v->c, tern_ternarize(v->c, &v->ternarize));
+}
+static void call_pack(void *arg) { convert *v = (convert *)arg; must(v->c, tern_pack(v->c, &v->pack)); }
+static void call_quantize(void *arg) { convert *v = (convert *)arg; must(v->c, tern_quantize(v->c, &v->quantize)); }
+
+static void bench_convert(int64_t size)
+{
+    const int64_t n = option.quick ? 8 : 32;
+    product p = product_open(size, size, TERN_PER_ROW, TERN_2BIT, n);
+    float *w = random_floats(size * size);
+    int8_t *trits = (int8_t *)memory((size_t)(size * size));
+    const double weights = (double)(size * size), packed = (double)(p.trits + p.scales);
+    char square[32], tokens[32];
+    convert v;
+    int64_t j;
+    int i;
+    memset(&v, 0, sizeof v);
+    for (j = 0; j < size * size; j++) trits[j] = (int8_t)((int)(random24() % 3) - 1);
+    stream_fill(w, (size_t)(size * size) * 4);
+    snprintf(square, sizeof square, "%ldx%ld", (long)size, (long)size);
+    snprintf(tokens, sizeof tokens, "%ldx%ld", (long)n, (long)size);
+    v.ternarize.m = v.pack.m = v.quantize.m = p.a.m;
+    v.pack.trits = trits;
+    v.quantize.n = n;
+    v.quantize.x = p.x;
+    v.quantize.eps = 1e-6f;
+    v.quantize.q = (int8_t *)(uintptr_t)p.a.q;
+    v.quantize.scale = (float *)(uintptr_t)p.a.scale;
+    v.quantize.sum = (int32_t *)(uintptr_t)p.a.sum;
+    for (i = 0; i < setup_count; i++) {
+        v.c = setups[i].c;
+        v.ternarize.rule = TERN_ABSMEAN;
+        measure(BYTES, "ternarize absmean", square, &setups[i], DRAM, 4 * weights + packed, call_ternarize, &v);
+        v.ternarize.rule = TERN_TWN;
+        measure(BYTES, "ternarize TWN", square, &setups[i], DRAM, 4 * weights + packed, call_ternarize, &v);
+        measure(BYTES, "pack", square, &setups[i], DRAM, weights + packed, call_pack, &v);
+        v.quantize.norm = TERN_NORM_NONE;
+        measure(BYTES, "quantize", tokens, &setups[i], L2, 5.0 * (double)(n * size), call_quantize, &v);
+        v.quantize.norm = TERN_NORM_RMS;
+        measure(BYTES, "quantize with norm", tokens, &setups[i], L2, 5.0 * (double)(n * size), call_quantize, &v);
+    }
+    tern_free(plain, w);
+    tern_free(plain, trits);
+    product_close(&p);
+}
+
+typedef struct adam { tern_context *c; tern_optimize_args a; } adam;
+
+/* A block of the stream is weights, gradient and both moments. */
+static void call_adamw(void *arg)
+{
+    adam *t = (adam *)arg;
+    float *block = (float *)(void *)stream_next(stream.block);
+    t->a.w = block;
+    t->a.grad = block + t->a.count;
+    t->a.moment1 = block + 2 * t->a.count;
+    t->a.moment2 = block + 3 * t->a.count;
+    must(t->c, tern_optimize(t->c, &t->a));
+}
+
+static void bench_adamw(int64_t count)
+{
+    float *block = (float *)memory((size_t)count * 16);
+    adam t;
+    int64_t j;
+    int i;
+    memset(&t, 0, sizeof t);
+    for (j = 0; j < 4 * count; j++) block[j] = 0.5f + (float)random24() / 16777216.0f; /* second moments are positive */
+    stream_fill(block, (size_t)count * 16);
+    t.a.count = count;
+    t.a.rate = 1e-3f; t.a.beta1 = 0.9f; t.a.beta2 = 0.99f; t.a.eps = 1e-8f;
+    t.a.step = 1;
+    for (i = 0; i < setup_count; i++) {
+        t.c = setups[i].c;
+        t.a.type = TERN_F32;
+        measure(BYTES, "AdamW f32", shape_text("%ld weights", (long)count), &setups[i], DRAM, 32.0 * (double)count, call_adamw, &t);
+        t.a.type = TERN_BF16;
+        measure(BYTES, "AdamW bf16", shape_text("%ld weights", (long)count), &setups[i], DRAM, 28.0 * (double)count, call_adamw, &t);
+    }
+    tern_free(plain, block);
+}
+
+/* -- small operations: what a call costs -- */
+
+typedef struct small { tern_context *c; tern_map_args map; tern_norm_args norm; } small;
+static void call_map(void *arg) { small *t = (small *)arg; must(t->c, tern_map(t->c, &t->map)); }
+static void call_norm(void *arg) { small *t = (small *)arg; must(t->c, tern_norm(t->c, &t->norm)); }
+static void nothing(void *arg, int32_t i) { (void)arg; (void)i; }
+static void call_pool(void *arg) { (void)arg; workers.run(workers.user, nothing, NULL, THREADS); }
+
+static void bench_small(int64_t size)
+{
+    product p = product_open(size, size, TERN_PER_ROW, TERN_2BIT, 1);
+    float *x = random_floats(size), *y = (float *)memory((size_t)size * 4);
+    char vector[32], square[32];
+    small t;
+    int i;
+    memset(&t, 0, sizeof t);
+    snprintf(vector, sizeof vector, "%ld", (long)size);
+    snprintf(square, sizeof square, "%ldx%ld N=1", (long)size, (long)size);
+    t.map.fn = TERN_MAP_ADD;
+    t.map.count = size;
+    t.map.alpha = 1.0f;
+    t.map.a = t.map.b = x;
+    t.map.y = y;
+    t.norm.n = 1;
+    t.norm.cols = size;
+    t.norm.x = x;
+    t.norm.eps = 1e-6f;
+    t.norm.y = y;
+    for (i = 0; i < setup_count; i++) {
+        t.c = setups[i].c;
+        product_use(&p, &setups[i]);
+        measure(LATENCY, "add", vector, &setups[i], L1, 12.0 * (double)size, call_map, &t);
+        measure(LATENCY, "RMSNorm", vector, &setups[i], L1, 8.0 * (double)size, call_norm, &t);
+        measure(LATENCY, "matmul 2-bit row", square, &setups[i], L1, (double)(p.trits + p.scales), call_matmul, &p);
+        measure(LATENCY, "linear 2-bit row", square, &setups[i], L1, (double)(p.trits + p.scales), call_linear, &p);
+    }
+    for (i = 0; i < setup_count; i++)
+        if (setups[i].isa == best->isa && setups[i].threads == THREADS)
+            measure(LATENCY, "pool wake-up", "2 empty tasks", &setups[i], NONE, 0, call_pool, NULL);
+    tern_free(plain, x);
+    tern_free(plain, y);
+    product_close(&p);
+}
+
+/* -- what was aimed at, and what came out -- */
+
+static void target(const char *text, const char *op, const char *place, const char *tier, double aim)
+{
+    int i;
+    for (i = 0; i < result_count; i++)
+        if (strcmp(results[i].op, op) == 0 && strstr(results[i].shape, place) && strcmp(results[i].tier, tier) == 0 && results[i].threads == 1) {
+            printf("  %-62s %3.0f%%   reached %5.1f%%  %s\n", text, 100 * aim, 100 * results[i].fraction,
+                   results[i].fraction >= aim ? "yes" : "NO");
+            return;
+        }
+    printf("  %-62s %3.0f%%   not measured\n", text, 100 * aim);
+}
+
+static void targets_table(void)
+{
+    printf("\nTargets, one thread%s\n", option.quick ? " (a quick run: its working sets fit a cache, so these say nothing about memory)" : "");
+    target("2-bit matrix x vector from DRAM, avx512-vnni, of DRAM read", "matmul 2-bit row", "DRAM", "avx512-vnni", 0.90);
+    target("2-bit matrix x vector from DRAM, avx2, of DRAM read", "matmul 2-bit row", "DRAM", "avx2", 0.80);
+    target("2-bit matrix x vector from L2, avx512-vnni, of vpdpbusd", "matmul 2-bit row", "L2", "avx512-vnni", 0.35);
+}
+
+static void legend(void)
+{
+    printf("ternary.h benchmark%s: best of at least %d repetitions; each limit measured in turn with its row.\n"
+           "  GB/s     1e9 bytes a second: packed weights and scales of a matrix from DRAM; elsewhere all bytes read and written\n"
+           "  GMAC/s   1e9 multiply-adds a second, one for each weight and token; attention: of the visible pairs\n"
+           "  us       microseconds a call; the limit is the time its bytes take from L1\n"
+           "  matmul   activations quantized beforehand; linear: the whole layer, with its int8 quantizer; float act: float activations\n"
+           "  DRAM     weights rotate through %lu MiB; L2, L1: the best read loop found over 1 MiB, 16 KiB\n"
+           "  N        tokens; thr: threads; xN: float lanes; h4x64: heads of 64\n",
+           option.quick ? ", quick run" : "", option.quick ? 2 : 5, (unsigned long)(stream.bytes / MIB));
+}
+
+static int usage(void)
+{
+    fprintf(stderr, "usage: bench [--csv] [--quick] [--filter text]\n");
+    return 2;
+}
+
+int main(int argc, char **argv)
+{
+    static const int64_t sgemm_tokens[] = {1, 8, 128, 512};
+    const int64_t big[2] = {4096, 1024}, hot_rows[2] = {2560, 1024}, hot_cols[2] = {1600, 640}, batch[2] = {2560, 320};
+    int i, q;
+    for (i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--csv") == 0) option.csv = 1;
+        else if (strcmp(argv[i], "--quick") == 0) option.quick = 1;
+        else if (strcmp(argv[i], "--filter") == 0 && i + 1 < argc) option.filter = argv[++i];
+        else return usage();
+    }
+    q = option.quick;
+    open_setups();
+    open_blas();
+    stream.bytes = (size_t)(q ? 64 : 1280) * MIB;
+    stream.base = (uint8_t *)memory(stream.bytes);
+    stream.block = 64;
+    memset(stream.base, 1, stream.bytes);
+    find_ways();
+
+    if (option.csv) printf("op,shape,tier,threads,metric,value,limit,fraction\n");
+    else legend();
+    limits_table();
+    title("Matrix x vector, weights from DRAM");
+    bench_vector(big[q], big[q], 1);
+    bench_blas(1, big[q], big[q], 1);
+    title("Matrix x vector, weights from L2");
+    bench_vector(hot_rows[q], hot_cols[q], 0);
+    title("Matrix x tokens");
+    bench_batch(batch[q]);
+    for (i = 0; i < 4; i++) bench_blas(sgemm_tokens[i], batch[q], batch[q], 0);
+    title("Float products: the backward and dense layers");
+    bench_backward(q ? 256 : 1024, q ? 64 : 512);
+    bench_blas(q ? 64 : 512, q ? 256 : 1024, q ? 256 : 1024, 0);
+    title("Attention");
+    bench_attention(q ? 1 : 4, q ? 64 : 256, q ? 64 : 256, 4, 64);
+    bench_attention(1, 1, q ? 256 : 1024, 4, 64);
+    title("Moving data");
+    bench_convert(q ? 512 : 2048);
+    bench_adamw(q ? 1 << 16 : 1 << 20);
+    title("Small operations");
+    bench_small(128);
+    if (!option.csv) targets_table();
+    return 0;
+}
