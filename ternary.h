@@ -1143,7 +1143,7 @@ static float tern__normal(uint64_t seed, uint64_t element, uint32_t stream)
     int32_t i, sum = -8 * 65535;
     tern__philox(seed, element, 0, stream, w);
     for (i = 0; i < 4; i++) sum += 2 * (int32_t)((w[i] & 0xFFFF) + (w[i] >> 16));
-    return (float)sum * 9.3440533e-6f; /* 1 / (2 sqrt(8 (2^32 - 1)/12)) */
+    return (float)sum * 9.3440622e-6f; /* 1 / (2 sqrt(8 (2^32 - 1)/12)) */
 }
 
 /* Correctly rounded square root: one instruction where there is one, else the digits one by one. */
