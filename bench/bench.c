@@ -9,7 +9,8 @@
    --filter   only the cases whose op, shape or tier contains this text
 
    Every row is the best of several repetitions, and its limit the best of repetitions that took turns with
-   them: on a shared machine only times taken side by side can be compared. Nothing here asserts a time. */
+   them: on a shared machine only times taken side by side can be compared. One thread is timed by its own
+   clock, two by the clock on the wall. Nothing here asserts a time. */
 #define _POSIX_C_SOURCE 200809L
 #define TERNARY_IMPLEMENTATION
 #include "../ternary.h"
@@ -29,12 +30,15 @@ enum { MIB = 1 << 20, KIB = 1 << 10, THREADS = 2 };
 
 static struct { int csv, quick; const char *filter; } option;
 
-static double now(void)
+static double seconds(clockid_t clock)
 {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
+
+/* One thread is timed by its own clock, which stands still while another program has the core. */
+static double now(int threads) { return seconds(threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC); }
 
 /* -- what runs where: a context for every tier of this machine, with one and with two threads -- */
 
@@ -299,9 +303,9 @@ static double read_rate(limit l, read_way way, int threads)
     job.bytes = size;
     job.passes = l == DRAM ? 1 : (int)((size_t)(option.quick ? 32 : 256) * MIB / size);
     for (i = 0; i < threads; i++) job.from[i] = l == DRAM ? stream_next(size) : cached + i * MIB;
-    t = now();
+    t = now(threads);
     each_thread(threads, read_task, &job);
-    t = now() - t;
+    t = now(threads) - t;
     read_sink = job.seen[0] | job.seen[THREADS - 1];
     return 1e-9 * threads * (double)size * job.passes / t;
 }
@@ -315,9 +319,9 @@ static double limit_rate(limit l, const setup *s)
     if (l <= L1) return read_rate(l, ways[l][s->threads], s->threads);
     job.spin = peak_of(l, s)->spin;
     job.rounds = option.quick ? 100000 : 1000000;
-    t = now();
+    t = now(s->threads);
     each_thread(s->threads, spin_task, &job);
-    t = now() - t;
+    t = now(s->threads) - t;
     return 1e-9 * s->threads * 12 * peak_of(l, s)->macs * (double)job.rounds / t;
 }
 
@@ -368,12 +372,12 @@ static void print_title(void)
     pending_title = NULL;
 }
 
-static void print_row(metric m, const char *op, const char *shape, const setup *s, limit l, double work, double seconds, double rate)
+static void print_row(metric m, const char *op, const char *shape, const setup *s, limit l, double work, double time, double rate)
 {
     const char *unit = m == BYTES ? "GB/s" : m == MACS ? "GMAC/s" : "us";
-    const double value = m == LATENCY ? 1e6 * seconds : 1e-9 * work / seconds;
+    const double value = m == LATENCY ? 1e6 * time : 1e-9 * work / time;
     const double most = m == LATENCY && rate > 0 ? 1e-3 * work / rate : rate;
-    const double fraction = rate > 0 ? 1e-9 * work / seconds / rate : 0;
+    const double fraction = rate > 0 ? 1e-9 * work / time / rate : 0;
     if (result_count < MAX_RESULTS) {
         result *r = &results[result_count++];
         r->op = op;
@@ -390,7 +394,7 @@ static void print_row(metric m, const char *op, const char *shape, const setup *
         printf("  %-26s %-20s %-12s %3d %10.3f %-6s ", op, shape, s->name, s->threads, value, unit);
         if (rate > 0) printf("%10.3f %5.1f%%  %-12s", most, 100 * fraction, limit_name(l, s));
         else printf("%10s %6s  %-12s", "", "", limit_name(l, s));
-        printf(" %11.2f\n", 1e6 * seconds);
+        printf(" %11.2f\n", 1e6 * time);
     }
     fflush(stdout);
 }
@@ -415,19 +419,19 @@ static void measure(metric m, const char *op, const char *shape, const setup *s,
     int turn;
     if (!wanted(op, shape, s->name)) return;
     for (;;) {
-        t = now();
+        t = now(s->threads);
         for (i = 0; i < calls; i++) call(arg);
-        t = now() - t;
+        t = now(s->threads) - t;
         if (t > turn_s / 2) break;
         calls *= 2;
     }
-    start = now();
-    for (turn = 0; turn < (option.quick ? 2 : 5) || now() - start < limit_s; turn++) {
+    start = seconds(CLOCK_MONOTONIC);
+    for (turn = 0; turn < (option.quick ? 2 : 5) || seconds(CLOCK_MONOTONIC) - start < limit_s; turn++) {
         const double r = limit_rate(l, s);
         if (r > rate) rate = r;
-        t = now();
+        t = now(s->threads);
         for (i = 0; i < calls; i++) call(arg);
-        t = (now() - t) / (double)calls;
+        t = (now(s->threads) - t) / (double)calls;
         if (t < least) least = t;
     }
     print_row(m, op, shape, s, l, work, least, rate);
@@ -946,6 +950,7 @@ static void targets_table(void)
 static void legend(void)
 {
     printf("ternary.h benchmark%s: best of at least %d repetitions; each limit measured in turn with its row.\n"
+           "One thread is timed by its own clock; two by the wall's, so that other programs count against them.\n"
            "  GB/s     1e9 bytes a second: packed weights and scales of a matrix from DRAM; elsewhere all bytes read and written\n"
            "  GMAC/s   1e9 multiply-adds a second, one for each weight and token; attention: of the visible pairs\n"
            "  us       microseconds a call; the limit is the time its bytes take from L1\n"
