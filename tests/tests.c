@@ -7,7 +7,10 @@
 
 #define SUITES(X) \
     X(platform)   \
-    X(memory)
+    X(memory)     \
+    X(numbers)    \
+    X(ternarize) \
+    X(files)
 
 #define SUITE(name) static void suite_##name(void);
 SUITES(SUITE)
@@ -15,6 +18,9 @@ SUITES(SUITE)
 
 #include "04_platform.c"
 #include "05_memory.c"
+#include "06_numbers.c"
+#include "07_ternarize.c"
+#include "21_files.c"
 
 int main(int argc, char **argv)
 {
