@@ -620,19 +620,26 @@ TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const
 /* -- files ([TERN-21]) -- */
 
 #ifndef TERNARY_NO_FILES
-/* Where bytes go. write returns 0 on success. */
+/* Where bytes go, in order and in small pieces. write returns 0 on success. */
 typedef struct tern_sink { int (*write)(void *user, const void *data, size_t bytes); void *user; } tern_sink;
 /* Native form: a GGUF container with name.trits (base-3), name.scale or name (dense), read back bit-equal.
-   mask adds TERN_SHADOW, TERN_MOMENT1, TERN_MOMENT2 to be saved with it (as 1 << buffer). */
+   mask adds the TERN_SHADOW, TERN_MOMENT1 and TERN_MOMENT2 that parameters have (as 1 << buffer; 0 for a
+   frozen model, TERN_FOR_TRAINING to go on training; gradients are never saved). Names of parameters have
+   1 to 55 bytes and differ. Nothing is written before the whole model is known to be fit to be saved. */
 TERN_API tern_result tern_model_save(tern_context *c, const tern_model *m, int32_t mask, const tern_sink *sink);
-/* Loads by name into allocated parameters; every byte is checked before anything is written. */
+/* Loads from memory (any alignment) into allocated parameters, by name: rule, rows, cols, grain, type of
+   scales and of shadow must be those of the file, the encoding of trits need not. A ternary parameter with
+   a shadow needs the shadow in the file; moments that the file lacks stay as they are; tensors of other
+   names are ignored. Every byte is checked before anything is written: TERN_E_FORMAT, TERN_E_MISSING or
+   TERN_E_SHAPE say what does not fit. */
 TERN_API tern_result tern_model_load(tern_context *c, const tern_model *m, const void *file, size_t size);
 /* ggml's forms; ternary parameters as tensors `name`. Needs cols % 256 == 0 (TQ1_0, TQ2_0) or % 64 == 0
-   (Q2_0, the 64-wide mainline form) and one scale per block. The scales are stored as f16: *max_error (or
-   NULL) tells the largest relative change. */
+   (Q2_0, the 64-wide mainline form) and one scale per block: groups of a multiple of it. Dense parameters
+   are F32. The scales are stored as f16: *max_error (or NULL) tells the largest relative change. */
 typedef enum { TERN_TQ1_0 = 34, TERN_TQ2_0 = 35, TERN_Q2_0 = 42 } tern_export;
 TERN_API tern_result tern_model_export(tern_context *c, const tern_model *m, tern_export form, const tern_sink *sink, float *max_error);
 #ifndef TERNARY_NO_STDIO
+/* A save that fails while writing leaves a partial file, which load refuses. */
 TERN_API tern_result tern_model_save_file(tern_context *c, const tern_model *m, int32_t mask, const char *path);
 TERN_API tern_result tern_model_load_file(tern_context *c, const tern_model *m, const char *path);
 #endif
@@ -956,7 +963,6 @@ static int64_t tern__mul(int64_t a, int64_t b)
 }
 static int64_t tern__add(int64_t a, int64_t b) { return a > ((int64_t)1 << 62) - b ? INT64_MAX : a + b; }
 static int64_t tern__min(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t tern__max(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t tern__ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 static int32_t tern__fits(int64_t bytes) { return bytes >= 0 && bytes <= ((int64_t)1 << 62) && (uint64_t)bytes <= (uint64_t)PTRDIFF_MAX; }
 
@@ -1492,11 +1498,15 @@ static int64_t tern__scale_index(const tern_matrix *m, const tern__shape *s, int
     return m->grain == TERN_PER_TENSOR ? 0 : (row / TERN__ROWS * s->groups + g) * TERN__ROWS + row % TERN__ROWS;
 }
 
-static void tern__panel_scales(const tern_matrix *m, const tern__shape *s, int64_t panel, int64_t g, float out[TERN__ROWS])
+/* The scales of a panel's rows: where they lie, or filled into `out`. */
+static const float *tern__panel_scales(const tern_matrix *m, const tern__shape *s, int64_t panel, int64_t g, float out[TERN__ROWS])
 {
     int64_t r;
+    if (m->grain != TERN_PER_TENSOR && m->scale_type != TERN_POW2)
+        return (const float *)m->scales + tern__scale_index(m, s, panel * TERN__ROWS, g);
     for (r = 0; r < TERN__ROWS; r++)
         out[r] = tern__load_scale(m->scale_type, m->scales, tern__scale_index(m, s, panel * TERN__ROWS + r, g));
+    return out;
 }
 
 /* The layout limits: cols, so that an int32 dot product cannot overflow (2 * 127 * cols, and four times
@@ -1834,7 +1844,7 @@ static void tern__tile_scalar(int64_t m, int64_t k, const float *a, int64_t a_ro
     }
 }
 
-/* 64 lanes x 16, down the lanes in order, then the lanes pairwise: i and i + 32, i and i + 16, ... */
+/* 64 lanes x 16, from +0 down the lanes in order, then the lanes pairwise: i and i + 32, i and i + 16, ... */
 static float tern__sum_scalar(int32_t kind, int64_t n, const float *x)
 {
     float lane[64];
@@ -1874,8 +1884,8 @@ static const tern__kernels tern__kernels_scalar = {
    AVX2, FMA and F16C) and tern__kernels_avx512_vnni (AVX-512 F, BW, DQ, VL and VNNI), equal to the scalar
    kernels bit for bit. The dispatcher of [TERN-14] calls them through the table, after asking the CPU.
    Each function names its own target, so no compiler flags are needed. Float sums and products use the
-   operators of the vector types and not intrinsics: so they obey the switches against contraction that
-   surround this code, under every compiler.
+   operators of the vector types and not intrinsics, and so obey the switches against contraction that
+   surround this code (clang's -ffp-contract=fast alone overrides them, there as everywhere).
    ------------------------------------------------------------------------------------------------ */
 #if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__)) && !defined(TERNARY_NO_SIMD)
 
@@ -1883,32 +1893,36 @@ static const tern__kernels tern__kernels_scalar = {
    four quads, a base-3 unit five. From a few tokens on, a chunk of one panel is decoded into quads in L1
    once and then multiplied with all tokens: the encoding costs the same however many tokens follow, and
    the tile below knows nothing of it. 64 quads are what AVX2's int16 sums can take (see there). */
-enum { TERN__QUADS = 64, TERN__AHEAD = 4096 };
+enum { TERN__QUADS = 64, TERN__AHEAD = 4096 /* bytes of prefetch */ };
 
 typedef struct tern__quads {
     void (*decode)(const uint8_t *panel, int64_t units, uint8_t *code);
-    /* acc[p][t] += dot of panel p's quads, at code + p * TERN__QUADS * 64, with token t of q */
-    void (*tile)(const tern__dot *d, int32_t panels, int32_t tokens, int64_t quads, const uint8_t *code, const int8_t *q, int32_t *acc);
+    /* A dot as in the contract, but d->panel holds d->units quads per panel, acc has its own stride from panel
+       to panel, and only the first chunk starts from -sum; the others add to acc. */
+    void (*tile)(const tern__dot *d, int64_t acc_stride, int32_t first);
     int32_t per_unit, panels, tokens; /* quads in a unit; the largest tile */
 } tern__quads;
 
 static void tern__dot_quads(const tern__dot *d, const tern__quads *k) {
     uint8_t buffer[2 * TERN__QUADS * 64 + 63], *code = buffer + (-(uintptr_t)buffer & 63);
     const int64_t chunk = TERN__QUADS / k->per_unit;
-    for (int32_t p = 0, panels; p < d->panels; p += panels) {
-        int32_t *acc = d->acc + (int64_t)p * d->tokens * 16;
-        panels = d->panels - p < k->panels ? d->panels - p : k->panels;
-        for (int32_t t = 0; t < panels * d->tokens; t++)
-            for (int32_t r = 0; r < 16; r++) acc[t * 16 + r] = -d->sum[t % d->tokens * d->sum_stride];
+    tern__dot part = *d;
+    part.panel = code;
+    part.panel_stride = TERN__QUADS * 64;
+    for (int32_t p = 0; p < d->panels; p += part.panels) {
+        part.panels = d->panels - p < k->panels ? d->panels - p : k->panels;
         for (int64_t u = 0; u < d->units; u += chunk) {
             const int64_t units = d->units - u < chunk ? d->units - u : chunk;
-            for (int32_t i = 0; i < panels; i++)
-                k->decode(d->panel + (p + i) * d->panel_stride + u * 64, units, code + i * TERN__QUADS * 64);
-            /* Tiles of nearly equal size: a small last one would only wait for its own sums. */
-            int32_t tiles = (d->tokens + k->tokens - 1) / k->tokens;
-            for (int32_t t = 0, tokens; t < d->tokens; t += tokens, tiles--) {
-                tokens = (d->tokens - t + tiles - 1) / tiles;
-                k->tile(d, panels, tokens, units * k->per_unit, code, d->q + t * d->q_stride + u * k->per_unit * 4, acc + t * 16);
+            for (int32_t i = 0; i < part.panels; i++)
+                k->decode(d->panel + (p + i) * d->panel_stride + u * 64, units, code + i * part.panel_stride);
+            part.units = units * k->per_unit;
+            int32_t tiles = (d->tokens + k->tokens - 1) / k->tokens; /* of nearly equal size: small ones are slow */
+            for (int32_t t = 0; t < d->tokens; t += part.tokens, tiles--) {
+                part.tokens = (d->tokens - t + tiles - 1) / tiles;
+                part.q = d->q + t * d->q_stride + u * k->per_unit * 4;
+                part.sum = d->sum + t * d->sum_stride;
+                part.acc = d->acc + ((int64_t)p * d->tokens + t) * 16;
+                k->tile(&part, (int64_t)d->tokens * 16, u == 0);
             }
         }
     }
@@ -1963,11 +1977,8 @@ static TARGET float tern__sum_##X(int32_t kind, int64_t n, const float *x) {    
             V v = tern__load_##X(x + i + j * W, n - i - j * W);                                          \
             if (kind == 1) v = (V)((I)v & magnitude);                                                    \
             if (kind == 2) v = v * v;                                                                    \
-            if (i) v = sum[j] + v;                                                                       \
-            sum[j] = v;                                                                                  \
+            sum[j] = sum[j] + v;                                                                         \
         }                                                                                                \
-    if (n <= 960) /* the missing rows of 64, once: they turn a -0 into +0 */                             \
-        TERN__UNROLL for (int j = 0; j < 64 / W; j++) sum[j] = sum[j] + MM##setzero_ps();                \
     TERN__UNROLL for (int half = 32 / W; half; half /= 2)                                                \
         TERN__UNROLL for (int j = 0; j < half; j++) sum[j] = sum[j] + sum[j + half];                     \
     float lane[W];                                                                                       \
@@ -2067,34 +2078,34 @@ TERN__AVX2_INLINE __m256i tern__quad_avx2(const int8_t *q) {
     return _mm256_set1_epi32(x);
 }
 
-/* One panel with one token. maddubs multiplies bytes and adds neighbours in int16 with saturation, so the
+/* All panels with one token. maddubs multiplies bytes and adds neighbours in int16 with saturation, so the
    sums are kept apart by bit position: low holds the codes at bits 0 and 4 (shifted down), high those at
-   bits 2 and 6, four times too large. Eight units fit: 8 * 2 * 2 bytes * (2 * 4) * 127 = 32512. */
-static TERN__AVX2 void tern__gemv_2bit_avx2(const tern__dot *d, int32_t panel) {
+   bits 2 and 6, four times too large. Eight units fit: 8 * 2 * 2 bytes * (2 * 4) * 127 = 32512. The panels
+   take turns every eight units: several streams of memory are faster than one. */
+static TERN__AVX2 void tern__gemv_2bit_avx2(const tern__dot *d, int32_t token) {
     const __m256i mask3 = _mm256_set1_epi8(3), mask12 = _mm256_set1_epi8(12), ones = _mm256_set1_epi16(1);
-    const uint8_t *unit = d->panel + panel * d->panel_stride;
-    __m256i acc[2];
-    acc[0] = acc[1] = _mm256_set1_epi32(-d->sum[0]);
-    for (int64_t i = 0; i < d->units;) {
-        const int64_t end = d->units - i < 8 ? d->units : i + 8;
-        __m256i low[2], high[2];
-        low[0] = low[1] = high[0] = high[1] = _mm256_setzero_si256();
-        for (; i < end; i++, unit += 64) {
-            const int8_t *q = d->q + i * 16;
-            const __m256i x0 = tern__quad_avx2(q), x1 = tern__quad_avx2(q + 4), x2 = tern__quad_avx2(q + 8), x3 = tern__quad_avx2(q + 12);
-            tern__prefetch(d, unit, i, 1);
-            TERN__UNROLL for (int h = 0; h < 2; h++) {
-                const __m256i v = tern__load_int_avx2(unit + h * 32), w = _mm256_srli_epi16(v, 4);
-                low[h] = _mm256_add_epi16(low[h], _mm256_maddubs_epi16(_mm256_and_si256(v, mask3), x0));
-                high[h] = _mm256_add_epi16(high[h], _mm256_maddubs_epi16(_mm256_and_si256(v, mask12), x1));
-                low[h] = _mm256_add_epi16(low[h], _mm256_maddubs_epi16(_mm256_and_si256(w, mask3), x2));
-                high[h] = _mm256_add_epi16(high[h], _mm256_maddubs_epi16(_mm256_and_si256(w, mask12), x3));
+    __m256i acc[TERN__PANELS][2];
+    for (int32_t p = 0; p < d->panels; p++) acc[p][0] = acc[p][1] = _mm256_set1_epi32(-d->sum[token * d->sum_stride]);
+    for (int64_t u = 0; u < d->units; u += 8)
+        for (int32_t p = 0; p < d->panels; p++) {
+            const uint8_t *unit = d->panel + p * d->panel_stride + u * 64;
+            const int8_t *q = d->q + token * d->q_stride + u * 16;
+            __m256i low[2], high[2];
+            low[0] = low[1] = high[0] = high[1] = _mm256_setzero_si256();
+            for (int64_t i = u; i < u + 8 && i < d->units; i++, unit += 64, q += 16) {
+                tern__prefetch(d, unit, i, d->panels);
+                TERN__UNROLL for (int h = 0; h < 2; h++) {
+                    const __m256i v = tern__load_int_avx2(unit + h * 32), w = _mm256_srli_epi16(v, 4);
+                    low[h] = _mm256_add_epi16(low[h], _mm256_maddubs_epi16(_mm256_and_si256(v, mask3), tern__quad_avx2(q)));
+                    high[h] = _mm256_add_epi16(high[h], _mm256_maddubs_epi16(_mm256_and_si256(v, mask12), tern__quad_avx2(q + 4)));
+                    low[h] = _mm256_add_epi16(low[h], _mm256_maddubs_epi16(_mm256_and_si256(w, mask3), tern__quad_avx2(q + 8)));
+                    high[h] = _mm256_add_epi16(high[h], _mm256_maddubs_epi16(_mm256_and_si256(w, mask12), tern__quad_avx2(q + 12)));
+                }
             }
+            TERN__UNROLL for (int h = 0; h < 2; h++)
+                acc[p][h] = _mm256_add_epi32(acc[p][h], _mm256_madd_epi16(_mm256_add_epi16(low[h], _mm256_srai_epi16(high[h], 2)), ones));
         }
-        TERN__UNROLL for (int h = 0; h < 2; h++)
-            acc[h] = _mm256_add_epi32(acc[h], _mm256_madd_epi16(_mm256_add_epi16(low[h], _mm256_srai_epi16(high[h], 2)), ones));
-    }
-    memcpy(d->acc + panel * 16, acc, sizeof acc);
+    for (int32_t p = 0; p < d->panels; p++) memcpy(d->acc + (p * d->tokens + token) * 16, acc[p], sizeof acc[p]);
 }
 
 static TERN__AVX2 void tern__decode_2bit_avx2(const uint8_t *panel, int64_t units, uint8_t *code) {
@@ -2119,8 +2130,8 @@ static TERN__AVX2 void tern__decode_base3_avx2(const uint8_t *panel, int64_t uni
     for (int64_t i = 0; i < units; i++, panel += 64, code += 5 * 64)
         for (int h = 0; h < 64; h += 32) {
             __m256i v = tern__load_int_avx2(panel + h);
-            for (int s = 4, w = 81; s; s--, w /= 3) {
-                const __m256i rest = tern__mod_avx2(v, w);
+            TERN__UNROLL for (int s = 4; s > 0; s--) {
+                const __m256i rest = tern__mod_avx2(v, s == 4 ? 81 : s == 3 ? 27 : s == 2 ? 9 : 3);
                 tern__store_int_avx2(code + h + s * 64, _mm256_shuffle_epi8(digit, _mm256_and_si256(_mm256_sub_epi8(v, rest), mask)));
                 v = rest;
             }
@@ -2129,41 +2140,42 @@ static TERN__AVX2 void tern__decode_base3_avx2(const uint8_t *panel, int64_t uni
 }
 
 /* T tokens, both halves of the panel. Each quad adds at most 2 * 2 * 127 to an int16: 64 * 508 = 32512. */
-TERN__AVX2_INLINE void tern__tile_quads_avx2(const int T, const tern__dot *d, int64_t quads, const uint8_t *code, const int8_t *q, int32_t *acc) {
+TERN__AVX2_INLINE void tern__tile_quads_avx2(const int T, const tern__dot *d, int32_t first) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i sum[TERN__TILE_AVX2][2];
     TERN__UNROLL for (int t = 0; t < T; t++) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
-    for (int64_t i = 0; i < quads; i++) {
-        const __m256i w0 = tern__load_int_avx2(code + i * 64), w1 = tern__load_int_avx2(code + i * 64 + 32);
+    for (int64_t i = 0; i < d->units; i++) {
+        const __m256i w0 = tern__load_int_avx2(d->panel + i * 64), w1 = tern__load_int_avx2(d->panel + i * 64 + 32);
         TERN__UNROLL for (int t = 0; t < T; t++) {
-            const __m256i x = tern__quad_avx2(q + t * d->q_stride + i * 4);
+            const __m256i x = tern__quad_avx2(d->q + t * d->q_stride + i * 4);
             sum[t][0] = _mm256_add_epi16(sum[t][0], _mm256_maddubs_epi16(w0, x));
             sum[t][1] = _mm256_add_epi16(sum[t][1], _mm256_maddubs_epi16(w1, x));
         }
     }
     TERN__UNROLL for (int t = 0; t < T; t++)
         TERN__UNROLL for (int h = 0; h < 2; h++) {
-            int32_t *to = acc + t * 16 + h * 8;
-            tern__store_int_avx2(to, _mm256_add_epi32(tern__load_int_avx2(to), _mm256_madd_epi16(sum[t][h], ones)));
+            int32_t *acc = d->acc + t * 16 + h * 8;
+            const __m256i start = first ? _mm256_set1_epi32(-d->sum[t * d->sum_stride]) : tern__load_int_avx2(acc);
+            tern__store_int_avx2(acc, _mm256_add_epi32(start, _mm256_madd_epi16(sum[t][h], ones)));
         }
 }
-static TERN__AVX2 void tern__tiles_avx2(const tern__dot *d, int32_t panels, int32_t tokens, int64_t quads, const uint8_t *code, const int8_t *q, int32_t *acc) {
-    (void)panels; /* always one */
-    switch (tokens) {
-#define TERN__CASE(T) case T: tern__tile_quads_avx2(T, d, quads, code, q, acc); break;
-    TERN__CASE(1) TERN__CASE(2) TERN__CASE(3) TERN__CASE(4)
-#undef TERN__CASE
-    default: break;
+static TERN__AVX2 void tern__tiles_avx2(const tern__dot *d, int64_t acc_stride, int32_t first) {
+    (void)acc_stride; /* one panel at a time */
+    switch (d->tokens) {
+    case 1: tern__tile_quads_avx2(1, d, first); break;
+    case 2: tern__tile_quads_avx2(2, d, first); break;
+    case 3: tern__tile_quads_avx2(3, d, first); break;
+    default: tern__tile_quads_avx2(4, d, first);
     }
 }
 
 static void tern__dot_2bit_avx2(const tern__dot *d) {
     static const tern__quads quads = {tern__decode_2bit_avx2, tern__tiles_avx2, 4, 1, TERN__TILE_AVX2};
-    if (d->tokens > 1) {
+    if (d->tokens > 2) {
         tern__dot_quads(d, &quads);
         return;
     }
-    for (int32_t p = 0; p < d->panels; p++) tern__gemv_2bit_avx2(d, p);
+    for (int32_t t = 0; t < d->tokens; t++) tern__gemv_2bit_avx2(d, t);
 }
 static void tern__dot_base3_avx2(const tern__dot *d) {
     static const tern__quads quads = {tern__decode_base3_avx2, tern__tiles_avx2, 5, 1, TERN__TILE_AVX2};
@@ -2178,7 +2190,7 @@ static const tern__kernels tern__kernels_avx2 = {
 
 #ifndef TERNARY_NO_AVX512_VNNI
 /* -- AVX-512 with VNNI -- */
-enum { TERN__TILE_AVX512 = 12 };
+enum { TERN__TILE_AVX512 = 8 };
 #define TERN__AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #define TERN__AVX512_INLINE static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 
@@ -2197,6 +2209,11 @@ TERN__X86_TILE(tern__tile_fused_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4
    because gcc 12 copies the accumulator of the intrinsic around and so spills large tiles. */
 TERN__AVX512_INLINE __m512i tern__dp_avx512(__m512i acc, __m512i code, __m512i x) {
     __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+v"(acc) : "v"(code), "v"(x));
+    return acc;
+}
+typedef struct tern__four { int8_t x[4]; } tern__four; /* the four activations, at any address */
+TERN__AVX512_INLINE __m512i tern__dp4_avx512(__m512i acc, __m512i code, const int8_t *q) {
+    __asm__("vpdpbusd {%2%{1to16%}, %1, %0|%0, %1, %2%{1to16%}}" : "+v"(acc) : "v"(code), "m"(*(const tern__four *)(const void *)q));
     return acc;
 }
 TERN__AVX512_INLINE __m512i tern__quad_avx512(const int8_t *q) {
@@ -2220,38 +2237,40 @@ TERN__AVX512_INLINE __m512i tern__peel_avx512(const int base3, const int s, __m5
     return _mm512_sub_epi8(all, *v);
 }
 
-/* P panels with T tokens straight from the packed units, one sum per weight; the weight is divided out at
-   the end. 2-bit: |sum| <= 16384 units * 4 * 128 * 127 < 2^30, a multiple of 4^s: a shift. Base 3: sums
-   wrap mod 2^32, where the odd weight has an inverse; the true quotient, |it| <= 2 * 127 * 2^18 < 2^26, is
-   the one that comes out. */
-TERN__AVX512_INLINE void tern__direct_avx512(const int base3, const int P, const int T, const tern__dot *d, int32_t panel) {
+/* P panels (several streams of memory are faster than one) with T tokens straight from the packed units, one
+   sum per weight; the weight is divided out at the end. 2-bit: |sum| <= 16384 units * 4 * 128 * 127 < 2^30, a
+   multiple of 4^s: a shift. Base 3: sums wrap mod 2^32, where the odd weight has an inverse; the true
+   quotient, |it| <= 2 * 127 * 2^18 < 2^26, is the one that comes out. The loops have fixed bounds and a
+   guard, since clang 14 leaves acc in memory where a bound of one makes a loop vanish early. */
+TERN__AVX512_INLINE void tern__direct_avx512(const int base3, const int P, const int T, const tern__dot *d, int32_t panel, int32_t token) {
     static const uint32_t inverse[5] = {1, 1, 0x38e38e39u, 0x684bda13u, 0x781948b1u};
     const int Q = base3 ? 5 : 4;
     const uint8_t *unit = d->panel + panel * d->panel_stride;
-    __m512i acc[2][3][5];
-    TERN__UNROLL for (int p = 0; p < P; p++)
-        TERN__UNROLL for (int t = 0; t < T; t++)
+    const int8_t *q = d->q + token * d->q_stride;
+    __m512i acc[4][6][5];
+    TERN__UNROLL for (int p = 0; p < 4; p++) if (p < P)
+        TERN__UNROLL for (int t = 0; t < 6; t++) if (t < T)
             TERN__UNROLL for (int s = 0; s < Q; s++) acc[p][t][s] = _mm512_setzero_si512();
     for (int64_t i = 0; i < d->units; i++, unit += 64) {
-        __m512i v[2];
-        TERN__UNROLL for (int p = 0; p < P; p++) {
+        __m512i v[4];
+        TERN__UNROLL for (int p = 0; p < 4; p++) if (p < P) {
             v[p] = tern__load_int_avx512(unit + p * d->panel_stride);
             tern__prefetch(d, unit + p * d->panel_stride, i, P);
         }
         TERN__UNROLL for (int s = Q - 1; s >= 0; s--)
-            TERN__UNROLL for (int p = 0; p < P; p++) {
+            TERN__UNROLL for (int p = 0; p < 4; p++) if (p < P) {
                 const __m512i quad = tern__peel_avx512(base3, s, &v[p]);
-                TERN__UNROLL for (int t = 0; t < T; t++)
-                    acc[p][t][s] = tern__dp_avx512(acc[p][t][s], quad, tern__quad_avx512(d->q + t * d->q_stride + (i * Q + s) * 4));
+                TERN__UNROLL for (int t = 0; t < 6; t++) if (t < T)
+                    acc[p][t][s] = tern__dp4_avx512(acc[p][t][s], quad, q + t * d->q_stride + (i * Q + s) * 4);
             }
     }
-    TERN__UNROLL for (int p = 0; p < P; p++)
-        TERN__UNROLL for (int t = 0; t < T; t++) {
-            __m512i sum = _mm512_set1_epi32(-d->sum[t * d->sum_stride]);
+    TERN__UNROLL for (int p = 0; p < 4; p++) if (p < P)
+        TERN__UNROLL for (int t = 0; t < 6; t++) if (t < T) {
+            __m512i sum = _mm512_set1_epi32(-d->sum[(token + t) * d->sum_stride]);
             TERN__UNROLL for (int s = 0; s < Q; s++)
                 sum = _mm512_add_epi32(sum, base3 ? _mm512_mullo_epi32(acc[p][t][s], _mm512_set1_epi32((int32_t)inverse[s]))
                                                   : _mm512_sra_epi32(acc[p][t][s], _mm_cvtsi32_si128(2 * s)));
-            _mm512_store_si512(d->acc + ((panel + p) * T + t) * 16, sum);
+            _mm512_store_si512(d->acc + ((panel + p) * d->tokens + token + t) * 16, sum);
         }
 }
 
@@ -2275,55 +2294,74 @@ static TERN__AVX512 void tern__decode_base3_avx512(const uint8_t *panel, int64_t
 }
 
 /* P panels with T tokens: P + T loads feed P * T products. */
-TERN__AVX512_INLINE void tern__tile_quads_avx512(const int P, const int T, const tern__dot *d, int64_t quads, const uint8_t *code, const int8_t *q, int32_t *acc) {
+TERN__AVX512_INLINE void tern__tile_quads_avx512(const int P, const int T, const tern__dot *d, int64_t acc_stride, int32_t first) {
     __m512i sum[2][TERN__TILE_AVX512];
     TERN__UNROLL for (int p = 0; p < P; p++)
-        TERN__UNROLL for (int t = 0; t < T; t++) sum[p][t] = _mm512_load_si512(acc + (p * d->tokens + t) * 16);
-    for (int64_t i = 0; i < quads; i++) {
+        TERN__UNROLL for (int t = 0; t < T; t++)
+            sum[p][t] = first ? _mm512_set1_epi32(-d->sum[t * d->sum_stride]) : _mm512_load_si512(d->acc + p * acc_stride + t * 16);
+    for (int64_t i = 0; i < d->units; i++) {
         __m512i w[2];
-        TERN__UNROLL for (int p = 0; p < P; p++) w[p] = _mm512_load_si512(code + (p * TERN__QUADS + i) * 64);
+        TERN__UNROLL for (int p = 0; p < P; p++) w[p] = _mm512_load_si512(d->panel + p * d->panel_stride + i * 64);
         TERN__UNROLL for (int t = 0; t < T; t++) {
-            const __m512i x = tern__quad_avx512(q + t * d->q_stride + i * 4);
+            const __m512i x = tern__quad_avx512(d->q + t * d->q_stride + i * 4);
             TERN__UNROLL for (int p = 0; p < P; p++) sum[p][t] = tern__dp_avx512(sum[p][t], w[p], x);
         }
     }
     TERN__UNROLL for (int p = 0; p < P; p++)
-        TERN__UNROLL for (int t = 0; t < T; t++) _mm512_store_si512(acc + (p * d->tokens + t) * 16, sum[p][t]);
+        TERN__UNROLL for (int t = 0; t < T; t++) _mm512_store_si512(d->acc + p * acc_stride + t * 16, sum[p][t]);
 }
-static TERN__AVX512 void tern__tiles_avx512(const tern__dot *d, int32_t panels, int32_t tokens, int64_t quads, const uint8_t *code, const int8_t *q, int32_t *acc) {
-    switch (panels * 16 + tokens) {
-#define TERN__CASE(T) case 16 + T: tern__tile_quads_avx512(1, T, d, quads, code, q, acc); break; \
-                      case 32 + T: tern__tile_quads_avx512(2, T, d, quads, code, q, acc); break;
-    TERN__CASE(1) TERN__CASE(2) TERN__CASE(3) TERN__CASE(4) TERN__CASE(5) TERN__CASE(6) TERN__CASE(7) TERN__CASE(8)
-    TERN__CASE(9) TERN__CASE(10) TERN__CASE(11) TERN__CASE(12)
+static TERN__AVX512 void tern__tiles_avx512(const tern__dot *d, int64_t acc_stride, int32_t first) {
+    switch (d->panels * 16 + d->tokens) {
+#define TERN__CASE(T) case 16 + T: tern__tile_quads_avx512(1, T, d, acc_stride, first); break; \
+                      case 32 + T: tern__tile_quads_avx512(2, T, d, acc_stride, first); break;
+    TERN__CASE(4) TERN__CASE(5) TERN__CASE(6) TERN__CASE(7) TERN__CASE(8)
 #undef TERN__CASE
     default: break;
     }
 }
 
-TERN__AVX512_INLINE void tern__direct_all_avx512(const int base3, const int P, const int T, const tern__dot *d) {
-    int32_t p = 0;
-    for (; d->panels - p >= P; p += P) tern__direct_avx512(base3, P, T, d, p);
-    for (; p < d->panels; p++) tern__direct_avx512(base3, 1, T, d, p);
-}
+/* Up to twelve tokens go straight from the packed units, in one or two groups of up to six (the second finds
+   the panel in L1); above that the decoding of quads pays. Base 3 costs more to take apart: up to four. */
+#define TERN__CASE(P, T) case P * 8 + T: tern__direct_avx512(TERN__BASE3, P, T, d, p, t); break;
 static TERN__AVX512 void tern__dot_2bit_avx512(const tern__dot *d) {
     static const tern__quads quads = {tern__decode_2bit_avx512, tern__tiles_avx512, 4, 2, TERN__TILE_AVX512};
-    switch (d->tokens) {
-    case 1: tern__direct_all_avx512(0, 2, 1, d); break;
-    case 2: tern__direct_all_avx512(0, 2, 2, d); break;
-    case 3: tern__direct_all_avx512(0, 2, 3, d); break;
-    default: tern__dot_quads(d, &quads);
+    if (d->tokens > 12) {
+        tern__dot_quads(d, &quads);
+        return;
+    }
+    const int32_t most = d->tokens == 1 ? 4 : d->tokens <= 3 ? 2 : 1;
+    for (int32_t p = 0, panels; p < d->panels; p += panels) {
+        panels = d->panels - p >= most ? most : 1;
+        for (int32_t t = 0, tokens; t < d->tokens; t += tokens) {
+            tokens = t == 0 && d->tokens > 6 ? (d->tokens + 1) / 2 : d->tokens - t;
+            switch (panels * 8 + tokens) {
+#define TERN__BASE3 0
+            TERN__CASE(4, 1) TERN__CASE(2, 2) TERN__CASE(2, 3)
+            TERN__CASE(1, 1) TERN__CASE(1, 2) TERN__CASE(1, 3) TERN__CASE(1, 4) TERN__CASE(1, 5) TERN__CASE(1, 6)
+#undef TERN__BASE3
+            default: break;
+            }
+        }
     }
 }
 static TERN__AVX512 void tern__dot_base3_avx512(const tern__dot *d) {
     static const tern__quads quads = {tern__decode_base3_avx512, tern__tiles_avx512, 5, 2, TERN__TILE_AVX512};
-    switch (d->tokens) {
-    case 1: tern__direct_all_avx512(1, 1, 1, d); break;
-    case 2: tern__direct_all_avx512(1, 1, 2, d); break;
-    case 3: tern__direct_all_avx512(1, 1, 3, d); break;
-    default: tern__dot_quads(d, &quads);
+    if (d->tokens > 4) {
+        tern__dot_quads(d, &quads);
+        return;
+    }
+    const int32_t most = d->tokens == 1 ? 4 : d->tokens == 2 ? 2 : 1, t = 0;
+    for (int32_t p = 0, panels; p < d->panels; p += panels) {
+        panels = d->panels - p >= most ? most : 1;
+        switch (panels * 8 + d->tokens) {
+#define TERN__BASE3 1
+        TERN__CASE(4, 1) TERN__CASE(2, 2) TERN__CASE(1, 1) TERN__CASE(1, 2) TERN__CASE(1, 3) TERN__CASE(1, 4)
+#undef TERN__BASE3
+        default: break;
+        }
     }
 }
+#undef TERN__CASE
 
 static const tern__kernels tern__kernels_avx512_vnni = {
     tern__dot_2bit_avx512, tern__dot_base3_avx512, tern__emit_avx512, tern__fold_avx512, tern__tile_avx512, tern__tile_fused_avx512,
@@ -2375,10 +2413,8 @@ static void tern__matmul_range(const tern__kernels *k, const tern_matmul_args *a
                 d.q = a->q + t * stride + g * s->group_units * s->unit;
                 d.sum = a->sum + t * s->groups + g;
                 (m->encoding == TERN_BASE3 ? k->dot_base3 : k->dot_2bit)(&d);
-                for (i = 0; m->grain > 0 && i < d.panels; i++) {
-                    tern__panel_scales(m, s, p + i, g, scale);
-                    k->fold(d.tokens, acc + i * d.tokens * TERN__ROWS, scale, facc + i * d.tokens * TERN__ROWS, g == 0);
-                }
+                for (i = 0; m->grain > 0 && i < d.panels; i++)
+                    k->fold(d.tokens, acc + i * d.tokens * TERN__ROWS, tern__panel_scales(m, s, p + i, g, scale), facc + i * d.tokens * TERN__ROWS, g == 0);
             }
             for (i = 0; i < d.panels; i++) {
                 const int64_t row = (p + i) * TERN__ROWS;
@@ -2388,8 +2424,7 @@ static void tern__matmul_range(const tern__kernels *k, const tern_matmul_args *a
                 e.acc = acc + i * d.tokens * TERN__ROWS;
                 e.facc = m->grain > 0 ? facc + i * d.tokens * TERN__ROWS : NULL;
                 e.scale = a->scale + t;
-                if (m->grain <= 0) tern__panel_scales(m, s, p + i, 0, scale);
-                e.s = scale;
+                e.s = m->grain <= 0 ? tern__panel_scales(m, s, p + i, 0, scale) : NULL;
                 for (r = 0; a->bias && r < TERN__ROWS; r++) bias[r] = r < e.rows ? a->bias[row + r] : 0.0f;
                 e.bias = a->bias ? bias : NULL;
                 e.y = a->y + t * m->rows + row;
@@ -2719,6 +2754,9 @@ static tern_result tern__cpu_cast(tern_run *run, const tern_cast_args *a)
     return TERN_OK;
 }
 
+/* Compiles to a maximum: branches on random signs are slow. */
+static float tern__relu(float x) { return x > 0.0f ? x : 0.0f; }
+
 /* gelu(x) = x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3) (Hendrycks and Gimpel 2016). */
 static float tern__gelu_tanh(float x) { return tern__tanh(0.79788456f * (x + 0.044715f * (x * x * x))); }
 
@@ -2760,8 +2798,8 @@ static void tern__map_body(tern__job *job, int64_t begin, int64_t end, int64_t *
             else a->y[i] = a->alpha * a->a[i];
         }
         break;
-    TERN__MAP(TERN_MAP_RELU, x > 0.0f ? x : 0.0f, x > 0.0f ? dy : 0.0f)
-    TERN__MAP(TERN_MAP_RELU2, x > 0.0f ? x * x : 0.0f, x > 0.0f ? 2.0f * x * dy : 0.0f)
+    TERN__MAP(TERN_MAP_RELU, tern__relu(x), x > 0.0f ? dy : 0.0f)
+    TERN__MAP(TERN_MAP_RELU2, tern__relu(x) * tern__relu(x), 2.0f * tern__relu(x) * dy)
     TERN__MAP(TERN_MAP_SILU, x * tern__sigmoid(x), dy * (tern__sigmoid(x) * (1.0f + x * (1.0f - tern__sigmoid(x)))))
     TERN__MAP(TERN_MAP_GELU, 0.5f * x * (1.0f + tern__gelu_tanh(x)),
               dy * (0.5f * (1.0f + tern__gelu_tanh(x)) + 0.5f * x * (1.0f - tern__gelu_tanh(x) * tern__gelu_tanh(x)) *
@@ -4314,6 +4352,8 @@ enum {
 };
 
 static const char *const tern__rule_names[] = {"absmean", "absmean_sigma", "twn", "given", "dense"};
+
+static int64_t tern__max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 #define TERN__FNV_START UINT64_C(14695981039346656037)
 static uint64_t tern__fnv(uint64_t hash, const uint8_t *p, size_t bytes)
