@@ -9,7 +9,10 @@
     X(platform)   \
     X(memory)     \
     X(numbers)    \
-    X(ternarize) \
+    X(ternarize)  \
+    X(pack)       \
+    X(activations) \
+    X(backends)   \
     X(files)
 
 #define SUITE(name) static void suite_##name(void);
@@ -20,6 +23,9 @@ SUITES(SUITE)
 #include "05_memory.c"
 #include "06_numbers.c"
 #include "07_ternarize.c"
+#include "08_pack.c"
+#include "09_activations.c"
+#include "14_backends.c"
 #include "21_files.c"
 
 int main(int argc, char **argv)
