@@ -2754,8 +2754,8 @@ static tern_result tern__cpu_cast(tern_run *run, const tern_cast_args *a)
     return TERN_OK;
 }
 
-/* Compiles to a maximum: branches on random signs are slow. */
-static float tern__relu(float x) { return x > 0.0f ? x : 0.0f; }
+/* max(x, 0) by its sign bit: a branch on random signs is slow. */
+static float tern__relu(float x) { return tern__float(tern__bits(x) & ((tern__bits(x) >> 31) - 1)); }
 
 /* gelu(x) = x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3) (Hendrycks and Gimpel 2016). */
 static float tern__gelu_tanh(float x) { return tern__tanh(0.79788456f * (x + 0.044715f * (x * x * x))); }
