@@ -12,6 +12,7 @@
     X(ternarize)  \
     X(pack)       \
     X(activations) \
+    X(kernels)    \
     X(backends)   \
     X(files)
 
@@ -25,6 +26,7 @@ SUITES(SUITE)
 #include "07_ternarize.c"
 #include "08_pack.c"
 #include "09_activations.c"
+#include "10_kernels.c"
 #include "14_backends.c"
 #include "21_files.c"
 

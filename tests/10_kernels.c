@@ -1,0 +1,381 @@
+/* [TERN-10] Kernels: the scalar ones against their definition, every other tier against the scalar ones. */
+
+/* The tier's kernels, or NULL where it is not here. */
+static const tern__kernels *kernels_of(tern_isa isa)
+{
+    const tern_backend *b = test_tier(isa);
+    return b ? (const tern__kernels *)b->data : NULL;
+}
+
+/* Runs body for every tier but scalar. */
+#define KERNELS_EACH_TIER(body)                                                  \
+    do {                                                                         \
+        tern_isa isa;                                                            \
+        for (isa = TERN_ISA_SCALAR + 1; isa < TERN__ISA_END; isa++) {            \
+            const tern__kernels *k = kernels_of(isa);                            \
+            const char *tier = test_tier_name[isa];                              \
+            if (k) { body; }                                                     \
+        }                                                                        \
+    } while (0)
+
+/* Accumulators and tiles lie on 64 bytes, as the drivers keep them. */
+enum { KERNELS_ACC = TERN__PANELS * TERN__TOKENS * TERN__ROWS };
+static int32_t kernels_acc[2][KERNELS_ACC] TERN__ALIGN64;
+static float kernels_facc[2][KERNELS_ACC] TERN__ALIGN64;
+static float kernels_b[TERN__K_BLOCK * TERN__LANES] TERN__ALIGN64, kernels_p[2][TERN__M_BLOCK * TERN__LANES] TERN__ALIGN64;
+
+/* -- dot products -- */
+
+typedef enum { KERNELS_RANDOM, KERNELS_HIGH, KERNELS_LOW, KERNELS_MIXED, KERNELS_FILLS } kernels_fill;
+
+/* Buffers of exactly the bytes that are needed, `shift` bytes off any alignment. */
+typedef struct kernels_dot { tern__dot d; uint8_t *panel; int8_t *q; int32_t *sum; int base3; } kernels_dot;
+
+static kernels_dot kernels_dot_new(int base3, int64_t units, int32_t panels, int32_t tokens, int64_t sum_stride, size_t shift, kernels_fill fill)
+{
+    const int64_t inputs = units * (base3 ? 20 : 16);
+    const size_t panel_bytes = (size_t)(panels * units * TERN__UNIT), q_bytes = (size_t)(tokens * inputs);
+    kernels_dot k;
+    int64_t i, t;
+    memset(&k, 0, sizeof k);
+    k.base3 = base3;
+    k.panel = (uint8_t *)malloc(panel_bytes + shift);
+    k.q = (int8_t *)malloc(q_bytes + shift);
+    k.sum = (int32_t *)malloc(sizeof(int32_t) * (size_t)((tokens - 1) * sum_stride + 1));
+    for (i = 0; i < (int64_t)panel_bytes; i++) {
+        uint32_t byte = base3 ? test_random() % 243 : (test_random() % 3) | (test_random() % 3) << 2 | (test_random() % 3) << 4 | (test_random() % 3) << 6;
+        if (fill == KERNELS_HIGH || fill == KERNELS_MIXED) byte = base3 ? 242 : 0xAA;
+        if (fill == KERNELS_LOW) byte = 0;
+        k.panel[shift + (size_t)i] = (uint8_t)byte;
+    }
+    for (i = 0; i < (int64_t)q_bytes; i++) {
+        int32_t v = (int32_t)(test_random() % 255) - 127;
+        if (fill == KERNELS_HIGH || fill == KERNELS_LOW) v = i / inputs % 2 ? -127 : 127;
+        if (fill == KERNELS_MIXED) v = (i / inputs + i) % 2 ? -127 : 127;
+        k.q[shift + (size_t)i] = (int8_t)v;
+    }
+    for (t = 0; t < tokens; t++) {
+        int32_t sum = 0;
+        for (i = 0; i < inputs; i++) sum += k.q[shift + (size_t)(t * inputs + i)];
+        k.sum[t * sum_stride] = sum;
+    }
+    k.d.panel = k.panel + shift;
+    k.d.panel_stride = units * TERN__UNIT;
+    k.d.units = units;
+    k.d.q = k.q + shift;
+    k.d.q_stride = inputs;
+    k.d.sum = k.sum;
+    k.d.sum_stride = sum_stride;
+    k.d.panels = panels;
+    k.d.tokens = tokens;
+    return k;
+}
+
+static void kernels_dot_free(kernels_dot *k)
+{
+    free(k->panel);
+    free(k->q);
+    free(k->sum);
+}
+
+/* Into accumulators that were full of other numbers, so that every write shows. */
+static void kernels_dot_run(const tern__kernels *k, kernels_dot *x, int32_t *acc)
+{
+    memset(acc, 0x3C, sizeof kernels_acc[0]);
+    x->d.acc = acc;
+    (x->base3 ? k->dot_base3 : k->dot_2bit)(&x->d);
+}
+
+static void kernels_compare_dot(int base3, int64_t units, int32_t panels, int32_t tokens, int64_t sum_stride, size_t shift, kernels_fill fill)
+{
+    kernels_dot x = kernels_dot_new(base3, units, panels, tokens, sum_stride, shift, fill);
+    kernels_dot_run(&tern__kernels_scalar, &x, kernels_acc[0]);
+    KERNELS_EACH_TIER(
+        kernels_dot_run(k, &x, kernels_acc[1]);
+        CHECK(memcmp(kernels_acc[0], kernels_acc[1], sizeof kernels_acc[0]) == 0, "%s: base3 %d, %d units, %d panels, %d tokens, shift %d, fill %d",
+              tier, base3, (int)units, (int)panels, (int)tokens, (int)shift, (int)fill));
+    kernels_dot_free(&x);
+}
+
+/* sum of trit * q over unpacked trits. */
+static void test_kernels_dot_by_definition(void)
+{
+    int base3, n;
+    for (base3 = 0; base3 < 2; base3++)
+        for (n = 1; n <= 6; n++) {
+            const int64_t unit = base3 ? 20 : 16;
+            kernels_dot x = kernels_dot_new(base3, n, 3, 5, 2, 1, KERNELS_RANDOM);
+            int64_t p, t, r, u, i, wrong = 0;
+            kernels_dot_run(&tern__kernels_scalar, &x, kernels_acc[0]);
+            for (p = 0; p < 3; p++)
+                for (t = 0; t < 5; t++)
+                    for (r = 0; r < 16; r++) {
+                        int32_t dot = 0;
+                        for (u = 0; u < n; u++) {
+                            int8_t trits[20];
+                            tern__unpack_unit(base3 ? TERN_BASE3 : TERN_2BIT, x.d.panel + (p * n + u) * 64, r, trits);
+                            for (i = 0; i < unit; i++) dot += trits[i] * x.d.q[t * x.d.q_stride + u * unit + i];
+                        }
+                        wrong += kernels_acc[0][(p * 5 + t) * 16 + r] != dot;
+                    }
+            CHECK(wrong == 0, "base3 %d, %d units: %d of %d", base3, n, (int)wrong, 3 * 5 * 16);
+            kernels_dot_free(&x);
+        }
+}
+
+static void test_kernels_dot_shapes(void)
+{
+    const int64_t units[] = {1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 127};
+    const int32_t tokens[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 31, 33, 63, 64};
+    int base3, u, t, panels;
+    for (base3 = 0; base3 < 2; base3++)
+        for (u = 0; u < 11; u++)
+            for (t = 0; t < 17; t++)
+                for (panels = 1; panels <= 4; panels++)
+                    if (units[u] * tokens[t] * panels < 3000 || t == 16)
+                        kernels_compare_dot(base3, units[u], panels, tokens[t], 1 + t % 3, (size_t)(u + t) % 5, KERNELS_RANDOM);
+}
+
+/* All codes +1 with q = 127 and their opposites: int16 partial sums overflow first, int32 never. */
+static void test_kernels_dot_extremes(void)
+{
+    const int64_t units[2][4] = {{16, 160, 4097, 16384}, {13, 128, 4097, 13107}}; /* K = 2560 and 262144 among them */
+    int base3, u, fill;
+    for (base3 = 0; base3 < 2; base3++)
+        for (u = 0; u < 4; u++)
+            for (fill = KERNELS_RANDOM; fill < KERNELS_FILLS; fill++) {
+                kernels_compare_dot(base3, units[base3][u], 1, 1, 1, 1, (kernels_fill)fill);
+                kernels_compare_dot(base3, units[base3][u], 2, 3, 1, 0, (kernels_fill)fill);
+                if (u < 2) kernels_compare_dot(base3, units[base3][u], 4, 17, 1, 3, (kernels_fill)fill);
+            }
+}
+
+/* -- epilogues -- */
+
+static void test_kernels_emit(void)
+{
+    const int32_t tokens[] = {1, 2, 3, 15, 17, 63, 64};
+    int n, rows, variant, i;
+    for (i = 0; i < KERNELS_ACC; i++) {
+        kernels_acc[0][i] = (int32_t)(test_random() % 66600000) - 33300000;
+        kernels_facc[0][i] = test_float() * (i % 9 ? 1e5f : 1e-38f);
+    }
+    for (n = 0; n < 7; n++)
+        for (rows = 1; rows <= 16; rows++)
+            for (variant = 0; variant < 4; variant++) {
+                const int64_t stride = rows + variant % 3 * 5, size = (tokens[n] - 1) * stride + rows;
+                float *scale = test_floats(tokens[n]), *s = test_floats(17), *bias = test_floats(17), *y = test_floats(size);
+                float *wanted = (float *)malloc(sizeof(float) * (size_t)size), *got = (float *)malloc(sizeof(float) * (size_t)size);
+                tern__emit e;
+                memset(&e, 0, sizeof e);
+                if (variant & 1) e.facc = kernels_facc[0];
+                else e.acc = kernels_acc[0];
+                e.scale = scale;
+                e.s = s + 1;
+                e.bias = variant & 2 ? bias + 1 : NULL;
+                e.y_stride = stride;
+                e.tokens = tokens[n];
+                e.rows = rows;
+                scale[0] = variant ? 1e-30f : 0.0f;
+                memcpy(wanted, y, sizeof(float) * (size_t)size);
+                e.y = wanted;
+                tern__emit_scalar(&e);
+                for (i = 0; i < tokens[n] * rows; i++) { /* the definition, and nothing else is touched */
+                    const int t = i / rows, r = i % rows;
+                    float v = variant & 1 ? e.facc[t * 16 + r] * scale[t] : (float)e.acc[t * 16 + r] * (scale[t] * e.s[r]);
+                    if (e.bias) v += e.bias[r];
+                    CHECK(tern__bits(v) == tern__bits(wanted[t * stride + r]), "token %d, row %d", t, r);
+                }
+                for (i = 0; i < size; i++) CHECK(i % stride < rows || wanted[i] == y[i], "written beside the rows");
+                KERNELS_EACH_TIER(
+                    memcpy(got, y, sizeof(float) * (size_t)size);
+                    e.y = got;
+                    k->emit(&e);
+                    CHECK(memcmp(wanted, got, sizeof(float) * (size_t)size) == 0, "%s: %d tokens, %d rows, variant %d", tier, (int)tokens[n], rows, variant));
+                free(scale);
+                free(s);
+                free(bias);
+                free(y);
+                free(wanted);
+                free(got);
+            }
+}
+
+static void test_kernels_fold(void)
+{
+    const int32_t tokens[] = {1, 2, 3, 5, 16, 63, 64};
+    float s[17];
+    int n, first, i;
+    for (i = 0; i < 17; i++) s[i] = test_float();
+    for (i = 0; i < KERNELS_ACC; i++) kernels_acc[0][i] = (int32_t)(test_random() % 66600000) - 33300000;
+    for (n = 0; n < 7; n++)
+        for (first = 0; first < 2; first++) {
+            float *start = test_floats(KERNELS_ACC);
+            memcpy(kernels_facc[0], start, sizeof kernels_facc[0]);
+            tern__fold_scalar(tokens[n], kernels_acc[0], s + 1, kernels_facc[0], first);
+            for (i = 0; i < KERNELS_ACC; i++) {
+                const float product = (float)kernels_acc[0][i] * s[1 + i % 16], v = first ? product : start[i] + product;
+                CHECK(tern__bits(kernels_facc[0][i]) == tern__bits(i < tokens[n] * 16 ? v : start[i]), "element %d", i);
+            }
+            KERNELS_EACH_TIER(
+                memcpy(kernels_facc[1], start, sizeof kernels_facc[1]);
+                k->fold(tokens[n], kernels_acc[0], s + 1, kernels_facc[1], first);
+                CHECK(memcmp(kernels_facc[0], kernels_facc[1], sizeof kernels_facc[0]) == 0, "%s: %d tokens, first %d", tier, (int)tokens[n], first));
+            free(start);
+        }
+}
+
+/* -- float tiles -- */
+
+/* Elements of a, strided, in a buffer of exactly that size. */
+static void kernels_compare_tile(int64_t m, int64_t n, int64_t a_row, int64_t a_col, int32_t first, int32_t trits)
+{
+    const int64_t size = (m - 1) * a_row + (n - 1) * a_col + 1;
+    float *a = test_floats(size), *start = test_floats(TERN__M_BLOCK * TERN__LANES);
+    int64_t i, j, l;
+    for (i = 0; i < size; i++) if (i % 11 == 0) a[i] *= 1e-38f;
+    for (i = 0; i < n * TERN__LANES; i++) kernels_b[i] = trits ? (float)test_trit() : test_float();
+    memcpy(kernels_p[0], start, sizeof kernels_p[0]);
+    tern__tile_scalar(m, n, a, a_row, a_col, kernels_b, kernels_p[0], first);
+    for (i = 0; i < m; i++)
+        for (l = 0; l < TERN__LANES; l++) {
+            float sum = first ? 0.0f : start[i * TERN__LANES + l];
+            for (j = 0; j < n; j++) sum += a[i * a_row + j * a_col] * kernels_b[j * TERN__LANES + l];
+            CHECK(tern__bits(sum) == tern__bits(kernels_p[0][i * TERN__LANES + l]), "%d x %d: row %d, lane %d", (int)m, (int)n, (int)i, (int)l);
+        }
+    KERNELS_EACH_TIER(
+        memcpy(kernels_p[1], start, sizeof kernels_p[1]);
+        k->tile(m, n, a, a_row, a_col, kernels_b, kernels_p[1], first);
+        CHECK(memcmp(kernels_p[0], kernels_p[1], sizeof kernels_p[0]) == 0, "%s: tile %d x %d, strides %d and %d", tier, (int)m, (int)n, (int)a_row, (int)a_col);
+        if (trits) {
+            memcpy(kernels_p[1], start, sizeof kernels_p[1]);
+            k->tile_fused(m, n, a, a_row, a_col, kernels_b, kernels_p[1], first);
+            CHECK(memcmp(kernels_p[0], kernels_p[1], sizeof kernels_p[0]) == 0, "%s: fused tile %d x %d of trits", tier, (int)m, (int)n);
+        });
+    free(a);
+    free(start);
+}
+
+static void test_kernels_tile(void)
+{
+    const int64_t terms[] = {1, 2, 3, 15, 16, 17, 127, 160};
+    int64_t m;
+    int n, variant;
+    for (m = 1; m <= 25; m++)
+        for (n = 0; n < 8; n++)
+            for (variant = 0; variant < 4; variant++) {
+                const int64_t k = terms[n];
+                const int32_t first = (variant + n + (int)m) % 2, trits = (variant / 2 + n) % 2;
+                if (variant == 0) kernels_compare_tile(m, k, k, 1, first, trits);
+                if (variant == 1) kernels_compare_tile(m, k, 1, m, first, trits);
+                if (variant == 2) kernels_compare_tile(m, k, 3 * k + 2, 3, first, trits);
+                if (variant == 3) kernels_compare_tile(m, k, 0, 1, first, trits); /* one row for all */
+            }
+    kernels_compare_tile(TERN__M_BLOCK, TERN__K_BLOCK, TERN__K_BLOCK, 1, 0, 0);
+    kernels_compare_tile(TERN__M_BLOCK - 1, TERN__K_BLOCK, 1, TERN__M_BLOCK, 1, 1);
+}
+
+/* One rounding or two: a fused tile is within the rounding of the products. */
+static void test_kernels_tile_fused_is_close(void)
+{
+    float *a = test_floats(7 * 100);
+    int64_t i, j, l;
+    tern_isa isa;
+    for (i = 0; i < 100 * TERN__LANES; i++) kernels_b[i] = test_float();
+    for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++) {
+        const tern__kernels *k = kernels_of(isa);
+        if (!k) continue;
+        k->tile_fused(7, 100, a, 100, 1, kernels_b, kernels_p[0], 1);
+        for (i = 0; i < 7; i++)
+            for (l = 0; l < TERN__LANES; l++) {
+                double sum = 0, size = 0;
+                for (j = 0; j < 100; j++) {
+                    const double product = (double)a[i * 100 + j] * (double)kernels_b[j * TERN__LANES + l];
+                    sum += product;
+                    size += fabs(product);
+                }
+                CHECK(fabs(sum - (double)kernels_p[0][i * TERN__LANES + l]) < size * 100 * 6e-8, "%s: row %d, lane %d", test_tier_name[isa], (int)i, (int)l);
+            }
+    }
+    free(a);
+}
+
+/* -- rows: sums, largest value, rounding -- */
+
+static void test_kernels_sum(void)
+{
+    int64_t n;
+    int kind, i;
+    for (n = 0; n <= TERN__BLOCK; n++) {
+        float *x = test_floats(n + 1);
+        for (i = 0; i < n; i++) if (i % 13 == 0) x[1 + i] *= i % 2 ? 1e20f : 1e-42f;
+        for (kind = TERN_SUM; kind <= TERN_SUM_SQUARES; kind++) {
+            const uint32_t wanted = tern__bits(tern__sum_scalar(kind, n, x + 1));
+            KERNELS_EACH_TIER(CHECK(tern__bits(k->sum(kind, n, x + 1)) == wanted, "%s: kind %d of %d floats", tier, kind, (int)n));
+        }
+        free(x);
+    }
+}
+
+static void test_kernels_absmax(void)
+{
+    const int64_t sizes[] = {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 130, 1025, 4097};
+    const float special[] = {0.5f, -0.0f, 3e38f, -1e-45f, INFINITY, -INFINITY, NAN};
+    int n, s, place, gained;
+    for (n = 0; n < 19; n++)
+        for (s = 0; s < 7; s++)
+            for (place = 0; place < 3; place++)
+                for (gained = 0; gained < 2; gained++) {
+                    const int64_t size = sizes[n], at = place == 0 ? 0 : place == 1 ? size / 2 : size - 1;
+                    float *x = test_floats(size + 1), *gain = test_floats(size + 1), *g = gained ? gain + 1 : NULL;
+                    uint32_t wanted;
+                    int64_t i;
+                    for (i = 0; s == 3 && i < size; i++) x[1 + i] = 0.0f; /* so that the subnormal is the largest */
+                    if (size > 0) x[1 + at] = special[s];
+                    wanted = tern__absmax_scalar(size, x + 1, g);
+                    if (size > 0 && s >= 4) CHECK(!tern__finite(tern__float(wanted)), "%g must win", (double)special[s]);
+                    KERNELS_EACH_TIER(
+                        const uint32_t got = k->absmax(size, x + 1, g);
+                        CHECK(got == wanted || (got > 0x7F800000u && wanted > 0x7F800000u), "%s: %g among %d: %08x, not %08x", tier, (double)special[s], (int)size, (unsigned)got, (unsigned)wanted));
+                    free(x);
+                    free(gain);
+                }
+}
+
+static void test_kernels_round(void)
+{
+    const int64_t sizes[] = {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 127, 130, 1025, 4097};
+    int n, variant;
+    for (n = 0; n < 21; n++)
+        for (variant = 0; variant < 4; variant++) {
+            const int64_t size = sizes[n];
+            float *x = test_floats(size + 1), *gain = test_floats(size + 1), *g = variant & 1 ? gain + 1 : NULL;
+            int8_t *wanted = (int8_t *)malloc((size_t)size + 1), *got = (int8_t *)malloc((size_t)size + 1);
+            const float inverse = variant & 2 ? 1.0f : 127.0f;
+            int64_t i;
+            for (i = 0; i <= size; i++) if (variant & 2) x[i] = (float)(i % 254 - 127) + 0.5f; /* ties */
+            tern__round_scalar(size, x + 1, g, inverse, wanted + 1);
+            for (i = 0; i < size; i++) CHECK(wanted[1 + i] == (int8_t)rintf((g ? x[1 + i] * g[i] : x[1 + i]) * inverse), "element %d of %d", (int)i, (int)size);
+            KERNELS_EACH_TIER(
+                k->round(size, x + 1, g, inverse, got + 1);
+                CHECK(memcmp(wanted + 1, got + 1, (size_t)size) == 0, "%s: %d floats, variant %d", tier, (int)size, variant));
+            free(x);
+            free(gain);
+            free(wanted);
+            free(got);
+        }
+}
+
+static void suite_kernels(void)
+{
+    RUN(test_kernels_dot_by_definition);
+    RUN(test_kernels_dot_shapes);
+    RUN(test_kernels_dot_extremes);
+    RUN(test_kernels_emit);
+    RUN(test_kernels_fold);
+    RUN(test_kernels_tile);
+    RUN(test_kernels_tile_fused_is_close);
+    RUN(test_kernels_sum);
+    RUN(test_kernels_absmax);
+    RUN(test_kernels_round);
+}
