@@ -605,7 +605,7 @@ TERN_API tern_linear tern_embedding_as_linear(const tern_embedding *e, tern_norm
 
 /* Clips by global norm, updates every parameter that has a TERN_GRAD, zeroes the gradients, ternarizes and
    packs. Defaults: beta1 0.9, beta2 0.99, eps 1e-8. norm2: where to leave the squared gradient norm
-   (backend memory, one float). */
+   (backend memory, one float), or NULL. */
 typedef struct tern_step {
     tern_optimizer optimizer;
     float rate, beta1, beta2, eps, decay, clip;
@@ -3277,7 +3277,7 @@ TERN_API tern_result tern_open_checked(tern_context **out, const tern_context_de
     c->run = run;
     result = run.backend->open(&c->run);
     if (result == TERN_OK) {
-        result = tern_reserve(c, d->scratch);
+        result = tern_reserve(c, d->scratch > 64 ? d->scratch : 64); /* tern_model_step keeps its norm there */
         if (result != TERN_OK) run.backend->close(&c->run);
     }
     if (result != TERN_OK) {
@@ -4266,7 +4266,6 @@ static tern_result tern__check_step(tern_context *c, const tern_model *m, const 
     int32_t i, b, trained = 0;
     TERN__TRY(tern__check_model(c, m));
     TERN__REQUIRE(&c->run, s, TERN_E_ARGUMENT, "step: the desc is NULL");
-    TERN__REQUIRE(&c->run, s->norm2 || c->scratch_bytes >= 4, TERN_E_SCRATCH, "step: needs 4 bytes of scratch, none are reserved");
     for (i = 0; i < m->count; i++) {
         const tern_param *p = m->items[i];
         if (!p->buffer[TERN_GRAD].data) continue;
