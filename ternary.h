@@ -1239,6 +1239,14 @@ static void tern__sincos(float x, float *sine, float *cosine)
     if (quarter == 1 || quarter == 2) *cosine = 0.0f - *cosine;
 }
 
+/* FNV-1a, for files and known answers. */
+#define TERN__FNV_START UINT64_C(14695981039346656037)
+static uint64_t tern__fnv(uint64_t hash, const uint8_t *p, size_t bytes)
+{
+    while (bytes--) hash = (hash ^ *p++) * UINT64_C(1099511628211);
+    return hash;
+}
+
 /* The inner table of micro-kernels: all that differs between CPU tiers. Room 10, scalar, specifies it. */
 enum {
     TERN__ROWS = 16,     /* rows of a panel */
@@ -2466,6 +2474,45 @@ typedef struct tern__gemm {
     int32_t add, fused;
 } tern__gemm;
 
+/* Inputs [from, from + len) of a unit as floats: trit of input i and row r to b[(i - from) * 32 + r]. */
+static void tern__unit_floats(tern_type encoding, const uint8_t *unit, int64_t from, int64_t len, float *b)
+{
+    uint32_t code[TERN__ROWS];
+    int64_t i, j;
+    int32_t r, trit[TERN__ROWS];
+    for (j = 0; j < 4; j++) {
+        for (r = 0; r < TERN__ROWS; r++) code[r] = unit[4 * r + j];
+        for (i = j; i < from + len; i += 4) {
+            float *to = b + (i - from) * TERN__LANES;
+            if (encoding == TERN_BASE3)
+                for (r = 0; r < TERN__ROWS; r++) {
+                    const uint32_t third = code[r] * 171 >> 9; /* code / 3 for bytes */
+                    trit[r] = (int32_t)(code[r] - 3 * third) - 1;
+                    code[r] = third;
+                }
+            else
+                for (r = 0; r < TERN__ROWS; r++) {
+                    trit[r] = (int32_t)(code[r] & 3) - 1;
+                    code[r] >>= 2;
+                }
+            for (r = 0; i >= from && r < TERN__ROWS; r++) to[r] = (float)trit[r];
+        }
+    }
+}
+
+/* Columns [col, col + len) of one group, for rows [row, row + 32) as far as there are panels. */
+static void tern__panels_floats(const tern_matrix *m, const tern__shape *s, int64_t row, int64_t col, int64_t len, float *b)
+{
+    const int64_t g = col / s->group, first = g * s->group_units * s->unit + col - g * s->group;
+    const int64_t last = tern__min(s->panels, row / TERN__ROWS + TERN__LANES / TERN__ROWS);
+    int64_t panel, at, n;
+    for (panel = row / TERN__ROWS; panel < last; panel++, b += TERN__ROWS)
+        for (at = first; at < first + len; at += n) {
+            n = tern__min(s->unit - at % s->unit, first + len - at);
+            tern__unit_floats(m->encoding, (const uint8_t *)m->trits + panel * s->panel_bytes + at / s->unit * TERN__UNIT, at % s->unit, n, b + (at - first) * TERN__LANES);
+        }
+}
+
 /* Rows [k0, k0 + len) and columns [n0, n0 + lanes) of the right operand; the other lanes are zero. */
 static void tern__gemm_fill(const tern__gemm *g, const tern__shape *s, int64_t k0, int64_t len, int64_t n0, int64_t lanes, float *b)
 {
@@ -2481,10 +2528,7 @@ static void tern__gemm_fill(const tern__gemm *g, const tern__shape *s, int64_t k
         break;
     }
     case TERN__B_TRITS:
-        for (l = 0; l < lanes; l++) {
-            tern__unpack_range(g->w, s, n0 + l, k0, len, t);
-            for (j = 0; j < len; j++) b[j * TERN__LANES + l] = (float)t[j];
-        }
+        tern__panels_floats(g->w, s, n0, k0, len, b);
         break;
     case TERN__B_WEIGHTS:
         for (j = 0; j < len; j++, b += TERN__LANES) {
@@ -2509,6 +2553,22 @@ static void tern__gemm_fill(const tern__gemm *g, const tern__shape *s, int64_t k
         }
         break;
     }
+}
+
+/* A finished row of a block: c = sum, or c + sum, after the columns' scales. Constant trip counts, so that
+   compilers vectorise at -O2. */
+static void tern__gemm_store(const float *sum, const float *scale, int32_t add, int64_t lanes, float *c)
+{
+    const size_t bytes = sizeof(float) * (size_t)lanes;
+    float v[TERN__LANES], old[TERN__LANES] = {0};
+    int32_t l;
+    memcpy(v, sum, sizeof v);
+    if (scale) for (l = 0; l < TERN__LANES; l++) v[l] = v[l] * scale[l];
+    if (add) {
+        memcpy(old, c, bytes);
+        for (l = 0; l < TERN__LANES; l++) v[l] = old[l] + v[l];
+    }
+    memcpy(c, v, bytes);
 }
 
 /* One block of up to 192 rows by 32 columns. Sums run in order within segments of 2048 terms; segment
@@ -2537,14 +2597,11 @@ static void tern__gemm_block(const tern__kernels *k, const tern__gemm *g, int64_
                 sum = whole;
             }
         }
-        for (l = 0; scaled && l < lanes; l++)
-            scale[l] = tern__load_scale(g->w->scale_type, g->w->scales, tern__scale_index(g->w, &s, n0 + l, run));
+        for (l = 0; scaled && l < TERN__LANES; l++)
+            scale[l] = l < lanes ? tern__load_scale(g->w->scale_type, g->w->scales, tern__scale_index(g->w, &s, n0 + l, run)) : 0.0f;
         for (i = 0; i < rows; i++) {
             float *c = g->c + (m0 + i) * g->c_row + n0;
-            for (l = 0; l < lanes; l++) {
-                const float v = scaled ? sum[i * TERN__LANES + l] * scale[l] : sum[i * TERN__LANES + l];
-                c[l] = g->add || run > 0 ? c[l] + v : v;
-            }
+            tern__gemm_store(sum + i * TERN__LANES, scaled ? scale : NULL, g->add || run > 0, lanes, c);
             for (l = 0; g->bias && run == runs - 1 && l < lanes; l++) c[l] = c[l] + g->bias[n0 + l];
         }
     }
@@ -4354,13 +4411,6 @@ static const char *const tern__rule_names[] = {"absmean", "absmean_sigma", "twn"
 
 static int64_t tern__max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-#define TERN__FNV_START UINT64_C(14695981039346656037)
-static uint64_t tern__fnv(uint64_t hash, const uint8_t *p, size_t bytes)
-{
-    while (bytes--) hash = (hash ^ *p++) * UINT64_C(1099511628211);
-    return hash;
-}
-
 static void tern__put_number(uint8_t *p, uint64_t value, int32_t bytes)
 {
     for (; bytes--; value >>= 8) *p++ = (uint8_t)value;
@@ -5247,6 +5297,196 @@ TERN_API tern_result tern_model_load_file(tern_context *c, const tern_model *m, 
 }
 #endif
 #endif
+
+/* ------------------------------------------------------------------------------------------------
+   [TERN-22] Self-test
+   What enters: a context. What leaves: whether its backend gives the known answers: hashes of outputs
+   that are the same on every machine. Public operations and tern_copy alone touch backend memory.
+   ------------------------------------------------------------------------------------------------ */
+
+/* In the order in which one piece builds on another, so that the first wrong one is the broken one. */
+#define TERN__PIECES(X)                                              \
+    X(FILL,         "fill",            UINT64_C(0xCD73352ED3E4DD81)) \
+    X(CAST,         "cast",            UINT64_C(0xE5AD0B5D20DF9A04)) \
+    X(TERNARIZE,    "ternarize",       UINT64_C(0xE0469B57C14F6A21)) \
+    X(QUANTIZE,     "quantize",        UINT64_C(0x9A307885FD034A35)) \
+    X(MATMUL_INT8,  "int8 matmul",     UINT64_C(0x629F5B489F579095)) \
+    X(MATMUL_FLOAT, "float matmul",    UINT64_C(0x90C5273758ED88D5)) \
+    X(MAP,          "map",             UINT64_C(0x328F73821ACB0094)) \
+    X(NORM,         "norm",            UINT64_C(0x25B9F39C61931E94)) \
+    X(ROPE,         "rope",            UINT64_C(0x52415F1FA35AD563)) \
+    X(ATTENTION,    "attention",       UINT64_C(0xDC20C1B5D5338E86)) \
+    X(LOSS,         "loss",            UINT64_C(0xEB750C2D8F637B5F))
+#define TERN__PIECE(name, text, hash) TERN__PIECE_##name,
+enum { TERN__PIECES(TERN__PIECE) TERN__PIECE_END };
+#undef TERN__PIECE
+
+/* Backend memory in words of 4 bytes, and the hashes so far. */
+enum { TERN__TEST_ROWS = 33, TERN__TEST_COLS = 130, TERN__TEST_TOKENS = 5, TERN__TEST_WORDS = 4352 };
+typedef struct tern__selftest {
+    tern_context *c;
+    float *w, *x, *y, *z;
+    uint64_t hash[TERN__PIECE_END];
+} tern__selftest;
+
+static tern_result tern__selftest_hash(tern__selftest *t, int32_t piece, const void *data, int64_t words)
+{
+    uint32_t word[64];
+    int64_t at, i, n;
+    for (at = 0; at < words; at += n) {
+        n = tern__min(words - at, 64);
+        TERN__TRY(tern_copy(t->c, word, (const float *)data + at, (size_t)n * 4, TERN_TO_HOST));
+        for (i = 0; i < n; i++) {
+            const uint8_t bytes[4] = {(uint8_t)word[i], (uint8_t)(word[i] >> 8), (uint8_t)(word[i] >> 16), (uint8_t)(word[i] >> 24)};
+            t->hash[piece] = tern__fnv(t->hash[piece], bytes, 4);
+        }
+    }
+    return TERN_OK;
+}
+
+/* One encoding and grain: ternarize, quantize and both products. */
+static tern_result tern__selftest_product(tern__selftest *t, tern_type encoding, int32_t grain)
+{
+    tern_ternarize_args w = TERN_ZERO;
+    tern_unpack_args u = TERN_ZERO;
+    tern_quantize_args q = TERN_ZERO;
+    tern_matmul_args a = TERN_ZERO;
+    int64_t stride, groups;
+    w.m.rows = TERN__TEST_ROWS; w.m.cols = TERN__TEST_COLS;
+    w.m.grain = grain;
+    w.m.encoding = encoding;
+    w.m.trits = t->z; w.m.scales = t->z + 1024;
+    w.w = t->w;
+    TERN__TRY(tern_ternarize(t->c, &w));
+    u.m = w.m;
+    u.count = w.m.rows;
+    u.values = t->y;
+    TERN__TRY(tern_unpack(t->c, &u));
+    TERN__TRY(tern__selftest_hash(t, TERN__PIECE_TERNARIZE, t->y, w.m.rows * w.m.cols));
+    TERN__TRY(tern_activation_shape(t->c, &w.m, &stride, &groups));
+    a.m = q.m = w.m;
+    a.n = q.n = TERN__TEST_TOKENS;
+    q.x = t->x;
+    q.norm = TERN_NORM_RMS;
+    q.eps = 1e-6f;
+    q.q = (int8_t *)(t->z + 2048); q.scale = t->z + 3072; q.sum = (int32_t *)(void *)(t->z + 3136);
+    TERN__TRY(tern_quantize(t->c, &q));
+    TERN__TRY(tern__selftest_hash(t, TERN__PIECE_QUANTIZE, q.scale, q.n));
+    TERN__TRY(tern__selftest_hash(t, TERN__PIECE_QUANTIZE, q.sum, q.n * groups));
+    a.q = q.q; a.scale = q.scale; a.sum = q.sum;
+    a.bias = t->w;
+    a.y = t->y;
+    TERN__TRY(tern_matmul(t->c, &a));
+    TERN__TRY(tern__selftest_hash(t, TERN__PIECE_MATMUL_INT8, t->y, a.n * a.m.rows));
+    a.q = NULL;
+    a.x = t->x;
+    TERN__TRY(tern_matmul(t->c, &a));
+    return tern__selftest_hash(t, TERN__PIECE_MATMUL_FLOAT, t->y, a.n * a.m.rows);
+}
+
+/* Through bf16 or f16 and back; a function of every weight. */
+static tern_result tern__selftest_elements(tern__selftest *t, tern_type type, tern_map_fn fn)
+{
+    tern_cast_args a = TERN_ZERO;
+    tern_map_args m = TERN_ZERO;
+    a.count = m.count = TERN__TEST_ROWS * TERN__TEST_COLS;
+    a.to = type;
+    a.src = t->w;
+    a.dst = t->z;
+    TERN__TRY(tern_cast(t->c, &a));
+    a.from = type;
+    a.to = TERN_F32;
+    a.src = t->z;
+    a.dst = t->y;
+    TERN__TRY(tern_cast(t->c, &a));
+    TERN__TRY(tern__selftest_hash(t, TERN__PIECE_CAST, t->y, a.count));
+    m.fn = fn;
+    m.a = t->w;
+    m.y = t->y;
+    TERN__TRY(tern_map(t->c, &m));
+    return tern__selftest_hash(t, TERN__PIECE_MAP, t->y, m.count);
+}
+
+/* w as 33 rows; as 18 tokens of 4 query heads and 2 key heads of 8; as 3 rows of 1100 logits. */
+static tern_result tern__selftest_rows(tern__selftest *t)
+{
+    static const int32_t targets[3] = {0, 1099, 700};
+    tern_norm_args n = TERN_ZERO;
+    tern_rope_args r = TERN_ZERO;
+    tern_attention_args a = TERN_ZERO;
+    tern_loss_args l = TERN_ZERO;
+    n.n = TERN__TEST_ROWS; n.cols = TERN__TEST_COLS;
+    n.x = t->w;
+    n.gain = t->x;
+    n.eps = 1e-6f;
+    n.y = t->y;
+    TERN__TRY(tern_norm(t->c, &n));
+    TERN__TRY(tern__selftest_hash(t, TERN__PIECE_NORM, t->y, n.n * n.cols));
+    r.n = 18;
+    r.heads = 6; r.dim = 8;
+    r.x = t->y;
+    r.stride = 64;
+    r.period = 9;
+    TERN__TRY(tern_rope(t->c, &r));
+    TERN__TRY(tern__selftest_hash(t, TERN__PIECE_ROPE, t->y, r.n * r.stride));
+    a.batch = 2; a.queries = a.keys = 9;
+    a.heads = 4; a.kv_heads = 2; a.dim = 8;
+    a.q = t->w; a.k = t->w + 32; a.v = t->w + 48;
+    a.q_stride = a.k_stride = a.v_stride = 64;
+    a.y = t->y; a.p = t->z;
+    TERN__TRY(tern_attention(t->c, &a));
+    TERN__TRY(tern__selftest_hash(t, TERN__PIECE_ATTENTION, t->y, 2 * 9 * 32));
+    l.n = 3; l.classes = 1100;
+    l.logits = t->w;
+    l.targets = (int32_t *)(void *)(t->z + 64);
+    l.losses = t->z;
+    l.dlogits = t->y;
+    l.scale = 0.25f;
+    TERN__TRY(tern_copy(t->c, t->z + 64, targets, sizeof targets, TERN_TO_DEVICE));
+    TERN__TRY(tern_loss(t->c, &l));
+    TERN__TRY(tern__selftest_hash(t, TERN__PIECE_LOSS, l.losses, l.n));
+    return tern__selftest_hash(t, TERN__PIECE_LOSS, t->y, l.n * l.classes);
+}
+
+static tern_result tern__selftest_run(tern__selftest *t)
+{
+    static const int32_t grain[3] = {TERN_PER_TENSOR, TERN_PER_ROW, 50};
+    tern_fill_args f = TERN_ZERO;
+    int32_t i;
+    f.count = 2 * TERN__TEST_WORDS; /* w and x */
+    f.x = t->w;
+    f.deviation = 1.0f;
+    f.seed = 22;
+    TERN__TRY(tern_fill(t->c, &f));
+    TERN__TRY(tern__selftest_hash(t, TERN__PIECE_FILL, t->w, f.count));
+    TERN__TRY(tern__selftest_elements(t, TERN_BF16, TERN_MAP_SILU));
+    TERN__TRY(tern__selftest_elements(t, TERN_F16, TERN_MAP_GELU));
+    for (i = 0; i < 6; i++) TERN__TRY(tern__selftest_product(t, i & 1 ? TERN_BASE3 : TERN_2BIT, grain[i / 2]));
+    return tern__selftest_rows(t);
+}
+
+TERN_API tern_result tern_selftest(tern_context *c)
+{
+#define TERN__PIECE(name, text, hash) {text, hash},
+    static const struct { const char *text; uint64_t hash; } known[TERN__PIECE_END] = {TERN__PIECES(TERN__PIECE)};
+#undef TERN__PIECE
+    tern__selftest t;
+    tern_result result;
+    int32_t i;
+    if (!c) return TERN_E_ARGUMENT;
+    t.c = c;
+    t.w = (float *)tern_alloc(c, 4 * TERN__TEST_WORDS * sizeof(float));
+    TERN__REQUIRE(&c->run, t.w, TERN_E_MEMORY, "selftest: no memory for %d bytes", (int64_t)(4 * TERN__TEST_WORDS * sizeof(float)));
+    t.x = t.w + TERN__TEST_WORDS;
+    t.y = t.x + TERN__TEST_WORDS;
+    t.z = t.y + TERN__TEST_WORDS;
+    for (i = 0; i < TERN__PIECE_END; i++) t.hash[i] = TERN__FNV_START;
+    result = tern__selftest_run(&t);
+    tern_free(c, t.w);
+    for (i = 0; result == TERN_OK && i < TERN__PIECE_END; i++)
+        if (t.hash[i] != known[i].hash) result = tern__set_error(&c->run.error, TERN_E_SELFTEST, "selftest: %s does not give the known answer on %s", known[i].text, c->run.backend->name);
+    return result;
+}
 
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT DEFAULT

@@ -14,7 +14,8 @@
     X(activations) \
     X(kernels)    \
     X(backends)   \
-    X(files)
+    X(files)      \
+    X(selftest)
 
 #define SUITE(name) static void suite_##name(void);
 SUITES(SUITE)
@@ -29,6 +30,7 @@ SUITES(SUITE)
 #include "10_kernels.c"
 #include "14_backends.c"
 #include "21_files.c"
+#include "22_selftest.c"
 
 int main(int argc, char **argv)
 {
