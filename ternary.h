@@ -1001,14 +1001,19 @@ static int64_t tern__type_bytes(tern_type type)
     }
 }
 
-TERN_API const tern_error *tern_last_error(const tern_context *c) { return &c->run.error; }
-TERN_API const char *tern_backend_name(const tern_context *c) { return c->run.backend->name; }
+TERN_API const tern_error *tern_last_error(const tern_context *c)
+{
+    static const tern_error no_context = {TERN_E_ARGUMENT, "the context is NULL"};
+    return c ? &c->run.error : &no_context;
+}
+TERN_API const char *tern_backend_name(const tern_context *c) { return c ? c->run.backend->name : "none"; }
 
-TERN_API void *tern_alloc(tern_context *c, size_t bytes) { return c->run.backend->alloc(&c->run, bytes); }
-TERN_API void tern_free(tern_context *c, void *p) { if (p) c->run.backend->free(&c->run, p); }
+TERN_API void *tern_alloc(tern_context *c, size_t bytes) { return c ? c->run.backend->alloc(&c->run, bytes) : NULL; }
+TERN_API void tern_free(tern_context *c, void *p) { if (c && p) c->run.backend->free(&c->run, p); }
 
 TERN_API tern_result tern_copy(tern_context *c, void *dst, const void *src, size_t bytes, tern_direction direction)
 {
+    if (!c) return TERN_E_ARGUMENT;
     if (bytes == 0) return TERN_OK;
     TERN__REQUIRE(&c->run, dst && src, TERN_E_ARGUMENT, "copy: dst or src is NULL");
     return c->run.backend->copy(&c->run, dst, src, bytes, direction);
@@ -1017,7 +1022,9 @@ TERN_API tern_result tern_copy(tern_context *c, void *dst, const void *src, size
 TERN_API tern_result tern_reserve(tern_context *c, size_t bytes)
 {
     void *p;
+    if (!c) return TERN_E_ARGUMENT;
     if (bytes <= c->scratch_bytes) return TERN_OK;
+    TERN__REQUIRE(&c->run, bytes <= (size_t)PTRDIFF_MAX, TERN_E_OVERFLOW, "reserve: %s", tern_result_text(TERN_E_OVERFLOW));
     p = tern_alloc(c, bytes);
     TERN__REQUIRE(&c->run, p, TERN_E_MEMORY, "reserve: no memory for %d bytes of scratch", (int64_t)bytes);
     tern_free(c, c->scratch);
@@ -3359,6 +3366,7 @@ TERN_API void tern_close(tern_context *c)
 TERN_API tern_result tern_sync(tern_context *c)
 {
     tern_result result;
+    if (!c) return TERN_E_ARGUMENT;
     TERN__TRY(c->run.backend->sync(&c->run));
     result = c->run.fault.code;
     if (result != TERN_OK) c->run.error = c->run.fault;
