@@ -3917,6 +3917,7 @@ typedef struct tern__row { int8_t *trits; float *values, *scales, *shadow; void 
 static tern_result tern__row_open(tern_context *c, const tern_param *p, tern__row *row)
 {
     const size_t cols = (size_t)p->cols;
+    memset(row, 0, sizeof *row); /* gcc -O3 does not see that a failure returns */
     row->memory = tern__host_alloc(&c->run.allocator, cols * (3 * sizeof(float) + 1));
     TERN__REQUIRE(&c->run, row->memory, TERN_E_MEMORY, "%s: no memory for a row", p->name);
     row->values = (float *)row->memory;
