@@ -694,7 +694,7 @@ TERN_API tern_result tern_selftest(tern_context *c);
     (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0)
 #error "ternary.h: fast-math breaks equal bits; compile without it or define TERNARY_ACCEPT_FAST_MATH"
 #endif
-#if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD != 0
+#if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16 /* 16: as 0, with a native _Float16 */
 #error "ternary.h: floats are evaluated in a wider type (x87, s390x); use -msse2 -mfpmath=sse, -std=gnu99 or define TERNARY_ACCEPT_FAST_MATH"
 #endif
 #endif
@@ -2502,7 +2502,8 @@ static void tern__unit_floats(tern_type encoding, const uint8_t *unit, int64_t f
                     trit[r] = (int32_t)(code[r] & 3) - 1;
                     code[r] >>= 2;
                 }
-            for (r = 0; i >= from && r < TERN__ROWS; r++) to[r] = (float)trit[r];
+            if (i < from) continue;
+            for (r = 0; r < TERN__ROWS; r++) to[r] = (float)trit[r];
         }
     }
 }
