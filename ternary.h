@@ -4127,7 +4127,7 @@ TERN_API tern_result tern_linear_need(tern_context *c, const tern_linear *l, int
 
 static tern_result tern__need_scratch(tern_context *c, const tern_linear *l, int64_t n)
 {
-    tern_need need;
+    tern_need need = TERN_ZERO;
     TERN__TRY(tern_linear_need(c, l, n, &need));
     TERN__REQUIRE(&c->run, need.scratch <= c->scratch_bytes, TERN_E_SCRATCH, "%s: %d tokens need %d bytes of scratch, %d are reserved", l->w->name, n, (int64_t)need.scratch, (int64_t)c->scratch_bytes);
     c->scratch_used = 0;

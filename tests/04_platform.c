@@ -187,7 +187,7 @@ enum { PLATFORM_ROWS = 49, PLATFORM_COLS = 130, PLATFORM_TOKENS = 9, PLATFORM_OU
 static void platform_ternarize(tern_context *c, const float *w, tern_matrix *m, int32_t grain, uint64_t *h)
 {
     tern_ternarize_args a = TERN_ZERO;
-    size_t trits, scales;
+    size_t trits = 0, scales = 0;
     m->rows = PLATFORM_ROWS;
     m->cols = PLATFORM_COLS;
     m->grain = grain;
@@ -209,7 +209,7 @@ static void platform_outputs(tern_context *c, float scale, uint64_t mode, uint64
     float *w, *x, *y, activation_scale[PLATFORM_TOKENS];
     int8_t *q;
     int32_t sums[PLATFORM_TOKENS * 16], i;
-    int64_t stride, groups;
+    int64_t stride = 0, groups = 0;
     for (i = 0; i < PLATFORM_OUTPUTS; i++) h[i] = TEST_HASH;
     test_seed = 7;
     w = test_floats(N);

@@ -130,7 +130,7 @@ static void test_memory_reserve(void)
     CHECK_FAILS(t.c, tern_reserve(t.c, 5000000), TERN_E_MEMORY, "no memory for 5000000 bytes");
     CHECK(t.c->scratch_bytes >= had + 1 && t.c->scratch && test_blocks == blocks, "a failure keeps the old scratch");
     memset(t.c->scratch, 1, t.c->scratch_bytes);
-    CHECK_FAILS(t.c, tern_reserve(t.c, SIZE_MAX), TERN_E_MEMORY, "no memory");
+    CHECK_FAILS(t.c, tern_reserve(t.c, SIZE_MAX), TERN_E_OVERFLOW, "overflows");
     test_close(&t);
 }
 

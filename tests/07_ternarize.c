@@ -295,7 +295,7 @@ static void test_ternarize_refuses_what_is_not_finite(void)
                     tern_matrix m = ternarize_matrix(t.c, ROWS, COLS, grains[g], TERN_2BIT, TERN_F32);
                     float *w = test_floats(ROWS * COLS);
                     void *stored;
-                    size_t trits, scales, i, written = 0;
+                    size_t trits = 0, scales = 0, i, written = 0;
                     char place[64];
                     CHECK_OK(t.c, tern_matrix_bytes(t.c, &m, &trits, &scales));
                     memset(m.trits, 0xA5, trits);

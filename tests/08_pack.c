@@ -93,7 +93,7 @@ static void test_pack_bits_per_weight(void)
     int i;
     for (i = 0; i < 5; i++) {
         tern_matrix m = TERN_ZERO;
-        size_t trits, scales;
+        size_t trits = 0, scales = 0;
         m.rows = 64;
         m.cols = 2560;
         m.grain = wanted[i].grain;
@@ -161,7 +161,7 @@ static void test_pack_refuses_invalid_codes(void)
         int8_t *trits = pack_trits(&cases[n]), got[18 * 21], untouched[18 * 21];
         float values[18 * 21];
         tern_unpack_args a = TERN_ZERO;
-        size_t bytes, scales, i;
+        size_t bytes = 0, scales = 0, i;
         pack_matrix(t.c, &cases[n], trits, &a.m);
         CHECK_OK(t.c, tern_matrix_bytes(t.c, &a.m, &bytes, &scales));
         memset(untouched, 77, sizeof untouched);
@@ -204,7 +204,7 @@ static void test_pack_refuses_what_is_not_a_trit(void)
     test_context t = test_open(TERN_ISA_BEST, 3);
     int8_t *trits = pack_trits(&p);
     tern_pack_args a = TERN_ZERO;
-    size_t bytes, scales, i, written;
+    size_t bytes = 0, scales = 0, i, written;
     int b, n;
     pack_matrix(t.c, &p, trits, &a.m);
     a.trits = trits;
