@@ -304,10 +304,10 @@ TERN_API tern_result tern_activation_shape(tern_context *c, const tern_matrix *m
 
    tern_NAME(context, &args) checks the arguments and runs the operation on the context's backend.
    Every operation overwrites its output unless it says "adds". Inputs and outputs must not overlap
-   unless it says so. n counts tokens; float buffers are float32, row-major, contiguous. */
+   unless it says so. n counts tokens, at least 1; float buffers are float32, row-major, contiguous. */
 
-/* [rows, cols] floats -> trits and scales. Non-finite weights are refused (TERN_E_NONFINITE) and
-   nothing is written. An all-zero grain has scale 0. algorithms: see tern_rule. */
+/* [rows, cols] floats -> trits and scales. Weights that are NaN, infinite or 2^96 and above are refused
+   (TERN_E_NONFINITE) and nothing is written. An all-zero grain has scale 0. algorithms: see tern_rule. */
 typedef struct tern_ternarize_args {
     tern_matrix m;
     tern_rule rule; /* ABSMEAN, ABSMEAN_SIGMA or TWN; GIVEN: m.scales hold the scales, trits as ABSMEAN */
@@ -540,8 +540,8 @@ typedef struct tern_param {
     tern_buffer buffer[TERN_BUFFERS];
 } tern_param;
 
-/* Allocates the buffers in the mask that are absent (a dense parameter ignores TRITS and SCALES). All or
-   nothing. tern_param_free frees or detaches those in the mask: freeze is tern_param_free(c, p,
+/* Allocates the buffers in the mask that are absent. A dense parameter ignores TRITS and SCALES: its values
+   are 1 << TERN_SHADOW, for inference too. All or nothing. tern_param_free frees or detaches those in the mask: freeze is tern_param_free(c, p,
    TERN_FOR_TRAINING) (a dense parameter keeps its values). */
 TERN_API tern_result tern_param_alloc(tern_context *c, tern_param *p, int32_t mask);
 TERN_API void tern_param_free(tern_context *c, tern_param *p, int32_t mask);
@@ -575,7 +575,8 @@ TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern
 
 /* -- layers ([TERN-15], [TERN-16]) -- */
 
-typedef struct tern_need { size_t saved, scratch; } tern_need; /* bytes: caller's `saved`, and for tern_reserve */
+/* In bytes: the caller's `saved`, and for tern_reserve. Asks for a layer whose parameters are allocated. */
+typedef struct tern_need { size_t saved, scratch; } tern_need;
 
 /* BitLinear: y = q(norm(x)) W^T * scales + bias. w may be dense. */
 typedef struct tern_linear {
@@ -893,7 +894,6 @@ TERN_API void tern_pool_destroy(tern_pool *pool)
 
 struct tern_context {
     tern_run run;
-    void *memory;             /* the allocation this struct lies in */
     unsigned char *scratch;   /* backend memory */
     size_t scratch_bytes, scratch_used;
 };
@@ -5280,7 +5280,7 @@ TERN_API tern_result tern_model_save_file(tern_context *c, const tern_model *m, 
 static tern_result tern__read_file(tern_context *c, const char *path, FILE *file, void **bytes, size_t *size)
 {
     long end = -1;
-    if (fseek(file, 0, SEEK_END) == 0) end = ftell(file);
+    if (!(fgetc(file) == EOF && ferror(file)) && fseek(file, 0, SEEK_END) == 0) end = ftell(file); /* a directory opens, but cannot be read */
     TERN__REQUIRE(&c->run, end >= 0 && fseek(file, 0, SEEK_SET) == 0, TERN_E_IO, "cannot read %s", path);
     *size = (size_t)end;
     *bytes = tern__host_alloc(&c->run.allocator, *size);
