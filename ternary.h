@@ -3688,9 +3688,22 @@ TERN_API tern_matrix tern_param_matrix(const tern_param *p)
     return m;
 }
 
+static const char *const tern__buffer_names[TERN_BUFFERS] = {"trits", "scales", "shadow", "gradient", "first moment", "second moment"};
+
+/* The type that a buffer is read as. */
+static tern_type tern__buffer_type(const tern_param *p, int32_t which)
+{
+    const tern_matrix m = tern_param_matrix(p);
+    if (which == TERN_TRITS) return m.encoding;
+    if (which == TERN_SCALES) return m.scale_type;
+    if (which == TERN_SHADOW && p->buffer[which].type == TERN_BF16) return TERN_BF16;
+    return TERN_F32;
+}
+
 static tern_result tern__check_param(tern_context *c, const tern_param *p)
 {
     tern_run *r;
+    int32_t i;
     if (!c) return TERN_E_ARGUMENT;
     r = &c->run;
     TERN__REQUIRE(r, p, TERN_E_ARGUMENT, "a parameter is NULL");
@@ -3704,16 +3717,18 @@ static tern_result tern__check_param(tern_context *c, const tern_param *p)
         const tern_matrix m = tern_param_matrix(p);
         TERN__TRY(tern__check_matrix(r, p->name, &m));
     }
+    for (i = 0; i < TERN_BUFFERS; i++)
+        TERN__REQUIRE(r, p->buffer[i].type == TERN_TYPE_DEFAULT || p->buffer[i].type == tern__buffer_type(p, i), TERN_E_ARGUMENT, "%s: %s of type %d cannot be used", p->name, tern__buffer_names[i], (int64_t)p->buffer[i].type);
     return TERN_OK;
 }
 
-/* Fails where a buffer is absent or has fewer elements than the parameter. */
+/* Fails where a buffer is absent, misaligned or has fewer elements than the parameter. */
 static tern_result tern__check_buffer(tern_context *c, const tern_param *p, int32_t which, int64_t count)
 {
-    static const char *const names[TERN_BUFFERS] = {"trits", "scales", "shadow", "gradient", "first moment", "second moment"};
-    TERN__REQUIRE(&c->run, p->buffer[which].data, TERN_E_MISSING, "%s has no %s", p->name, names[which]);
-    TERN__REQUIRE(&c->run, p->buffer[which].count >= (size_t)count, TERN_E_SHAPE, "%s: its %s has %d elements of %d", p->name, names[which], (int64_t)p->buffer[which].count, count);
-    return TERN_OK;
+    const char *name = tern__buffer_names[which];
+    TERN__REQUIRE(&c->run, p->buffer[which].data, TERN_E_MISSING, "%s has no %s", p->name, name);
+    TERN__REQUIRE(&c->run, p->buffer[which].count >= (size_t)count, TERN_E_SHAPE, "%s: its %s has %d elements of %d", p->name, name, (int64_t)p->buffer[which].count, count);
+    return tern__check_pointer(&c->run, p->name, name, p->buffer[which].data, tern__type_bytes(tern__buffer_type(p, which)));
 }
 
 /* Elements a buffer of this parameter has. */
@@ -3735,15 +3750,6 @@ static tern_result tern__check_ready(tern_context *c, const tern_param *p)
 }
 
 static float *tern__floats(const tern_param *p, int32_t which) { return p ? (float *)p->buffer[which].data : NULL; }
-
-static tern_type tern__buffer_type(const tern_param *p, int32_t which)
-{
-    const tern_matrix m = tern_param_matrix(p);
-    if (which == TERN_TRITS) return m.encoding;
-    if (which == TERN_SCALES) return m.scale_type;
-    if (which == TERN_SHADOW && p->buffer[which].type == TERN_BF16) return TERN_BF16;
-    return TERN_F32;
-}
 
 TERN_API tern_result tern_param_alloc(tern_context *c, tern_param *p, int32_t mask)
 {
@@ -3840,6 +3846,29 @@ static tern_result tern__upload_scales(tern_context *c, const tern_param *p, con
     return tern_copy(c, m.scales, ordered, (size_t)(s.scales * tern__type_bytes(m.scale_type)), TERN_TO_DEVICE);
 }
 
+/* The shadow becomes trit times scale; staging holds a row of floats. */
+static tern_result tern__shadow_from_packed(tern_context *c, const tern_param *p, float *staging)
+{
+    const tern_type type = tern__buffer_type(p, TERN_SHADOW);
+    tern_unpack_args u;
+    tern_cast_args a;
+    memset(&u, 0, sizeof u);
+    u.m = tern_param_matrix(p);
+    u.count = 1;
+    u.values = staging;
+    memset(&a, 0, sizeof a);
+    a.count = p->cols;
+    a.from = TERN_F32;
+    a.to = type;
+    a.src = staging;
+    for (; u.row < p->rows; u.row++) {
+        a.dst = (uint8_t *)p->buffer[TERN_SHADOW].data + u.row * p->cols * tern__type_bytes(type);
+        TERN__TRY(tern_unpack(c, &u));
+        TERN__TRY(tern_cast(c, &a));
+    }
+    return TERN_OK;
+}
+
 TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_t *trits, const float *scales)
 {
     tern_result result = TERN_OK;
@@ -3853,6 +3882,7 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
     r = &c->run;
     TERN__REQUIRE(r, p->rule != TERN_DENSE, TERN_E_ARGUMENT, "%s is dense and takes no trits", p->name);
     TERN__REQUIRE(r, trits && scales, TERN_E_ARGUMENT, "%s: trits or scales are NULL", p->name);
+    if (p->buffer[TERN_SHADOW].data) TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
     m = tern_param_matrix(p);
     s = tern__shape_of(&m);
     stored = m.grain == TERN_PER_TENSOR ? 1 : m.rows * s.groups;
@@ -3868,6 +3898,7 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
     for (panel = 0; result == TERN_OK && panel < s.panels; panel++)
         result = tern__upload_panel(c, p, panel, trits + panel * TERN__ROWS * m.cols, staging);
     if (result == TERN_OK) result = tern__upload_scales(c, p, scales, ordered);
+    if (result == TERN_OK && p->buffer[TERN_SHADOW].data) result = tern__shadow_from_packed(c, p, (float *)(void *)staging);
     if (staging) tern_free(c, staging);
     tern__host_free(&r->allocator, ordered);
     return result;
@@ -4014,7 +4045,7 @@ TERN_API tern_result tern_param_verify(tern_context *c, const tern_param *p, con
             const float error = tern__abs(values[i * p->cols + j] - row.values[j]);
             if (error == 0.0f) continue;
             if (v.wrong++ == 0) v.first_wrong = i * p->cols + j;
-            if (!(error <= v.max_error)) v.max_error = error; /* a NaN stays */
+            if (v.max_error == v.max_error && !(error <= v.max_error)) v.max_error = error; /* a NaN stays */
         }
     }
     tern__host_free(&c->run.allocator, row.memory);
@@ -4260,6 +4291,8 @@ TERN_API tern_result tern_linear_backward(tern_context *c, const tern_linear *l,
     if (dx) TERN__TRY(tern__check_pointer(&c->run, l->w->name, "dx", dx, 4));
     if (tern__kept_at(l, n, NULL).bytes) TERN__TRY(tern__check_pointer(&c->run, l->w->name, "saved", saved, 4));
     if (tern__floats(l->w, TERN_GRAD)) TERN__TRY(tern__check_buffer(c, l->w, TERN_GRAD, l->w->rows * l->w->cols));
+    if (tern__floats(l->bias, TERN_GRAD)) TERN__TRY(tern__check_buffer(c, l->bias, TERN_GRAD, l->w->rows));
+    if (tern__floats(l->gain, TERN_GRAD)) TERN__TRY(tern__check_buffer(c, l->gain, TERN_GRAD, l->w->cols));
     kept = tern__kept_at(l, n, (void *)(uintptr_t)saved);
     TERN__TRY(tern__linear_dw(c, l, n, x, &kept, dy));
     dgain = tern__floats(l->gain, TERN_GRAD);
@@ -4282,7 +4315,8 @@ TERN_API tern_result tern_linear_backward(tern_context *c, const tern_linear *l,
 TERN_API tern_result tern_embedding_forward(tern_context *c, const tern_embedding *e, int64_t n, const int32_t *ids, float *y)
 {
     tern_gather_args a;
-    if (!c || !e) return TERN_E_ARGUMENT;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__REQUIRE(&c->run, e, TERN_E_ARGUMENT, "embedding: the embedding is NULL");
     TERN__TRY(tern__check_ready(c, e->w));
     a.m = tern_param_matrix(e->w);
     if (e->w->rule == TERN_DENSE) a.m.trits = NULL;
@@ -4297,7 +4331,8 @@ TERN_API tern_result tern_embedding_forward(tern_context *c, const tern_embeddin
 TERN_API tern_result tern_embedding_backward(tern_context *c, const tern_embedding *e, int64_t n, const int32_t *ids, const float *dy)
 {
     tern_scatter_args a;
-    if (!c || !e) return TERN_E_ARGUMENT;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__REQUIRE(&c->run, e, TERN_E_ARGUMENT, "embedding: the embedding is NULL");
     TERN__TRY(tern__check_ready(c, e->w));
     if (!e->w->buffer[TERN_GRAD].data) return TERN_OK;
     TERN__TRY(tern__check_buffer(c, e->w, TERN_GRAD, e->w->rows * e->w->cols));

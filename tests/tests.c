@@ -14,6 +14,8 @@
     X(activations) \
     X(kernels)    \
     X(backends)   \
+    X(bitlinear)  \
+    X(embedding)  \
     X(files)      \
     X(selftest)
 
@@ -29,6 +31,8 @@ SUITES(SUITE)
 #include "09_activations.c"
 #include "10_kernels.c"
 #include "14_backends.c"
+#include "15_bitlinear.c"
+#include "16_embedding.c"
 #include "21_files.c"
 #include "22_selftest.c"
 

@@ -1,0 +1,736 @@
+/* Room 15, parameters and BitLinear. */
+
+static tern_param param_of(const char *name, int64_t rows, int64_t cols, tern_rule rule, int32_t grain)
+{
+    tern_param p = TERN_ZERO;
+    strcpy(p.name, name);
+    p.rows = rows; p.cols = cols;
+    p.rule = rule;
+    p.grain = grain;
+    return p;
+}
+
+static void set_random(tern_context *c, tern_param *p)
+{
+    int64_t i;
+    float *w = (float *)malloc((size_t)(p->rows * p->cols) * 4);
+    for (i = 0; i < p->rows * p->cols; i++) w[i] = test_float();
+    CHECK_OK(c, tern_param_set(c, p, TERN_F32, w));
+    free(w);
+}
+
+/* -- parameters -- */
+
+static void test_param_buffers(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_param p = param_of("w", 17, 50, TERN_ABSMEAN, 20), d = param_of("gain", 1, 50, TERN_DENSE, 0);
+    tern_matrix m;
+    size_t trits = 0, scales = 0;
+    const long before = test_blocks;
+    p.buffer[TERN_SHADOW].type = TERN_BF16;
+    p.buffer[TERN_SCALES].type = TERN_POW2;
+    p.buffer[TERN_TRITS].type = TERN_BASE3;
+    CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_ADAMW));
+    m = tern_param_matrix(&p);
+    CHECK_OK(t.c, tern_matrix_bytes(t.c, &m, &trits, &scales));
+    CHECK(m.encoding == TERN_BASE3 && m.scale_type == TERN_POW2 && m.rows == 17 && m.cols == 50 && m.grain == 20, "the matrix differs from the parameter");
+    CHECK(p.buffer[TERN_TRITS].count == trits && p.buffer[TERN_SCALES].count == scales && p.buffer[TERN_SHADOW].count == 850 && p.buffer[TERN_GRAD].count == 850, "counts");
+    CHECK(p.buffer[TERN_SHADOW].type == TERN_BF16 && p.buffer[TERN_MOMENT2].type == TERN_F32, "types");
+    CHECK(test_blocks == before + 6, "%ld allocations for 6 buffers", test_blocks - before);
+    CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_ADAMW));
+    CHECK(test_blocks == before + 6, "what is there is not allocated again");
+    tern_param_free(t.c, &p, TERN_FOR_TRAINING);
+    CHECK(test_blocks == before + 2 && p.buffer[TERN_TRITS].data && p.buffer[TERN_SCALES].data && !p.buffer[TERN_SHADOW].data, "frozen is trits and scales");
+    tern_param_free(t.c, &p, -1);
+    CHECK_OK(t.c, tern_param_alloc(t.c, &d, TERN_FOR_ADAMW));
+    CHECK(test_blocks == before + 4 && !d.buffer[TERN_TRITS].data && !d.buffer[TERN_SCALES].data, "a dense parameter has no trits");
+    tern_param_free(t.c, &d, TERN_FOR_TRAINING);
+    CHECK(test_blocks == before + 1 && d.buffer[TERN_SHADOW].data, "frozen dense values stay");
+    tern_param_free(t.c, &d, -1);
+    CHECK(test_blocks == before, "%ld left", test_blocks - before);
+    test_close(&t);
+}
+
+/* Each allocation failed in turn: an error with the bytes, and nothing kept of what came before it. */
+static void test_param_out_of_memory(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    int i;
+    for (i = 0; i < 6; i++) {
+        tern_param p = param_of("w", 3, 5, TERN_ABSMEAN, TERN_PER_ROW);
+        const long before = test_blocks;
+        int b;
+        test_fail_at = test_allocations + i;
+        CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, TERN_FOR_ADAMW), TERN_E_MEMORY, "w: no memory for ");
+        test_fail_at = -1;
+        CHECK(test_blocks == before, "allocation %d: %ld kept", i, test_blocks - before);
+        for (b = 0; b < TERN_BUFFERS; b++) CHECK(!p.buffer[b].data && !p.buffer[b].owned, "allocation %d: buffer %d stayed", i, b);
+    }
+    test_close(&t);
+}
+
+static void test_param_refusals(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_param p = param_of("w", 3, 5, TERN_ABSMEAN, TERN_PER_ROW), bad;
+    tern_param gain = param_of("gain", 1, 5, TERN_DENSE, 0);
+    const float w[15] = {1.0f};
+    const int8_t trits[15] = {1};
+    const float scales[3] = {1.0f, 1.0f, 1.0f};
+    int8_t row[5];
+    tern_stats stats;
+    tern_verdict verdict;
+    tern_audit audit;
+    tern_model m = TERN_ZERO;
+    CHECK(tern_param_alloc(NULL, &p, 1) == TERN_E_ARGUMENT && tern_param_set(NULL, &p, TERN_F32, w) == TERN_E_ARGUMENT, "no context");
+    CHECK_FAILS(t.c, tern_param_alloc(t.c, NULL, 1), TERN_E_ARGUMENT, "a parameter is NULL");
+    bad = p; memset(bad.name, 'x', sizeof bad.name); CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "name is not terminated");
+    bad = p; bad.rule = (tern_rule)9; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "w: rule 9");
+    bad = p; bad.rows = 0; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_SHAPE, "w: matrix is 0 x 5");
+    bad = p; bad.cols = 300000; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_SHAPE, "w: K = 300000 exceeds 262144");
+    bad = p; bad.rows = INT64_MAX / 2; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_OVERFLOW, "overflows");
+    bad = p; bad.grain = -3; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "grain -3");
+    bad = gain; bad.cols = 0; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_SHAPE, "gain: 1 x 0");
+    bad = gain; bad.rows = INT64_MAX / 2; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_OVERFLOW, "overflows");
+    bad = gain; bad.buffer[TERN_SHADOW].type = TERN_BF16; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "gain: a dense parameter is TERN_F32");
+    bad = p; bad.buffer[TERN_TRITS].type = TERN_I8; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "w: trits of type 4");
+    bad = p; bad.buffer[TERN_SCALES].type = TERN_F16; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "w: scales of type 3");
+    bad = p; bad.buffer[TERN_SHADOW].type = TERN_F16; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "w: shadow of type 3");
+    bad = p; bad.buffer[TERN_GRAD].type = TERN_BF16; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "w: gradient of type 2");
+    CHECK_FAILS(t.c, tern_param_set(t.c, &p, TERN_F32, w), TERN_E_MISSING, "w has no trits");
+    CHECK_OK(t.c, tern_param_alloc(t.c, &p, 1 << TERN_TRITS));
+    CHECK_FAILS(t.c, tern_param_set(t.c, &p, TERN_F32, w), TERN_E_MISSING, "w has no scales");
+    CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_INFERENCE));
+    CHECK_FAILS(t.c, tern_param_set(t.c, &p, TERN_F32, NULL), TERN_E_MISSING, "w has no shadow");
+    CHECK_FAILS(t.c, tern_param_set(t.c, &p, TERN_I8, w), TERN_E_ARGUMENT, "type 4");
+    CHECK_FAILS(t.c, tern_param_stats(t.c, &p, 0.1f, &stats), TERN_E_MISSING, "w has no shadow");
+    CHECK_FAILS(t.c, tern_param_stats(t.c, &p, -0.1f, &stats), TERN_E_ARGUMENT, "band");
+    CHECK_FAILS(t.c, tern_param_stats(t.c, &p, 0.1f, NULL), TERN_E_ARGUMENT, "out");
+    CHECK_FAILS(t.c, tern_param_verify(t.c, &p, NULL, &verdict), TERN_E_ARGUMENT, "values");
+    CHECK_FAILS(t.c, tern_param_verify(t.c, &p, w, NULL), TERN_E_ARGUMENT, "out");
+    CHECK_FAILS(t.c, tern_param_give(t.c, &p, NULL, scales), TERN_E_ARGUMENT, "trits or scales");
+    CHECK_FAILS(t.c, tern_param_give(t.c, &p, trits, NULL), TERN_E_ARGUMENT, "trits or scales");
+    CHECK_FAILS(t.c, tern_param_get(t.c, &p, 3, row, NULL, NULL), TERN_E_SHAPE, "w: row 3 of 3");
+    CHECK_FAILS(t.c, tern_param_get(t.c, &p, -1, row, NULL, NULL), TERN_E_SHAPE, "w: row -1 of 3");
+    CHECK_OK(t.c, tern_param_alloc(t.c, &gain, 1 << TERN_SHADOW));
+    CHECK_FAILS(t.c, tern_param_give(t.c, &gain, trits, scales), TERN_E_ARGUMENT, "gain is dense");
+    CHECK_FAILS(t.c, tern_param_get(t.c, &gain, 0, row, NULL, NULL), TERN_E_ARGUMENT, "gain is dense");
+    CHECK_FAILS(t.c, tern_param_stats(t.c, &gain, 0.1f, &stats), TERN_E_ARGUMENT, "gain is dense");
+    CHECK_FAILS(t.c, tern_param_verify(t.c, &gain, w, &verdict), TERN_E_ARGUMENT, "gain is dense");
+    CHECK_FAILS(t.c, tern_model_audit(t.c, &m, &audit), TERN_E_ARGUMENT, "no parameters");
+    tern_param_free(t.c, &p, -1);
+    tern_param_free(t.c, &gain, -1);
+    test_close(&t);
+}
+
+/* Memory lent by the caller is used where it is, checked for its size and alignment, and never freed. */
+static void test_param_borrowed(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_param p = param_of("w", 16, 16, TERN_ABSMEAN, TERN_PER_ROW);
+    unsigned char trits[64];
+    float scales[17], shadow[256];
+    const float *w = test_floats(256);
+    p.buffer[TERN_TRITS].data = trits;
+    p.buffer[TERN_TRITS].count = 63;
+    p.buffer[TERN_SCALES].data = scales;
+    p.buffer[TERN_SCALES].count = 16;
+    CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_INFERENCE));
+    CHECK_FAILS(t.c, tern_param_set(t.c, &p, TERN_F32, w), TERN_E_SHAPE, "w: its trits has 63 elements of 64");
+    p.buffer[TERN_TRITS].count = 64;
+    p.buffer[TERN_SCALES].count = 15;
+    CHECK_FAILS(t.c, tern_param_set(t.c, &p, TERN_F32, w), TERN_E_SHAPE, "w: its scales has 15 elements of 16");
+    p.buffer[TERN_SCALES].count = 16;
+    p.buffer[TERN_SCALES].data = (char *)scales + 1;
+    CHECK_FAILS(t.c, tern_param_set(t.c, &p, TERN_F32, w), TERN_E_ALIGNMENT, "scales");
+    p.buffer[TERN_SCALES].data = scales;
+    CHECK_OK(t.c, tern_param_set(t.c, &p, TERN_F32, w));
+    p.buffer[TERN_SHADOW].data = shadow;
+    p.buffer[TERN_SHADOW].count = 255;
+    CHECK_FAILS(t.c, tern_param_set(t.c, &p, TERN_F32, w), TERN_E_SHAPE, "w: its shadow has 255 elements of 256");
+    p.buffer[TERN_SHADOW].count = 256;
+    CHECK_OK(t.c, tern_param_set(t.c, &p, TERN_F32, w));
+    CHECK(memcmp(shadow, w, sizeof shadow) == 0, "the shadow is the weights");
+    tern_param_free(t.c, &p, -1);
+    CHECK(!p.buffer[TERN_TRITS].data && !p.buffer[TERN_SHADOW].data, "detached");
+    free((void *)(uintptr_t)w);
+    test_close(&t);
+}
+
+/* set: the same trits from any route; non-finite weights change nothing. */
+static void test_param_set(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_param p = param_of("w", 20, 33, TERN_ABSMEAN, 10), frozen = p;
+    float *w = test_floats(20 * 33);
+    int8_t trits[33], other[33], before[33];
+    float scales[4], other_scales[4], values[33];
+    uint16_t bf16[20 * 33];
+    tern_cast_args cast = TERN_ZERO;
+    int64_t r;
+    p.buffer[TERN_SHADOW].type = TERN_BF16;
+    CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_GRADIENT));
+    CHECK_OK(t.c, tern_param_alloc(t.c, &frozen, TERN_FOR_INFERENCE));
+    CHECK_OK(t.c, tern_param_set(t.c, &p, TERN_F32, w));
+    cast.count = 20 * 33;
+    cast.to = TERN_BF16;
+    cast.src = w;
+    cast.dst = bf16;
+    CHECK_OK(t.c, tern_cast(t.c, &cast));
+    CHECK(memcmp(bf16, p.buffer[TERN_SHADOW].data, sizeof bf16) == 0, "the shadow is the rounded weights");
+    CHECK_OK(t.c, tern_param_set(t.c, &frozen, TERN_BF16, bf16));
+    for (r = 0; r < 20; r++) { /* trits of a BF16 shadow are those of its own values */
+        CHECK_OK(t.c, tern_param_get(t.c, &p, r, trits, scales, values));
+        CHECK_OK(t.c, tern_param_get(t.c, &frozen, r, other, other_scales, NULL));
+        CHECK(memcmp(trits, other, 33) == 0 && memcmp(scales, other_scales, sizeof scales) == 0, "row %d differs", (int)r);
+        CHECK(values[0] == (float)trits[0] * scales[0] && values[32] == (float)trits[32] * scales[3], "values are trits times scales");
+    }
+    CHECK_OK(t.c, tern_param_get(t.c, &p, 7, before, NULL, NULL));
+    memset(w, 0, 20 * 33 * 4);
+    w[5 * 33 + 2] = NAN;
+    CHECK_FAILS(t.c, tern_param_set(t.c, &p, TERN_F32, w), TERN_E_NONFINITE, "weights[5][2]");
+    CHECK_OK(t.c, tern_param_get(t.c, &p, 7, trits, NULL, NULL));
+    CHECK(memcmp(before, trits, 33) == 0 && memcmp(bf16, p.buffer[TERN_SHADOW].data, sizeof bf16) == 0, "a refused set changed something");
+    memset(p.buffer[TERN_SHADOW].data, 0, sizeof bf16);
+    CHECK_OK(t.c, tern_param_set(t.c, &p, TERN_TYPE_DEFAULT, NULL)); /* from the shadow as it stands */
+    CHECK_OK(t.c, tern_param_get(t.c, &p, 7, trits, scales, NULL));
+    for (r = 0; r < 33; r++) CHECK(trits[r] == 0 && scales[r / 10] == 0.0f, "an all-zero group has scale 0");
+    free(w);
+    tern_param_free(t.c, &p, -1);
+    tern_param_free(t.c, &frozen, -1);
+    test_close(&t);
+}
+
+static void test_param_dense(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_param p = param_of("bias", 2, 3, TERN_DENSE, 0);
+    float w[6] = {1, 2, 3, 4, 5, 6}, row[3];
+    CHECK_FAILS(t.c, tern_param_set(t.c, &p, TERN_F32, w), TERN_E_MISSING, "bias has no shadow");
+    CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_GRADIENT));
+    CHECK_OK(t.c, tern_param_set(t.c, &p, TERN_F32, w));
+    CHECK_OK(t.c, tern_param_get(t.c, &p, 1, NULL, NULL, row));
+    CHECK(memcmp(row, w + 3, sizeof row) == 0, "row 1 differs");
+    w[4] = INFINITY;
+    CHECK_FAILS(t.c, tern_param_set(t.c, &p, TERN_F32, w), TERN_E_NONFINITE, "element 4");
+    CHECK_OK(t.c, tern_param_get(t.c, &p, 1, NULL, NULL, row));
+    CHECK(row[1] == 5.0f, "a refused set wrote %g", row[1]);
+    tern_param_free(t.c, &p, -1);
+    test_close(&t);
+}
+
+/* give and get are inverse for every encoding, grain and scale type; a shadow becomes the product. */
+static void test_param_give(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    int g, variant;
+    for (g = 0; g < 5; g++)
+        for (variant = 0; variant < 8; variant++) {
+            const int64_t rows = 35, cols = 43, groups = every_grain[g] > 0 ? (cols + every_grain[g] - 1) / every_grain[g] : 1;
+            tern_param p = param_of("w", rows, cols, TERN_GIVEN, every_grain[g]);
+            int8_t trits[35 * 43], row[43];
+            float scales[35 * 43], row_scales[43], values[43], shadow[43];
+            int64_t i, r;
+            p.buffer[TERN_TRITS].type = variant & 1 ? TERN_BASE3 : TERN_2BIT;
+            p.buffer[TERN_SCALES].type = variant & 2 ? TERN_POW2 : TERN_F32;
+            p.buffer[TERN_SHADOW].type = variant & 4 ? TERN_BF16 : TERN_F32;
+            CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_GRADIENT));
+            for (i = 0; i < rows * cols; i++) trits[i] = test_trit();
+            for (i = 0; i < rows * groups; i++) scales[i] = (float)(1 << (i % 4)) * 0.125f;
+            CHECK_OK(t.c, tern_param_give(t.c, &p, trits, scales));
+            for (r = 0; r < rows; r++) {
+                tern_cast_args cast = TERN_ZERO;
+                CHECK_OK(t.c, tern_param_get(t.c, &p, r, row, row_scales, values));
+                CHECK(memcmp(row, trits + r * cols, (size_t)cols) == 0, "trits of row %d", (int)r);
+                CHECK(memcmp(row_scales, every_grain[g] == TERN_PER_TENSOR ? scales : scales + r * groups, (size_t)groups * 4) == 0, "scales of row %d", (int)r);
+                cast.count = cols;
+                cast.from = p.buffer[TERN_SHADOW].type;
+                cast.to = TERN_F32;
+                cast.src = (char *)p.buffer[TERN_SHADOW].data + r * cols * (variant & 4 ? 2 : 4);
+                cast.dst = shadow;
+                CHECK_OK(t.c, tern_cast(t.c, &cast));
+                for (i = 0; i < cols; i++) CHECK(shadow[i] == values[i], "shadow[%d][%d] is %g, not %g", (int)r, (int)i, shadow[i], values[i]);
+            }
+            tern_param_free(t.c, &p, -1);
+        }
+    test_close(&t);
+}
+
+static void test_param_give_refusals(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_param p = param_of("w", 3, 5, TERN_GIVEN, TERN_PER_ROW);
+    int8_t trits[15] = {0}, row[5];
+    float scales[3] = {1.0f, 0.5f, 0.0f}, row_scale[1];
+    int i;
+    p.buffer[TERN_SCALES].type = TERN_POW2;
+    CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_INFERENCE));
+    trits[7] = 1;
+    CHECK_OK(t.c, tern_param_give(t.c, &p, trits, scales));
+    trits[7] = -1;
+    trits[13] = 2;
+    CHECK_FAILS(t.c, tern_param_give(t.c, &p, trits, scales), TERN_E_TRIT, "trits[2][3] is 2");
+    trits[13] = 0;
+    scales[1] = -1.0f;
+    CHECK_FAILS(t.c, tern_param_give(t.c, &p, trits, scales), TERN_E_NONFINITE, "scales[1]");
+    scales[1] = NAN;
+    CHECK_FAILS(t.c, tern_param_give(t.c, &p, trits, scales), TERN_E_NONFINITE, "scales[1]");
+    scales[1] = 0.75f;
+    CHECK_FAILS(t.c, tern_param_give(t.c, &p, trits, scales), TERN_E_ARGUMENT, "scales[1] is not a power of two");
+    scales[1] = 2.0f;
+    for (i = 0; i < 2; i++) {
+        test_fail_at = test_allocations + i;
+        CHECK_FAILS(t.c, tern_param_give(t.c, &p, trits, scales), TERN_E_MEMORY, "w: no memory");
+        test_fail_at = test_allocations;
+        CHECK_FAILS(t.c, tern_param_get(t.c, &p, 0, row, NULL, NULL), TERN_E_MEMORY, "w: no memory");
+        test_fail_at = -1;
+    }
+    CHECK_OK(t.c, tern_param_get(t.c, &p, 1, row, row_scale, NULL));
+    CHECK(row[2] == 1 && row_scale[0] == 0.5f, "a refused give changed row 1: %d, %g", row[2], row_scale[0]);
+    tern_param_free(t.c, &p, -1);
+    test_close(&t);
+}
+
+/* stats against counting by hand; the boundary is the rule's own threshold. */
+static void test_param_stats(void)
+{
+    static const tern_rule rules[] = {TERN_ABSMEAN, TERN_ABSMEAN_SIGMA, TERN_TWN};
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    int i, g;
+    for (i = 0; i < 3; i++)
+        for (g = 0; g < 5; g++) {
+            const int64_t rows = 18, cols = 77, group = every_grain[g] > 0 ? every_grain[g] : cols;
+            const float band = 0.06f;
+            tern_param p = param_of("w", rows, cols, rules[i], every_grain[g]);
+            const float *w;
+            tern_stats s = TERN_ZERO;
+            int8_t trits[77];
+            float scales[77];
+            double alpha = 0, neg = 0, pos = 0, boundary = 0, inner = 0, all = (double)(rows * cols), whole = 0;
+            int64_t r, j, k, groups = 0;
+            CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_GRADIENT));
+            set_random(t.c, &p);
+            w = (const float *)p.buffer[TERN_SHADOW].data;
+            CHECK_OK(t.c, tern_param_stats(t.c, &p, band, &s));
+            for (j = 0; j < rows * cols; j++) whole += fabs(w[j]) / all;
+            for (r = 0; r < rows; r++) {
+                CHECK_OK(t.c, tern_param_get(t.c, &p, r, trits, scales, NULL));
+                for (j = 0; j < cols; j += group) {
+                    const int64_t end = j + group < cols ? j + group : cols;
+                    const double scale = scales[j / group];
+                    double mean = 0, threshold;
+                    for (k = j; k < end; k++) mean += fabs(w[r * cols + k]) / (double)(end - j);
+                    threshold = rules[i] != TERN_TWN ? 0.5 : 0.7 * (every_grain[g] == TERN_PER_TENSOR ? whole : mean) / scale;
+                    alpha += scale;
+                    groups++;
+                    for (k = j; k < end; k++) {
+                        const double x = fabs(w[r * cols + k]) / scale;
+                        neg += trits[k] < 0;
+                        pos += trits[k] > 0;
+                        boundary += fabs(x - threshold) < band;
+                        inner += x > 0 && x < threshold - band;
+                    }
+                }
+            }
+            CHECK(fabs(s.alpha - alpha / (double)groups) < 1e-6, "alpha %g, not %g", s.alpha, alpha / (double)groups);
+            CHECK(fabs(s.frac_neg * all - neg) < 0.01 && fabs(s.frac_pos * all - pos) < 0.01 && fabs(s.frac_zero * all - (all - neg - pos)) < 0.01, "signs");
+            CHECK(fabs(s.frac_boundary * all - boundary) < 1.01, "boundary %g, not %g", s.frac_boundary * all, boundary); /* one may lie on the edge */
+            CHECK(fabs(s.frac_zero_inner * all - inner) < 1.01, "inner %g, not %g", s.frac_zero_inner * all, inner);
+            tern_param_free(t.c, &p, -1);
+        }
+    test_close(&t);
+}
+
+static void test_param_verify(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_param p = param_of("w", 19, 45, TERN_ABSMEAN, 16); /* padded in both directions */
+    float values[19 * 45];
+    tern_verdict v = TERN_ZERO;
+    int64_t r;
+    CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_INFERENCE));
+    set_random(t.c, &p);
+    for (r = 0; r < 19; r++) CHECK_OK(t.c, tern_param_get(t.c, &p, r, NULL, NULL, values + r * 45));
+    CHECK_OK(t.c, tern_param_verify(t.c, &p, values, &v));
+    CHECK(v.wrong == 0 && v.first_wrong == -1 && v.max_error == 0.0f, "%d wrong", (int)v.wrong);
+    values[300] += 0.25f;
+    values[800] -= 0.125f;
+    CHECK_OK(t.c, tern_param_verify(t.c, &p, values, &v));
+    CHECK(v.wrong == 2 && v.first_wrong == 300 && fabs(v.max_error - 0.25) < 1e-6, "%d wrong, first %d, %g", (int)v.wrong, (int)v.first_wrong, v.max_error);
+    values[0] = NAN;
+    CHECK_OK(t.c, tern_param_verify(t.c, &p, values, &v));
+    CHECK(v.wrong == 3 && v.first_wrong == 0 && v.max_error != v.max_error, "a NaN stays");
+    test_fail_at = test_allocations;
+    CHECK_FAILS(t.c, tern_param_verify(t.c, &p, values, &v), TERN_E_MEMORY, "w: no memory for a row");
+    test_fail_at = -1;
+    tern_param_free(t.c, &p, -1);
+    test_close(&t);
+}
+
+static void test_model_audit(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_param w = param_of("w", 32, 64, TERN_ABSMEAN, TERN_PER_ROW), b = param_of("b", 1, 32, TERN_DENSE, 0);
+    tern_param *items[2];
+    tern_model m = TERN_ZERO;
+    tern_audit a;
+    items[0] = &w;
+    items[1] = &b;
+    m.items = items;
+    m.count = 2;
+    w.buffer[TERN_SHADOW].type = TERN_BF16;
+    CHECK_OK(t.c, tern_param_alloc(t.c, &w, TERN_FOR_ADAMW));
+    CHECK_OK(t.c, tern_param_alloc(t.c, &b, TERN_FOR_GRADIENT));
+    CHECK_OK(t.c, tern_model_audit(t.c, &m, &a));
+    CHECK(a.weights == 2048 + 32 && a.ternary == 2048, "%d weights", (int)a.weights);
+    CHECK(a.bytes[TERN_TRITS] == 512 && a.bytes[TERN_SCALES] == 128 && a.bytes[TERN_SHADOW] == 2 * 2048 + 4 * 32, "bytes");
+    CHECK(a.bytes[TERN_GRAD] == 4 * 2080 && a.bytes[TERN_MOMENT1] == 4 * 2048 && a.bytes[TERN_MOMENT2] == 4 * 2048, "bytes of training");
+    CHECK(a.packed_bytes == 512 + 128 + 4 * 32, "%d packed", (int)a.packed_bytes);
+    tern_param_free(t.c, &w, TERN_FOR_TRAINING);
+    CHECK_OK(t.c, tern_model_audit(t.c, &m, &a));
+    CHECK(a.bytes[TERN_SHADOW] == 4 * 32 && a.bytes[TERN_MOMENT1] == 0, "frozen");
+    CHECK_FAILS(t.c, tern_model_audit(t.c, &m, NULL), TERN_E_ARGUMENT, "out is NULL");
+    tern_param_free(t.c, &w, -1);
+    tern_param_free(t.c, &b, -1);
+    test_close(&t);
+}
+
+/* -- BitLinear -- */
+
+typedef struct layer { tern_param w, bias, gain; tern_linear l; tern_need need; } layer;
+
+enum { WITH_NORM = 1, WITH_BIAS = 2, WITH_FLOATS = 4, WITH_DENSE = 8, VARIANTS = 16 };
+
+static void layer_open(tern_context *c, layer *o, int64_t rows, int64_t cols, int32_t grain, int variant, int64_t n)
+{
+    memset(o, 0, sizeof *o);
+    o->w = param_of("w", rows, cols, variant & WITH_DENSE ? TERN_DENSE : TERN_ABSMEAN, grain);
+    o->bias = param_of("bias", 1, rows, TERN_DENSE, 0);
+    o->gain = param_of("gain", 1, cols, TERN_DENSE, 0);
+    if (grain > 0) o->w.buffer[TERN_TRITS].type = TERN_BASE3;
+    CHECK_OK(c, tern_param_alloc(c, &o->w, TERN_FOR_ADAMW));
+    CHECK_OK(c, tern_param_alloc(c, &o->bias, TERN_FOR_ADAMW));
+    CHECK_OK(c, tern_param_alloc(c, &o->gain, TERN_FOR_ADAMW));
+    set_random(c, &o->w);
+    set_random(c, &o->bias);
+    set_random(c, &o->gain);
+    o->l.w = &o->w;
+    o->l.act = variant & WITH_FLOATS ? TERN_ACT_FLOAT : TERN_ACT_INT8;
+    if (variant & WITH_BIAS) o->l.bias = &o->bias;
+    if (variant & WITH_NORM) { o->l.norm = TERN_NORM_RMS; o->l.gain = &o->gain; }
+    CHECK_OK(c, tern_linear_need(c, &o->l, n, &o->need));
+    CHECK_OK(c, tern_reserve(c, o->need.scratch));
+}
+
+static void layer_close(tern_context *c, layer *o)
+{
+    tern_param_free(c, &o->w, -1);
+    tern_param_free(c, &o->bias, -1);
+    tern_param_free(c, &o->gain, -1);
+}
+
+static float *grad_of(tern_param *p) { return (float *)p->buffer[TERN_GRAD].data; }
+
+/* The forward written out in operations; returns the float activations where the layer uses them. */
+static const float *composed_forward(tern_context *c, layer *o, int64_t n, const float *x, float *y)
+{
+    const float *bias = o->l.bias ? (const float *)o->bias.buffer[TERN_SHADOW].data : NULL;
+    const float *gain = o->l.gain ? (const float *)o->gain.buffer[TERN_SHADOW].data : NULL;
+    const tern_matrix m = tern_param_matrix(&o->w);
+    tern_matmul_args a;
+    if (o->l.act == TERN_ACT_INT8 && o->w.rule != TERN_DENSE) {
+        const tern_quantize_args q = hold_quantized(c, &m, n, x, o->l.norm, gain);
+        a = matmul_of(&q, bias, y);
+        CHECK_OK(c, tern_matmul(c, &a));
+        return NULL;
+    }
+    if (o->l.norm == TERN_NORM_RMS) {
+        tern_norm_args norm = TERN_ZERO;
+        norm.n = n; norm.cols = o->w.cols;
+        norm.x = x;
+        norm.gain = gain;
+        norm.eps = 1e-6f;
+        x = norm.y = hold_output(n * o->w.cols);
+        CHECK_OK(c, tern_norm(c, &norm));
+    }
+    if (o->w.rule == TERN_DENSE) {
+        tern_dense_args d = TERN_ZERO;
+        d.m = n; d.n = o->w.rows; d.k = o->w.cols;
+        d.a = x; d.a_row = d.k; d.a_col = 1;
+        d.b = (const float *)o->w.buffer[TERN_SHADOW].data; d.b_row = 1; d.b_col = d.k;
+        d.bias = bias;
+        d.c = y; d.c_row = d.n;
+        CHECK_OK(c, tern_dense(c, &d));
+    } else {
+        a = float_matmul_of(&m, n, x, bias, y);
+        CHECK_OK(c, tern_matmul(c, &a));
+    }
+    return x;
+}
+
+/* A layer is its operations; training forward, inference forward and the frozen layer are one function. */
+static void linear_forwards(tern_context *c, record *r)
+{
+    int variant;
+    for (variant = 0; variant < VARIANTS; variant++) {
+        const int64_t n = 1 + 6 * (variant % 3), rows = 33, cols = 70;
+        const size_t bytes = (size_t)(n * rows) * 4;
+        float *y = hold_output(n * rows), *other = hold_output(n * rows);
+        const float *x = hold_floats(n * cols);
+        layer o;
+        layer_open(c, &o, rows, cols, variant & 1 ? 20 : TERN_PER_ROW, variant, n);
+        CHECK_OK(c, tern_linear_forward(c, &o.l, n, x, y, hold(o.need.saved + 1)));
+        composed_forward(c, &o, n, x, other);
+        CHECK(memcmp(y, other, bytes) == 0, "variant %d is not its operations", variant);
+        memset(other, 0, bytes);
+        CHECK_OK(c, tern_linear_forward(c, &o.l, n, x, other, NULL));
+        CHECK(memcmp(y, other, bytes) == 0, "variant %d: inference differs from training", variant);
+        memset(other, 0, bytes);
+        tern_param_free(c, &o.w, TERN_FOR_TRAINING);
+        CHECK_OK(c, tern_linear_forward(c, &o.l, n, x, other, NULL));
+        CHECK(memcmp(y, other, bytes) == 0, "variant %d: the frozen layer differs", variant);
+        record_words(r, y, n * rows);
+        layer_close(c, &o);
+        release();
+    }
+}
+static void test_linear_forward(void) { same_everywhere(linear_forwards, UINT64_C(0x9584209E3A1D6F64)); }
+
+/* <dy, y> in float64 with the quantizers as identity and the packed weights fixed. */
+static double linear_literal(const layer *o, const double *w, int64_t n, const double *x, const double *gain, const double *bias, const float *dy)
+{
+    const int64_t rows = o->w.rows, cols = o->w.cols;
+    double total = 0.0;
+    int64_t t, r, k;
+    for (t = 0; t < n; t++) {
+        double squares = 0.0, norm = 1.0;
+        for (k = 0; k < cols; k++) squares += x[t * cols + k] * x[t * cols + k];
+        if (o->l.norm == TERN_NORM_RMS) norm = 1.0 / sqrt(squares / (double)cols + 1e-6);
+        for (r = 0; r < rows; r++) {
+            double y = o->l.bias ? bias[r] : 0.0;
+            for (k = 0; k < cols; k++) y += w[r * cols + k] * x[t * cols + k] * norm * (o->l.gain ? gain[k] : 1.0);
+            total += dy[t * rows + r] * y;
+        }
+    }
+    return total;
+}
+
+static void linear_backwards(tern_context *c, record *r)
+{
+    const int64_t n = 3, rows = 5, cols = 21;
+    const double h = 1e-4;
+    int variant;
+    for (variant = 0; variant < VARIANTS; variant++) {
+        const float *x = hold_floats(n * cols), *dy = hold_floats(n * rows), *used;
+        float *y = hold_output(n * rows), *dx = hold_output(n * cols), *values = hold_output(rows * cols), *expected = hold_zeros(rows * cols);
+        double *xd = hold_doubles(x, n * cols), *w, *gain, *bias;
+        void *saved;
+        int64_t i, t;
+        layer o;
+        layer_open(c, &o, rows, cols, variant & 1 ? 8 : TERN_PER_TENSOR, variant, n);
+        saved = hold(o.need.saved + 1);
+        CHECK_OK(c, tern_linear_forward(c, &o.l, n, x, y, saved));
+        CHECK_OK(c, tern_linear_backward(c, &o.l, n, x, saved, dy, dx));
+        for (i = 0; i < rows; i++) CHECK_OK(c, tern_param_get(c, &o.w, i, NULL, NULL, values + i * cols));
+        w = hold_doubles(values, rows * cols);
+        gain = hold_doubles((const float *)o.gain.buffer[TERN_SHADOW].data, cols);
+        bias = hold_doubles((const float *)o.bias.buffer[TERN_SHADOW].data, rows);
+#define DIFFERENCE(place, got)                                                                     \
+        {                                                                                          \
+            const double kept = *(place);                                                          \
+            double slope;                                                                          \
+            *(place) = kept + h; slope = linear_literal(&o, w, n, xd, gain, bias, dy);             \
+            *(place) = kept - h; slope = (slope - linear_literal(&o, w, n, xd, gain, bias, dy)) / (2 * h); \
+            *(place) = kept;                                                                       \
+            CHECK(fabs((got) - slope) < 5e-5 * (1 + fabs(slope)), "variant %d [%d]: %g, not %g", variant, (int)i, (got), slope); \
+        }
+        for (i = 0; i < n * cols; i++) DIFFERENCE(xd + i, dx[i])
+        for (i = 0; o.l.gain && i < cols; i++) DIFFERENCE(gain + i, grad_of(&o.gain)[i])
+        for (i = 0; o.l.bias && i < rows; i++) DIFFERENCE(bias + i, grad_of(&o.bias)[i])
+#undef DIFFERENCE
+        used = composed_forward(c, &o, n, x, y);
+        if (used) { /* float activations; the int8 product is the operation's own test */
+            for (t = 0; t < n; t++)
+                for (i = 0; i < rows * cols; i++) expected[i] += dy[t * rows + i / cols] * used[t * cols + i % cols];
+        } else {
+            const tern_matrix m = tern_param_matrix(&o.w);
+            const tern_quantize_args q = hold_quantized(c, &m, n, x, o.l.norm, o.l.gain ? (const float *)o.gain.buffer[TERN_SHADOW].data : NULL);
+            tern_matmul_dw_args a = TERN_ZERO;
+            a.m = m;
+            a.n = n;
+            a.dy = dy;
+            a.q = q.q; a.scale = q.scale;
+            a.dw = expected;
+            CHECK_OK(c, tern_matmul_dw(c, &a));
+        }
+        for (i = 0; i < rows * cols; i++) CHECK(fabs(grad_of(&o.w)[i] - expected[i]) < 1e-5, "variant %d: dw[%d] %g, not %g", variant, (int)i, grad_of(&o.w)[i], expected[i]);
+        record_words(r, dx, n * cols);
+        record_words(r, grad_of(&o.w), rows * cols);
+        record_words(r, grad_of(&o.gain), cols);
+        record_words(r, grad_of(&o.bias), rows);
+        CHECK_OK(c, tern_linear_backward(c, &o.l, n, x, saved, dy, NULL)); /* gradients are added */
+        for (i = 0; i < rows * cols; i++) CHECK(fabs(grad_of(&o.w)[i] - 2 * expected[i]) < 2e-5, "variant %d: dw is not added to", variant);
+        layer_close(c, &o);
+        release();
+    }
+}
+static void test_linear_backward(void) { same_for_threads(linear_backwards); }
+
+/* No allocation in a forward, a backward or a step. */
+static void test_linear_allocates_nothing(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 2);
+    int variant;
+    for (variant = 0; variant < VARIANTS; variant++) {
+        layer o;
+        tern_param *items[3];
+        tern_model m = TERN_ZERO;
+        tern_step step = TERN_ZERO;
+        float *x = hold_floats(70 * 130), *y = hold_output(70 * 35), *dx = hold_output(70 * 130);
+        void *saved;
+        long before;
+        layer_open(t.c, &o, 35, 130, TERN_PER_ROW, variant, 70);
+        items[0] = &o.w; items[1] = &o.bias; items[2] = &o.gain;
+        m.items = items;
+        m.count = 3;
+        step.rate = 0.01f;
+        step.clip = 1.0f;
+        step.step = 1;
+        saved = hold(o.need.saved + 1);
+        before = test_allocations;
+        CHECK_OK(t.c, tern_linear_forward(t.c, &o.l, 70, x, y, saved));
+        CHECK_OK(t.c, tern_linear_backward(t.c, &o.l, 70, x, saved, y, dx));
+        CHECK_OK(t.c, tern_model_step(t.c, &m, &step));
+        CHECK_OK(t.c, tern_linear_forward(t.c, &o.l, 70, x, y, NULL));
+        CHECK(test_allocations == before, "variant %d: %ld allocations", variant, test_allocations - before);
+        layer_close(t.c, &o);
+        release();
+    }
+    test_close(&t);
+}
+
+/* Scratch exactly as large as asked for is enough, one byte less is an error with the numbers. */
+static void test_linear_scratch(void)
+{
+    int variant;
+    for (variant = 0; variant < VARIANTS; variant++) {
+        tern_context_desc d = TERN_ZERO;
+        tern_context *c;
+        float *x = hold_floats(3 * 50), *y = hold_output(3 * 20), *dx = hold_output(3 * 50);
+        void *saved;
+        char text[64];
+        layer o;
+        CHECK(tern_open(&c, &d, NULL) == TERN_OK, "cannot open");
+        layer_open(c, &o, 20, 50, TERN_PER_ROW, variant, 1); /* reserves for one token */
+        CHECK_OK(c, tern_linear_need(c, &o.l, 3, &o.need));
+        saved = hold(o.need.saved + 1);
+        if (o.need.scratch > 0) {
+            snprintf(text, sizeof text, "w: 3 tokens need %d bytes of scratch", (int)o.need.scratch);
+            CHECK_FAILS(c, tern_linear_forward(c, &o.l, 3, x, y, saved), TERN_E_SCRATCH, text);
+            CHECK_FAILS(c, tern_linear_backward(c, &o.l, 3, x, saved, y, dx), TERN_E_SCRATCH, text);
+            CHECK_OK(c, tern_reserve(c, o.need.scratch - 1));
+            CHECK_FAILS(c, tern_linear_forward(c, &o.l, 3, x, y, saved), TERN_E_SCRATCH, text);
+        }
+        CHECK_OK(c, tern_reserve(c, o.need.scratch));
+        CHECK_OK(c, tern_linear_forward(c, &o.l, 3, x, y, NULL));
+        CHECK_OK(c, tern_linear_forward(c, &o.l, 3, x, y, saved));
+        CHECK_OK(c, tern_linear_backward(c, &o.l, 3, x, saved, y, dx));
+        layer_close(c, &o);
+        tern_close(c);
+        release();
+    }
+}
+
+static void test_linear_faults(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    int variant;
+    for (variant = 0; variant < WITH_DENSE; variant++) {
+        const int64_t n = 4, rows = 18, cols = 40;
+        float *x = hold_floats(n * cols), *y = hold_output(n * rows), *clean = hold_output(n * rows);
+        int64_t j;
+        layer o;
+        layer_open(t.c, &o, rows, cols, TERN_PER_ROW, variant & ~WITH_BIAS, n);
+        CHECK_OK(t.c, tern_linear_forward(t.c, &o.l, n, x, clean, NULL));
+        x[2 * cols + 5] = NAN;
+        CHECK_OK(t.c, tern_linear_forward(t.c, &o.l, n, x, y, NULL));
+        CHECK_FAILS(t.c, tern_sync(t.c), TERN_E_DATA, "row 2");
+        CHECK(memcmp(y, clean, (size_t)(2 * rows) * 4) == 0 && memcmp(y + 3 * rows, clean + 3 * rows, (size_t)rows * 4) == 0, "variant %d: a clean row changed", variant);
+        for (j = 0; j < rows; j++) CHECK(y[2 * rows + j] == 0.0f, "variant %d: [2][%d] is %g", variant, (int)j, y[2 * rows + j]);
+        layer_close(t.c, &o);
+        release();
+    }
+    test_close(&t);
+}
+
+static void test_linear_refusals(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    layer o;
+    tern_linear bad;
+    tern_need need;
+    float *x = hold_floats(80), *y = hold_floats(80), *dx = hold_floats(80);
+    const float *kept;
+    void *saved;
+    layer_open(t.c, &o, 6, 20, TERN_PER_ROW, WITH_NORM | WITH_BIAS, 2);
+    saved = hold(o.need.saved);
+    kept = hold_copy(y, 80);
+    CHECK(tern_linear_forward(NULL, &o.l, 2, x, y, NULL) == TERN_E_ARGUMENT, "no context");
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, NULL, 2, x, y, NULL), TERN_E_ARGUMENT, "the layer or its w is NULL");
+    bad = o.l; bad.w = NULL; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "the layer or its w is NULL");
+    bad = o.l; bad.bias = &o.gain; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_SHAPE, "w: its bias has 20 values for 6 rows");
+    bad = o.l; bad.gain = &o.bias; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_SHAPE, "w: its gain has 6 values for 20 columns");
+    bad = o.l; bad.norm = TERN_NORM_NONE; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "a gain without a norm");
+    bad = o.l; bad.act = (tern_act)7; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "act 7");
+    bad = o.l; bad.norm = (tern_norm_kind)5; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "norm 5");
+    bad = o.l; bad.eps = -1.0f; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "eps");
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, 0, x, y, NULL), TERN_E_SHAPE, "w: n = 0");
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, INT64_MAX / 4, x, y, NULL), TERN_E_OVERFLOW, "overflows");
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, 2, NULL, y, NULL), TERN_E_ARGUMENT, "x is NULL");
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, 2, x, NULL, NULL), TERN_E_ARGUMENT, "y is NULL");
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, 2, (float *)(void *)((char *)x + 1), y, NULL), TERN_E_ALIGNMENT, "x is not aligned");
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, 2, x, y, (char *)saved + 2), TERN_E_ALIGNMENT, "saved is not aligned");
+    CHECK_FAILS(t.c, tern_linear_need(t.c, &o.l, 2, NULL), TERN_E_ARGUMENT, "out is NULL");
+    CHECK_FAILS(t.c, tern_linear_need(t.c, &o.l, -1, &need), TERN_E_SHAPE, "n = -1");
+    CHECK(memcmp(y, kept, 80 * 4) == 0, "a refused forward wrote");
+    CHECK_FAILS(t.c, tern_linear_backward(t.c, &o.l, 2, x, NULL, y, dx), TERN_E_ARGUMENT, "saved is NULL");
+    CHECK_FAILS(t.c, tern_linear_backward(t.c, &o.l, 2, NULL, saved, y, dx), TERN_E_ARGUMENT, "x is NULL");
+    CHECK_FAILS(t.c, tern_linear_backward(t.c, &o.l, 2, x, saved, NULL, dx), TERN_E_ARGUMENT, "dy is NULL");
+    o.w.buffer[TERN_GRAD].count--;
+    CHECK_FAILS(t.c, tern_linear_backward(t.c, &o.l, 2, x, saved, y, dx), TERN_E_SHAPE, "w: its gradient has 119 elements of 120");
+    o.w.buffer[TERN_GRAD].count++;
+    o.bias.buffer[TERN_GRAD].count--;
+    CHECK_FAILS(t.c, tern_linear_backward(t.c, &o.l, 2, x, saved, y, dx), TERN_E_SHAPE, "bias: its gradient has 5 elements of 6");
+    o.bias.buffer[TERN_GRAD].count++;
+    o.gain.buffer[TERN_GRAD].count--;
+    CHECK_FAILS(t.c, tern_linear_backward(t.c, &o.l, 2, x, saved, y, dx), TERN_E_SHAPE, "gain: its gradient has 19 elements of 20");
+    tern_param_free(t.c, &o.gain, 1 << TERN_SHADOW);
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, 2, x, y, NULL), TERN_E_MISSING, "gain has no shadow");
+    tern_param_free(t.c, &o.w, 1 << TERN_TRITS);
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, 2, x, y, NULL), TERN_E_MISSING, "w has no trits");
+    layer_close(t.c, &o);
+    release();
+    test_close(&t);
+}
+
+static void suite_bitlinear(void)
+{
+    RUN(test_param_buffers);
+    RUN(test_param_out_of_memory);
+    RUN(test_param_refusals);
+    RUN(test_param_borrowed);
+    RUN(test_param_set);
+    RUN(test_param_dense);
+    RUN(test_param_give);
+    RUN(test_param_give_refusals);
+    RUN(test_param_stats);
+    RUN(test_param_verify);
+    RUN(test_model_audit);
+    RUN(test_linear_forward);
+    RUN(test_linear_backward);
+    RUN(test_linear_allocates_nothing);
+    RUN(test_linear_scratch);
+    RUN(test_linear_faults);
+    RUN(test_linear_refusals);
+}
