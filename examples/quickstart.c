@@ -41,16 +41,16 @@ int main(void)
     weight.cols = COLS;
     weight.grain = TERN_PER_ROW; /* one scale for each row */
     layer.w = &weight;
-    if (tern_param_alloc(c, &weight, TERN_FOR_INFERENCE) || tern_param_set(c, &weight, TERN_F32, w) /* ternarizes, packs */
-        || tern_linear_need(c, &layer, 1, &need) || tern_reserve(c, need.scratch) /* once: a forward allocates nothing */
-        || tern_linear_forward(c, &layer, 1, x, y, NULL)) return puts(tern_last_error(c)->text), 1;
+    if (tern_param_alloc(c, &weight, TERN_FOR_INFERENCE)
+        || tern_param_set(c, &weight, TERN_F32, w)          /* ternarize and pack */
+        || tern_linear_need(c, &layer, 1, &need)
+        || tern_reserve(c, need.scratch)                    /* once: a forward allocates nothing */
+        || tern_linear_forward(c, &layer, 1, x, y, NULL))
+        return puts(tern_last_error(c)->text), 1;
 
-    for (i = 0; i < ROWS && !tern_param_get(c, &weight, i, trits, &scale, NULL); i++) equal += y[i] == plain(trits, scale);
-    tern_param_get(c, &weight, 0, trits, &scale, NULL);
-    printf("row 0 as floats:"); for (i = 0; i < 8; i++) printf("%7.3f", w[i]);
-    printf(" ...\nrow 0 as trits: "); for (i = 0; i < 8; i++) printf("%6d ", trits[i]);
-    printf("... times %.3f\nrow 0 times x:   %.4f here, %.4f in plain C\n", scale, y[0], plain(trits, scale));
-    printf("weights:         %d bytes, %d packed\n", (int)sizeof w, (int)(weight.buffer[TERN_TRITS].count + 4 * weight.buffer[TERN_SCALES].count));
+    for (i = ROWS - 1; i >= 0 && !tern_param_get(c, &weight, i, trits, &scale, NULL); i--) equal += y[i] == plain(trits, scale);
+    for (i = 0; i < 6; i++) printf("w[0][%d] = %6.3f becomes %2d x %.3f\n", i, w[i], trits[i], scale);
+    printf("row 0 times x is %.4f, in plain C %.4f\n", y[0], plain(trits, scale));
     printf("%d of %d rows equal plain C to the last bit\n", equal, ROWS);
     tern_param_free(c, &weight, TERN_FOR_INFERENCE);
     tern_close(c);
