@@ -194,8 +194,10 @@ static void each_thread(int threads, tern_task task, void *arg)
 
 #ifdef TERN__X86
 #define REGISTER "x" /* twelve sums fit in the sixteen registers of every vector width */
-#else
+#elif defined(__aarch64__)
 #define REGISTER "w"
+#else
+#define REGISTER "m" /* through memory: a low limit, but one that compiles everywhere */
 #endif
 #define TWELVE(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
 #define ZEROED(i) a##i = {0},
@@ -293,7 +295,7 @@ static void spin_task(void *arg, int32_t i) { const spin_job *job = (const spin_
 static double read_rate(limit l, read_way way, int threads)
 {
     static uint8_t *cached;
-    const size_t size = l == DRAM ? stream.bytes / 32 : l == L2 ? MIB : 16 * KIB;
+    const size_t size = l == DRAM ? stream.bytes / 64 : l == L2 ? MIB : 16 * KIB;
     read_job job;
     double t;
     int i;
@@ -301,7 +303,7 @@ static double read_rate(limit l, read_way way, int threads)
     memset(&job, 0, sizeof job);
     job.way = way;
     job.bytes = size;
-    job.passes = l == DRAM ? 1 : (int)((size_t)(option.quick ? 32 : 256) * MIB / size);
+    job.passes = l == DRAM ? 1 : (int)((size_t)(option.quick ? 32 : 128) * MIB / size);
     for (i = 0; i < threads; i++) job.from[i] = l == DRAM ? stream_next(size) : cached + i * MIB;
     t = now(threads);
     each_thread(threads, read_task, &job);
@@ -318,7 +320,7 @@ static double limit_rate(limit l, const setup *s)
     if (l == NONE) return 0;
     if (l <= L1) return read_rate(l, ways[l][s->threads], s->threads);
     job.spin = peak_of(l, s)->spin;
-    job.rounds = option.quick ? 100000 : 1000000;
+    job.rounds = option.quick ? 100000 : 400000;
     t = now(s->threads);
     each_thread(s->threads, spin_task, &job);
     t = now(s->threads) - t;
