@@ -426,6 +426,55 @@ static void files_content(void)
     test_close(&t);
 }
 
+/* Keys of kinds that save does not write are skipped, and general.alignment moves the data. */
+static void files_other_keys(void)
+{
+    static const unsigned char keys[] = {
+        1, 0, 0, 0, 0, 0, 0, 0, 'a', 9, 0, 0, 0, 8, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0,                            /* two strings */
+        1, 0, 0, 0, 0, 0, 0, 0, 'x', 0, 0, 0, 0, 0, 0, 0, 0,
+        1, 0, 0, 0, 0, 0, 0, 0, 'b', 9, 0, 0, 0, 3, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6,          /* three int16 */
+        1, 0, 0, 0, 0, 0, 0, 0, 'c', 12, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8,                                       /* a float64 */
+        17, 0, 0, 0, 0, 0, 0, 0, 'g', 'e', 'n', 'e', 'r', 'a', 'l', '.', 'a', 'l', 'i', 'g', 'n', 'm', 'e', 'n', 't', 4, 0, 0, 0, 0, 1, 0, 0 /* 256 */
+    };
+    const size_t first = 56;
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    file_model m;
+    file_bytes f, g;
+    size_t infos;
+    uint64_t before;
+    if (!t.c) return;
+    memset(&m, 0, sizeof m);
+    file_add(&m, "gain", 1, 5, TERN_DENSE, 0);
+    file_alloc(t.c, &m, 0);
+    file_fill(t.c, &m);
+    before = file_hash(&m);
+    file_save(t.c, &m, 0, &f);
+    infos = (size_t)(file_after(&f, "ternary.gain.grain") + 8 - f.data) + 44; /* the end of one tensor's place */
+    g.size = 512 + 32;
+    g.data = (unsigned char *)calloc(g.size, 1);
+    CHECK(infos + sizeof keys > 256 && infos + sizeof keys <= 512, "%d bytes before the data", (int)(infos + sizeof keys));
+    memcpy(g.data, f.data, first);
+    g.data[16] = (unsigned char)(g.data[16] + 4);
+    memcpy(g.data + first, keys, sizeof keys);
+    memcpy(g.data + first + sizeof keys, f.data + first, infos - first);
+    memcpy(g.data + 512, f.data + f.size - 32, 32);
+    file_rehash(g.data, g.size);
+    memset(m.p[0].buffer[TERN_SHADOW].data, 0, 20);
+    CHECK_OK(t.c, tern_model_load(t.c, &m.m, g.data, g.size));
+    CHECK(file_hash(&m) == before, "other values");
+    file_refused(t.c, &m, &g, g.data + first + 13, 9, TERN_E_FORMAT, "an array has elements of an unknown type");
+    file_refused(t.c, &m, &g, g.data + first + 42 + 24, 1, TERN_E_FORMAT, "an array is longer than the file");
+    file_refused(t.c, &m, &g, g.data + first + sizeof keys - 3, 3, TERN_E_FORMAT, "general.alignment");
+    file_refused(t.c, &m, &g, g.data + first + sizeof keys - 3, 0, TERN_E_FORMAT, "general.alignment");
+    file_refused(t.c, &m, &g, g.data + first + sizeof keys - 3, 4, TERN_E_FORMAT, "general.alignment"); /* 1024 */
+    g.size = infos + sizeof keys;
+    file_refused(t.c, &m, &g, g.data, 'G', TERN_E_FORMAT, "ends before the tensors' data");
+    free(f.data);
+    free(g.data);
+    file_free(t.c, &m);
+    test_close(&t);
+}
+
 /* Models and arguments that save, load and export refuse. */
 static void files_arguments(void)
 {
@@ -761,6 +810,7 @@ static void suite_files(void)
     RUN(files_golden);
     RUN(files_damaged);
     RUN(files_content);
+    RUN(files_other_keys);
     RUN(files_arguments);
     RUN(files_sink_fails);
     RUN(files_allocation_fails);
