@@ -16,6 +16,7 @@
     X(backends)   \
     X(bitlinear)  \
     X(embedding)  \
+    X(optimizers) \
     X(files)      \
     X(selftest)
 
@@ -33,6 +34,7 @@ SUITES(SUITE)
 #include "14_backends.c"
 #include "15_bitlinear.c"
 #include "16_embedding.c"
+#include "19_optimizers.c"
 #include "21_files.c"
 #include "22_selftest.c"
 

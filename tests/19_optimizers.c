@@ -1,0 +1,378 @@
+/* Room 19, optimizers and shadow weights. */
+
+/* A ternary parameter and a dense one that is not decayed. */
+typedef struct pair { tern_param w, b; tern_param *items[2]; tern_model m; } pair;
+
+static void pair_open(tern_context *c, pair *o, int64_t rows, int64_t cols, tern_type shadow, int32_t buffers)
+{
+    memset(o, 0, sizeof *o);
+    o->w = param_of("w", rows, cols, TERN_ABSMEAN, TERN_PER_ROW);
+    o->b = param_of("b", 1, rows, TERN_DENSE, 0);
+    o->b.flags = TERN_NO_DECAY;
+    o->w.buffer[TERN_SHADOW].type = shadow;
+    o->items[0] = &o->w;
+    o->items[1] = &o->b;
+    o->m.items = o->items;
+    o->m.count = 2;
+    CHECK_OK(c, tern_param_alloc(c, &o->w, buffers));
+    CHECK_OK(c, tern_param_alloc(c, &o->b, buffers));
+    set_random(c, &o->w);
+    set_random(c, &o->b);
+}
+
+static void pair_close(tern_context *c, pair *o)
+{
+    tern_param_free(c, &o->w, -1);
+    tern_param_free(c, &o->b, -1);
+}
+
+static void random_gradients(pair *o)
+{
+    int64_t i;
+    int p;
+    for (p = 0; p < 2; p++)
+        for (i = 0; i < o->items[p]->rows * o->items[p]->cols; i++) grad_of(o->items[p])[i] = test_float();
+}
+
+/* Everything that a step may change. */
+static void record_pair(record *r, const pair *o)
+{
+    int p, b;
+    for (p = 0; p < 2; p++)
+        for (b = 0; b < TERN_BUFFERS; b++) {
+            const tern_buffer *buffer = &o->items[p]->buffer[b];
+            const int64_t bytes = (int64_t)buffer->count * tern__type_bytes(tern__buffer_type(o->items[p], b));
+            if (buffer->data) record_bytes(r, buffer->data, bytes);
+        }
+}
+
+/* -- against float64 over several steps -- */
+
+typedef struct reference { double w[600], m[600], v[600]; } reference;
+
+static void reference_step(reference *o, const float *grad, int64_t n, const tern_step *s, double factor, double decay, int has_momentum)
+{
+    const double beta1 = s->beta1 > 0 ? s->beta1 : 0.9f, beta2 = s->beta2 > 0 ? s->beta2 : 0.99f, eps = s->eps > 0 ? s->eps : 1e-8f;
+    int64_t i;
+    for (i = 0; i < n; i++) {
+        const double g = grad[i] * factor;
+        double step = g;
+        if (s->optimizer == TERN_ADAMW) {
+            o->m[i] = beta1 * o->m[i] + (1 - beta1) * g;
+            o->v[i] = beta2 * o->v[i] + (1 - beta2) * g * g;
+            step = o->m[i] / (1 - pow(beta1, s->step)) / (sqrt(o->v[i] / (1 - pow(beta2, s->step))) + eps);
+        } else if (has_momentum) step = o->m[i] = beta1 * o->m[i] + g;
+        o->w[i] -= s->rate * (step + decay * o->w[i]);
+    }
+}
+
+static void optimizers(tern_context *c, record *r)
+{
+    static reference ref[2];
+    int variant;
+    for (variant = 0; variant < 6; variant++) { /* AdamW, SGD with momentum, SGD; with and without clipping, decay and defaults */
+        const tern_optimizer kind = variant % 3 ? TERN_SGD : TERN_ADAMW;
+        const int32_t buffers = variant % 3 == 0 ? TERN_FOR_ADAMW : variant % 3 == 1 ? TERN_FOR_SGD : TERN_FOR_GRADIENT;
+        tern_step s = TERN_ZERO;
+        float norm2[1];
+        int64_t i;
+        int p;
+        pair o;
+        pair_open(c, &o, 20, 30, TERN_F32, buffers);
+        for (p = 0; p < 2; p++) {
+            memset(&ref[p], 0, sizeof ref[p]);
+            for (i = 0; i < o.items[p]->rows * o.items[p]->cols; i++) ref[p].w[i] = ((float *)o.items[p]->buffer[TERN_SHADOW].data)[i];
+        }
+        s.optimizer = kind;
+        s.rate = 0.05f;
+        s.norm2 = norm2;
+        if (variant >= 3) { s.clip = 2.5f; s.decay = 0.1f; s.beta1 = 0.8f; s.beta2 = 0.95f; s.eps = 1e-3f; }
+        for (s.step = 1; s.step <= 5; s.step++) {
+            double squares = 0.0, factor = 1.0;
+            random_gradients(&o);
+            if (s.step == 3) for (i = 0; i < 600; i++) grad_of(&o.w)[i] *= 0.01f; /* below the clip: left alone */
+            for (p = 0; p < 2; p++)
+                for (i = 0; i < o.items[p]->rows * o.items[p]->cols; i++) squares += (double)grad_of(o.items[p])[i] * grad_of(o.items[p])[i];
+            if (s.clip > 0 && sqrt(squares) > s.clip) factor = s.clip / sqrt(squares);
+            for (p = 0; p < 2; p++) reference_step(&ref[p], grad_of(o.items[p]), o.items[p]->rows * o.items[p]->cols, &s, factor, p ? 0.0 : s.decay, buffers & 1 << TERN_MOMENT1);
+            CHECK_OK(c, tern_model_step(c, &o.m, &s));
+            CHECK(fabs(norm2[0] - squares) < 1e-5 * squares, "norm2 %g, not %g", norm2[0], squares);
+        }
+        for (p = 0; p < 2; p++)
+            for (i = 0; i < o.items[p]->rows * o.items[p]->cols; i++) {
+                const float w = ((float *)o.items[p]->buffer[TERN_SHADOW].data)[i];
+                CHECK(fabs(w - ref[p].w[i]) < 2e-6, "variant %d, parameter %d [%d]: %.8g, not %.8g", variant, p, (int)i, w, ref[p].w[i]);
+                CHECK(grad_of(o.items[p])[i] == 0.0f, "the gradient is not set to zero");
+            }
+        record_pair(r, &o);
+        pair_close(c, &o);
+    }
+}
+static void test_optimizers(void) { same_for_threads(optimizers); }
+
+/* After a step the trits are those of the shadow. */
+static void test_step_packs(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    int bf16;
+    for (bf16 = 0; bf16 < 2; bf16++) {
+        tern_step s = TERN_ZERO;
+        tern_param fresh = param_of("fresh", 33, 50, TERN_ABSMEAN, TERN_PER_ROW);
+        int8_t before[50], after[50], want[50];
+        float scale[1], want_scale[1];
+        int64_t r, changed = 0;
+        pair o;
+        pair_open(t.c, &o, 33, 50, bf16 ? TERN_BF16 : TERN_F32, TERN_FOR_ADAMW);
+        random_gradients(&o);
+        CHECK_OK(t.c, tern_param_get(t.c, &o.w, 7, before, NULL, NULL));
+        s.rate = 0.3f;
+        s.step = 1;
+        CHECK_OK(t.c, tern_model_step(t.c, &o.m, &s));
+        CHECK_OK(t.c, tern_param_alloc(t.c, &fresh, TERN_FOR_INFERENCE));
+        CHECK_OK(t.c, tern_param_set(t.c, &fresh, o.w.buffer[TERN_SHADOW].type, o.w.buffer[TERN_SHADOW].data));
+        for (r = 0; r < 33; r++) {
+            CHECK_OK(t.c, tern_param_get(t.c, &o.w, r, after, scale, NULL));
+            CHECK_OK(t.c, tern_param_get(t.c, &fresh, r, want, want_scale, NULL));
+            CHECK(memcmp(after, want, 50) == 0 && scale[0] == want_scale[0], "row %d is not its shadow's", (int)r);
+            if (r == 7) changed = memcmp(before, after, 50) != 0;
+        }
+        CHECK(changed, "no trit of row 7 changed");
+        tern_param_free(t.c, &fresh, -1);
+        pair_close(t.c, &o);
+    }
+    test_close(&t);
+}
+
+/* -- BF16 shadows -- */
+
+static tern_optimize_args sgd_of(uint16_t *w, float *grad, int64_t n)
+{
+    tern_optimize_args a = TERN_ZERO;
+    a.kind = TERN_SGD;
+    a.count = n;
+    a.type = TERN_BF16;
+    a.w = w;
+    a.grad = grad;
+    a.rate = 1.0f;
+    a.seed = 99;
+    return a;
+}
+
+static double bf16_value(uint16_t h) { return ldexp((h & 127) + ((h >> 7 & 255) ? 128 : 0), (h >> 7 & 255) - 134) * (h >> 15 ? -1 : 1); }
+
+/* Below 1 a bf16 step is 2^-8. A step of 2^-11 must go down once in eight times, with the variance of a
+   coin of that weight, and many steps must add up to their sum. */
+static void stochastic_rounding(tern_context *c, record *r)
+{
+    enum { N = 20000 };
+    uint16_t *w = (uint16_t *)hold(N * 2), *first = (uint16_t *)hold(N * 2);
+    float *grad = hold_output(N);
+    tern_optimize_args a = sgd_of(w, grad, N);
+    double mean = 0.0, pairs = 0.0, down = 0.0;
+    int i, step;
+    for (i = 0; i < N; i++) w[i] = 0x3F80; /* 1.0 */
+    for (step = 1; step <= 40; step++) {
+        for (i = 0; i < N; i++) grad[i] = 1.0f / 2048;
+        a.step = (uint32_t)step;
+        CHECK_OK(c, tern_optimize(c, &a));
+        if (step > 1) continue;
+        memcpy(first, w, N * 2);
+        for (i = 0; i < N; i++) {
+            CHECK(w[i] == 0x3F80 || w[i] == 0x3F7F, "1 - 2^-11 became %04x", (unsigned)w[i]);
+            down += w[i] == 0x3F7F;
+            if (i > 0) pairs += w[i] == 0x3F7F && w[i - 1] == 0x3F7F;
+        }
+        CHECK(fabs(down / N - 0.125) < 0.01, "%g went down, not 0.125", down / N); /* four standard deviations */
+        CHECK(fabs(pairs / N - 0.015625) < 0.005, "%g of neighbours went down together, not 1/64", pairs / N);
+    }
+    for (i = 0; i < N; i++) mean += bf16_value(w[i]) / N;
+    CHECK(fabs(mean - (1.0 - 40.0 / 2048)) < 4e-4, "the mean is %g, not %g", mean, 1.0 - 40.0 / 2048);
+    record_bytes(r, w, N * 2);
+    a.step = 1;
+    a.stream = 1;
+    for (i = 0; i < N; i++) { w[i] = 0x3F80; grad[i] = 1.0f / 2048; }
+    CHECK_OK(c, tern_optimize(c, &a));
+    CHECK(memcmp(first, w, N * 2) != 0, "the rounding does not depend on the stream");
+}
+static void test_stochastic_rounding(void) { same_for_threads(stochastic_rounding); }
+
+static void bf16_training(tern_context *c, record *r)
+{
+    tern_step s = TERN_ZERO;
+    pair o;
+    pair_open(c, &o, 17, 59, TERN_BF16, TERN_FOR_ADAMW); /* 1003 weights: threads split within blocks of four */
+    s.rate = 0.01f;
+    s.clip = 1.0f;
+    s.seed = 7;
+    for (s.step = 1; s.step <= 4; s.step++) {
+        random_gradients(&o);
+        CHECK_OK(c, tern_model_step(c, &o.m, &s));
+    }
+    record_pair(r, &o);
+    pair_close(c, &o);
+}
+static void test_bf16_training(void) { same_for_threads(bf16_training); }
+
+static void test_bytes_per_weight(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_param p = param_of("w", 256, 512, TERN_ABSMEAN, TERN_PER_ROW), *items[1];
+    tern_model m = TERN_ZERO;
+    tern_audit a;
+    size_t total = 0;
+    int b;
+    items[0] = &p;
+    m.items = items;
+    m.count = 1;
+    p.buffer[TERN_SHADOW].type = TERN_BF16;
+    CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_ADAMW));
+    CHECK_OK(t.c, tern_model_audit(t.c, &m, &a));
+    for (b = 0; b < TERN_BUFFERS; b++) total += a.bytes[b];
+    printf("  BF16 shadow with AdamW: %.4f bytes per weight, of these %.4f scales\n", (double)total / (double)a.weights, (double)a.bytes[TERN_SCALES] / (double)a.weights);
+    CHECK((double)(total - a.bytes[TERN_SCALES]) <= (2 + 8 + 4 + 0.25) * (double)a.weights, "%g bytes per weight", (double)total / (double)a.weights);
+    tern_param_free(t.c, &p, -1);
+    test_close(&t);
+}
+
+/* -- refusals and faults -- */
+
+/* A gradient that is not finite: no weight, moment or trit changes, in any parameter; the gradients are dropped. */
+static void nonfinite_gradients(tern_context *c, record *unused)
+{
+    static const float bad[] = {NAN, INFINITY, 3e38f}; /* the square of the last overflows */
+    int i, bf16;
+    (void)unused;
+    for (i = 0; i < 6; i++) {
+        tern_step s = TERN_ZERO;
+        record before = {NULL, 0, 0}, after = {NULL, 0, 0};
+        int64_t j;
+        pair o;
+        bf16 = i & 1;
+        pair_open(c, &o, 20, 30, bf16 ? TERN_BF16 : TERN_F32, TERN_FOR_ADAMW);
+        s.rate = 0.1f;
+        s.step = 1;
+        random_gradients(&o);
+        CHECK_OK(c, tern_model_step(c, &o.m, &s));
+        record_pair(&before, &o);
+        random_gradients(&o);
+        grad_of(&o.b)[3] = bad[i / 2];
+        s.step = 2;
+        CHECK_OK(c, tern_model_step(c, &o.m, &s));
+        CHECK_FAILS(c, tern_sync(c), TERN_E_DATA, "step 2 is not finite");
+        record_pair(&after, &o); /* with gradients, zero again */
+        CHECK(before.size == after.size && memcmp(before.data, after.data, before.size) == 0, "%g in a gradient changed something", bad[i / 2]);
+        for (j = 0; j < 600; j++) CHECK(grad_of(&o.w)[j] == 0.0f, "a gradient stayed");
+        free(before.data);
+        free(after.data);
+        pair_close(c, &o);
+    }
+}
+static void test_nonfinite_gradients(void) { on_each_tier(nonfinite_gradients); }
+
+static void check_refused(tern_context *c, pair *o, const tern_step *s, tern_result code, const char *part)
+{
+    record before = {NULL, 0, 0}, after = {NULL, 0, 0};
+    record_pair(&before, o);
+    CHECK_FAILS(c, tern_model_step(c, &o->m, s), code, part);
+    record_pair(&after, o);
+    CHECK(before.size == after.size && memcmp(before.data, after.data, before.size) == 0, "a refused step (%s) changed something", part);
+    free(before.data);
+    free(after.data);
+}
+
+static void test_step_refusals(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_step good = TERN_ZERO, s;
+    float kept;
+    void *moment;
+    pair o;
+    pair_open(t.c, &o, 20, 30, TERN_BF16, TERN_FOR_ADAMW);
+    random_gradients(&o);
+    kept = grad_of(&o.w)[0];
+    good.rate = 0.1f;
+    good.step = 1;
+    CHECK(tern_model_step(NULL, &o.m, &good) == TERN_E_ARGUMENT, "no context");
+    CHECK_FAILS(t.c, tern_model_step(t.c, NULL, &good), TERN_E_ARGUMENT, "the model is NULL");
+    check_refused(t.c, &o, NULL, TERN_E_ARGUMENT, "the desc is NULL");
+    s = good; s.optimizer = (tern_optimizer)5; check_refused(t.c, &o, &s, TERN_E_ARGUMENT, "optimizer 5");
+    s = good; s.step = 0; check_refused(t.c, &o, &s, TERN_E_ARGUMENT, "counted from 1");
+    s = good; s.rate = -1.0f; check_refused(t.c, &o, &s, TERN_E_ARGUMENT, "out of range");
+    s = good; s.rate = NAN; check_refused(t.c, &o, &s, TERN_E_ARGUMENT, "out of range");
+    s = good; s.beta1 = 1.0f; check_refused(t.c, &o, &s, TERN_E_ARGUMENT, "out of range");
+    s = good; s.beta2 = 1.5f; check_refused(t.c, &o, &s, TERN_E_ARGUMENT, "out of range");
+    s = good; s.decay = INFINITY; check_refused(t.c, &o, &s, TERN_E_ARGUMENT, "out of range");
+    s = good; s.norm2 = (float *)(void *)((char *)&kept + 1); check_refused(t.c, &o, &s, TERN_E_ALIGNMENT, "not aligned");
+    moment = o.b.buffer[TERN_MOMENT2].data; /* of the last parameter: the first must not have moved */
+    o.b.buffer[TERN_MOMENT2].data = NULL;
+    CHECK_FAILS(t.c, tern_model_step(t.c, &o.m, &good), TERN_E_MISSING, "b has no second moment");
+    o.b.buffer[TERN_MOMENT2].data = (char *)moment + 2;
+    CHECK_FAILS(t.c, tern_model_step(t.c, &o.m, &good), TERN_E_ALIGNMENT, "second moment");
+    o.b.buffer[TERN_MOMENT2].data = moment;
+    CHECK(grad_of(&o.w)[0] == kept, "a refused step ran");
+    o.items[1] = NULL;
+    CHECK_FAILS(t.c, tern_model_step(t.c, &o.m, &good), TERN_E_ARGUMENT, "a parameter is NULL");
+    o.items[1] = &o.b;
+    tern_param_free(t.c, &o.w, TERN_FOR_TRAINING);
+    tern_param_free(t.c, &o.b, TERN_FOR_TRAINING);
+    check_refused(t.c, &o, &good, TERN_E_MISSING, "no parameter has a gradient");
+    pair_close(t.c, &o);
+    test_close(&t);
+}
+
+/* -- learning: a ternary matrix is found again from inputs and outputs -- */
+
+static void regression(tern_context *c, record *r)
+{
+    enum { TOKENS = 64, ROWS = 8, COLS = 32, STEPS = 150 };
+    int shadow;
+    for (shadow = 0; shadow < 2; shadow++) {
+        float *x = hold_floats(TOKENS * COLS), *y = hold_output(TOKENS * ROWS), *target = hold_zeros(TOKENS * ROWS), *dy = hold_output(TOKENS * ROWS);
+        int8_t truth[ROWS * COLS];
+        double first = 0.0, loss = 0.0;
+        tern_linear l = TERN_ZERO;
+        tern_need need;
+        tern_step s = TERN_ZERO;
+        void *saved;
+        int64_t i, t;
+        pair o;
+        pair_open(c, &o, ROWS, COLS, shadow ? TERN_BF16 : TERN_F32, TERN_FOR_ADAMW);
+        l.w = &o.w;
+        l.bias = &o.b;
+        CHECK_OK(c, tern_linear_need(c, &l, TOKENS, &need));
+        CHECK_OK(c, tern_reserve(c, need.scratch));
+        saved = hold(need.saved);
+        for (i = 0; i < ROWS * COLS; i++) truth[i] = test_trit();
+        for (t = 0; t < TOKENS * ROWS; t++)
+            for (i = 0; i < COLS; i++) target[t] += 0.5f * (float)truth[t % ROWS * COLS + i] * x[t / ROWS * COLS + i];
+        s.seed = 3;
+        for (s.step = 1; s.step <= STEPS; s.step++) {
+            s.rate = 0.03f * (1.0f - (float)s.step / (STEPS + 1));
+            CHECK_OK(c, tern_linear_forward(c, &l, TOKENS, x, y, saved));
+            for (loss = 0.0, i = 0; i < TOKENS * ROWS; i++) {
+                dy[i] = (y[i] - target[i]) / TOKENS;
+                loss += (double)(y[i] - target[i]) * (y[i] - target[i]) / (TOKENS * ROWS);
+            }
+            if (s.step == 1) first = loss;
+            CHECK_OK(c, tern_linear_backward(c, &l, TOKENS, x, saved, dy, NULL));
+            CHECK_OK(c, tern_model_step(c, &o.m, &s));
+        }
+        CHECK(loss < 0.02 * first, "the loss went from %g to %g", first, loss);
+        record_pair(r, &o);
+        pair_close(c, &o);
+        release();
+    }
+}
+static void test_regression(void) { same_for_threads(regression); }
+
+static void suite_optimizers(void)
+{
+    RUN(test_optimizers);
+    RUN(test_step_packs);
+    RUN(test_stochastic_rounding);
+    RUN(test_bf16_training);
+    RUN(test_bytes_per_weight);
+    RUN(test_nonfinite_gradients);
+    RUN(test_step_refusals);
+    RUN(test_regression);
+}
