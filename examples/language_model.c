@@ -69,9 +69,9 @@ static options parse(int count, char **words)
 {
     options o = {"ternary.h", "build", 4, 4, 128, 64, 12, 500, 1, 0, 400, 0.0, 0, 0};
     const struct { const char *name; int64_t *value, least, most; } numbers[] = {
-        {"--layers", &o.layers, 1, 1000},      {"--heads", &o.heads, 1, 1000},  {"--width", &o.width, 2, 65536},
-        {"--context", &o.context, 2, 1 << 20}, {"--batch", &o.batch, 1, 65536}, {"--steps", &o.steps, 1, 100000000},
-        {"--seed", &o.seed, 0, INT64_MAX},     {"--threads", &o.threads, 0, 64}, {"--generate", &o.generate, 0, 1 << 30}};
+        {"--layers", &o.layers, 1, 128},     {"--heads", &o.heads, 1, 256},   {"--width", &o.width, 2, 16384},
+        {"--context", &o.context, 2, 65536}, {"--batch", &o.batch, 1, 4096},  {"--steps", &o.steps, 10, 100000000},
+        {"--seed", &o.seed, 0, INT64_MAX},   {"--threads", &o.threads, 0, 64}, {"--generate", &o.generate, 0, 1 << 30}};
     const int known = (int)(sizeof numbers / sizeof numbers[0]);
     int i, k;
     for (i = 1; i < count; i++) {
@@ -118,7 +118,8 @@ static text read_text(const options *o)
     t.validate = size / 10;
     t.train = size - t.validate;
     t.windows = (t.validate - 1) / o->context; /* disjoint windows; each predicts the byte after it too */
-    if (t.windows < 1) die("%s has %lld bytes; a context of %lld needs at least %lld", o->text, (long long)size, (long long)o->context, 10 * (long long)(o->context + 1));
+    if (t.windows < 1) die("%s has %lld bytes; a context of %lld needs at least %lld", o->text, (long long)size,
+                           (long long)o->context, 10 * (long long)(o->context + 1));
     return t;
 }
 
@@ -313,7 +314,8 @@ static void lm_initialise(lm *m)
     if (!w) die("no memory for the initial weights");
     for (i = 0; i < m->model.count; i++) {
         tern_param *p = &m->params[i];
-        ok(m, tern_fill(m->c, &(tern_fill_args){.count = p->rows * p->cols, .x = w, .deviation = inverse_root((double)p->cols), .seed = (uint64_t)m->o.seed, .stream = (uint32_t)i}));
+        ok(m, tern_fill(m->c, &(tern_fill_args){.count = p->rows * p->cols, .x = w, .deviation = inverse_root((double)p->cols),
+                                                .seed = (uint64_t)m->o.seed, .stream = (uint32_t)i}));
         ok(m, tern_param_set(m->c, p, TERN_F32, w));
     }
     tern_free(m->c, w);
@@ -353,14 +355,18 @@ static tern_norm_args head_norm(const lm *m, int64_t n, const block *b)
 
 static tern_rope_args rotation(const lm *m, int64_t n, int64_t start, int64_t count, float *x)
 {
-    return (tern_rope_args){.n = n, .heads = (int32_t)(2 * m->o.heads), .dim = (int32_t)(m->o.width / m->o.heads), .x = x, .stride = 2 * m->o.width, .start = start, .period = count};
+    return (tern_rope_args){.n = n, .heads = (int32_t)(2 * m->o.heads), .dim = (int32_t)(m->o.width / m->o.heads),
+                            .x = x, .stride = 2 * m->o.width, .start = start, .period = count};
 }
 
 static tern_attention_args attention(const lm *m, const block *b, int64_t batch, int64_t start, int64_t count)
 {
     const int64_t w = m->o.width;
-    return (tern_attention_args){.batch = batch, .queries = count, .keys = start + count, .heads = (int32_t)m->o.heads, .kv_heads = (int32_t)m->o.heads, .dim = (int32_t)(w / m->o.heads),
-                                 .q = b->turned + start * 2 * w, .q_stride = 2 * w, .k = b->turned + w, .k_stride = 2 * w, .v = b->v, .v_stride = w, .y = b->mixed, .p = b->p};
+    const int32_t heads = (int32_t)m->o.heads;
+    return (tern_attention_args){.batch = batch, .queries = count, .keys = start + count,
+                                 .heads = heads, .kv_heads = heads, .dim = (int32_t)w / heads,
+                                 .q = b->turned + start * 2 * w, .q_stride = 2 * w, .k = b->turned + w, .k_stride = 2 * w,
+                                 .v = b->v, .v_stride = w, .y = b->mixed, .p = b->p};
 }
 
 static float branch_weight(const lm *m) { return inverse_root(2 * (double)m->o.layers); }
@@ -465,7 +471,8 @@ static double lm_loss(lm *m, int64_t batch, int gradient)
     int64_t i;
     lm_forward(m, batch, 0, m->o.context);
     ok(m, tern_copy(m->c, m->targets, m->host_ids + m->o.batch * m->o.context, (size_t)n * sizeof *m->targets, TERN_TO_DEVICE));
-    ok(m, tern_loss(m->c, &(tern_loss_args){.n = n, .classes = BYTES, .logits = m->logits, .targets = m->targets, .losses = m->losses, .dlogits = gradient ? m->logits : NULL, .scale = 1.0f / (float)n}));
+    ok(m, tern_loss(m->c, &(tern_loss_args){.n = n, .classes = BYTES, .logits = m->logits, .targets = m->targets, .losses = m->losses,
+                                            .dlogits = gradient ? m->logits : NULL, .scale = 1.0f / (float)n}));
     ok(m, tern_copy(m->c, m->host_losses, m->losses, (size_t)n * sizeof *m->losses, TERN_TO_HOST));
     ok(m, tern_sync(m->c));
     for (i = 0; i < n; i++) sum += m->host_losses[i];
@@ -507,7 +514,8 @@ static double train_step(lm *m, const text *t, int64_t step, uint64_t *random)
     for (i = 0; i < batch; i++) set_window(m, i, t->bytes + random_bits(random) % (uint64_t)(t->train - m->o.context));
     sum = lm_loss(m, batch, 1);
     lm_backward(m, batch);
-    ok(m, tern_model_step(m->c, &m->model, &(tern_step){.optimizer = TERN_ADAMW, .rate = (float)rate_at(&m->o, step), .beta2 = 0.99f, .decay = 0.05f, .clip = 1, .seed = (uint64_t)m->o.seed, .step = (uint32_t)step}));
+    ok(m, tern_model_step(m->c, &m->model, &(tern_step){.optimizer = TERN_ADAMW, .rate = (float)rate_at(&m->o, step), .decay = 0.05f,
+                                                        .clip = 1, .seed = (uint64_t)m->o.seed, .step = (uint32_t)step}));
     return sum / (double)(batch * m->o.context);
 }
 
@@ -526,11 +534,10 @@ static void progress(const options *o, int64_t step, double loss, double elapsed
 
 static curve train(lm *m, const text *t)
 {
-    const int64_t steps = m->o.steps;
+    const int64_t steps = m->o.steps, glance = t->windows < GLANCE ? t->windows : GLANCE;
     const double start = seconds();
     uint64_t random = (uint64_t)m->o.seed;
     double smooth = 0, paused = 0;
-    const int64_t glance = t->windows < GLANCE ? t->windows : GLANCE;
     int64_t step, in_point[POINTS] = {0}, k;
     curve c = {{0}, {0}, 0, 0};
     c.steps = steps;
@@ -625,8 +632,10 @@ static void draw_curve(FILE *f, const options *o, const curve *c)
     fprintf(f, "\"/>\n");
     for (i = 0; i <= VALIDATIONS; i++)
         fprintf(f, "<circle class=\"dot\" r=\"3.5\" cx=\"%.1f\" cy=\"%.1f\"/>\n", x_of(&a, (double)i * a.steps / VALIDATIONS), y_of(&a, c->validation[i]));
-    fprintf(f, "<path class=\"train\" d=\"M%d 76h28\"/><text x=\"%d\" y=\"80\">training, mean of %lld windows a step</text>\n", WIDTH - 400, WIDTH - 364, (long long)o->batch);
-    fprintf(f, "<path class=\"validation\" d=\"M%d 96h28\"/><text x=\"%d\" y=\"100\">validation, last tenth of the text (%d windows; at the end all)</text>\n</svg>\n", WIDTH - 400, WIDTH - 364, GLANCE);
+    fprintf(f, "<path class=\"train\" d=\"M%d 76h28\"/><text x=\"%d\" y=\"80\">training, mean of %lld windows a step</text>\n"
+               "<path class=\"validation\" d=\"M%d 96h28\"/><text x=\"%d\" y=\"100\">validation, last tenth of the text "
+               "(%d windows; at the end all)</text>\n</svg>\n",
+            WIDTH - 400, WIDTH - 364, (long long)o->batch, WIDTH - 400, WIDTH - 364, GLANCE);
     if (fclose(f)) die("cannot write %s/loss.svg", o->out);
 }
 
@@ -642,7 +651,8 @@ static int sample(lm *m, int64_t row, uint64_t *random)
     int i;
     ok(m, tern_copy(m->c, m->targets, &target, sizeof target, TERN_TO_DEVICE));
     scale(m, BYTES, 1 / 0.8f, logits, logits);
-    ok(m, tern_loss(m->c, &(tern_loss_args){.n = 1, .classes = BYTES, .logits = logits, .targets = m->targets, .losses = m->losses, .dlogits = logits, .scale = 1}));
+    ok(m, tern_loss(m->c, &(tern_loss_args){.n = 1, .classes = BYTES, .logits = logits, .targets = m->targets, .losses = m->losses,
+                                            .dlogits = logits, .scale = 1}));
     ok(m, tern_copy(m->c, p, logits, BYTES * sizeof *p, TERN_TO_HOST));
     ok(m, tern_sync(m->c));
     p[target] += 1;
@@ -671,7 +681,7 @@ static void talk(lm *m, int64_t count)
         cached += fresh;
         fresh = 1;
     }
-    putchar('\n');
+    printf("\n\n");
     free(said);
 }
 
@@ -717,63 +727,68 @@ static speed measure(lm *m, const text *t)
     return s;
 }
 
-/* Loads the file on every tier, with one and two threads; 1 if all logits have the same bits. */
-static int compare_tiers(const options *o, const text *t, const char *path)
+/* A line of the table, for the weights of a file or (path NULL) untrained ones. */
+static speed print_speed(const options *o, const text *t, tern_isa isa, int threads, const char *path)
 {
-    const char *weights = o->dense ? "float" : "ternary";
-    uint64_t hash = 0;
-    int same = 1, isa, threads;
-    printf("weights  tier         threads  tokens/s in batches  one by one  hash of the logits\n");
-    for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++)
-        for (threads = 1; threads <= 2; threads++) {
-            speed s;
-            lm *m;
-            if (!tern_cpu_backend((tern_isa)isa)) continue;
-            m = lm_open(o, (tern_isa)isa, threads, 0);
-            if (!strcmp(tern_backend_name(m->c), tern_cpu_backend((tern_isa)isa)->name)) { /* else TERNARY_ISA lowered it */
-                ok(m, tern_model_load_file(m->c, &m->model, path));
-                s = measure(m, t);
-                hash = hash ? hash : s.hash;
-                same = same && s.same && s.hash == hash;
-                printf("%-8s %-12s %7d  %19.0f  %10.0f  %016llx%s\n", weights, tern_backend_name(m->c), threads, s.batched, s.single,
-                       (unsigned long long)s.hash, !s.same ? " DIFFERENT one by one" : s.hash != hash ? " DIFFERENT" : "");
-            }
-            lm_close(m);
-        }
-    return same;
-}
-
-/* For the ternary table's first line: the speed of the same network with float weights. */
-static void print_float_speed(const options *o, const text *t)
-{
-    options dense = *o;
+    lm *m = lm_open(o, isa, threads, 0);
     speed s;
-    lm *m;
-    dense.dense = 1;
-    m = lm_open(&dense, TERN_ISA_BEST, 2, 0);
-    lm_initialise(m);
+    if (path) ok(m, tern_model_load_file(m->c, &m->model, path));
+    else lm_initialise(m);
     s = measure(m, t);
-    printf("float    %-12s %7d  %19.0f  %10.0f  (untrained, for its speed)\n", tern_backend_name(m->c), 2, s.batched, s.single);
+    printf("%-8s %-12s %7d  %19.0f  %10.0f  ", o->dense ? "float" : "ternary", tern_backend_name(m->c), threads, s.batched, s.single);
     lm_close(m);
+    return s;
 }
 
-static uint64_t bits_of(double x)
+/* Runs the file on every tier up to `best`, with one and two threads; 1 if all logits have the same bits. */
+static int compare_tiers(const options *o, const text *t, const char *path, const char *best)
 {
-    uint64_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
+    uint64_t first = 0;
+    int all = 1, isa, threads, last = 0;
+    printf("weights  tier         threads  tokens/s in batches  one by one  hash of the logits\n");
+    for (isa = TERN_ISA_SCALAR; !last; isa++) {
+        const tern_backend *tier = tern_cpu_backend((tern_isa)isa);
+        last = tier && !strcmp(tier->name, best);
+        for (threads = 1; tier && threads <= 2; threads++) {
+            const speed s = print_speed(o, t, (tern_isa)isa, threads, path);
+            const int same = s.same && (first == 0 || s.hash == first);
+            first = s.hash;
+            all = all && same;
+            printf("%016llx%s\n", (unsigned long long)s.hash, same ? "" : " DIFFERENT");
+        }
+    }
+    if (!o->dense) {
+        options dense = *o;
+        dense.dense = 1;
+        print_speed(&dense, t, TERN_ISA_BEST, 2, NULL);
+        printf("(untrained, for its speed)\n");
+    }
+    return all;
 }
 
-static void print_sizes(const tern_audit *trained, const tern_audit *packed)
+static void print_sizes(const tern_audit *trained, const tern_audit *packed, const tern_audit *running)
 {
     const double n = (double)trained->weights;
-    const double shadow = (double)trained->bytes[TERN_SHADOW] / n, gradient = (double)trained->bytes[TERN_GRAD] / n;
+    const double weights = (double)trained->bytes[TERN_SHADOW] / n, gradient = (double)trained->bytes[TERN_GRAD] / n;
     const double moments = (double)(trained->bytes[TERN_MOMENT1] + trained->bytes[TERN_MOMENT2]) / n;
     const double trits = (double)(trained->bytes[TERN_TRITS] + trained->bytes[TERN_SCALES]) / n;
     printf("parameters       %lld, %lld of them ternary\n", (long long)trained->weights, (long long)trained->ternary);
-    printf("bytes            %.0f as float, %zu packed: %.2f bits per weight\n", 4 * n, packed->packed_bytes, 8 * (double)packed->packed_bytes / n);
-    printf("training state   %.3f bytes per weight: weights %.3f, moments %.3f, gradient %.3f, trits and scales %.3f\n",
-           shadow + moments + gradient + trits, shadow, moments, gradient, trits);
+    printf("bytes            %.0f as float", 4 * n);
+    if (trained->ternary)
+        printf(", %zu packed in base 3 (%.2f bits per weight), %zu in the 2-bit panels it runs in (%.2f)", packed->packed_bytes,
+               8 * (double)packed->packed_bytes / n, running->packed_bytes, 8 * (double)running->packed_bytes / n);
+    printf("\ntraining state   %.3f bytes per weight: weights %.3f, moments %.3f, gradient %.3f, trits and scales %.3f\n",
+           weights + moments + gradient + trits, weights, moments, gradient, trits);
+}
+
+/* Drops what only training needs and saves the rest. */
+static void freeze(lm *m, const char *path, tern_audit *trained, tern_audit *packed)
+{
+    int32_t i;
+    ok(m, tern_model_audit(m->c, &m->model, trained));
+    for (i = 0; i < m->model.count; i++) tern_param_free(m->c, &m->params[i], TERN_FOR_TRAINING);
+    ok(m, tern_model_audit(m->c, &m->model, packed));
+    ok(m, tern_model_save_file(m->c, &m->model, 0, path));
 }
 
 int main(int count, char **words)
@@ -781,42 +796,36 @@ int main(int count, char **words)
     const options o = parse(count, words);
     const text t = read_text(&o);
     FILE *svg = create(&o, "loss.svg");
-    lm *m = lm_open(&o, TERN_ISA_BEST, o.threads, 1), *fresh;
+    lm *m = lm_open(&o, TERN_ISA_BEST, o.threads, 1);
+    const char *tier = tern_backend_name(m->c);
+    tern_audit trained, packed, running;
     char path[1024];
-    tern_audit trained, packed;
     curve c;
-    double before, after;
-    int32_t i;
+    double loss;
     int same;
 
     printf("%s: %lld bytes to learn from, %lld windows of %lld to validate; tier %s, seed %lld\n", o.text, (long long)t.train, (long long)t.windows,
-           (long long)o.context, tern_backend_name(m->c), (long long)o.seed);
+           (long long)o.context, tier, (long long)o.seed);
     lm_initialise(m);
     c = train(m, &t);
-    before = c.validation[VALIDATIONS];
     draw_curve(svg, &o, &c);
-
-    /* Freeze, save, and from here on only the file. */
-    ok(m, tern_model_audit(m->c, &m->model, &trained));
-    for (i = 0; i < m->model.count; i++) tern_param_free(m->c, &m->params[i], TERN_FOR_TRAINING);
     snprintf(path, sizeof path, "%s/model.gguf", o.out);
-    ok(m, tern_model_audit(m->c, &m->model, &packed));
-    ok(m, tern_model_save_file(m->c, &m->model, 0, path));
+    freeze(m, path, &trained, &packed);
     lm_close(m);
-    fresh = lm_open(&o, TERN_ISA_BEST, o.threads, 0);
-    ok(fresh, tern_model_load_file(fresh->c, &fresh->model, path));
-    after = lm_validate(fresh, &t, t.windows);
-    printf("wrote %s/loss.svg and %s, which says:\n\n", o.out, path);
-    talk(fresh, o.generate);
-    lm_close(fresh);
 
-    same = bits_of(before) == bits_of(after);
-    printf("\n");
-    print_sizes(&trained, &packed);
-    printf("validation loss  %.4f nats per byte in training, bits %016llx\n", before, (unsigned long long)bits_of(before));
-    printf("                 %.4f nats per byte reloaded,    bits %016llx: %s\n\n", after, (unsigned long long)bits_of(after), same ? "equal" : "DIFFERENT");
-    if (!o.dense) print_float_speed(&o, &t);
-    same &= compare_tiers(&o, &t, path);
+    m = lm_open(&o, TERN_ISA_BEST, o.threads, 0);
+    ok(m, tern_model_load_file(m->c, &m->model, path));
+    ok(m, tern_model_audit(m->c, &m->model, &running));
+    loss = lm_validate(m, &t, t.windows);
+    printf("Wrote %s/loss.svg and %s. The file says:\n\n", o.out, path);
+    talk(m, o.generate);
+    lm_close(m);
+
+    print_sizes(&trained, &packed, &running);
+    same = memcmp(&loss, &c.validation[VALIDATIONS], sizeof loss) == 0;
+    printf("validation loss  %.4f nats per byte in training (%a), %.4f reloaded (%a): %s\n\n", c.validation[VALIDATIONS], c.validation[VALIDATIONS],
+           loss, loss, same ? "equal" : "DIFFERENT");
+    same &= compare_tiers(&o, &t, path, tier);
     printf("%s\n", same ? "All the same bits." : "The bits are DIFFERENT.");
     free(t.bytes);
     return !same;
