@@ -9,7 +9,7 @@ examples: build/quickstart build/image_classifier build/language_model
 demo: build/language_model          # trains a language model on TEXT (default: ternary.h), packs it, lets it write
 	build/language_model $(if $(TEXT),--text "$(TEXT)") --out build
 test:                               # all tests; the last line is "N passed, M failed"
-	@CC="$(CC)" CFLAGS="$(CFLAGS)" LDLIBS="$(LDLIBS)" sh tests/run.sh
+	@CC="$(CC)" CFLAGS="$(CFLAGS)" LDLIBS="$(LDLIBS)" sh tests/run.sh $(ONLY)
 bench: build/bench                  # the machine's limits, then each operation as a fraction of them
 	build/bench
 install:                            # the header alone
@@ -17,7 +17,7 @@ install:                            # the header alone
 clean:
 	rm -rf build
 
-# The stricter checks. ONLY=part runs the tests whose names contain it.
+# The stricter checks. ONLY=part, here and for test, runs the tests whose names contain it.
 sanitize: build/tests-asan          # addresses and undefined behaviour
 	build/tests-asan $(ONLY)
 tsan: build/tests-tsan              # data races
