@@ -304,7 +304,8 @@ TERN_API tern_result tern_activation_shape(tern_context *c, const tern_matrix *m
 
    tern_NAME(context, &args) checks the arguments and runs the operation on the context's backend.
    Every operation overwrites its output unless it says "adds". Inputs and outputs must not overlap
-   unless it says so. n counts tokens, at least 1; float buffers are float32, row-major, contiguous. */
+   unless it says so. n counts tokens, at least 1; float buffers are float32, row-major, contiguous.
+   A number left at zero (alpha, scale, rate) is zero: defaults are named where there are any. */
 
 /* [rows, cols] floats -> trits and scales. Weights that are NaN, infinite or 2^96 and above are refused
    (TERN_E_NONFINITE) and nothing is written. An all-zero grain has scale 0. algorithms: see tern_rule. */
@@ -1016,6 +1017,7 @@ TERN_API tern_result tern_copy(tern_context *c, void *dst, const void *src, size
     if (!c) return TERN_E_ARGUMENT;
     if (bytes == 0) return TERN_OK;
     TERN__REQUIRE(&c->run, dst && src, TERN_E_ARGUMENT, "copy: dst or src is NULL");
+    TERN__REQUIRE(&c->run, (int32_t)direction >= 0 && direction <= TERN_ON_DEVICE, TERN_E_ARGUMENT, "copy: direction %d is unknown", (int64_t)direction);
     return c->run.backend->copy(&c->run, dst, src, bytes, direction);
 }
 
@@ -3791,11 +3793,17 @@ TERN_API void tern_param_free(tern_context *c, tern_param *p, int32_t mask)
 static tern_result tern__param_ternarize(tern_context *c, tern_param *p, tern_type type, const void *w)
 {
     tern_ternarize_args a;
+    tern_result result;
     a.m = tern_param_matrix(p);
     a.rule = p->rule;
     a.type = type;
     a.w = w;
-    return tern_ternarize(c, &a);
+    result = tern_ternarize(c, &a);
+    if (result != TERN_OK) {
+        const tern_error e = c->run.error;
+        tern__set_error(&c->run.error, result, "%s: %s", p->name, e.text); /* which of a model's weights diverged */
+    }
+    return result;
 }
 
 TERN_API tern_result tern_param_set(tern_context *c, tern_param *p, tern_type type, const void *w)
