@@ -585,6 +585,23 @@ static double tick(double range, int most)
 }
 
 typedef struct axes { double low, high, steps; } axes;
+
+static axes axes_of(const curve *c)
+{
+    axes a = {c->validation[0], c->validation[0], (double)c->steps};
+    double unit;
+    int64_t i;
+    for (i = 0; i < c->points + VALIDATIONS + 1; i++) {
+        const double loss = i < c->points ? c->train[i] : c->validation[i - c->points];
+        if (loss < a.low) a.low = loss;
+        if (loss > a.high) a.high = loss;
+    }
+    unit = tick(a.high - a.low, 8);
+    a.low = (double)(int64_t)(a.low / unit) * unit;
+    a.high = (double)((int64_t)(a.high / unit) + 1) * unit;
+    return a;
+}
+
 static double x_of(const axes *a, double step) { return LEFT + (WIDTH - LEFT - RIGHT) * step / a->steps; }
 static double y_of(const axes *a, double loss) { return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (loss - a->low) / (a->high - a->low); }
 
@@ -593,7 +610,7 @@ static void draw_axes(FILE *f, const axes *a)
     const double dx = tick(a->steps, 8), dy = tick(a->high - a->low, 8);
     int i;
     for (i = 0; a->low + i * dy < a->high + dy / 2; i++)
-        fprintf(f, "<line class=\"grid\" x1=\"%d\" x2=\"%d\" y1=\"%.1f\" y2=\"%.1f\"/><text x=\"%d\" y=\"%.1f\" text-anchor=\"end\">%.1f</text>\n",
+        fprintf(f, "<line class=\"grid\" x1=\"%d\" x2=\"%d\" y1=\"%.1f\" y2=\"%.1f\"/><text x=\"%d\" y=\"%.1f\" text-anchor=\"end\">%g</text>\n",
                 LEFT, WIDTH - RIGHT, y_of(a, a->low + i * dy), y_of(a, a->low + i * dy), LEFT - 8, y_of(a, a->low + i * dy) + 4, a->low + i * dy);
     for (i = 0; i * dx < a->steps + dx / 100; i++)
         fprintf(f, "<line class=\"axis\" x1=\"%.1f\" x2=\"%.1f\" y1=\"%d\" y2=\"%d\"/><text x=\"%.1f\" y=\"%d\" text-anchor=\"middle\">%.0f</text>\n",
@@ -605,17 +622,8 @@ static void draw_axes(FILE *f, const axes *a)
 
 static void draw_curve(FILE *f, const options *o, const curve *c)
 {
-    axes a = {100, 0, 0};
-    double half;
+    const axes a = axes_of(c);
     int64_t i;
-    for (i = 0; i < c->points; i++) {
-        if (c->train[i] < a.low) a.low = c->train[i];
-        if (c->train[i] > a.high) a.high = c->train[i];
-    }
-    half = tick(a.high - a.low, 8);
-    a.low = (double)(int64_t)(a.low / half) * half;
-    a.high = (double)((int64_t)(a.high / half) + 1) * half;
-    a.steps = (double)c->steps;
     fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" font-family=\"system-ui, sans-serif\" font-size=\"12\">\n"
                "<style>text{fill:#444}.grid{stroke:#e6e6e6}.axis{stroke:#888;fill:none}.train{stroke:#9bbfe0;fill:none;stroke-width:1.5}"
                ".validation{stroke:#c0392b;fill:none;stroke-width:2}.dot{fill:#c0392b}</style>\n"
