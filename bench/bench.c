@@ -643,6 +643,7 @@ static void bench_batch(int64_t size)
 enum { BLAS_ROW_MAJOR = 101, BLAS_PLAIN = 111, BLAS_TRANSPOSED = 112 };
 static struct {
     void (*threads)(int n);
+    char *(*core)(void);
     void (*sgemv)(int order, int trans, int m, int n, float alpha, const float *a, int lda, const float *x, int incx, float beta, float *y, int incy);
     void (*sgemm)(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc);
 } blas;
@@ -655,10 +656,15 @@ static int blas_symbol(void *library, const char *name, void *pointer)
     return symbol != NULL;
 }
 
+/* OpenBLAS takes a processor it does not know for a Prescott, many times too slow: unless the user has
+   chosen its kernels, they are those of the best tier here. */
 static void open_blas(void)
 {
-    void *library = dlopen("libopenblas.so.0", RTLD_NOW | RTLD_LOCAL);
-    if (!library || !blas_symbol(library, "openblas_set_num_threads", &blas.threads) ||
+    void *library;
+    if (best->isa == TERN_ISA_AVX512_VNNI) setenv("OPENBLAS_CORETYPE", "SKYLAKEX", 0);
+    if (best->isa == TERN_ISA_AVX2) setenv("OPENBLAS_CORETYPE", "HASWELL", 0);
+    library = dlopen("libopenblas.so.0", RTLD_NOW | RTLD_LOCAL);
+    if (!library || !blas_symbol(library, "openblas_set_num_threads", &blas.threads) || !blas_symbol(library, "openblas_get_corename", &blas.core) ||
         !blas_symbol(library, "cblas_sgemv", &blas.sgemv) || !blas_symbol(library, "cblas_sgemm", &blas.sgemm)) {
         fprintf(stderr, "bench: libopenblas.so.0 is not here: no sgemv and sgemm rows\n");
         return;
@@ -960,6 +966,7 @@ static void legend(void)
            "  DRAM     weights rotate through %lu MiB; L2, L1: the best read loop found over 1 MiB, 16 KiB\n"
            "  N        tokens; thr: threads; xN: float lanes; h4x64: heads of 64\n",
            option.quick ? ", quick run" : "", option.quick ? 2 : 5, (unsigned long)(stream.bytes / MIB));
+    if (blas.core) printf("  OpenBLAS with its kernels for %s (OPENBLAS_CORETYPE chooses), one thread\n", blas.core());
 }
 
 static int usage(void)
