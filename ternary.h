@@ -4653,8 +4653,8 @@ typedef struct tern__writer {
 
 static void tern__flush(tern__writer *w)
 {
-    w->hash = tern__fnv(w->hash, w->out, w->used);
-    if (w->sink && w->used && !w->failed) w->failed = w->sink->write(w->sink->user, w->out, w->used) != 0;
+    if (!w->sink) w->hash = tern__fnv(w->hash, w->out, w->used);
+    else if (w->used && !w->failed) w->failed = w->sink->write(w->sink->user, w->out, w->used) != 0;
     w->used = 0;
 }
 
@@ -4662,9 +4662,13 @@ static void tern__emit_bytes(tern__writer *w, const void *data, size_t bytes)
 {
     const uint8_t *p = (const uint8_t *)data;
     w->at += (int64_t)bytes;
-    while (bytes--) {
-        w->out[w->used++] = *p++;
-        if (w->used == sizeof w->out) tern__flush(w);
+    while (bytes > 0) {
+        const size_t room = sizeof w->out - w->used, n = bytes < room ? bytes : room;
+        memcpy(w->out + w->used, p, n);
+        w->used += n;
+        p += n;
+        bytes -= n;
+        if (n == room) tern__flush(w);
     }
 }
 
