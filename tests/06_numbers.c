@@ -83,6 +83,10 @@ static void test_numbers_pow2(void)
         const int wanted = exponent < -126 ? -126 : exponent > 126 ? 126 : (int)exponent;
         CHECK(tern__to_pow2(tern__float(u)) == wanted, "%g gives %d", (double)tern__float(u), tern__to_pow2(tern__float(u)));
     }
+    for (e = -125; e <= 125; e++) { /* on either side of sqrt(2) 2^e */
+        CHECK(tern__to_pow2(tern__float((uint32_t)(e + 127) << 23 | 0x3504F3)) == e, "below the middle of 2^%d", e);
+        CHECK(tern__to_pow2(tern__float((uint32_t)(e + 127) << 23 | 0x3504F4)) == e + 1, "above the middle of 2^%d", e);
+    }
     for (e = -126; e <= 126; e++) {
         CHECK((double)tern__from_pow2((int8_t)e) == ldexp(1.0, e), "2^%d", e);
         CHECK(tern__to_pow2(tern__from_pow2((int8_t)e)) == e, "2^%d returns", e);
