@@ -67,7 +67,7 @@ WHAT IT DOES NOT DO
 
     No autograd: a layer's backward is a call beside its forward. No tokenizers, no data loading. No lazy
     global state, no hidden threads, no printing, no abort. No Arm, WebAssembly or GPU kernels yet (the
-    scalar tier runs anywhere). MSVC: no SIMD tiers and no thread pool.
+    scalar tier runs anywhere). MSVC (untested): no SIMD tiers, no thread pool.
 
 OPTIONS (define before the implementation; public layouts never depend on them)
 
@@ -138,8 +138,8 @@ Licence: MIT or Unlicense, at your choice; see the end of LICENSE.
 #define TERN_API extern
 #endif
 
-#if defined(_WIN32) && !defined(TERNARY_NO_THREADS)
-#define TERNARY_NO_THREADS /* the pool is for POSIX threads; tern_parallel takes yours */
+#if !defined(__GNUC__) && !defined(TERNARY_NO_THREADS)
+#define TERNARY_NO_THREADS /* the pool needs the atomics of gcc and clang; tern_parallel takes yours */
 #endif
 
 #ifdef __cplusplus
@@ -541,9 +541,9 @@ typedef struct tern_param {
     tern_buffer buffer[TERN_BUFFERS];
 } tern_param;
 
-/* Allocates the buffers in the mask that are absent. A dense parameter ignores TRITS and SCALES: its values
-   are 1 << TERN_SHADOW, for inference too. All or nothing. tern_param_free frees or detaches those in the mask: freeze is tern_param_free(c, p,
-   TERN_FOR_TRAINING) (a dense parameter keeps its values). */
+/* Allocates the buffers in the mask that are absent (of a dense parameter, TERN_TRITS in the mask asks for
+   its values, which lie in TERN_SHADOW). All or nothing. tern_param_free frees or detaches those in the mask:
+   freeze is tern_param_free(c, p, TERN_FOR_TRAINING) (a dense parameter keeps its values). */
 TERN_API tern_result tern_param_alloc(tern_context *c, tern_param *p, int32_t mask);
 TERN_API void tern_param_free(tern_context *c, tern_param *p, int32_t mask);
 /* The packed view of a parameter, for the operations. */
@@ -682,7 +682,15 @@ TERN_API tern_result tern_selftest(tern_context *c);
 #ifndef TERNARY_NO_STDIO
 #include <stdio.h>
 #endif
-#ifndef TERNARY_NO_THREADS
+#if !defined(TERNARY_NO_THREADS) && defined(_WIN32)
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#endif
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <windows.h>
+#elif !defined(TERNARY_NO_THREADS)
 #include <pthread.h>
 #include <unistd.h>
 #endif
@@ -772,12 +780,62 @@ static void tern__fp_leave(tern__fp_mode old) { (void)old; }
 enum { TERN__WORKERS = 64 };
 
 #ifndef TERNARY_NO_THREADS
+/* What the pool needs of the system, in the words of each. */
+#ifdef _WIN32
+typedef CRITICAL_SECTION tern__mutex;
+typedef CONDITION_VARIABLE tern__condition;
+typedef HANDLE tern__thread;
+#define TERN__THREAD_MAIN(name, arg) static DWORD WINAPI name(LPVOID arg)
+#define TERN__THREAD_END 0
+static void tern__mutex_init(tern__mutex *m) { InitializeCriticalSection(m); }
+static void tern__mutex_destroy(tern__mutex *m) { DeleteCriticalSection(m); }
+static void tern__lock(tern__mutex *m) { EnterCriticalSection(m); }
+static void tern__unlock(tern__mutex *m) { LeaveCriticalSection(m); }
+static void tern__condition_init(tern__condition *v) { InitializeConditionVariable(v); }
+static void tern__condition_destroy(tern__condition *v) { (void)v; }
+static void tern__wait(tern__condition *v, tern__mutex *m) { SleepConditionVariableCS(v, m, INFINITE); }
+static void tern__wake_all(tern__condition *v) { WakeAllConditionVariable(v); }
+static int32_t tern__thread_start(tern__thread *t, LPTHREAD_START_ROUTINE run, void *arg)
+{
+    *t = CreateThread(NULL, 0, run, arg, 0, NULL);
+    return *t != NULL;
+}
+static void tern__thread_join(tern__thread t)
+{
+    WaitForSingleObject(t, INFINITE);
+    CloseHandle(t);
+}
+static int32_t tern__processors(void)
+{
+    SYSTEM_INFO info;
+    GetSystemInfo(&info);
+    return (int32_t)info.dwNumberOfProcessors;
+}
+#else
+typedef pthread_mutex_t tern__mutex;
+typedef pthread_cond_t tern__condition;
+typedef pthread_t tern__thread;
+#define TERN__THREAD_MAIN(name, arg) static void *name(void *arg)
+#define TERN__THREAD_END NULL
+static void tern__mutex_init(tern__mutex *m) { pthread_mutex_init(m, NULL); }
+static void tern__mutex_destroy(tern__mutex *m) { pthread_mutex_destroy(m); }
+static void tern__lock(tern__mutex *m) { pthread_mutex_lock(m); }
+static void tern__unlock(tern__mutex *m) { pthread_mutex_unlock(m); }
+static void tern__condition_init(tern__condition *v) { pthread_cond_init(v, NULL); }
+static void tern__condition_destroy(tern__condition *v) { pthread_cond_destroy(v); }
+static void tern__wait(tern__condition *v, tern__mutex *m) { pthread_cond_wait(v, m); }
+static void tern__wake_all(tern__condition *v) { pthread_cond_broadcast(v); }
+static int32_t tern__thread_start(tern__thread *t, void *(*run)(void *), void *arg) { return pthread_create(t, NULL, run, arg) == 0; }
+static void tern__thread_join(tern__thread t) { pthread_join(t, NULL); }
+static int32_t tern__processors(void) { return (int32_t)sysconf(_SC_NPROCESSORS_ONLN); }
+#endif
+
 /* Every worker checks in for every job, so that a job's data may live on the caller's stack. Workers
    spin briefly before they sleep: consecutive operations follow within microseconds. */
 struct tern_pool {
-    pthread_mutex_t mutex;
-    pthread_cond_t wake, done;
-    pthread_t thread[TERN__WORKERS];
+    tern__mutex mutex;
+    tern__condition wake, done;
+    tern__thread thread[TERN__WORKERS];
     int32_t threads, stop;            /* threads beside the caller */
     int32_t job, pending;             /* atomic: number of the job; workers that have not finished it */
     int32_t next, count;              /* atomic: next index; indices of the job */
@@ -800,22 +858,22 @@ static void tern__pool_work(tern_pool *p)
     while ((i = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->count) p->task(p->arg, i);
 }
 
-static void *tern__pool_thread(void *arg)
+TERN__THREAD_MAIN(tern__pool_thread, arg)
 {
     tern_pool *p = (tern_pool *)arg;
     int32_t seen = 0, spin;
     for (;;) {
         for (spin = 0; spin < 4000 && tern__load(&p->job) == seen; spin++) tern__pause();
-        pthread_mutex_lock(&p->mutex);
-        while (tern__load(&p->job) == seen && !p->stop) pthread_cond_wait(&p->wake, &p->mutex);
+        tern__lock(&p->mutex);
+        while (tern__load(&p->job) == seen && !p->stop) tern__wait(&p->wake, &p->mutex);
         seen = tern__load(&p->job);
-        if (p->stop) { pthread_mutex_unlock(&p->mutex); return NULL; }
-        pthread_mutex_unlock(&p->mutex);
+        if (p->stop) { tern__unlock(&p->mutex); return TERN__THREAD_END; }
+        tern__unlock(&p->mutex);
         tern__pool_work(p);
         if (__atomic_sub_fetch(&p->pending, 1, __ATOMIC_ACQ_REL) == 0) {
-            pthread_mutex_lock(&p->mutex);
-            pthread_cond_signal(&p->done);
-            pthread_mutex_unlock(&p->mutex);
+            tern__lock(&p->mutex);
+            tern__wake_all(&p->done);
+            tern__unlock(&p->mutex);
         }
     }
 }
@@ -824,37 +882,37 @@ static void tern__pool_run(void *user, tern_task task, void *arg, int32_t count)
 {
     tern_pool *p = (tern_pool *)user;
     int32_t spin;
-    pthread_mutex_lock(&p->mutex);
+    tern__lock(&p->mutex);
     p->task = task;
     p->arg = arg;
     p->count = count;
     __atomic_store_n(&p->next, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&p->pending, p->threads, __ATOMIC_RELAXED);
     __atomic_store_n(&p->job, p->job + 1, __ATOMIC_RELEASE);
-    pthread_cond_broadcast(&p->wake);
-    pthread_mutex_unlock(&p->mutex);
+    tern__wake_all(&p->wake);
+    tern__unlock(&p->mutex);
     tern__pool_work(p);
     for (spin = 0; spin < 4000 && tern__load(&p->pending) != 0; spin++) tern__pause();
     if (tern__load(&p->pending) == 0) return;
-    pthread_mutex_lock(&p->mutex);
-    while (tern__load(&p->pending) != 0) pthread_cond_wait(&p->done, &p->mutex);
-    pthread_mutex_unlock(&p->mutex);
+    tern__lock(&p->mutex);
+    while (tern__load(&p->pending) != 0) tern__wait(&p->done, &p->mutex);
+    tern__unlock(&p->mutex);
 }
 
 TERN_API tern_pool *tern_pool_create(int32_t threads)
 {
     tern_pool *p;
-    if (threads <= 0) threads = (int32_t)sysconf(_SC_NPROCESSORS_ONLN);
+    if (threads <= 0) threads = tern__processors();
     if (threads <= 0) threads = 1;
     if (threads > TERN__WORKERS) threads = TERN__WORKERS;
     p = (tern_pool *)TERNARY_MALLOC(sizeof *p);
     if (!p) return NULL;
     memset(p, 0, sizeof *p);
-    pthread_mutex_init(&p->mutex, NULL);
-    pthread_cond_init(&p->wake, NULL);
-    pthread_cond_init(&p->done, NULL);
+    tern__mutex_init(&p->mutex);
+    tern__condition_init(&p->wake);
+    tern__condition_init(&p->done);
     while (p->threads < threads - 1) {
-        if (pthread_create(&p->thread[p->threads], NULL, tern__pool_thread, p) != 0) {
+        if (!tern__thread_start(&p->thread[p->threads], tern__pool_thread, p)) {
             tern_pool_destroy(p);
             return NULL;
         }
@@ -875,14 +933,14 @@ TERN_API tern_parallel tern_pool_parallel(tern_pool *pool)
 TERN_API void tern_pool_destroy(tern_pool *pool)
 {
     if (!pool) return;
-    pthread_mutex_lock(&pool->mutex);
+    tern__lock(&pool->mutex);
     pool->stop = 1;
-    pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->mutex);
-    while (pool->threads > 0) pthread_join(pool->thread[--pool->threads], NULL);
-    pthread_cond_destroy(&pool->done);
-    pthread_cond_destroy(&pool->wake);
-    pthread_mutex_destroy(&pool->mutex);
+    tern__wake_all(&pool->wake);
+    tern__unlock(&pool->mutex);
+    while (pool->threads > 0) tern__thread_join(pool->thread[--pool->threads]);
+    tern__condition_destroy(&pool->done);
+    tern__condition_destroy(&pool->wake);
+    tern__mutex_destroy(&pool->mutex);
     TERNARY_FREE(pool);
 }
 #endif
@@ -3757,6 +3815,7 @@ TERN_API tern_result tern_param_alloc(tern_context *c, tern_param *p, int32_t ma
 {
     int32_t i, fresh = 0;
     TERN__TRY(tern__check_param(c, p));
+    if (p->rule == TERN_DENSE && (mask >> TERN_TRITS & 1)) mask |= 1 << TERN_SHADOW;
     for (i = 0; i < TERN_BUFFERS; i++) {
         tern_buffer *b = &p->buffer[i];
         const int64_t count = tern__buffer_count(p, i);
