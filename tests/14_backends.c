@@ -105,7 +105,7 @@ static void same_everywhere(work *f, uint64_t golden)
     int isa;
     CHECK(hash == golden, "the hash is 0x%016llX", (unsigned long long)hash);
     for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++)
-        if (tern_cpu_backend((tern_isa)isa)) same_for_threads_as(f, (tern_isa)isa, &want);
+        if (test_tier((tern_isa)isa)) same_for_threads_as(f, (tern_isa)isa, &want);
     free(want.data);
 }
 
@@ -115,7 +115,7 @@ static void same_for_threads(work *f)
     int isa;
     for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++) {
         record want;
-        if (!tern_cpu_backend((tern_isa)isa)) continue;
+        if (!test_tier((tern_isa)isa)) continue;
         want = record_of(f, (tern_isa)isa, 1);
         same_for_threads_as(f, (tern_isa)isa, &want);
         free(want.data);
@@ -127,7 +127,7 @@ static void on_each_tier(work *f)
 {
     int isa;
     for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++)
-        if (tern_cpu_backend((tern_isa)isa)) free(record_of(f, (tern_isa)isa, 1).data);
+        if (test_tier((tern_isa)isa)) free(record_of(f, (tern_isa)isa, 1).data);
 }
 
 /* -- ternary matrices and activations -- */

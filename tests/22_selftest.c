@@ -4,7 +4,7 @@ static void test_selftest_passes(void)
 {
     int isa, threads;
     for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++)
-        for (threads = 1; threads < 4 && tern_cpu_backend((tern_isa)isa); threads++) {
+        for (threads = 1; threads < 4 && test_tier((tern_isa)isa); threads++) {
             test_context t = test_open((tern_isa)isa, threads);
             if (t.c) CHECK_OK(t.c, tern_selftest(t.c));
             test_close(&t);
