@@ -48,6 +48,6 @@ build/tests-s390x:   TEST_CC = s390x-linux-gnu-gcc -O2 -static
 build/tests-%: tests/tests.c $(wildcard tests/*.c) $(HEADERS) | build
 	$(TEST_CC) -I. $< -o $@ $(LDLIBS)
 build/fuzz: tests/fuzz.c ternary.h | build
-	clang -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. $< -o $@ $(LDLIBS)
+	clang -DFUZZER -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. $< -o $@ $(LDLIBS)
 
 .PHONY: examples demo test bench install clean sanitize tsan msan valgrind cross matrix fuzz

@@ -5206,7 +5206,7 @@ static tern_result tern__match_param(tern__loader *l, const tern_param *p)
     TERN__REQUIRE(&l->c->run, tern__find(&l->file, &l->file.keys, "ternary.", p->name, ".rule", &e), TERN_E_MISSING, "the file has no parameter %s", p->name);
     for (i = 0; i <= TERN_DENSE; i++)
         if (e.type == TERN__GGUF_STRING && tern__text_is(e.string, tern__rule_names[i], "", "")) found = tern__rule_names[i];
-    TERN__REQUIRE(&l->c->run, found == tern__rule_names[p->rule], TERN_E_SHAPE, "%s: rule is %s in the file and %s in the parameter", p->name, found, tern__rule_names[p->rule]);
+    TERN__REQUIRE(&l->c->run, found == tern__rule_names[p->rule] || (p->rule == TERN_GIVEN && found != tern__rule_names[TERN_DENSE]), TERN_E_SHAPE, "%s: rule is %s in the file and %s in the parameter", p->name, found, tern__rule_names[p->rule]);
     TERN__TRY(tern__match_number(l, p, ".rows", TERN__GGUF_UINT64, p->rows));
     TERN__TRY(tern__match_number(l, p, ".cols", TERN__GGUF_UINT64, p->cols));
     return tern__match_number(l, p, ".grain", TERN__GGUF_INT32, p->grain);

@@ -1,91 +1,112 @@
-/* A libFuzzer target for model files (`make fuzz`). An input with an odd first byte is a file as it stands;
-   otherwise it is a list of edits to a good file, which gets past the checks that random bytes do not.
-   Whatever the file, loading it fails cleanly and changes nothing, or succeeds. */
+/* Fuzzes tern_model_load: clang -fsanitize=fuzzer,address,undefined -DFUZZER -I. tests/fuzz.c -pthread
+   Without FUZZER a program that replays the files of its command line; without files it prints a seed. */
 #define TERNARY_IMPLEMENTATION
 #include "../ternary.h"
-#include <stdlib.h>
-#include <string.h>
 
-enum { ROWS = 5, COLS = 33, MAX_FILE = 1 << 16 };
+/* A model with something of everything. */
+enum { FUZZ_PARAMS = 3 };
+typedef struct fuzz_model { tern_context *c; tern_param p[FUZZ_PARAMS], *items[FUZZ_PARAMS]; tern_model m; } fuzz_model;
 
-typedef struct file { unsigned char bytes[MAX_FILE]; size_t size; } file;
-
-static int write_file(void *user, const void *data, size_t bytes)
+static void fuzz_add(fuzz_model *f, const char *name, int64_t rows, int64_t cols, tern_rule rule, int32_t grain, tern_type scales, int32_t buffers)
 {
-    file *f = (file *)user;
-    if (bytes > MAX_FILE - f->size) return 1;
-    memcpy(f->bytes + f->size, data, bytes);
-    f->size += bytes;
-    return 0;
+    tern_param *p = &f->p[f->m.count];
+    f->items[f->m.count++] = p;
+    strcpy(p->name, name);
+    p->rows = rows;
+    p->cols = cols;
+    p->rule = rule;
+    p->grain = grain;
+    p->buffer[TERN_SCALES].type = scales;
+    p->buffer[TERN_SHADOW].type = rule == TERN_DENSE ? TERN_F32 : TERN_BF16;
+    if (tern_param_alloc(f->c, p, buffers) != TERN_OK) abort();
 }
 
-static void must(int condition) { if (!condition) abort(); }
-
-static tern_context *context;
-static tern_param matrix, gain, *items[] = {&matrix, &gain};
-static const tern_model model = {items, 2};
-static file good, saved;
-
-int LLVMFuzzerInitialize(int *argc, char ***argv);
-int LLVMFuzzerTestOneInput(const unsigned char *data, size_t size);
-
-int LLVMFuzzerInitialize(int *argc, char ***argv)
+static void fuzz_open(fuzz_model *f)
 {
-    static const tern_param a = {.name = "matrix", .rows = ROWS, .cols = COLS, .grain = TERN_PER_ROW};
-    static const tern_param b = {.name = "gain", .rows = 1, .cols = COLS, .rule = TERN_DENSE};
-    static float w[ROWS * COLS];
-    const tern_sink sink = {write_file, &good};
+    memset(f, 0, sizeof *f);
+    f->m.items = f->items;
+    if (tern_open(&f->c, NULL, NULL) != TERN_OK) abort();
+    fuzz_add(f, "a", 3, 17, TERN_ABSMEAN, TERN_PER_ROW, TERN_F32, TERN_FOR_ADAMW);
+    fuzz_add(f, "b", 2, 9, TERN_TWN, 4, TERN_POW2, TERN_FOR_INFERENCE);
+    fuzz_add(f, "c", 1, 5, TERN_DENSE, 0, TERN_F32, TERN_FOR_ADAMW);
+}
+
+static void fuzz_close(fuzz_model *f)
+{
     int i;
-    (void)argc, (void)argv;
-    for (i = 0; i < ROWS * COLS; i++) w[i] = (float)(i * 37 % 101 - 50);
-    matrix = a;
-    gain = b;
-    must(tern_open(&context, NULL, NULL) == TERN_OK);
-    must(tern_param_alloc(context, &matrix, TERN_FOR_GRADIENT) == TERN_OK);
-    must(tern_param_alloc(context, &gain, TERN_FOR_GRADIENT) == TERN_OK);
-    must(tern_param_set(context, &matrix, TERN_F32, w) == TERN_OK);
-    must(tern_param_set(context, &gain, TERN_F32, w) == TERN_OK);
-    must(tern_model_save(context, &model, 1 << TERN_SHADOW, &sink) == TERN_OK);
+    for (i = 0; i < FUZZ_PARAMS; i++) tern_param_free(f->c, &f->p[i], (1 << TERN_BUFFERS) - 1);
+    tern_close(f->c);
+}
+
+static uint64_t fuzz_hash(const fuzz_model *f)
+{
+    uint64_t h = TERN__FNV_START;
+    int i, b;
+    for (i = 0; i < FUZZ_PARAMS; i++)
+        for (b = 0; b < TERN_BUFFERS; b++) {
+            const tern_buffer *buffer = &f->p[i].buffer[b];
+            if (buffer->data) h = tern__fnv(h, (const uint8_t *)buffer->data, buffer->count * (size_t)tern__type_bytes(buffer->type));
+        }
+    return h;
+}
+
+static int fuzz_ignore(void *user, const void *data, size_t bytes) { (void)user; (void)data; (void)bytes; return 0; }
+
+/* With its hash set right, so that the parser behind it is reached, a file either loads, and can then be
+   saved, or leaves the model as it was. */
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    const tern_sink sink = {fuzz_ignore, NULL};
+    fuzz_model f;
+    uint64_t before;
+    uint8_t *file = (uint8_t *)malloc(size ? size : 1);
+    if (!file) return 0;
+    memcpy(file, data, size);
+    if (size >= TERN__HASH_AT + 8) {
+        memset(file + TERN__HASH_AT, 0, 8);
+        tern__put_number(file + TERN__HASH_AT, tern__fnv(TERN__FNV_START, file, size), 8);
+    }
+    fuzz_open(&f);
+    before = fuzz_hash(&f);
+    if (tern_model_load(f.c, &f.m, file, size) != TERN_OK) {
+        if (fuzz_hash(&f) != before) abort();
+    } else if (tern_model_save(f.c, &f.m, TERN_FOR_TRAINING, &sink) != TERN_OK) abort();
+    fuzz_close(&f);
+    free(file);
     return 0;
 }
 
-/* Three bytes an edit: position (16 bits) and value; position 65535 cuts the file to value 256ths. */
-static size_t edit(unsigned char *to, const unsigned char *edits, size_t size)
+#ifndef FUZZER
+static int fuzz_print(void *user, const void *data, size_t bytes) { return fwrite(data, 1, bytes, (FILE *)user) != bytes; }
+
+static int fuzz_seed(void)
 {
-    size_t length = good.size;
-    memcpy(to, good.bytes, length);
-    for (; size >= 3; edits += 3, size -= 3) {
-        const size_t at = (size_t)(edits[0] | edits[1] << 8);
-        if (at == 65535) length = good.size * edits[2] / 256;
-        else to[at % good.size] = edits[2];
-    }
-    return length;
+    fuzz_model f;
+    tern_sink sink;
+    tern_result r;
+    sink.write = fuzz_print;
+    sink.user = stdout;
+    fuzz_open(&f);
+    r = tern_model_save(f.c, &f.m, TERN_FOR_TRAINING, &sink);
+    fuzz_close(&f);
+    return r != TERN_OK;
 }
 
-static void save(file *f)
+int main(int argc, char **argv)
 {
-    const tern_sink sink = {write_file, f};
-    f->size = 0;
-    must(tern_model_save(context, &model, 1 << TERN_SHADOW, &sink) == TERN_OK);
-}
-
-int LLVMFuzzerTestOneInput(const unsigned char *data, size_t size)
-{
-    static file after;
-    unsigned char *bytes;
-    size_t length = size;
-    if (size == 0) return 0;
-    bytes = (unsigned char *)malloc(size + good.size); /* exactly `length` bytes are handed on in a block of their own */
-    must(bytes != NULL);
-    if (data[0] & 1) memcpy(bytes, data, size);
-    else length = edit(bytes, data + 1, size - 1);
-    bytes = (unsigned char *)realloc(bytes, length ? length : 1);
-    must(bytes != NULL);
-    save(&saved);
-    if (tern_model_load(context, &model, bytes, length) != TERN_OK) {
-        save(&after);
-        must(after.size == saved.size && memcmp(after.bytes, saved.bytes, saved.size) == 0);
+    int i;
+    if (argc == 1) return fuzz_seed();
+    for (i = 1; i < argc; i++) {
+        static uint8_t data[1 << 20];
+        size_t size;
+        FILE *file = fopen(argv[i], "rb");
+        if (!file) { fprintf(stderr, "cannot open %s\n", argv[i]); return 1; }
+        size = fread(data, 1, sizeof data, file);
+        fclose(file);
+        LLVMFuzzerTestOneInput(data, size);
     }
-    free(bytes);
+    printf("%d files replayed\n", argc - 1);
     return 0;
 }
+#endif
