@@ -340,7 +340,6 @@ typedef struct tern_quantize_args {
     const float *gain; /* [cols] or NULL */
     float eps;
     int8_t *q; float *scale; int32_t *sum;
-    float *rms;        /* [n] r for the backward, or NULL */
 } tern_quantize_args;
 
 /* y [n, rows] = activations [n, cols] * W^T + bias. Activations: q, scale, sum (exact int32 dot
@@ -579,7 +578,8 @@ TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern
 /* In bytes: the caller's `saved`, and for tern_reserve. Asks for a layer whose parameters are allocated. */
 typedef struct tern_need { size_t saved, scratch; } tern_need;
 
-/* BitLinear: y = q(norm(x)) W^T * scales + bias. w may be dense. */
+/* BitLinear: y = q(norm(x)) W^T * scales + bias. w may be dense: then activations are float, and a NaN
+   row without a norm passes through unreported. */
 typedef struct tern_linear {
     tern_param *w, *bias, *gain; /* bias, gain: dense [1, rows], [1, cols], or NULL */
     tern_norm_kind norm;
@@ -1593,8 +1593,8 @@ static tern_result tern__check_matrix(tern_run *r, const char *op, const tern_ma
     TERN__REQUIRE(r, m->rows > 0 && m->cols > 0, TERN_E_SHAPE, "%s: matrix is %d x %d; both must be positive", op, m->rows, m->cols);
     TERN__REQUIRE(r, m->cols <= TERN__MAX_COLS, TERN_E_SHAPE, "%s: K = %d exceeds %d, the limit of exact int32 sums", op, m->cols, (int64_t)TERN__MAX_COLS);
     TERN__REQUIRE(r, m->grain >= TERN_PER_ROW && m->grain <= TERN__MAX_GRAIN, TERN_E_ARGUMENT, "%s: grain %d is neither 0, -1 nor a group size up to %d", op, (int64_t)m->grain, (int64_t)TERN__MAX_GRAIN);
-    TERN__REQUIRE(r, m->encoding == TERN_TYPE_DEFAULT || m->encoding == TERN_2BIT || m->encoding == TERN_BASE3, TERN_E_ARGUMENT, "%s: encoding %d is not TERN_2BIT or TERN_BASE3", op, (int64_t)m->encoding);
-    TERN__REQUIRE(r, m->scale_type == TERN_TYPE_DEFAULT || m->scale_type == TERN_F32 || m->scale_type == TERN_POW2, TERN_E_ARGUMENT, "%s: scale type %d is not TERN_F32 or TERN_POW2", op, (int64_t)m->scale_type);
+    TERN__REQUIRE(r, m->encoding == TERN_TYPE_DEFAULT || m->encoding == TERN_2BIT || m->encoding == TERN_BASE3, TERN_E_ARGUMENT, "%s: encoding %d is not TERN_2BIT or TERN_BASE3", op, (int64_t)(int32_t)m->encoding);
+    TERN__REQUIRE(r, m->scale_type == TERN_TYPE_DEFAULT || m->scale_type == TERN_F32 || m->scale_type == TERN_POW2, TERN_E_ARGUMENT, "%s: scale type %d is not TERN_F32 or TERN_POW2", op, (int64_t)(int32_t)m->scale_type);
     TERN__REQUIRE(r, tern__fits(tern__mul(tern__mul(tern__add(m->rows, 15), m->cols), 128)), TERN_E_OVERFLOW, "%s: a matrix of %d x %d overflows", op, m->rows, m->cols);
     return TERN_OK;
 }
@@ -1715,8 +1715,12 @@ static void tern__ternarize_body(tern__job *job, int64_t begin, int64_t end, int
 static tern_result tern__cpu_ternarize(tern_run *run, const tern_ternarize_args *a)
 {
     tern__ternarize_work w;
-    int64_t bad = tern__for(run, tern__scan_body, a, tern__ceil_div(a->m.rows * a->m.cols, TERN__BLOCK), 1000);
+    int64_t i, bad = tern__for(run, tern__scan_body, a, tern__ceil_div(a->m.rows * a->m.cols, TERN__BLOCK), 1000);
     TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_NONFINITE, "ternarize: weights[%d][%d] is not a finite number below 2^96", bad / a->m.cols, bad % a->m.cols);
+    for (i = 0; a->rule == TERN_GIVEN && i < tern__shape_of(&a->m).scales; i++) {
+        const float scale = tern__load_scale(a->m.scale_type, a->m.scales, i);
+        TERN__REQUIRE(run, tern__weight_ok(scale) && scale >= 0.0f, TERN_E_NONFINITE, "ternarize: scales[%d] is negative or not a finite number below 2^96", i);
+    }
     w.a = a;
     w.s = tern__shape_of(&a->m);
     w.threshold = a->m.grain == TERN_PER_TENSOR ? tern__apply_rule((const tern__kernels *)run->backend->data, a, 0, a->m.rows, 0, a->m.cols, 0) : 0.0f;
@@ -1833,7 +1837,6 @@ static void tern__quantize_body(tern__job *job, int64_t begin, int64_t end, int6
         const int32_t usable = tern__finite(largest) && r > 0.0f;
         if (!usable) *bad = tern__min(*bad, t);
         memset(q, 0, (size_t)stride);
-        if (a->rms) a->rms[t] = usable ? r : 0.0f;
         a->scale[t] = 0.0f;
         if (usable && tern__finite(inverse)) { /* not for a row of zeros */
             a->scale[t] = largest / 127.0f * r;
@@ -3474,7 +3477,7 @@ static tern_result tern__check_packed(tern_run *r, const char *op, const tern_ma
 static tern_result tern__check_ternarize(tern_run *r, const tern_ternarize_args *a)
 {
     TERN__TRY(tern__check_packed(r, "ternarize", &a->m));
-    TERN__REQUIRE(r, (int32_t)a->rule >= 0 && a->rule < TERN_DENSE, TERN_E_ARGUMENT, "ternarize: rule %d does not ternarize", (int64_t)a->rule);
+    TERN__REQUIRE(r, (int32_t)a->rule >= 0 && a->rule < TERN_DENSE, TERN_E_ARGUMENT, "ternarize: rule %d does not ternarize", (int64_t)(int32_t)a->rule);
     TERN__TRY(tern__check_float_type(r, "ternarize", a->type));
     return tern__check_pointer(r, "ternarize", "w", a->w, tern__type_bytes(a->type));
 }
@@ -3508,8 +3511,7 @@ static tern_result tern__check_quantize(tern_run *r, const tern_quantize_args *a
     TERN__TRY(tern__check_pointer(r, "quantize", "q", a->q, 1));
     TERN__NEED("quantize", scale);
     TERN__NEED("quantize", sum);
-    TERN__MAY("quantize", rms);
-    TERN__REQUIRE(r, a->norm == TERN_NORM_NONE || (a->norm == TERN_NORM_RMS && a->eps > 0 && tern__finite(a->eps)), TERN_E_ARGUMENT, "quantize: norm %d is unknown or its eps is not positive and finite", (int64_t)a->norm);
+    TERN__REQUIRE(r, a->norm == TERN_NORM_NONE || (a->norm == TERN_NORM_RMS && a->eps > 0 && tern__finite(a->eps)), TERN_E_ARGUMENT, "quantize: norm %d is unknown or its eps is not positive and finite", (int64_t)(int32_t)a->norm);
     return TERN_OK;
 }
 
@@ -3608,7 +3610,7 @@ static tern_result tern__check_cast(tern_run *r, const tern_cast_args *a)
 static tern_result tern__check_map(tern_run *r, const tern_map_args *a)
 {
     const int32_t two = a->fn == TERN_MAP_ADD || a->fn == TERN_MAP_MUL;
-    TERN__REQUIRE(r, (int32_t)a->fn >= 0 && a->fn <= TERN_MAP_GELU, TERN_E_ARGUMENT, "map: function %d is unknown", (int64_t)a->fn);
+    TERN__REQUIRE(r, (int32_t)a->fn >= 0 && a->fn <= TERN_MAP_GELU, TERN_E_ARGUMENT, "map: function %d is unknown", (int64_t)(int32_t)a->fn);
     TERN__TRY(tern__check_count(r, "map", "count", a->count, 1));
     if (!a->dy || a->fn == TERN_MAP_MUL || a->fn >= TERN_MAP_RELU) TERN__NEED("map", a);
     if ((!a->dy && two) || a->fn == TERN_MAP_MUL) TERN__NEED("map", b);
@@ -3684,7 +3686,7 @@ static tern_result tern__check_loss(tern_run *r, const tern_loss_args *a)
 
 static tern_result tern__check_sum(tern_run *r, const tern_sum_args *a)
 {
-    TERN__REQUIRE(r, (int32_t)a->kind >= 0 && a->kind <= TERN_SUM_SQUARES, TERN_E_ARGUMENT, "sum: kind %d is unknown", (int64_t)a->kind);
+    TERN__REQUIRE(r, (int32_t)a->kind >= 0 && a->kind <= TERN_SUM_SQUARES, TERN_E_ARGUMENT, "sum: kind %d is unknown", (int64_t)(int32_t)a->kind);
     TERN__TRY(tern__check_count(r, "sum", "count", a->count, 1));
     TERN__NEED("sum", x);
     TERN__NEED("sum", y);
@@ -3694,8 +3696,8 @@ static tern_result tern__check_sum(tern_run *r, const tern_sum_args *a)
 static tern_result tern__check_optimize(tern_run *r, const tern_optimize_args *a)
 {
     TERN__TRY(tern__check_count(r, "optimize", "count", a->count, 1));
-    TERN__REQUIRE(r, a->kind == TERN_ADAMW || a->kind == TERN_SGD, TERN_E_ARGUMENT, "optimize: optimizer %d is unknown", (int64_t)a->kind);
-    TERN__REQUIRE(r, a->type == TERN_TYPE_DEFAULT || a->type == TERN_F32 || a->type == TERN_BF16, TERN_E_ARGUMENT, "optimize: weights of type %d; TERN_F32 or TERN_BF16 can be trained", (int64_t)a->type);
+    TERN__REQUIRE(r, a->kind == TERN_ADAMW || a->kind == TERN_SGD, TERN_E_ARGUMENT, "optimize: optimizer %d is unknown", (int64_t)(int32_t)a->kind);
+    TERN__REQUIRE(r, a->type == TERN_TYPE_DEFAULT || a->type == TERN_F32 || a->type == TERN_BF16, TERN_E_ARGUMENT, "optimize: weights of type %d; TERN_F32 or TERN_BF16 can be trained", (int64_t)(int32_t)a->type);
     TERN__REQUIRE(r, a->rate >= 0 && tern__finite(a->rate) && a->beta1 >= 0 && a->beta1 < 1 && a->beta2 >= 0 && a->beta2 < 1 && a->eps >= 0 &&
                   tern__finite(a->decay) && a->step > 0, TERN_E_ARGUMENT, "optimize: rate, betas, eps or decay out of range at step %d (counted from 1)", (int64_t)a->step);
     TERN__TRY(tern__check_pointer(r, "optimize", "w", a->w, tern__type_bytes(a->type)));
@@ -3768,7 +3770,7 @@ static tern_result tern__check_param(tern_context *c, const tern_param *p)
     r = &c->run;
     TERN__REQUIRE(r, p, TERN_E_ARGUMENT, "a parameter is NULL");
     TERN__REQUIRE(r, memchr(p->name, 0, sizeof p->name), TERN_E_ARGUMENT, "a parameter's name is not terminated");
-    TERN__REQUIRE(r, (int32_t)p->rule >= 0 && p->rule <= TERN_DENSE, TERN_E_ARGUMENT, "%s: rule %d is unknown", p->name, (int64_t)p->rule);
+    TERN__REQUIRE(r, (int32_t)p->rule >= 0 && p->rule <= TERN_DENSE, TERN_E_ARGUMENT, "%s: rule %d is unknown", p->name, (int64_t)(int32_t)p->rule);
     if (p->rule == TERN_DENSE) {
         TERN__REQUIRE(r, p->rows > 0 && p->cols > 0, TERN_E_SHAPE, "%s: %d x %d; both must be positive", p->name, p->rows, p->cols);
         TERN__TRY(tern__check_count(r, p->name, "rows", p->rows, p->cols));
@@ -4150,35 +4152,26 @@ TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern
 
 /* -- BitLinear (Wang et al. 2023; Ma et al. 2024) -- */
 
-/* What the forward leaves for the backward, at the start of `saved` or of scratch. Int8 activations keep
-   q, scale and sum; a normalised layer keeps 1/rms. */
-typedef struct tern__kept {
-    int64_t stride, groups;
-    int8_t *q; float *scale; int32_t *sum; float *rms;
-    int64_t bytes;
-} tern__kept;
-
 static int32_t tern__is_int8(const tern_linear *l) { return l->act == TERN_ACT_INT8 && l->w->rule != TERN_DENSE; }
+
+/* What the forward leaves for the backward, at the start of `saved` or of scratch: the quantized
+   activations, or nothing where they are float. */
+typedef struct tern__kept { int8_t *q; float *scale; int32_t *sum; int64_t bytes; } tern__kept;
 
 static tern__kept tern__kept_at(const tern_linear *l, int64_t n, void *base)
 {
     const tern_matrix m = tern_param_matrix(l->w);
     const tern__shape s = tern__shape_of(&m);
     unsigned char *p = (unsigned char *)base;
-    const int32_t q8 = tern__is_int8(l);
-    tern__kept k;
-    int64_t at[4];
-    k.stride = s.units * s.unit;
-    k.groups = s.groups;
-    at[0] = q8 ? tern__scratch_piece(tern__mul(n, k.stride)) : 0;
-    at[1] = tern__add(at[0], q8 ? tern__scratch_piece(tern__mul(n, 4)) : 0);
-    at[2] = tern__add(at[1], q8 ? tern__scratch_piece(tern__mul(tern__mul(n, k.groups), 4)) : 0);
-    at[3] = tern__add(at[2], l->norm != TERN_NORM_NONE ? tern__scratch_piece(tern__mul(n, 4)) : 0);
-    k.bytes = at[3];
-    k.q = q8 && p ? (int8_t *)p : NULL;
-    k.scale = q8 && p ? (float *)(void *)(p + at[0]) : NULL;
-    k.sum = q8 && p ? (int32_t *)(void *)(p + at[1]) : NULL;
-    k.rms = l->norm != TERN_NORM_NONE && p ? (float *)(void *)(p + at[2]) : NULL;
+    tern__kept k = {NULL, NULL, NULL, 0};
+    const int64_t scale = tern__scratch_piece(tern__mul(n, s.units * s.unit));
+    const int64_t sum = tern__add(scale, tern__scratch_piece(tern__mul(n, 4)));
+    if (!tern__is_int8(l)) return k;
+    k.bytes = tern__add(sum, tern__scratch_piece(tern__mul(tern__mul(n, s.groups), 4)));
+    if (!p) return k;
+    k.q = (int8_t *)p;
+    k.scale = (float *)(void *)(p + scale);
+    k.sum = (int32_t *)(void *)(p + sum);
     return k;
 }
 
@@ -4191,7 +4184,7 @@ static tern_result tern__check_linear(tern_context *c, const tern_linear *l, int
     TERN__TRY(tern__check_ready(c, l->w));
     TERN__TRY(tern__check_count(r, l->w->name, "n", n, tern__add(l->w->rows, tern__mul(32, l->w->cols))));
     TERN__REQUIRE(r, (l->norm == TERN_NORM_NONE || l->norm == TERN_NORM_RMS) && (l->act == TERN_ACT_INT8 || l->act == TERN_ACT_FLOAT) && l->eps >= 0 && tern__finite(l->eps),
-                  TERN_E_ARGUMENT, "%s: norm %d, act %d or eps is out of range", l->w->name, (int64_t)l->norm, (int64_t)l->act);
+                  TERN_E_ARGUMENT, "%s: norm %d, act %d or eps is out of range", l->w->name, (int64_t)(int32_t)l->norm, (int64_t)(int32_t)l->act);
     if (l->bias) {
         TERN__TRY(tern__check_ready(c, l->bias));
         TERN__REQUIRE(r, l->bias->rule == TERN_DENSE && l->bias->rows * l->bias->cols == l->w->rows, TERN_E_SHAPE, "%s: its bias has %d values for %d rows", l->w->name, l->bias->rows * l->bias->cols, l->w->rows);
@@ -4291,7 +4284,7 @@ TERN_API tern_result tern_linear_forward(tern_context *c, const tern_linear *l, 
         q.norm = l->norm;
         q.gain = tern__floats(l->gain, TERN_SHADOW);
         q.eps = tern__linear_eps(l);
-        q.q = kept.q; q.scale = kept.scale; q.sum = kept.sum; q.rms = kept.rms;
+        q.q = kept.q; q.scale = kept.scale; q.sum = kept.sum;
         TERN__TRY(tern_quantize(c, &q));
         a.q = kept.q; a.scale = kept.scale; a.sum = kept.sum;
     } else {

@@ -1,6 +1,6 @@
 /* [TERN-9] Activations: the quantizer against its definition, data faults, independence of the batch. */
 
-typedef struct activations { tern_matrix m; int64_t n, stride, groups; float *scale, *rms; int8_t *q; int32_t *sum; } activations;
+typedef struct activations { tern_matrix m; int64_t n, stride, groups; float *scale; int8_t *q; int32_t *sum; } activations;
 
 /* Quantizes x [n, cols] into new buffers that were full of other bytes. */
 static activations activations_of(tern_context *c, int64_t n, int64_t cols, int32_t grain, tern_type encoding, const float *x, const float *gain, tern_norm_kind norm, float eps)
@@ -18,7 +18,6 @@ static activations activations_of(tern_context *c, int64_t n, int64_t cols, int3
     out.q = (int8_t *)malloc((size_t)(n * out.stride));
     out.sum = (int32_t *)malloc(sizeof(int32_t) * (size_t)(n * out.groups));
     out.scale = test_floats(n);
-    out.rms = test_floats(n);
     memset(out.q, 99, (size_t)(n * out.stride));
     a.n = n;
     a.x = x;
@@ -28,7 +27,6 @@ static activations activations_of(tern_context *c, int64_t n, int64_t cols, int3
     a.q = out.q;
     a.scale = out.scale;
     a.sum = out.sum;
-    a.rms = out.rms;
     CHECK_OK(c, tern_quantize(c, &a));
     return out;
 }
@@ -38,7 +36,6 @@ static void activations_free(activations *a)
     free(a->q);
     free(a->sum);
     free(a->scale);
-    free(a->rms);
 }
 
 /* Section 0: m = max|x g|; q = rne((x g) (127/m)); scale = (m/127) r; r = 1/sqrt(mean(x^2) + eps). */
@@ -68,7 +65,6 @@ static void activations_check_row(const activations *a, int64_t row, const float
     CHECK(memcmp(q, a->q + row * a->stride, (size_t)a->stride) == 0, "q of %s", what);
     CHECK(memcmp(sum, a->sum + row * a->groups, sizeof(int32_t) * (size_t)a->groups) == 0, "sums of %s", what);
     CHECK(tern__bits(scale) == tern__bits(a->scale[row]), "scale of %s: %a, not %a", what, (double)a->scale[row], (double)scale);
-    CHECK(tern__bits(r) == tern__bits(a->rms[row]), "r of %s: %a, not %a", what, (double)a->rms[row], (double)r);
     free(q);
     free(sum);
     free(y);
@@ -164,7 +160,6 @@ static void test_activations_data_faults(void)
                 for (j = 0; j < a.stride; j++) different += a.q[i * a.stride + j] != (zero ? 0 : wanted.q[i * a.stride + j]);
                 for (j = 0; j < a.groups; j++) different += a.sum[i * a.groups + j] != (zero ? 0 : wanted.sum[i * a.groups + j]);
                 different += a.scale[i] != (zero ? 0.0f : wanted.scale[i]);
-                different += a.rms[i] != (zero ? 0.0f : wanted.rms[i]);
                 CHECK(different == 0, "%s: row %d beside %g: %d differences", test_tier_name[isa], i, (double)bad[b], (int)different);
             }
             activations_free(&a);
@@ -227,7 +222,7 @@ static void test_activations_do_not_depend_on_the_batch(void)
                     a = activations_of(t.c, n, COLS, 20, TERN_BASE3, x + from * COLS, gain, TERN_NORM_RMS, 1e-5f);
                     CHECK(memcmp(a.q, whole.q + from * a.stride, (size_t)(n * a.stride)) == 0 &&
                           memcmp(a.sum, whole.sum + from * a.groups, sizeof(int32_t) * (size_t)(n * a.groups)) == 0 &&
-                          memcmp(a.scale, whole.scale + from, sizeof(float) * (size_t)n) == 0 && memcmp(a.rms, whole.rms + from, sizeof(float) * (size_t)n) == 0,
+                          memcmp(a.scale, whole.scale + from, sizeof(float) * (size_t)n) == 0,
                           "%s: rows %d to %d", test_tier_name[isa], (int)from, (int)(from + n));
                     activations_free(&a);
                 }

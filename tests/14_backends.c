@@ -162,7 +162,6 @@ static tern_quantize_args hold_quantized(tern_context *c, const tern_matrix *m, 
     a.q = (int8_t *)hold((size_t)(n * stride));
     a.scale = hold_output(n);
     a.sum = (int32_t *)hold((size_t)(n * groups) * 4);
-    a.rms = hold_output(n);
     CHECK_OK(c, tern_quantize(c, &a));
     return a;
 }
@@ -174,7 +173,6 @@ static void record_quantized(tern_context *c, record *r, const tern_quantize_arg
     record_bytes(r, a->q, a->n * stride);
     record_words(r, a->scale, a->n);
     record_words(r, a->sum, a->n * groups);
-    record_words(r, a->rms, a->n);
 }
 
 static tern_matmul_args matmul_of(const tern_quantize_args *q, const float *bias, float *y)
@@ -240,7 +238,7 @@ static void odd_products(tern_context *c, record *r)
                 release();
             }
 }
-static void test_odd_products(void) { same_everywhere(odd_products, UINT64_C(0x096999D2622F3674)); }
+static void test_odd_products(void) { same_everywhere(odd_products, UINT64_C(0x0BCEA5BE78D0B643)); }
 
 /* Beyond every block: 64 tokens and 4 panels of a dot call, 192 rows and 2048 terms of a float tile. */
 static void large_products(tern_context *c, record *r)
@@ -256,7 +254,7 @@ static void large_products(tern_context *c, record *r)
         release();
     }
 }
-static void test_large_products(void) { same_everywhere(large_products, UINT64_C(0x5A1D757FCEB821F2)); }
+static void test_large_products(void) { same_everywhere(large_products, UINT64_C(0x0643D90C80E1489C)); }
 
 /* Sums written out: float dots in order within segments of 2048 terms, segments and groups in order.
    volatile keeps the compiler from fusing what the library rounds twice. */
@@ -1094,7 +1092,7 @@ static void activation_faults(tern_context *c, record *unused)
                 tern_quantize_args q = hold_quantized(c, &m, n, x, TERN_NORM_RMS, NULL);
                 tern_matmul_args a = matmul_of(&q, NULL, y);
                 CHECK_OK(c, tern_matmul(c, &a));
-                if (t) CHECK(q.scale[1] == 0.0f && q.rms[1] == 0.0f && q.sum[q.m.grain > 0 ? 5 : 1] == 0, "the faulty row was not quantized to zero");
+                if (t) CHECK(q.scale[1] == 0.0f && q.sum[q.m.grain > 0 ? 5 : 1] == 0, "the faulty row was not quantized to zero");
             } else {
                 tern_matmul_args f = float_matmul_of(&m, n, x, NULL, y);
                 CHECK_OK(c, tern_matmul(c, &f));
@@ -1349,7 +1347,7 @@ static void make_good(void)
     good_pack.m = m; good_pack.trits = trits;
     good_unpack.m = m; good_unpack.count = 3; good_unpack.values = x; good_unpack.trits = trits;
     good_quantize.m = m; good_quantize.n = 1; good_quantize.x = x; good_quantize.gain = y; good_quantize.norm = TERN_NORM_RMS; good_quantize.eps = 1e-6f;
-    good_quantize.q = trits; good_quantize.scale = z; good_quantize.sum = ids; good_quantize.rms = u;
+    good_quantize.q = trits; good_quantize.scale = z; good_quantize.sum = ids;
     good_matmul.m = m; good_matmul.n = 1; good_matmul.q = trits; good_matmul.scale = x; good_matmul.sum = ids; good_matmul.bias = z; good_matmul.y = y;
     good_matmul_dx.m = m; good_matmul_dx.n = 1; good_matmul_dx.dy = x; good_matmul_dx.dx = y;
     good_matmul_dw.m = m; good_matmul_dw.n = 1; good_matmul_dw.dy = x; good_matmul_dw.q = trits; good_matmul_dw.scale = y; good_matmul_dw.dw = z; good_matmul_dw.dbias = u;
@@ -1416,7 +1414,7 @@ static const wrong wrongs[] = {
     WRONG(unpack, row, TO_INT64, -1, TERN_E_SHAPE, "rows -1 to 2 of 3") WRONG(unpack, row, TO_INT64, 1, TERN_E_SHAPE, "rows 1 to 4 of 3")
     WRONG(unpack, count, TO_INT64, 0, TERN_E_SHAPE, "of 3") WRONG(unpack, count, TO_INT64, 9e18, TERN_E_SHAPE, "of 3")
     MATRIX_COLS(quantize) COUNTED(quantize, n) NEEDED(quantize, x) ALIGNED(quantize, gain) NEEDED_BYTES(quantize, q)
-    NEEDED(quantize, scale) NEEDED(quantize, sum) ALIGNED(quantize, rms)
+    NEEDED(quantize, scale) NEEDED(quantize, sum)
     RANGED32(quantize, norm, 2) RANGED_FLOAT(quantize, eps, 0) RANGED_FLOAT(quantize, eps, NAN) RANGED_FLOAT(quantize, eps, INFINITY)
     PACKED(matmul) COUNTED(matmul, n) NEEDED(matmul, scale) NEEDED(matmul, sum) ALIGNED(matmul, bias) NEEDED(matmul, y)
     WRONG(matmul, q, TO_NULL, 0, TERN_E_ARGUMENT, "x is NULL")
