@@ -66,6 +66,7 @@ readme_snippets() {
 example() { compile "examples/$1.c" -o $out/"$1"; }
 quickstart_runs() { $out/quickstart; }
 bench_compiles() { compile bench/bench.c -o $out/bench -ldl; }
+bench_runs() { $out/bench --quick --csv; }
 
 # -- ternary.h as a text --
 
@@ -99,6 +100,7 @@ check "the README's programs" readme_snippets
 for name in quickstart image_classifier language_model; do check "examples/$name.c compiles" example $name; done
 check "examples/quickstart.c runs" quickstart_runs
 check "bench/bench.c compiles" bench_compiles
+check "bench/bench.c runs" bench_runs
 check "table of contents" contents
 check "references to rooms" references
 check "plain text" plain_text
