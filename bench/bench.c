@@ -11,7 +11,7 @@
    Every row is the best of several repetitions, and its limit the best of repetitions that took turns with
    them: on a shared machine only times taken side by side can be compared. One thread is timed by its own
    clock, two by the clock on the wall. Nothing here asserts a time. */
-#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE
 #define TERNARY_IMPLEMENTATION
 #include "../ternary.h"
 
