@@ -719,7 +719,8 @@ TERN_API tern_result tern_selftest(tern_context *c);
 #pragma GCC optimize("fp-contract=off")
 #endif
 
-#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__) && defined(__SSE2__) && !defined(TERNARY_NO_SIMD)
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__) && defined(__SSE2__) && !defined(TERNARY_NO_SIMD) && \
+    !(defined(TERNARY_NO_AVX2) && defined(TERNARY_NO_AVX512_VNNI))
 #define TERN__X86 1
 #include <cpuid.h>
 #include <immintrin.h>
@@ -850,7 +851,7 @@ static int32_t tern__load(int32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUI
 
 static void tern__pause(void)
 {
-#ifdef TERN__X86
+#ifdef __SSE2__
     _mm_pause();
 #endif
 }
@@ -1972,6 +1973,7 @@ static const tern__kernels tern__kernels_scalar = {
     tern__dot_2bit_scalar, tern__dot_base3_scalar, tern__emit_scalar, tern__fold_scalar,
     tern__tile_scalar, tern__tile_scalar, tern__sum_scalar, tern__absmax_scalar, tern__round_scalar
 };
+
 /* ------------------------------------------------------------------------------------------------
    [TERN-11] Kernels, x86
    What enters: the tern__kernels contract of [TERN-10]. What leaves: tern__kernels_avx2 (machines with
@@ -1981,7 +1983,7 @@ static const tern__kernels tern__kernels_scalar = {
    operators of the vector types and not intrinsics, and so obey the switches against contraction that
    surround this code (clang's -ffp-contract=fast alone overrides them, there as everywhere).
    ------------------------------------------------------------------------------------------------ */
-#if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__)) && !defined(TERNARY_NO_SIMD)
+#if defined(TERN__WITH_AVX2) || defined(TERN__WITH_AVX512_VNNI)
 
 /* A quad is 64 bytes of plain codes: byte 4r+j belongs to row r and input j of four. A 2-bit unit holds
    four quads, a base-3 unit five. From a few tokens on, a chunk of one panel is decoded into quads in L1
@@ -1997,7 +1999,8 @@ typedef struct tern__quads {
     int32_t per_unit, panels, tokens; /* quads in a unit; the largest tile */
 } tern__quads;
 
-static void tern__dot_quads(const tern__dot *d, const tern__quads *k) {
+static void tern__dot_quads(const tern__dot *d, const tern__quads *k)
+{
     uint8_t buffer[2 * TERN__QUADS * 64 + 63], *code = buffer + (-(uintptr_t)buffer & 63);
     const int64_t chunk = TERN__QUADS / k->per_unit;
     tern__dot part = *d;
@@ -2024,7 +2027,8 @@ static void tern__dot_quads(const tern__dot *d, const tern__quads *k) {
 
 /* Slow loops defeat the hardware prefetcher, so every stream of weights asks 4 KB ahead. Where runs are
    whole panels, the place after the end of a run is the panel that this stream reads next, `panels` on. */
-static inline __attribute__((always_inline)) void tern__prefetch(const tern__dot *d, const uint8_t *unit, int64_t i, int32_t panels) {
+static inline __attribute__((always_inline)) void tern__prefetch(const tern__dot *d, const uint8_t *unit, int64_t i, int32_t panels)
+{
     int64_t ahead = TERN__AHEAD;
     if (d->panel_stride == d->units * 64 && i * 64 + ahead >= d->panel_stride) ahead += (panels - 1) * d->panel_stride;
     __builtin_prefetch((const void *)((uintptr_t)unit + (uintptr_t)ahead));
@@ -2044,7 +2048,8 @@ static inline __attribute__((always_inline)) void tern__prefetch(const tern__dot
    and I (int), the intrinsic prefix MM, and brings tern__load_X and tern__store_X (the first n lanes, the
    rest +0), tern__load_int_X and tern__store_i8_X. */
 #define TERN__X86_FLOAT(X, TARGET, W, V, I, MM)                                                          \
-static TARGET void tern__emit_##X(const tern__emit *e) {                                                 \
+static TARGET void tern__emit_##X(const tern__emit *e)                                                   \
+{                                                                                                        \
     for (int32_t t = 0; t < e->tokens; t++)                                                              \
         for (int32_t r = 0; r < e->rows; r += W) {                                                       \
             V y = MM##set1_ps(e->scale[t]);                                                              \
@@ -2054,7 +2059,8 @@ static TARGET void tern__emit_##X(const tern__emit *e) {                        
             tern__store_##X(e->y + t * e->y_stride + r, y, e->rows - r);                                 \
         }                                                                                                \
 }                                                                                                        \
-static TARGET void tern__fold_##X(int32_t tokens, const int32_t *acc, const float *s, float *facc, int32_t first) { \
+static TARGET void tern__fold_##X(int32_t tokens, const int32_t *acc, const float *s, float *facc, int32_t first) \
+{                                                                                                        \
     for (int32_t t = 0; t < tokens; t++)                                                                 \
         for (int32_t r = 0; r < 16; r += W) {                                                            \
             V y = MM##cvtepi32_ps(tern__load_int_##X(acc + t * 16 + r)) * MM##loadu_ps(s + r);           \
@@ -2062,7 +2068,8 @@ static TARGET void tern__fold_##X(int32_t tokens, const int32_t *acc, const floa
             MM##storeu_ps(facc + t * 16 + r, y);                                                         \
         }                                                                                                \
 }                                                                                                        \
-static TARGET float tern__sum_##X(int32_t kind, int64_t n, const float *x) {                             \
+static TARGET float tern__sum_##X(int32_t kind, int64_t n, const float *x)                               \
+{                                                                                                        \
     const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
     V sum[64 / W];                                                                                       \
     TERN__UNROLL for (int j = 0; j < 64 / W; j++) sum[j] = MM##setzero_ps();                             \
@@ -2081,7 +2088,8 @@ static TARGET float tern__sum_##X(int32_t kind, int64_t n, const float *x) {    
         for (int j = 0; j < half; j++) lane[j] = lane[j] + lane[j + half];                               \
     return lane[0];                                                                                      \
 }                                                                                                        \
-static TARGET uint32_t tern__absmax_##X(int64_t n, const float *x, const float *gain) {                  \
+static TARGET uint32_t tern__absmax_##X(int64_t n, const float *x, const float *gain)                    \
+{                                                                                                        \
     const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
     I most = MM##set1_epi32(0);                                                                          \
     for (int64_t i = 0; i < n; i += W) {                                                                 \
@@ -2094,7 +2102,8 @@ static TARGET uint32_t tern__absmax_##X(int64_t n, const float *x, const float *
     for (int j = 1; j < W; j++) lane[0] = lane[j] > lane[0] ? lane[j] : lane[0];                         \
     return lane[0];                                                                                      \
 }                                                                                                        \
-static TARGET void tern__round_##X(int64_t n, const float *x, const float *gain, float inverse, int8_t *q) { \
+static TARGET void tern__round_##X(int64_t n, const float *x, const float *gain, float inverse, int8_t *q) \
+{                                                                                                        \
     for (int64_t i = 0; i < n; i += W) {                                                                 \
         V v = tern__load_##X(x + i, n - i);                                                              \
         if (gain) v = v * tern__load_##X(gain + i, n - i);                                               \
@@ -2107,7 +2116,8 @@ static TARGET void tern__round_##X(int64_t n, const float *x, const float *gain,
 #define TERN__PLAIN_MADD(a, b, c) ((a) * (b) + (c))
 #define TERN__X86_TILE(NAME, TARGET, W, V, MM, R1, R2, MADD)                                             \
 static inline __attribute__((always_inline)) TARGET void NAME##_block(const int R, int64_t k, const float *a, int64_t a_row, \
-                                                                      int64_t a_col, const float *b, float *p, int32_t first) { \
+                                                                      int64_t a_col, const float *b, float *p, int32_t first) \
+{                                                                                                        \
     for (int half = 0; half < 32; half += 2 * W) {                                                       \
         V sum[R1][2];                                                                                    \
         TERN__UNROLL for (int i = 0; i < R; i++) {                                                       \
@@ -2128,7 +2138,8 @@ static inline __attribute__((always_inline)) TARGET void NAME##_block(const int 
         }                                                                                                \
     }                                                                                                    \
 }                                                                                                        \
-static TARGET void NAME(int64_t m, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b, float *p, int32_t first) { \
+static TARGET void NAME(int64_t m, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b, float *p, int32_t first) \
+{                                                                                                        \
     int64_t i = 0;                                                                                       \
     for (; m - i >= R1; i += R1) NAME##_block(R1, k, a + i * a_row, a_row, a_col, b, p + i * 32, first); \
     for (; m - i >= R2; i += R2) NAME##_block(R2, k, a + i * a_row, a_row, a_col, b, p + i * 32, first); \
@@ -2138,26 +2149,30 @@ static TARGET void NAME(int64_t m, int64_t k, const float *a, int64_t a_row, int
 /* Low nibble of 3^s * digit -> digit, for every s: 0; 3, 9, 27 = 0x1b, 81 = 0x51; 6, 18 = 0x12, 54 = 0x36, 162 = 0xa2. */
 #define TERN__DIGIT_OF_NIBBLE 0, 1, 2, 1, 0, 0, 2, 0, 0, 1, 0, 1, 0, 0, 0, 0
 
-#ifndef TERNARY_NO_AVX2
+#ifdef TERN__WITH_AVX2
 /* -- AVX2 -- */
 enum { TERN__TILE_AVX2 = 4 };
 #define TERN__AVX2 __attribute__((target("avx2")))
 #define TERN__AVX2_INLINE static inline __attribute__((always_inline, target("avx2")))
 
-TERN__AVX2_INLINE __m256i tern__lanes_avx2(int64_t n) {
+TERN__AVX2_INLINE __m256i tern__lanes_avx2(int64_t n)
+{
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n < 8 ? (int32_t)n : 8), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-TERN__AVX2_INLINE __m256 tern__load_avx2(const float *p, int64_t n) {
+TERN__AVX2_INLINE __m256 tern__load_avx2(const float *p, int64_t n)
+{
     if (n >= 8) return _mm256_loadu_ps(p);
     return n > 0 ? _mm256_maskload_ps(p, tern__lanes_avx2(n)) : _mm256_setzero_ps();
 }
-TERN__AVX2_INLINE void tern__store_avx2(float *p, __m256 v, int64_t n) {
+TERN__AVX2_INLINE void tern__store_avx2(float *p, __m256 v, int64_t n)
+{
     if (n >= 8) _mm256_storeu_ps(p, v);
     else _mm256_maskstore_ps(p, tern__lanes_avx2(n), v);
 }
 TERN__AVX2_INLINE __m256i tern__load_int_avx2(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 TERN__AVX2_INLINE void tern__store_int_avx2(void *p, __m256i v) { _mm256_storeu_si256((__m256i *)p, v); }
-TERN__AVX2_INLINE void tern__store_i8_avx2(int8_t *q, __m256i v, int64_t n) {
+TERN__AVX2_INLINE void tern__store_i8_avx2(int8_t *q, __m256i v, int64_t n)
+{
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     const __m128i bytes = _mm_packs_epi16(words, words);
     memcpy(q, &bytes, n < 8 ? (size_t)n : 8);
@@ -2166,7 +2181,8 @@ TERN__X86_FLOAT(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
 TERN__X86_TILE(tern__tile_avx2, TERN__AVX2, 8, __m256, _mm256_, 6, 2, TERN__PLAIN_MADD)
 TERN__X86_TILE(tern__tile_fused_avx2, __attribute__((target("avx2,fma"))), 8, __m256, _mm256_, 6, 2, _mm256_fmadd_ps)
 
-TERN__AVX2_INLINE __m256i tern__quad_avx2(const int8_t *q) {
+TERN__AVX2_INLINE __m256i tern__quad_avx2(const int8_t *q)
+{
     int32_t x;
     memcpy(&x, q, 4);
     return _mm256_set1_epi32(x);
@@ -2176,7 +2192,8 @@ TERN__AVX2_INLINE __m256i tern__quad_avx2(const int8_t *q) {
    sums are kept apart by bit position: low holds the codes at bits 0 and 4 (shifted down), high those at
    bits 2 and 6, four times too large. Eight units fit: 8 * 2 * 2 bytes * (2 * 4) * 127 = 32512. The panels
    take turns every eight units: several streams of memory are faster than one. */
-static TERN__AVX2 void tern__gemv_2bit_avx2(const tern__dot *d, int32_t token) {
+static TERN__AVX2 void tern__gemv_2bit_avx2(const tern__dot *d, int32_t token)
+{
     const __m256i mask3 = _mm256_set1_epi8(3), mask12 = _mm256_set1_epi8(12), ones = _mm256_set1_epi16(1);
     __m256i acc[TERN__PANELS][2];
     for (int32_t p = 0; p < d->panels; p++) acc[p][0] = acc[p][1] = _mm256_set1_epi32(-d->sum[token * d->sum_stride]);
@@ -2202,7 +2219,8 @@ static TERN__AVX2 void tern__gemv_2bit_avx2(const tern__dot *d, int32_t token) {
     for (int32_t p = 0; p < d->panels; p++) memcpy(d->acc + (p * d->tokens + token) * 16, acc[p], sizeof acc[p]);
 }
 
-static TERN__AVX2 void tern__decode_2bit_avx2(const uint8_t *panel, int64_t units, uint8_t *code) {
+static TERN__AVX2 void tern__decode_2bit_avx2(const uint8_t *panel, int64_t units, uint8_t *code)
+{
     const __m256i mask = _mm256_set1_epi8(3);
     for (int64_t i = 0; i < units; i++, panel += 64, code += 4 * 64)
         TERN__UNROLL for (int h = 0; h < 64; h += 32) {
@@ -2215,11 +2233,13 @@ static TERN__AVX2 void tern__decode_2bit_avx2(const uint8_t *panel, int64_t unit
 }
 
 /* v mod w for v < 3 w: a subtraction that goes below zero wraps to something larger, and loses. */
-TERN__AVX2_INLINE __m256i tern__mod_avx2(__m256i v, int w) {
+TERN__AVX2_INLINE __m256i tern__mod_avx2(__m256i v, int w)
+{
     v = _mm256_min_epu8(v, _mm256_sub_epi8(v, _mm256_set1_epi8((char)(2 * w))));
     return _mm256_min_epu8(v, _mm256_sub_epi8(v, _mm256_set1_epi8((char)w)));
 }
-static TERN__AVX2 void tern__decode_base3_avx2(const uint8_t *panel, int64_t units, uint8_t *code) {
+static TERN__AVX2 void tern__decode_base3_avx2(const uint8_t *panel, int64_t units, uint8_t *code)
+{
     const __m256i mask = _mm256_set1_epi8(15), digit = _mm256_setr_epi8(TERN__DIGIT_OF_NIBBLE, TERN__DIGIT_OF_NIBBLE);
     for (int64_t i = 0; i < units; i++, panel += 64, code += 5 * 64)
         for (int h = 0; h < 64; h += 32) {
@@ -2234,7 +2254,8 @@ static TERN__AVX2 void tern__decode_base3_avx2(const uint8_t *panel, int64_t uni
 }
 
 /* T tokens, both halves of the panel. Each quad adds at most 2 * 2 * 127 to an int16: 64 * 508 = 32512. */
-TERN__AVX2_INLINE void tern__tile_quads_avx2(const int T, const tern__dot *d, int32_t first) {
+TERN__AVX2_INLINE void tern__tile_quads_avx2(const int T, const tern__dot *d, int32_t first)
+{
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i sum[TERN__TILE_AVX2][2];
     TERN__UNROLL for (int t = 0; t < T; t++) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
@@ -2253,7 +2274,8 @@ TERN__AVX2_INLINE void tern__tile_quads_avx2(const int T, const tern__dot *d, in
             tern__store_int_avx2(acc, _mm256_add_epi32(start, _mm256_madd_epi16(sum[t][h], ones)));
         }
 }
-static TERN__AVX2 void tern__tiles_avx2(const tern__dot *d, int64_t acc_stride, int32_t first) {
+static TERN__AVX2 void tern__tiles_avx2(const tern__dot *d, int64_t acc_stride, int32_t first)
+{
     (void)acc_stride; /* one panel at a time */
     switch (d->tokens) {
     case 1: tern__tile_quads_avx2(1, d, first); break;
@@ -2263,7 +2285,8 @@ static TERN__AVX2 void tern__tiles_avx2(const tern__dot *d, int64_t acc_stride, 
     }
 }
 
-static void tern__dot_2bit_avx2(const tern__dot *d) {
+static void tern__dot_2bit_avx2(const tern__dot *d)
+{
     static const tern__quads quads = {tern__decode_2bit_avx2, tern__tiles_avx2, 4, 1, TERN__TILE_AVX2};
     if (d->tokens > 2) {
         tern__dot_quads(d, &quads);
@@ -2271,7 +2294,8 @@ static void tern__dot_2bit_avx2(const tern__dot *d) {
     }
     for (int32_t t = 0; t < d->tokens; t++) tern__gemv_2bit_avx2(d, t);
 }
-static void tern__dot_base3_avx2(const tern__dot *d) {
+static void tern__dot_base3_avx2(const tern__dot *d)
+{
     static const tern__quads quads = {tern__decode_base3_avx2, tern__tiles_avx2, 5, 1, TERN__TILE_AVX2};
     tern__dot_quads(d, &quads);
 }
@@ -2280,9 +2304,9 @@ static const tern__kernels tern__kernels_avx2 = {
     tern__dot_2bit_avx2, tern__dot_base3_avx2, tern__emit_avx2, tern__fold_avx2, tern__tile_avx2, tern__tile_fused_avx2,
     tern__sum_avx2, tern__absmax_avx2, tern__round_avx2
 };
-#endif /* TERNARY_NO_AVX2 */
+#endif /* TERN__WITH_AVX2 */
 
-#ifndef TERNARY_NO_AVX512_VNNI
+#ifdef TERN__WITH_AVX512_VNNI
 /* -- AVX-512 with VNNI -- */
 enum { TERN__TILE_AVX512 = 8 };
 #define TERN__AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
@@ -2292,7 +2316,8 @@ TERN__AVX512_INLINE __mmask16 tern__lanes_avx512(int64_t n) { return (__mmask16)
 TERN__AVX512_INLINE __m512 tern__load_avx512(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(tern__lanes_avx512(n), p); }
 TERN__AVX512_INLINE void tern__store_avx512(float *p, __m512 v, int64_t n) { _mm512_mask_storeu_ps(p, tern__lanes_avx512(n), v); }
 TERN__AVX512_INLINE __m512i tern__load_int_avx512(const void *p) { return _mm512_loadu_si512(p); }
-TERN__AVX512_INLINE void tern__store_i8_avx512(int8_t *q, __m512i v, int64_t n) {
+TERN__AVX512_INLINE void tern__store_i8_avx512(int8_t *q, __m512i v, int64_t n)
+{
     _mm_mask_storeu_epi8(q, tern__lanes_avx512(n), _mm512_cvtepi32_epi8(v));
 }
 TERN__X86_FLOAT(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
@@ -2301,28 +2326,33 @@ TERN__X86_TILE(tern__tile_fused_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4
 
 /* acc += dot of four codes and four activations in each lane, at most 4 * 255 * 127, wrapping. As asm,
    because gcc 12 copies the accumulator of the intrinsic around and so spills large tiles. */
-TERN__AVX512_INLINE __m512i tern__dp_avx512(__m512i acc, __m512i code, __m512i x) {
+TERN__AVX512_INLINE __m512i tern__dp_avx512(__m512i acc, __m512i code, __m512i x)
+{
     __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+v"(acc) : "v"(code), "v"(x));
     return acc;
 }
 typedef struct tern__four { int8_t x[4]; } tern__four; /* the four activations, at any address */
-TERN__AVX512_INLINE __m512i tern__dp4_avx512(__m512i acc, __m512i code, const int8_t *q) {
+TERN__AVX512_INLINE __m512i tern__dp4_avx512(__m512i acc, __m512i code, const int8_t *q)
+{
     __asm__("vpdpbusd {%2%{1to16%}, %1, %0|%0, %1, %2%{1to16%}}" : "+v"(acc) : "v"(code), "m"(*(const tern__four *)(const void *)q));
     return acc;
 }
-TERN__AVX512_INLINE __m512i tern__quad_avx512(const int8_t *q) {
+TERN__AVX512_INLINE __m512i tern__quad_avx512(const int8_t *q)
+{
     int32_t x;
     memcpy(&x, q, 4);
     return _mm512_set1_epi32(x);
 }
-TERN__AVX512_INLINE __m512i tern__mod_avx512(__m512i v, int w) {
+TERN__AVX512_INLINE __m512i tern__mod_avx512(__m512i v, int w)
+{
     v = _mm512_min_epu8(v, _mm512_sub_epi8(v, _mm512_set1_epi8((char)(2 * w))));
     return _mm512_min_epu8(v, _mm512_sub_epi8(v, _mm512_set1_epi8((char)w)));
 }
 
 /* Quad s of what is left of a unit, s falling from the top, still multiplied by its weight: 4^s in the 2-bit
    unit (one AND); in base 3 81, 27, 9 (a difference of remainders), 1, 1 (by table). */
-TERN__AVX512_INLINE __m512i tern__peel_avx512(const int base3, const int s, __m512i *v) {
+TERN__AVX512_INLINE __m512i tern__peel_avx512(const int base3, const int s, __m512i *v)
+{
     const __m512i all = *v;
     if (!base3) return _mm512_and_si512(all, _mm512_set1_epi8((char)(3 << 2 * s)));
     if (s == 1) return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0)), all);
@@ -2336,7 +2366,8 @@ TERN__AVX512_INLINE __m512i tern__peel_avx512(const int base3, const int s, __m5
    multiple of 4^s: a shift. Base 3: sums wrap mod 2^32, where the odd weight has an inverse; the true
    quotient, |it| <= 2 * 127 * 2^18 < 2^26, is the one that comes out. The loops have fixed bounds and a
    guard, since clang 14 leaves acc in memory where a bound of one makes a loop vanish early. */
-TERN__AVX512_INLINE void tern__direct_avx512(const int base3, const int P, const int T, const tern__dot *d, int32_t panel, int32_t token) {
+TERN__AVX512_INLINE void tern__direct_avx512(const int base3, const int P, const int T, const tern__dot *d, int32_t panel, int32_t token)
+{
     static const uint32_t inverse[5] = {1, 1, 0x38e38e39u, 0x684bda13u, 0x781948b1u};
     const int Q = base3 ? 5 : 4;
     const uint8_t *unit = d->panel + panel * d->panel_stride;
@@ -2368,7 +2399,8 @@ TERN__AVX512_INLINE void tern__direct_avx512(const int base3, const int P, const
         }
 }
 
-static TERN__AVX512 void tern__decode_2bit_avx512(const uint8_t *panel, int64_t units, uint8_t *code) {
+static TERN__AVX512 void tern__decode_2bit_avx512(const uint8_t *panel, int64_t units, uint8_t *code)
+{
     const __m512i mask = _mm512_set1_epi8(3);
     for (int64_t i = 0; i < units; i++, panel += 64, code += 4 * 64) {
         const __m512i v = tern__load_int_avx512(panel);
@@ -2378,7 +2410,8 @@ static TERN__AVX512 void tern__decode_2bit_avx512(const uint8_t *panel, int64_t 
         _mm512_store_si512(code + 192, _mm512_and_si512(_mm512_srli_epi16(v, 6), mask));
     }
 }
-static TERN__AVX512 void tern__decode_base3_avx512(const uint8_t *panel, int64_t units, uint8_t *code) {
+static TERN__AVX512 void tern__decode_base3_avx512(const uint8_t *panel, int64_t units, uint8_t *code)
+{
     const __m512i mask = _mm512_set1_epi8(15), digit = _mm512_broadcast_i32x4(_mm_setr_epi8(TERN__DIGIT_OF_NIBBLE));
     for (int64_t i = 0; i < units; i++, panel += 64, code += 5 * 64) {
         __m512i v = tern__load_int_avx512(panel);
@@ -2388,7 +2421,8 @@ static TERN__AVX512 void tern__decode_base3_avx512(const uint8_t *panel, int64_t
 }
 
 /* P panels with T tokens: P + T loads feed P * T products. */
-TERN__AVX512_INLINE void tern__tile_quads_avx512(const int P, const int T, const tern__dot *d, int64_t acc_stride, int32_t first) {
+TERN__AVX512_INLINE void tern__tile_quads_avx512(const int P, const int T, const tern__dot *d, int64_t acc_stride, int32_t first)
+{
     __m512i sum[2][TERN__TILE_AVX512];
     TERN__UNROLL for (int p = 0; p < P; p++)
         TERN__UNROLL for (int t = 0; t < T; t++)
@@ -2404,7 +2438,8 @@ TERN__AVX512_INLINE void tern__tile_quads_avx512(const int P, const int T, const
     TERN__UNROLL for (int p = 0; p < P; p++)
         TERN__UNROLL for (int t = 0; t < T; t++) _mm512_store_si512(d->acc + p * acc_stride + t * 16, sum[p][t]);
 }
-static TERN__AVX512 void tern__tiles_avx512(const tern__dot *d, int64_t acc_stride, int32_t first) {
+static TERN__AVX512 void tern__tiles_avx512(const tern__dot *d, int64_t acc_stride, int32_t first)
+{
     switch (d->panels * 16 + d->tokens) {
 #define TERN__CASE(T) case 16 + T: tern__tile_quads_avx512(1, T, d, acc_stride, first); break; \
                       case 32 + T: tern__tile_quads_avx512(2, T, d, acc_stride, first); break;
@@ -2417,7 +2452,8 @@ static TERN__AVX512 void tern__tiles_avx512(const tern__dot *d, int64_t acc_stri
 /* Up to twelve tokens go straight from the packed units, in one or two groups of up to six (the second finds
    the panel in L1); above that the decoding of quads pays. Base 3 costs more to take apart: up to four. */
 #define TERN__CASE(P, T) case P * 8 + T: tern__direct_avx512(TERN__BASE3, P, T, d, p, t); break;
-static TERN__AVX512 void tern__dot_2bit_avx512(const tern__dot *d) {
+static TERN__AVX512 void tern__dot_2bit_avx512(const tern__dot *d)
+{
     static const tern__quads quads = {tern__decode_2bit_avx512, tern__tiles_avx512, 4, 2, TERN__TILE_AVX512};
     if (d->tokens > 12) {
         tern__dot_quads(d, &quads);
@@ -2438,7 +2474,8 @@ static TERN__AVX512 void tern__dot_2bit_avx512(const tern__dot *d) {
         }
     }
 }
-static TERN__AVX512 void tern__dot_base3_avx512(const tern__dot *d) {
+static TERN__AVX512 void tern__dot_base3_avx512(const tern__dot *d)
+{
     static const tern__quads quads = {tern__decode_base3_avx512, tern__tiles_avx512, 5, 2, TERN__TILE_AVX512};
     if (d->tokens > 4) {
         tern__dot_quads(d, &quads);
@@ -2461,7 +2498,7 @@ static const tern__kernels tern__kernels_avx512_vnni = {
     tern__dot_2bit_avx512, tern__dot_base3_avx512, tern__emit_avx512, tern__fold_avx512, tern__tile_avx512, tern__tile_fused_avx512,
     tern__sum_avx512, tern__absmax_avx512, tern__round_avx512
 };
-#endif /* TERNARY_NO_AVX512_VNNI */
+#endif /* TERN__WITH_AVX512_VNNI */
 
 #ifndef __clang__
 #pragma GCC diagnostic pop
