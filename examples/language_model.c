@@ -67,7 +67,7 @@ static const char usage[] =
 
 static options parse(int count, char **words)
 {
-    options o = {"ternary.h", "build", 4, 4, 128, 64, 12, 500, 1, 0, 400, 0.0, 0, 0};
+    options o = {"ternary.h", "build", 4, 4, 128, 64, 12, 600, 1, 0, 400, 0.0, 0, 0};
     const struct { const char *name; int64_t *value, least, most; } numbers[] = {
         {"--layers", &o.layers, 1, 128},     {"--heads", &o.heads, 1, 256},   {"--width", &o.width, 2, 16384},
         {"--context", &o.context, 2, 65536}, {"--batch", &o.batch, 1, 4096},  {"--steps", &o.steps, 10, 100000000},
