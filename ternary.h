@@ -287,7 +287,8 @@ TERN_API tern_result tern_sync(tern_context *c);
 #ifndef TERNARY_NO_THREADS
 typedef struct tern_pool tern_pool;
 /* A small pool; threads counts the caller, 0 asks for one per online CPU. NULL on failure. One pool
-   serves one running context at a time. */
+   serves one running context at a time; contexts that use it are closed, or idle for good, before it is
+   destroyed. The parallel of a NULL pool runs everything on the calling thread. */
 TERN_API tern_pool *tern_pool_create(int32_t threads);
 TERN_API tern_parallel tern_pool_parallel(tern_pool *pool);
 TERN_API void tern_pool_destroy(tern_pool *pool);
@@ -427,7 +428,7 @@ typedef struct tern_rope_args {
     int64_t n; int32_t heads, dim;
     float *x; int64_t stride; /* floats from token to token */
     int64_t start, period;
-    float base;               /* 0: 10000 */
+    float base;               /* at least 1; 0: 10000 */
     int32_t inverse;
 } tern_rope_args;
 
@@ -703,7 +704,7 @@ TERN_API tern_result tern_selftest(tern_context *c);
 
 /* The promise of equal bits holds only where the compiler keeps IEEE arithmetic. */
 #ifndef TERNARY_ACCEPT_FAST_MATH
-#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || defined(__NO_SIGNED_ZEROS__) || \
     (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0)
 #error "ternary.h: fast-math breaks equal bits; compile without it or define TERNARY_ACCEPT_FAST_MATH"
 #endif
@@ -892,7 +893,7 @@ static void tern__pool_run(void *user, tern_task task, void *arg, int32_t count)
     p->count = count;
     __atomic_store_n(&p->next, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&p->pending, p->threads, __ATOMIC_RELAXED);
-    __atomic_store_n(&p->job, p->job + 1, __ATOMIC_RELEASE);
+    __atomic_store_n(&p->job, (int32_t)((uint32_t)p->job + 1), __ATOMIC_RELEASE); /* may wrap */
     tern__wake_all(&p->wake);
     tern__unlock(&p->mutex);
     tern__pool_work(p);
@@ -927,7 +928,8 @@ TERN_API tern_pool *tern_pool_create(int32_t threads)
 
 TERN_API tern_parallel tern_pool_parallel(tern_pool *pool)
 {
-    tern_parallel parallel;
+    tern_parallel parallel = TERN_ZERO;
+    if (!pool) return parallel;
     parallel.run = tern__pool_run;
     parallel.user = pool;
     parallel.workers = pool->threads + 1;
@@ -1619,6 +1621,7 @@ static tern_result tern__check_matrix(tern_run *r, const char *op, const tern_ma
 TERN_API tern_result tern_matrix_bytes(tern_context *c, const tern_matrix *m, size_t *trits, size_t *scales)
 {
     tern__shape s;
+    if (!c) return TERN_E_ARGUMENT;
     TERN__REQUIRE(&c->run, m && trits && scales, TERN_E_ARGUMENT, "matrix_bytes: an argument is NULL");
     TERN__TRY(tern__check_matrix(&c->run, "matrix_bytes", m));
     s = tern__shape_of(m);
@@ -1630,6 +1633,7 @@ TERN_API tern_result tern_matrix_bytes(tern_context *c, const tern_matrix *m, si
 TERN_API tern_result tern_activation_shape(tern_context *c, const tern_matrix *m, int64_t *stride, int64_t *groups)
 {
     tern__shape s;
+    if (!c) return TERN_E_ARGUMENT;
     TERN__REQUIRE(&c->run, m && stride && groups, TERN_E_ARGUMENT, "activation_shape: an argument is NULL");
     TERN__TRY(tern__check_matrix(&c->run, "activation_shape", m));
     s = tern__shape_of(m);
@@ -2606,7 +2610,7 @@ static void tern__unit_floats(tern_type encoding, const uint8_t *unit, int64_t f
     for (j = 0; j < 4; j++) {
         for (r = 0; r < TERN__ROWS; r++) code[r] = unit[4 * r + j];
         for (i = j; i < from + len; i += 4) {
-            float *to = b + (i - from) * TERN__LANES;
+            float *to;
             if (encoding == TERN_BASE3)
                 for (r = 0; r < TERN__ROWS; r++) {
                     const uint32_t third = code[r] * 171 >> 9; /* code / 3 for bytes */
@@ -2619,6 +2623,7 @@ static void tern__unit_floats(tern_type encoding, const uint8_t *unit, int64_t f
                     code[r] >>= 2;
                 }
             if (i < from) continue;
+            to = b + (i - from) * TERN__LANES;
             for (r = 0; r < TERN__ROWS; r++) to[r] = (float)trit[r];
         }
     }
@@ -2701,12 +2706,12 @@ static void tern__gemm_block(const tern__kernels *k, const tern__gemm *g, int64_
 {
     float b[TERN__K_BLOCK * TERN__LANES] TERN__ALIGN64;
     float part[TERN__M_BLOCK * TERN__LANES] TERN__ALIGN64, whole[TERN__M_BLOCK * TERN__LANES] TERN__ALIGN64;
-    tern__shape s;
     const int64_t rows = tern__min(TERN__M_BLOCK, g->m - m0), lanes = tern__min(TERN__LANES, g->n - n0);
     const int32_t scaled = g->operand == TERN__B_TRITS;
-    const int64_t runs = scaled ? (s = tern__shape_of(g->w)).groups : 1;
-    int64_t run, i, l, at, len;
+    int64_t runs = 1, run, i, l, at, len;
+    tern__shape s;
     if (g->operand != TERN__B_FLOATS) s = tern__shape_of(g->w);
+    if (scaled) runs = s.groups;
     for (run = 0; run < runs; run++) {
         const int64_t from = scaled ? run * s.group : 0, to = scaled ? from + tern__group_cols(g->w, &s, run) : g->k;
         const float *sum = part;
@@ -2935,8 +2940,8 @@ static tern_result tern__cpu_cast(tern_run *run, const tern_cast_args *a)
     return TERN_OK;
 }
 
-/* max(x, 0) by its sign bit: a branch on random signs is slow. */
-static float tern__relu(float x) { return tern__float(tern__bits(x) & ((tern__bits(x) >> 31) - 1)); }
+/* max(x, 0) by a mask: a branch on random signs is slow. NaN stays NaN, whatever the sign a machine gives it. */
+static float tern__relu(float x) { return tern__float(tern__bits(x) & (0u - (uint32_t)!(x <= 0.0f))); }
 
 /* gelu(x) = x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3) (Hendrycks and Gimpel 2016). */
 static float tern__gelu_tanh(float x) { return tern__tanh(0.79788456f * (x + 0.044715f * (x * x * x))); }
@@ -3611,6 +3616,9 @@ static tern_result tern__check_dense(tern_run *r, const tern_dense_args *a)
     TERN__TRY(tern__check_count(r, "dense", "m", a->m, tern__mul(a->k, a->n)));
     TERN__REQUIRE(r, a->a_row >= 0 && a->a_col >= 0 && a->b_row >= 0 && a->b_col >= 0 && a->c_row >= a->n, TERN_E_SHAPE,
                   "dense: strides must not be negative, and c_row = %d at least n = %d", a->c_row, a->n);
+    TERN__TRY(tern__check_count(r, "dense", "m", a->m, tern__add(a->a_row, a->c_row)));
+    TERN__TRY(tern__check_count(r, "dense", "n", a->n, a->b_col));
+    TERN__TRY(tern__check_count(r, "dense", "k", a->k, tern__add(a->a_col, a->b_row)));
     TERN__NEED("dense", a);
     TERN__NEED("dense", b);
     TERN__MAY("dense", bias);
@@ -3698,7 +3706,7 @@ static tern_result tern__check_rope(tern_run *r, const tern_rope_args *a)
     TERN__REQUIRE(r, a->stride >= (int64_t)a->heads * a->dim, TERN_E_SHAPE, "rope: stride %d is below heads x dim = %d", a->stride, (int64_t)a->heads * a->dim);
     TERN__TRY(tern__check_count(r, "rope", "n", a->n, a->stride));
     TERN__REQUIRE(r, a->start >= 0 && a->period > 0 && a->start <= ((int64_t)1 << 24) - tern__min(a->period, a->n), TERN_E_ARGUMENT, "rope: start %d and period %d leave positions outside 0 .. 2^24", a->start, a->period);
-    TERN__REQUIRE(r, a->base >= 0 && tern__finite(a->base), TERN_E_ARGUMENT, "rope: base is negative or not finite");
+    TERN__REQUIRE(r, a->base == 0.0f || (a->base >= 1.0f && tern__finite(a->base)), TERN_E_ARGUMENT, "rope: base is neither 0 nor a finite number from 1 on");
     TERN__NEED("rope", x);
     return TERN_OK;
 }
@@ -4322,7 +4330,6 @@ TERN_API tern_result tern_linear_forward(tern_context *c, const tern_linear *l, 
 {
     tern_matmul_args a;
     tern__kept kept;
-    TERN__TRY(tern__check_linear(c, l, n));
     TERN__TRY(tern__need_scratch(c, l, n));
     TERN__TRY(tern__check_pointer(&c->run, l->w->name, "x", x, 4));
     TERN__TRY(tern__check_pointer(&c->run, l->w->name, "y", y, 4));
@@ -4397,7 +4404,6 @@ TERN_API tern_result tern_linear_backward(tern_context *c, const tern_linear *l,
     tern__kept kept;
     tern_norm_args norm;
     float *dgain;
-    TERN__TRY(tern__check_linear(c, l, n));
     TERN__TRY(tern__need_scratch(c, l, n));
     TERN__TRY(tern__check_pointer(&c->run, l->w->name, "x", x, 4));
     TERN__TRY(tern__check_pointer(&c->run, l->w->name, "dy", dy, 4));

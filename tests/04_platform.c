@@ -145,6 +145,7 @@ static void test_platform_pool_sizes(void)
     pool = tern_pool_create(-5);
     CHECK(tern_pool_parallel(pool).workers >= 1, "a negative number asks for the same");
     tern_pool_destroy(pool);
+    CHECK(!tern_pool_parallel(NULL).run, "no pool, no threads");
 }
 
 static void test_platform_workers_in_range(void)

@@ -252,6 +252,7 @@ static void test_pack_bad_shapes(void)
     m.cols = 262144;
     CHECK_OK(t.c, tern_matrix_bytes(t.c, &m, &bytes, &scales));
     CHECK_FAILS(t.c, tern_matrix_bytes(t.c, NULL, &bytes, &scales), TERN_E_ARGUMENT, "NULL");
+    CHECK(tern_matrix_bytes(NULL, NULL, &bytes, &scales) == TERN_E_ARGUMENT, "no context");
     CHECK_FAILS(t.c, tern_matrix_bytes(t.c, &m, NULL, &scales), TERN_E_ARGUMENT, "NULL");
     CHECK_FAILS(t.c, tern_activation_shape(t.c, &m, &stride, NULL), TERN_E_ARGUMENT, "NULL");
     m.cols = 0;

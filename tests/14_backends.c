@@ -854,6 +854,27 @@ static void map_limits(tern_context *c, record *unused)
 }
 static void test_map_limits(void) { on_each_tier(map_limits); }
 
+/* NaN passes through every function, whatever its sign: machines make it with either. */
+static void map_nan(tern_context *c, record *unused)
+{
+    float x[2], y[2];
+    int fn;
+    (void)unused;
+    x[0] = tern__float(0x7FC00000u);
+    x[1] = tern__float(0xFFC00000u);
+    for (fn = TERN_MAP_ADD; fn <= TERN_MAP_GELU; fn++) {
+        tern_map_args a = TERN_ZERO;
+        a.fn = (tern_map_fn)fn;
+        a.count = 2;
+        a.alpha = 1.0f;
+        a.a = a.b = x;
+        a.y = y;
+        CHECK_OK(c, tern_map(c, &a));
+        CHECK(y[0] != y[0] && y[1] != y[1], "function %d of NaN is %g and %g", fn, y[0], y[1]);
+    }
+}
+static void test_map_nan(void) { on_each_tier(map_nan); }
+
 static const int64_t sum_counts[] = {1, 63, 64, 1023, 1024, 1025, 5000, 1024 * 1024 + 1025};
 
 static void sums(tern_context *c, record *r)
@@ -1425,7 +1446,8 @@ static const wrong wrongs[] = {
     WRONG(dense, n, TO_INT64, 0, TERN_E_SHAPE, "[2 x 4] * [4 x 0]") WRONG(dense, k, TO_INT64, 0, TERN_E_SHAPE, "[2 x 0]") WRONG(dense, k, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
     WRONG(dense, a_row, TO_INT64, -1, TERN_E_SHAPE, "strides") WRONG(dense, a_col, TO_INT64, -1, TERN_E_SHAPE, "strides")
     WRONG(dense, b_row, TO_INT64, -1, TERN_E_SHAPE, "strides") WRONG(dense, b_col, TO_INT64, -1, TERN_E_SHAPE, "strides")
-    WRONG(dense, c_row, TO_INT64, 2, TERN_E_SHAPE, "c_row = 2 at least n = 3")
+    WRONG(dense, c_row, TO_INT64, 2, TERN_E_SHAPE, "c_row = 2 at least n = 3") WRONG(dense, a_row, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
+    WRONG(dense, b_row, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows") WRONG(dense, b_col, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
     WRONG(gather, m.trits, TO_NULL, 0, TERN_E_ARGUMENT, "w is NULL") NEEDED(gather, m.scales) MATRIX(gather) COUNTED(gather, n) NEEDED(gather, ids) NEEDED(gather, y)
     COUNTED(scatter, rows) COUNTED(scatter, cols) COUNTED(scatter, n) NEEDED(scatter, ids) NEEDED(scatter, dy) NEEDED(scatter, dw)
     COUNTED(fill, count) NEEDED(fill, x) RANGED_FLOAT(fill, deviation, -1) RANGED_FLOAT(fill, deviation, NAN) RANGED_FLOAT(fill, deviation, INFINITY)
@@ -1436,7 +1458,7 @@ static const wrong wrongs[] = {
     COUNTED(rope, n) NEEDED(rope, x) WRONG(rope, heads, TO_INT32, 0, TERN_E_SHAPE, "heads = 0") WRONG(rope, stride, TO_INT64, 7, TERN_E_SHAPE, "stride 7 is below heads x dim = 8")
     WRONG(rope, dim, TO_INT32, 3, TERN_E_SHAPE, "dim = 3") WRONG(rope, dim, TO_INT32, 0, TERN_E_SHAPE, "dim = 0") WRONG(rope, dim, TO_INT32, 1026, TERN_E_SHAPE, "dim = 1026")
     WRONG(rope, start, TO_INT64, -1, TERN_E_ARGUMENT, "start -1") WRONG(rope, start, TO_INT64, 16777216, TERN_E_ARGUMENT, "start 16777216")
-    WRONG(rope, period, TO_INT64, 0, TERN_E_ARGUMENT, "period 0") RANGED_FLOAT(rope, base, -1) RANGED_FLOAT(rope, base, NAN)
+    WRONG(rope, period, TO_INT64, 0, TERN_E_ARGUMENT, "period 0") RANGED_FLOAT(rope, base, -1) RANGED_FLOAT(rope, base, 0.5f) RANGED_FLOAT(rope, base, NAN)
     COUNTED(attention, batch) NEEDED(attention, q) NEEDED(attention, k) NEEDED(attention, v) NEEDED(attention, y) NEEDED(attention, p) ALIGNED(attention, dy)
     WRONG(attention, queries, TO_INT64, 0, TERN_E_SHAPE, "0 queries") WRONG(attention, queries, TO_INT64, 3, TERN_E_SHAPE, "3 queries over 2 keys")
     WRONG(attention, keys, TO_INT64, 1, TERN_E_SHAPE, "2 queries over 1 keys") WRONG(attention, keys, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
@@ -1567,6 +1589,7 @@ static void suite_backends(void)
     RUN(test_map);
     RUN(test_map_values);
     RUN(test_map_limits);
+    RUN(test_map_nan);
     RUN(test_sums);
     RUN(test_attention);
     RUN(test_attention_values);
