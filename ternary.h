@@ -1611,10 +1611,14 @@ static tern_result tern__check_matrix(tern_run *r, const char *op, const tern_ma
 {
     TERN__REQUIRE(r, m->rows > 0 && m->cols > 0, TERN_E_SHAPE, "%s: matrix is %d x %d; both must be positive", op, m->rows, m->cols);
     TERN__REQUIRE(r, m->cols <= TERN__MAX_COLS, TERN_E_SHAPE, "%s: K = %d exceeds %d, the limit of exact int32 sums", op, m->cols, (int64_t)TERN__MAX_COLS);
-    TERN__REQUIRE(r, m->grain >= TERN_PER_ROW && m->grain <= TERN__MAX_GRAIN, TERN_E_ARGUMENT, "%s: grain %d is neither 0, -1 nor a group size up to %d", op, (int64_t)m->grain, (int64_t)TERN__MAX_GRAIN);
-    TERN__REQUIRE(r, m->encoding == TERN_TYPE_DEFAULT || m->encoding == TERN_2BIT || m->encoding == TERN_BASE3, TERN_E_ARGUMENT, "%s: encoding %d is not TERN_2BIT or TERN_BASE3", op, (int64_t)(int32_t)m->encoding);
-    TERN__REQUIRE(r, m->scale_type == TERN_TYPE_DEFAULT || m->scale_type == TERN_F32 || m->scale_type == TERN_POW2, TERN_E_ARGUMENT, "%s: scale type %d is not TERN_F32 or TERN_POW2", op, (int64_t)(int32_t)m->scale_type);
-    TERN__REQUIRE(r, tern__fits(tern__mul(tern__mul(tern__add(m->rows, 15), m->cols), 128)), TERN_E_OVERFLOW, "%s: a matrix of %d x %d overflows", op, m->rows, m->cols);
+    TERN__REQUIRE(r, m->grain >= TERN_PER_ROW && m->grain <= TERN__MAX_GRAIN, TERN_E_ARGUMENT,
+                  "%s: grain %d is neither 0, -1 nor a group size up to %d", op, (int64_t)m->grain, (int64_t)TERN__MAX_GRAIN);
+    TERN__REQUIRE(r, m->encoding == TERN_TYPE_DEFAULT || m->encoding == TERN_2BIT || m->encoding == TERN_BASE3, TERN_E_ARGUMENT,
+                  "%s: encoding %d is not TERN_2BIT or TERN_BASE3", op, (int64_t)(int32_t)m->encoding);
+    TERN__REQUIRE(r, m->scale_type == TERN_TYPE_DEFAULT || m->scale_type == TERN_F32 || m->scale_type == TERN_POW2, TERN_E_ARGUMENT,
+                  "%s: scale type %d is not TERN_F32 or TERN_POW2", op, (int64_t)(int32_t)m->scale_type);
+    TERN__REQUIRE(r, tern__fits(tern__mul(tern__mul(tern__add(m->rows, 15), m->cols), 128)), TERN_E_OVERFLOW,
+                  "%s: a matrix of %d x %d overflows", op, m->rows, m->cols);
     return TERN_OK;
 }
 
@@ -2638,7 +2642,8 @@ static void tern__panels_floats(const tern_matrix *m, const tern__shape *s, int6
     for (panel = row / TERN__ROWS; panel < last; panel++, b += TERN__ROWS)
         for (at = first; at < first + len; at += n) {
             n = tern__min(s->unit - at % s->unit, first + len - at);
-            tern__unit_floats(m->encoding, (const uint8_t *)m->trits + panel * s->panel_bytes + at / s->unit * TERN__UNIT, at % s->unit, n, b + (at - first) * TERN__LANES);
+            tern__unit_floats(m->encoding, (const uint8_t *)m->trits + panel * s->panel_bytes + at / s->unit * TERN__UNIT,
+                              at % s->unit, n, b + (at - first) * TERN__LANES);
         }
 }
 
@@ -3569,7 +3574,8 @@ static tern_result tern__check_quantize(tern_run *r, const tern_quantize_args *a
     TERN__TRY(tern__check_pointer(r, "quantize", "q", a->q, 1));
     TERN__NEED("quantize", scale);
     TERN__NEED("quantize", sum);
-    TERN__REQUIRE(r, a->norm == TERN_NORM_NONE || (a->norm == TERN_NORM_RMS && a->eps > 0 && tern__finite(a->eps)), TERN_E_ARGUMENT, "quantize: norm %d is unknown or its eps is not positive and finite", (int64_t)(int32_t)a->norm);
+    TERN__REQUIRE(r, a->norm == TERN_NORM_NONE || (a->norm == TERN_NORM_RMS && a->eps > 0 && tern__finite(a->eps)), TERN_E_ARGUMENT,
+                  "quantize: norm %d is unknown or its eps is not positive and finite", (int64_t)(int32_t)a->norm);
     return TERN_OK;
 }
 
@@ -3701,11 +3707,13 @@ static tern_result tern__check_norm(tern_run *r, const tern_norm_args *a)
 
 static tern_result tern__check_rope(tern_run *r, const tern_rope_args *a)
 {
-    TERN__REQUIRE(r, a->dim > 0 && a->dim % 2 == 0 && a->dim <= TERN__MAX_HEAD, TERN_E_SHAPE, "rope: dim = %d; it must be even, 2 to %d", (int64_t)a->dim, (int64_t)TERN__MAX_HEAD);
+    TERN__REQUIRE(r, a->dim > 0 && a->dim % 2 == 0 && a->dim <= TERN__MAX_HEAD, TERN_E_SHAPE,
+                  "rope: dim = %d; it must be even, 2 to %d", (int64_t)a->dim, (int64_t)TERN__MAX_HEAD);
     TERN__TRY(tern__check_count(r, "rope", "heads", a->heads, a->dim));
     TERN__REQUIRE(r, a->stride >= (int64_t)a->heads * a->dim, TERN_E_SHAPE, "rope: stride %d is below heads x dim = %d", a->stride, (int64_t)a->heads * a->dim);
     TERN__TRY(tern__check_count(r, "rope", "n", a->n, a->stride));
-    TERN__REQUIRE(r, a->start >= 0 && a->period > 0 && a->start <= ((int64_t)1 << 24) - tern__min(a->period, a->n), TERN_E_ARGUMENT, "rope: start %d and period %d leave positions outside 0 .. 2^24", a->start, a->period);
+    TERN__REQUIRE(r, a->start >= 0 && a->period > 0 && a->start <= ((int64_t)1 << 24) - tern__min(a->period, a->n), TERN_E_ARGUMENT,
+                  "rope: start %d and period %d leave positions outside 0 .. 2^24", a->start, a->period);
     TERN__REQUIRE(r, a->base == 0.0f || (a->base >= 1.0f && tern__finite(a->base)), TERN_E_ARGUMENT, "rope: base is neither 0 nor a finite number from 1 on");
     TERN__NEED("rope", x);
     return TERN_OK;
@@ -3713,8 +3721,10 @@ static tern_result tern__check_rope(tern_run *r, const tern_rope_args *a)
 
 static tern_result tern__check_attention(tern_run *r, const tern_attention_args *a)
 {
-    TERN__REQUIRE(r, a->heads > 0 && a->kv_heads > 0 && a->heads % a->kv_heads == 0, TERN_E_SHAPE, "attention: %d heads cannot share %d key heads", (int64_t)a->heads, (int64_t)a->kv_heads);
-    TERN__REQUIRE(r, a->dim > 0 && a->dim <= TERN__MAX_HEAD, TERN_E_SHAPE, "attention: dim = %d; 1 to %d can be used", (int64_t)a->dim, (int64_t)TERN__MAX_HEAD);
+    TERN__REQUIRE(r, a->heads > 0 && a->kv_heads > 0 && a->heads % a->kv_heads == 0, TERN_E_SHAPE,
+                  "attention: %d heads cannot share %d key heads", (int64_t)a->heads, (int64_t)a->kv_heads);
+    TERN__REQUIRE(r, a->dim > 0 && a->dim <= TERN__MAX_HEAD, TERN_E_SHAPE,
+                  "attention: dim = %d; 1 to %d can be used", (int64_t)a->dim, (int64_t)TERN__MAX_HEAD);
     TERN__REQUIRE(r, a->queries > 0 && a->queries <= a->keys, TERN_E_SHAPE, "attention: %d queries over %d keys", a->queries, a->keys);
     TERN__REQUIRE(r, a->q_stride >= (int64_t)a->heads * a->dim && a->k_stride >= (int64_t)a->kv_heads * a->dim && a->v_stride >= (int64_t)a->kv_heads * a->dim,
                   TERN_E_SHAPE, "attention: strides %d, %d, %d are below heads x dim", a->q_stride, a->k_stride, a->v_stride);
@@ -3758,9 +3768,11 @@ static tern_result tern__check_optimize(tern_run *r, const tern_optimize_args *a
 {
     TERN__TRY(tern__check_count(r, "optimize", "count", a->count, 1));
     TERN__REQUIRE(r, a->kind == TERN_ADAMW || a->kind == TERN_SGD, TERN_E_ARGUMENT, "optimize: optimizer %d is unknown", (int64_t)(int32_t)a->kind);
-    TERN__REQUIRE(r, a->type == TERN_TYPE_DEFAULT || a->type == TERN_F32 || a->type == TERN_BF16, TERN_E_ARGUMENT, "optimize: weights of type %d; TERN_F32 or TERN_BF16 can be trained", (int64_t)(int32_t)a->type);
+    TERN__REQUIRE(r, a->type == TERN_TYPE_DEFAULT || a->type == TERN_F32 || a->type == TERN_BF16, TERN_E_ARGUMENT,
+                  "optimize: weights of type %d; TERN_F32 or TERN_BF16 can be trained", (int64_t)(int32_t)a->type);
     TERN__REQUIRE(r, a->rate >= 0 && tern__finite(a->rate) && a->beta1 >= 0 && a->beta1 < 1 && a->beta2 >= 0 && a->beta2 < 1 && a->eps >= 0 &&
-                  tern__finite(a->decay) && a->step > 0, TERN_E_ARGUMENT, "optimize: rate, betas, eps or decay out of range at step %d (counted from 1)", (int64_t)a->step);
+                  tern__finite(a->decay) && a->step > 0, TERN_E_ARGUMENT,
+                  "optimize: rate, betas, eps or decay out of range at step %d (counted from 1)", (int64_t)a->step);
     TERN__TRY(tern__check_pointer(r, "optimize", "w", a->w, tern__type_bytes(a->type)));
     TERN__NEED("optimize", grad);
     TERN__MAY("optimize", moment1);
@@ -3835,13 +3847,15 @@ static tern_result tern__check_param(tern_context *c, const tern_param *p)
     if (p->rule == TERN_DENSE) {
         TERN__REQUIRE(r, p->rows > 0 && p->cols > 0, TERN_E_SHAPE, "%s: %d x %d; both must be positive", p->name, p->rows, p->cols);
         TERN__TRY(tern__check_count(r, p->name, "rows", p->rows, p->cols));
-        TERN__REQUIRE(r, p->buffer[TERN_SHADOW].type == TERN_TYPE_DEFAULT || p->buffer[TERN_SHADOW].type == TERN_F32, TERN_E_ARGUMENT, "%s: a dense parameter is TERN_F32", p->name);
+        TERN__REQUIRE(r, p->buffer[TERN_SHADOW].type == TERN_TYPE_DEFAULT || p->buffer[TERN_SHADOW].type == TERN_F32, TERN_E_ARGUMENT,
+                      "%s: a dense parameter is TERN_F32", p->name);
     } else {
         const tern_matrix m = tern_param_matrix(p);
         TERN__TRY(tern__check_matrix(r, p->name, &m));
     }
     for (i = 0; i < TERN_BUFFERS; i++)
-        TERN__REQUIRE(r, p->buffer[i].type == TERN_TYPE_DEFAULT || p->buffer[i].type == tern__buffer_type(p, i), TERN_E_ARGUMENT, "%s: %s of type %d cannot be used", p->name, tern__buffer_names[i], (int64_t)p->buffer[i].type);
+        TERN__REQUIRE(r, p->buffer[i].type == TERN_TYPE_DEFAULT || p->buffer[i].type == tern__buffer_type(p, i), TERN_E_ARGUMENT,
+                      "%s: %s of type %d cannot be used", p->name, tern__buffer_names[i], (int64_t)p->buffer[i].type);
     return TERN_OK;
 }
 
@@ -3850,7 +3864,8 @@ static tern_result tern__check_buffer(tern_context *c, const tern_param *p, int3
 {
     const char *name = tern__buffer_names[which];
     TERN__REQUIRE(&c->run, p->buffer[which].data, TERN_E_MISSING, "%s has no %s", p->name, name);
-    TERN__REQUIRE(&c->run, p->buffer[which].count >= (size_t)count, TERN_E_SHAPE, "%s: its %s has %d elements of %d", p->name, name, (int64_t)p->buffer[which].count, count);
+    TERN__REQUIRE(&c->run, p->buffer[which].count >= (size_t)count, TERN_E_SHAPE,
+                  "%s: its %s has %d elements of %d", p->name, name, (int64_t)p->buffer[which].count, count);
     return tern__check_pointer(&c->run, p->name, name, p->buffer[which].data, tern__type_bytes(tern__buffer_type(p, which)));
 }
 
@@ -4017,10 +4032,13 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
     s = tern__shape_of(&m);
     stored = m.grain == TERN_PER_TENSOR ? 1 : m.rows * s.groups;
     for (i = 0; i < m.rows * m.cols; i++)
-        TERN__REQUIRE(r, trits[i] >= -1 && trits[i] <= 1, TERN_E_TRIT, "%s: trits[%d][%d] is %d, not -1, 0 or 1", p->name, i / m.cols, i % m.cols, (int64_t)trits[i]);
+        TERN__REQUIRE(r, trits[i] >= -1 && trits[i] <= 1, TERN_E_TRIT,
+                      "%s: trits[%d][%d] is %d, not -1, 0 or 1", p->name, i / m.cols, i % m.cols, (int64_t)trits[i]);
     for (i = 0; i < stored; i++) {
-        TERN__REQUIRE(r, tern__weight_ok(scales[i]) && scales[i] >= 0, TERN_E_NONFINITE, "%s: scales[%d] is negative or not a finite number below 2^96", p->name, i);
-        TERN__REQUIRE(r, m.scale_type != TERN_POW2 || tern__from_pow2(tern__to_pow2(scales[i])) == scales[i], TERN_E_ARGUMENT, "%s: scales[%d] is not a power of two", p->name, i);
+        TERN__REQUIRE(r, tern__weight_ok(scales[i]) && scales[i] >= 0, TERN_E_NONFINITE,
+                      "%s: scales[%d] is negative or not a finite number below 2^96", p->name, i);
+        TERN__REQUIRE(r, m.scale_type != TERN_POW2 || tern__from_pow2(tern__to_pow2(scales[i])) == scales[i], TERN_E_ARGUMENT,
+                      "%s: scales[%d] is not a power of two", p->name, i);
     }
     staging = (int8_t *)tern_alloc(c, (size_t)(TERN__ROWS * m.cols));
     ordered = tern__host_alloc(&r->allocator, (size_t)(s.scales * tern__type_bytes(m.scale_type)));
@@ -4244,15 +4262,18 @@ static tern_result tern__check_linear(tern_context *c, const tern_linear *l, int
     TERN__REQUIRE(r, l && l->w, TERN_E_ARGUMENT, "linear: the layer or its w is NULL");
     TERN__TRY(tern__check_ready(c, l->w));
     TERN__TRY(tern__check_count(r, l->w->name, "n", n, tern__add(l->w->rows, tern__mul(32, l->w->cols))));
-    TERN__REQUIRE(r, (l->norm == TERN_NORM_NONE || l->norm == TERN_NORM_RMS) && (l->act == TERN_ACT_INT8 || l->act == TERN_ACT_FLOAT) && l->eps >= 0 && tern__finite(l->eps),
-                  TERN_E_ARGUMENT, "%s: norm %d, act %d or eps is out of range", l->w->name, (int64_t)(int32_t)l->norm, (int64_t)(int32_t)l->act);
+    TERN__REQUIRE(r, (l->norm == TERN_NORM_NONE || l->norm == TERN_NORM_RMS) && (l->act == TERN_ACT_INT8 || l->act == TERN_ACT_FLOAT) &&
+                  l->eps >= 0 && tern__finite(l->eps), TERN_E_ARGUMENT,
+                  "%s: norm %d, act %d or eps is out of range", l->w->name, (int64_t)(int32_t)l->norm, (int64_t)(int32_t)l->act);
     if (l->bias) {
         TERN__TRY(tern__check_ready(c, l->bias));
-        TERN__REQUIRE(r, l->bias->rule == TERN_DENSE && l->bias->rows * l->bias->cols == l->w->rows, TERN_E_SHAPE, "%s: its bias has %d values for %d rows", l->w->name, l->bias->rows * l->bias->cols, l->w->rows);
+        TERN__REQUIRE(r, l->bias->rule == TERN_DENSE && l->bias->rows * l->bias->cols == l->w->rows, TERN_E_SHAPE,
+                      "%s: its bias has %d values for %d rows", l->w->name, l->bias->rows * l->bias->cols, l->w->rows);
     }
     if (l->gain) {
         TERN__TRY(tern__check_ready(c, l->gain));
-        TERN__REQUIRE(r, l->gain->rule == TERN_DENSE && l->gain->rows * l->gain->cols == l->w->cols, TERN_E_SHAPE, "%s: its gain has %d values for %d columns", l->w->name, l->gain->rows * l->gain->cols, l->w->cols);
+        TERN__REQUIRE(r, l->gain->rule == TERN_DENSE && l->gain->rows * l->gain->cols == l->w->cols, TERN_E_SHAPE,
+                      "%s: its gain has %d values for %d columns", l->w->name, l->gain->rows * l->gain->cols, l->w->cols);
         TERN__REQUIRE(r, l->norm == TERN_NORM_RMS, TERN_E_ARGUMENT, "%s: a gain without a norm", l->w->name);
     }
     return TERN_OK;
@@ -4281,7 +4302,8 @@ static tern_result tern__need_scratch(tern_context *c, const tern_linear *l, int
 {
     tern_need need = TERN_ZERO;
     TERN__TRY(tern_linear_need(c, l, n, &need));
-    TERN__REQUIRE(&c->run, need.scratch <= c->scratch_bytes, TERN_E_SCRATCH, "%s: %d tokens need %d bytes of scratch, %d are reserved", l->w->name, n, (int64_t)need.scratch, (int64_t)c->scratch_bytes);
+    TERN__REQUIRE(&c->run, need.scratch <= c->scratch_bytes, TERN_E_SCRATCH,
+                  "%s: %d tokens need %d bytes of scratch, %d are reserved", l->w->name, n, (int64_t)need.scratch, (int64_t)c->scratch_bytes);
     c->scratch_used = 0;
     return TERN_OK;
 }
@@ -4696,8 +4718,10 @@ static int32_t tern__scale_ok(float scale) { return tern__finite(scale) && scale
 
 static tern_result tern__check_block(tern_context *c, const tern_param *p, const tern__block *b)
 {
-    TERN__REQUIRE(&c->run, p->cols % b->weights == 0, TERN_E_SHAPE, "%s: %d columns are not whole %s blocks of %d", p->name, p->cols, b->name, (int64_t)b->weights);
-    TERN__REQUIRE(&c->run, p->grain <= 0 || p->grain % b->weights == 0, TERN_E_SHAPE, "%s: groups of %d are not whole %s blocks of %d", p->name, (int64_t)p->grain, b->name, (int64_t)b->weights);
+    TERN__REQUIRE(&c->run, p->cols % b->weights == 0, TERN_E_SHAPE,
+                  "%s: %d columns are not whole %s blocks of %d", p->name, p->cols, b->name, (int64_t)b->weights);
+    TERN__REQUIRE(&c->run, p->grain <= 0 || p->grain % b->weights == 0, TERN_E_SHAPE,
+                  "%s: groups of %d are not whole %s blocks of %d", p->name, (int64_t)p->grain, b->name, (int64_t)b->weights);
     return TERN_OK;
 }
 
@@ -4709,13 +4733,15 @@ static tern_result tern__check_names(tern_context *c, const tern_model *m)
         const char *name = m->items[i]->name;
         const size_t length = strlen(name);
         TERN__REQUIRE(&c->run, length > 0, TERN_E_ARGUMENT, "parameter %d of the model has no name", (int64_t)i);
-        TERN__REQUIRE(&c->run, length <= TERN__MAX_NAME, TERN_E_ARGUMENT, "%s: a name of %d bytes exceeds %d, the limit in files", name, (int64_t)length, (int64_t)TERN__MAX_NAME);
+        TERN__REQUIRE(&c->run, length <= TERN__MAX_NAME, TERN_E_ARGUMENT,
+                      "%s: a name of %d bytes exceeds %d, the limit in files", name, (int64_t)length, (int64_t)TERN__MAX_NAME);
         for (j = 0; j < m->count; j++) {
             const char *other = m->items[j]->name;
             if (i == j || strncmp(name, other, length) != 0) continue;
             TERN__REQUIRE(&c->run, other[length], TERN_E_ARGUMENT, "two parameters of the model have the name %s", name);
             for (b = 0; b < TERN_BUFFERS; b++)
-                TERN__REQUIRE(&c->run, m->items[j]->rule != TERN_DENSE || strcmp(other + length, tern__suffixes[b]) != 0, TERN_E_ARGUMENT, "%s would also be the name of a tensor of %s", other, name);
+                TERN__REQUIRE(&c->run, m->items[j]->rule != TERN_DENSE || strcmp(other + length, tern__suffixes[b]) != 0, TERN_E_ARGUMENT,
+                              "%s would also be the name of a tensor of %s", other, name);
         }
     }
     return TERN_OK;
@@ -5194,7 +5220,8 @@ static void tern__read_structure(tern__file *f)
     end = f->at;
     if (!f->problem && tern__find(f, &f->keys, "general.alignment", "", "", &e)) f->alignment = e.value;
     f->at = end;
-    if (f->alignment == 0 || (f->alignment & (f->alignment - 1)) != 0 || f->alignment > f->size) tern__set_problem(f, "general.alignment is not a power of two within the file");
+    if (f->alignment == 0 || (f->alignment & (f->alignment - 1)) != 0 || f->alignment > f->size)
+        tern__set_problem(f, "general.alignment is not a power of two within the file");
     tern__read_list(f, &f->tensors, tern__read_tensor);
     if (f->problem) return;
     f->data = (f->at + f->alignment - 1) & ~(f->alignment - 1);
@@ -5218,10 +5245,12 @@ static tern_result tern__open_file(tern_context *c, tern__file *f, const void *b
     TERN__REQUIRE(&c->run, size >= after, TERN_E_FORMAT, "a file of %d bytes is too short to be a model", (int64_t)size);
     TERN__REQUIRE(&c->run, memcmp(bytes, "GGUF", 4) == 0, TERN_E_FORMAT, "not a GGUF file: byte 0 is %d", (int64_t)f->bytes[0]);
     TERN__REQUIRE(&c->run, tern__get_number(f->bytes + 4, 4) == 3, TERN_E_FORMAT, "GGUF version %d is not 3", (int64_t)tern__get_number(f->bytes + 4, 4));
-    TERN__REQUIRE(&c->run, memcmp(f->bytes + TERN__HASH_AT - 16, "ternary.hash", 12) == 0, TERN_E_FORMAT, "a GGUF file of another program: its first key is not ternary.hash");
+    TERN__REQUIRE(&c->run, memcmp(f->bytes + TERN__HASH_AT - 16, "ternary.hash", 12) == 0, TERN_E_FORMAT,
+                  "a GGUF file of another program: its first key is not ternary.hash");
     hash = tern__fnv(tern__fnv(TERN__FNV_START, f->bytes, TERN__HASH_AT), zeros, 8);
     hash = tern__fnv(hash, f->bytes + after, size - after);
-    TERN__REQUIRE(&c->run, hash == tern__get_number(f->bytes + TERN__HASH_AT, 8), TERN_E_FORMAT, "the file's %d bytes do not have the hash it states: it is truncated or corrupted", (int64_t)size);
+    TERN__REQUIRE(&c->run, hash == tern__get_number(f->bytes + TERN__HASH_AT, 8), TERN_E_FORMAT,
+                  "the file's %d bytes do not have the hash it states: it is truncated or corrupted", (int64_t)size);
     tern__read_structure(f);
     TERN__REQUIRE(&c->run, !f->problem, TERN_E_FORMAT, "byte %d of %d: %s", (int64_t)f->problem_at, (int64_t)size, f->problem);
     return TERN_OK;
@@ -5243,7 +5272,8 @@ static tern_result tern__match_number(tern__loader *l, const tern_param *p, cons
 {
     tern__entry e;
     int64_t found;
-    TERN__REQUIRE(&l->c->run, tern__find(&l->file, &l->file.keys, "ternary.", p->name, key, &e), TERN_E_MISSING, "the file has no key ternary.%s%s", p->name, key);
+    TERN__REQUIRE(&l->c->run, tern__find(&l->file, &l->file.keys, "ternary.", p->name, key, &e), TERN_E_MISSING,
+                  "the file has no key ternary.%s%s", p->name, key);
     TERN__REQUIRE(&l->c->run, e.type == type, TERN_E_FORMAT, "ternary.%s%s has GGUF type %d, not %d", p->name, key, (int64_t)e.type, (int64_t)type);
     found = type == TERN__GGUF_INT32 ? (int64_t)(int32_t)(uint32_t)e.value : (int64_t)e.value;
     TERN__REQUIRE(&l->c->run, found == value, TERN_E_SHAPE, "%s: %s is %d in the file and %d in the parameter", p->name, key + 1, found, value);
@@ -5258,7 +5288,8 @@ static tern_result tern__match_param(tern__loader *l, const tern_param *p)
     TERN__REQUIRE(&l->c->run, tern__find(&l->file, &l->file.keys, "ternary.", p->name, ".rule", &e), TERN_E_MISSING, "the file has no parameter %s", p->name);
     for (i = 0; i <= TERN_DENSE; i++)
         if (e.type == TERN__GGUF_STRING && tern__text_is(e.string, tern__rule_names[i], "", "")) found = tern__rule_names[i];
-    TERN__REQUIRE(&l->c->run, found == tern__rule_names[p->rule] || (p->rule == TERN_GIVEN && found != tern__rule_names[TERN_DENSE]), TERN_E_SHAPE, "%s: rule is %s in the file and %s in the parameter", p->name, found, tern__rule_names[p->rule]);
+    TERN__REQUIRE(&l->c->run, found == tern__rule_names[p->rule] || (p->rule == TERN_GIVEN && found != tern__rule_names[TERN_DENSE]), TERN_E_SHAPE,
+                  "%s: rule is %s in the file and %s in the parameter", p->name, found, tern__rule_names[p->rule]);
     TERN__TRY(tern__match_number(l, p, ".rows", TERN__GGUF_UINT64, p->rows));
     TERN__TRY(tern__match_number(l, p, ".cols", TERN__GGUF_UINT64, p->cols));
     return tern__match_number(l, p, ".grain", TERN__GGUF_INT32, p->grain);
@@ -5270,10 +5301,12 @@ static tern_result tern__check_trits(tern__loader *l, const tern_param *p, const
     int64_t i;
     uint32_t rest;
     for (i = 0; i < bytes; i++)
-        TERN__REQUIRE(&l->c->run, source[i] <= TERN__MAX_BYTE, TERN_E_FORMAT, "%s.trits: byte %d is %d, above %d", p->name, i, (int64_t)source[i], (int64_t)TERN__MAX_BYTE);
+        TERN__REQUIRE(&l->c->run, source[i] <= TERN__MAX_BYTE, TERN_E_FORMAT,
+                      "%s.trits: byte %d is %d, above %d", p->name, i, (int64_t)source[i], (int64_t)TERN__MAX_BYTE);
     rest = source[bytes - 1];
     for (i = 0; i < 5; i++, rest /= 3)
-        TERN__REQUIRE(&l->c->run, i < last || rest % 3 == 1, TERN_E_FORMAT, "%s.trits: the last byte is %d: trits after the %d of the matrix are not zero", p->name, (int64_t)source[bytes - 1], p->rows * p->cols);
+        TERN__REQUIRE(&l->c->run, i < last || rest % 3 == 1, TERN_E_FORMAT,
+                      "%s.trits: the last byte is %d: trits after the %d of the matrix are not zero", p->name, (int64_t)source[bytes - 1], p->rows * p->cols);
     return TERN_OK;
 }
 
@@ -5289,7 +5322,8 @@ static tern_result tern__check_scales(tern__loader *l, const tern_param *p, cons
     const tern__tensor t = tern__tensor_of(p, TERN_SCALES);
     int64_t i;
     for (i = 0; i < t.dims[0] * t.dims[1]; i++) {
-        TERN__REQUIRE(&l->c->run, t.type != TERN__GGML_I8 || (source[i] != 127 && source[i] != 129), TERN_E_FORMAT, "%s.scale: exponent %d is %d, not -126 to 126 or -128", p->name, i, (int64_t)((source[i] ^ 0x80) - 0x80));
+        TERN__REQUIRE(&l->c->run, t.type != TERN__GGML_I8 || (source[i] != 127 && source[i] != 129), TERN_E_FORMAT,
+                      "%s.scale: exponent %d is %d, not -126 to 126 or -128", p->name, i, (int64_t)((source[i] ^ 0x80) - 0x80));
         TERN__REQUIRE(&l->c->run, tern__scale_ok(tern__source_scale(p, source, i)), TERN_E_FORMAT, "%s.scale: number %d is negative or not finite", p->name, i);
     }
     return TERN_OK;
@@ -5305,9 +5339,11 @@ static tern_result tern__match_tensor(tern__loader *l, const tern_param *p, int3
         TERN__REQUIRE(&l->c->run, which > TERN_SHADOW, TERN_E_MISSING, "the file has no tensor %s%s", p->name, suffix);
         return TERN_OK;
     }
-    TERN__REQUIRE(&l->c->run, e.type == (uint64_t)t.type, TERN_E_SHAPE, "%s%s has GGML type %d in the file and %d in the parameter", p->name, suffix, (int64_t)e.type, (int64_t)t.type);
+    TERN__REQUIRE(&l->c->run, e.type == (uint64_t)t.type, TERN_E_SHAPE,
+                  "%s%s has GGML type %d in the file and %d in the parameter", p->name, suffix, (int64_t)e.type, (int64_t)t.type);
     TERN__REQUIRE(&l->c->run, e.dims[0] == (uint64_t)t.dims[0] && e.dims[1] == (uint64_t)t.dims[1] && e.dims[2] == 1 && e.dims[3] == 1, TERN_E_SHAPE,
-                  "%s%s is %d x %d x %d x %d in the file and %d x %d in the parameter", p->name, suffix, (int64_t)e.dims[3], (int64_t)e.dims[2], (int64_t)e.dims[1], (int64_t)e.dims[0], t.dims[1], t.dims[0]);
+                  "%s%s is %d x %d x %d x %d in the file and %d x %d in the parameter", p->name, suffix,
+                  (int64_t)e.dims[3], (int64_t)e.dims[2], (int64_t)e.dims[1], (int64_t)e.dims[0], t.dims[1], t.dims[0]);
     *source = l->file.bytes + l->file.data + e.offset;
     if (which == TERN_TRITS) return tern__check_trits(l, p, *source);
     return which == TERN_SCALES ? tern__check_scales(l, p, *source) : TERN_OK;
@@ -5333,7 +5369,8 @@ static tern_result tern__prepare(tern__loader *l, const tern_model *m)
     l->scales = (float *)tern__host_alloc(a, (size_t)scales * sizeof(float));
     l->ordered = tern__host_alloc(a, (size_t)scales * sizeof(float));
     l->staging = (int8_t *)tern_alloc(l->c, (size_t)(panel + 1));
-    TERN__REQUIRE(&l->c->run, l->chunk && l->scales && l->ordered && l->staging, TERN_E_MEMORY, "load: no memory for panels of %d bytes and %d scales", panel, scales);
+    TERN__REQUIRE(&l->c->run, l->chunk && l->scales && l->ordered && l->staging, TERN_E_MEMORY,
+                  "load: no memory for panels of %d bytes and %d scales", panel, scales);
     return TERN_OK;
 }
 
@@ -5652,7 +5689,8 @@ TERN_API tern_result tern_selftest(tern_context *c)
     result = tern__selftest_run(&t);
     tern_free(c, t.w);
     for (i = 0; result == TERN_OK && i < TERN__PIECE_END; i++)
-        if (t.hash[i] != known[i].hash) result = tern__set_error(&c->run.error, TERN_E_SELFTEST, "selftest: %s does not give the known answer on %s", known[i].text, c->run.backend->name);
+        if (t.hash[i] != known[i].hash)
+            result = tern__set_error(&c->run.error, TERN_E_SELFTEST, "selftest: %s does not give the known answer on %s", known[i].text, c->run.backend->name);
     return result;
 }
 
