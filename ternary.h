@@ -105,9 +105,9 @@ NUMERICS AND DETERMINISM
     int8 dot products are exact in int32 (inputs per row <= 262144). Float sums follow one rule: up to 1024
     terms in 64 lanes, then pairwise; more in blocks of 1024. Float dot products run in order, in segments of
     2048. No contraction, no libm; exp, log, tanh, sine and cosine are the library's own polynomials.
-    So the forward pass gives the same bits from every tier, compiler and architecture. The gradients of
-    weights are fused where the tier can: training repeats exactly on a given tier, for any thread count.
-    NaN payloads are not part of the promise.
+    So the forward pass gives the same bits from every tier, compiler and architecture. Gradients are fused
+    where the tier can: training repeats exactly on a given tier, for any thread count. Signs and payloads of
+    NaN are not part of the promise, nor is clang's -ffp-contract=fast, which no code can see or undo.
 
 FORMATS
 
@@ -219,7 +219,8 @@ typedef struct tern_allocator {
 } tern_allocator;
 
 /* Threads. run() calls task(arg, i) once for each i in [0, count) on any threads and returns when all
-   are done. Zero runs everything on the calling thread. workers says how many run at once (at most 64). */
+   are done; count is at most workers, and tasks do not wait for each other. Zero runs everything on the
+   calling thread. workers says how many run at once (at most 64). */
 typedef void (*tern_task)(void *arg, int32_t index);
 typedef struct tern_parallel {
     void (*run)(void *user, tern_task task, void *arg, int32_t count);
@@ -252,7 +253,7 @@ typedef struct tern_backend tern_backend; /* the function table, below */
 
 typedef struct tern_context_desc {
     const tern_backend *backend; /* NULL: the CPU */
-    tern_isa isa_max;            /* CPU: best tier to use; the environment's TERNARY_ISA lowers it further */
+    tern_isa isa_max;            /* CPU: best tier to use, an error where it is missing; the environment's TERNARY_ISA lowers it further */
     tern_allocator allocator;
     tern_parallel parallel;
     size_t scratch;              /* bytes to reserve at once, as by tern_reserve */
@@ -305,8 +306,9 @@ TERN_API tern_result tern_activation_shape(tern_context *c, const tern_matrix *m
 
    tern_NAME(context, &args) checks the arguments and runs the operation on the context's backend.
    Every operation overwrites its output unless it says "adds". Inputs and outputs must not overlap
-   unless it says so. n counts tokens, at least 1; float buffers are float32, row-major, contiguous.
-   A number left at zero (alpha, scale, rate) is zero: defaults are named where there are any. */
+   unless it says so. n counts tokens, at least 1; float buffers are float32, row-major, contiguous; pointers
+   are aligned to their elements (packed trits: to nothing). A number left at zero (alpha, scale, rate) is
+   zero: defaults are named where there are any. An eps of a norm must be positive. */
 
 /* [rows, cols] floats -> trits and scales. Weights that are NaN, infinite or 2^96 and above are refused
    (TERN_E_NONFINITE) and nothing is written. An all-zero grain has scale 0. algorithms: see tern_rule. */
@@ -321,7 +323,8 @@ typedef struct tern_ternarize_args {
 typedef struct tern_pack_args { tern_matrix m; const int8_t *trits; } tern_pack_args;
 
 /* Packed -> int8 trits and/or float values (trit times scale) of rows [row, row + count); either output
-   may be NULL. An invalid code (2-bit code 3, base-3 byte above 242) is refused: TERN_E_TRIT. */
+   may be NULL. An invalid code (2-bit code 3, base-3 byte above 242) is refused: TERN_E_TRIT. The other
+   operations do not look: with invalid codes their results are unspecified. */
 typedef struct tern_unpack_args {
     tern_matrix m;
     int64_t row, count;
@@ -423,7 +426,8 @@ typedef struct tern_norm_args {
 } tern_norm_args;
 
 /* Rotary positions in place on heads of dim (even) numbers: pairs (i, i + dim/2) turn by
-   position * base^(-2i/dim), where token t has position start + t % period. inverse: the backward. */
+   position * base^(-2i/dim), where token t has position start + t % period, below 2^24; angles beyond 8192
+   lose accuracy (the same on every machine). inverse: the backward. */
 typedef struct tern_rope_args {
     int64_t n; int32_t heads, dim;
     float *x; int64_t stride; /* floats from token to token */
@@ -566,7 +570,7 @@ TERN_API tern_result tern_param_stats(tern_context *c, const tern_param *p, floa
 typedef struct tern_verdict { int64_t wrong, first_wrong; float max_error; } tern_verdict;
 TERN_API tern_result tern_param_verify(tern_context *c, const tern_param *p, const float *values, tern_verdict *out);
 
-/* A model is a list of parameters: the order of files, steps and reports. */
+/* A model is a list of parameters, each once: the order of files, steps and reports. */
 typedef struct tern_model { tern_param *const *items; int32_t count; } tern_model;
 typedef struct tern_audit {
     int64_t weights, ternary;               /* all parameters; those held as trits */
@@ -588,10 +592,10 @@ typedef struct tern_linear {
     tern_act act;
 } tern_linear;
 TERN_API tern_result tern_linear_need(tern_context *c, const tern_linear *l, int64_t n, tern_need *out);
-/* x [n, cols] -> y [n, rows]. saved: need.saved bytes for the backward, or NULL for inference. */
+/* x [n, cols] -> y [n, rows], apart. saved: need.saved bytes, aligned to 4, for the backward, or NULL for inference. */
 TERN_API tern_result tern_linear_forward(tern_context *c, const tern_linear *l, int64_t n, const float *x, float *y, void *saved);
 /* Straight-through: adds into the TERN_GRAD of w, bias and gain where present; dx [n, cols] (or NULL) is
-   overwritten. x and saved as in the forward. dx may be dy's memory only if the two shapes are one. */
+   overwritten. x and saved as in the forward. No two of the pointers may overlap. */
 #ifndef TERNARY_NO_TRAINING
 TERN_API tern_result tern_linear_backward(tern_context *c, const tern_linear *l, int64_t n, const float *x, const void *saved, const float *dy, float *dx);
 #endif
@@ -607,8 +611,8 @@ TERN_API tern_linear tern_embedding_as_linear(const tern_embedding *e, tern_norm
 /* -- training ([TERN-19]) -- */
 
 /* Clips by global norm, updates every parameter that has a TERN_GRAD, zeroes the gradients, ternarizes and
-   packs. Defaults: beta1 0.9, beta2 0.99, eps 1e-8. norm2: where to leave the squared gradient norm
-   (backend memory, one float), or NULL. */
+   packs. A norm that is not finite skips the update: a data fault. Defaults: beta1 0.9, beta2 0.99, eps
+   1e-8. norm2: where to leave the squared gradient norm (backend memory, one float), or NULL. */
 typedef struct tern_step {
     tern_optimizer optimizer;
     float rate, beta1, beta2, eps, decay, clip;
@@ -663,8 +667,8 @@ TERN_API tern_result tern_selftest(tern_context *c);
 
 /* ------------------------------------------------------------------------------------------------
    [TERN-4] Platform: compiler, CPU detection, threads
-   What enters: the compiler's and the machine's facts. What leaves: tern__tier_present, the pool,
-   and a checked floating-point environment. Called by rooms 5 and 14.
+   What enters: the compiler's and the machine's facts. What leaves: tern__has_TIER, the pool, and a
+   checked floating-point environment. Called by rooms 5, 6 and 14.
    ------------------------------------------------------------------------------------------------ */
 
 #include <float.h>
@@ -1127,7 +1131,8 @@ static void *tern__take(tern_context *c, int64_t bytes)
 /* ------------------------------------------------------------------------------------------------
    [TERN-6] Numbers: f16 and bf16, Philox, canonical sums, elementary functions
    What enters: floats and counters. What leaves: the same bits on every machine: single IEEE
-   operations in a fixed order, no libm. Called by every later room.
+   operations in a fixed order, no libm. At its end the inner table of kernels, which sums go through, and
+   the loop that shares work among threads. Called by every later room.
    ------------------------------------------------------------------------------------------------ */
 
 static uint32_t tern__bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
@@ -1837,7 +1842,7 @@ static tern_result tern__cpu_unpack(tern_run *run, const tern_unpack_args *a)
 /* ------------------------------------------------------------------------------------------------
    [TERN-9] Activations
    What enters: float rows. What leaves: int8 rows in the matrix's group layout, a scale and sums per
-   token, with RMSNorm fused: its factor cancels inside q and enters the scale alone. Called by room 15.
+   token, with RMSNorm fused: its factor cancels inside q and enters the scale alone. Called by room 14.
    ------------------------------------------------------------------------------------------------ */
 
 /* r = 1/sqrt(mean(x^2) + eps); 0 for a row that has no finite mean square. */
@@ -3374,7 +3379,6 @@ TERN__TABLE(avx512_vnni, "avx512-vnni")
 TERN_API const tern_backend *tern_cpu_backend(tern_isa isa)
 {
     const tern_backend *best = NULL, *tier;
-    int32_t i = 0;
 #ifdef TERN__WITH_AVX2
 #define tern__table_avx2 &tern__backend_avx2
 #else
@@ -3389,9 +3393,8 @@ TERN_API const tern_backend *tern_cpu_backend(tern_isa isa)
 #define TERN__TIER(name, suffix, text)                                    \
     tier = NULL;                                                          \
     if (tern__has_##suffix()) tier = tern__table_##suffix;                \
-    i++;                                                                  \
     if (tier) best = tier;                                                \
-    if (i == (int32_t)isa) return tier;
+    if (isa == TERN_ISA_##name) return tier;
     TERN_TIERS(TERN__TIER)
 #undef TERN__TIER
 #undef tern__table_scalar
