@@ -643,7 +643,7 @@ static void draw_curve(FILE *f, const options *o, const curve *c)
     fprintf(f, "<path class=\"train\" d=\"M%d 76h28\"/><text x=\"%d\" y=\"80\">training, mean of %lld windows a step</text>\n"
                "<path class=\"validation\" d=\"M%d 96h28\"/><text x=\"%d\" y=\"100\">validation, last tenth of the text "
                "(%d windows; at the end all)</text>\n</svg>\n",
-            WIDTH - 400, WIDTH - 364, (long long)o->batch, WIDTH - 400, WIDTH - 364, GLANCE);
+            WIDTH - 470, WIDTH - 434, (long long)o->batch, WIDTH - 470, WIDTH - 434, GLANCE);
     if (fclose(f)) die("cannot write %s/loss.svg", o->out);
 }
 

@@ -65,6 +65,9 @@ readme_snippets() {
 
 example() { compile "examples/$1.c" -o $out/"$1"; }
 quickstart_runs() { $out/quickstart; }
+language_model_runs() {
+    $out/language_model --text README.md --out $out --layers 1 --heads 2 --width 32 --context 16 --batch 3 --steps 10 --generate 10
+}
 bench_compiles() { compile bench/bench.c -o $out/bench -ldl; }
 bench_runs() { $out/bench --quick --csv; }
 
@@ -99,6 +102,7 @@ check "fast-math is refused" fast_math_refused
 check "the README's programs" readme_snippets
 for name in quickstart image_classifier language_model; do check "examples/$name.c compiles" example $name; done
 check "examples/quickstart.c runs" quickstart_runs
+check "examples/language_model.c runs, reloads and repeats its bits" language_model_runs
 check "bench/bench.c compiles" bench_compiles
 check "bench/bench.c runs" bench_runs
 check "table of contents" contents
