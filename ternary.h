@@ -465,7 +465,8 @@ typedef struct tern_sum_args { tern_sum_kind kind; int64_t count; const float *x
 
 /* One optimizer step over count weights of type F32 or BF16 (written with stochastic rounding keyed by
    seed, step, stream and element), then the gradient is set to zero. The gradient is first multiplied by
-   min(1, clip/sqrt(*norm2)) when clip > 0; a *norm2 that is not finite skips the update: a data fault. */
+   min(1, clip/sqrt(*norm2)) when clip > 0; a *norm2 that is not finite skips the update: a data fault.
+   AdamW needs an eps above 0, or a gradient of 0 would be 0/0. */
 typedef enum { TERN_ADAMW, TERN_SGD } tern_optimizer;
 typedef struct tern_optimize_args {
     tern_optimizer kind;
@@ -3773,7 +3774,7 @@ static tern_result tern__check_optimize(tern_run *r, const tern_optimize_args *a
     TERN__REQUIRE(r, a->kind == TERN_ADAMW || a->kind == TERN_SGD, TERN_E_ARGUMENT, "optimize: optimizer %d is unknown", (int64_t)(int32_t)a->kind);
     TERN__REQUIRE(r, a->type == TERN_TYPE_DEFAULT || a->type == TERN_F32 || a->type == TERN_BF16, TERN_E_ARGUMENT,
                   "optimize: weights of type %d; TERN_F32 or TERN_BF16 can be trained", (int64_t)(int32_t)a->type);
-    TERN__REQUIRE(r, a->rate >= 0 && tern__finite(a->rate) && a->beta1 >= 0 && a->beta1 < 1 && a->beta2 >= 0 && a->beta2 < 1 && a->eps >= 0 &&
+    TERN__REQUIRE(r, a->rate >= 0 && tern__finite(a->rate) && a->beta1 >= 0 && a->beta1 < 1 && a->beta2 >= 0 && a->beta2 < 1 && (a->kind == TERN_SGD || a->eps > 0) &&
                   tern__finite(a->decay) && a->step > 0, TERN_E_ARGUMENT,
                   "optimize: rate, betas, eps or decay out of range at step %d (counted from 1)", (int64_t)a->step);
     TERN__TRY(tern__check_pointer(r, "optimize", "w", a->w, tern__type_bytes(a->type)));
@@ -4512,6 +4513,7 @@ static tern_result tern__check_step(tern_context *c, const tern_model *m, const 
     int32_t i, b, trained = 0;
     TERN__TRY(tern__check_model(c, m));
     TERN__REQUIRE(&c->run, s, TERN_E_ARGUMENT, "step: the desc is NULL");
+    TERN__REQUIRE(&c->run, tern__finite(s->decay), TERN_E_ARGUMENT, "step: the decay is out of range"); /* undecayed parameters would not notice */
     for (i = 0; i < m->count; i++) {
         const tern_param *p = m->items[i];
         if (!p->buffer[TERN_GRAD].data) continue;

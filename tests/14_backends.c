@@ -1469,7 +1469,7 @@ static const wrong wrongs[] = {
     COUNTED(sum, count) NEEDED(sum, x) NEEDED(sum, y) RANGED32(sum, kind, -1) RANGED32(sum, kind, 3)
     COUNTED(optimize, count) NEEDED(optimize, w) NEEDED(optimize, grad) NEEDED(optimize, moment1) NEEDED(optimize, moment2) ALIGNED(optimize, norm2)
     RANGED32(optimize, kind, 2) RANGED32(optimize, type, TERN_F16) RANGED32(optimize, step, 0)
-    RANGED_FLOAT(optimize, rate, -1) RANGED_FLOAT(optimize, rate, NAN) RANGED_FLOAT(optimize, beta1, 1) RANGED_FLOAT(optimize, beta1, -0.5)
+    RANGED_FLOAT(optimize, rate, -1) RANGED_FLOAT(optimize, rate, NAN) RANGED_FLOAT(optimize, eps, 0) RANGED_FLOAT(optimize, beta1, 1) RANGED_FLOAT(optimize, beta1, -0.5)
     RANGED_FLOAT(optimize, beta2, 1) RANGED_FLOAT(optimize, beta2, NAN) RANGED_FLOAT(optimize, eps, -1) RANGED_FLOAT(optimize, decay, INFINITY)
 };
 

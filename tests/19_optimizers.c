@@ -302,6 +302,9 @@ static void test_step_refusals(void)
     s = good; s.beta1 = 1.0f; check_refused(t.c, &o, &s, TERN_E_ARGUMENT, "out of range");
     s = good; s.beta2 = 1.5f; check_refused(t.c, &o, &s, TERN_E_ARGUMENT, "out of range");
     s = good; s.decay = INFINITY; check_refused(t.c, &o, &s, TERN_E_ARGUMENT, "out of range");
+    o.items[0]->flags = TERN_NO_DECAY;
+    check_refused(t.c, &o, &s, TERN_E_ARGUMENT, "out of range");
+    o.items[0]->flags = 0;
     s = good; s.norm2 = (float *)(void *)((char *)&kept + 1); check_refused(t.c, &o, &s, TERN_E_ALIGNMENT, "not aligned");
     moment = o.b.buffer[TERN_MOMENT2].data; /* of the last parameter: the first must not have moved */
     o.b.buffer[TERN_MOMENT2].data = NULL;
