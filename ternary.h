@@ -1896,26 +1896,38 @@ static tern_result tern__cpu_quantize(tern_run *run, const tern_quantize_args *a
    leaves: sums in the order written here. Called through tern__kernels by rooms 6 to 9 and 14.
    ------------------------------------------------------------------------------------------------ */
 
-/* |sum of code * q| <= 2 * 127 * cols < 2^31 for cols <= 2^18. */
-static void tern__dot_scalar(const tern__dot *d, int64_t digits, uint32_t base)
+/* Each unit is decoded once and multiplied with all tokens. |sum of code * q| <= 2 * 127 * cols < 2^31. */
+static void tern__dot_scalar(const tern__dot *d, int32_t base3)
 {
-    int64_t p, t, u, r, j, s;
-    for (p = 0; p < d->panels; p++)
-        for (t = 0; t < d->tokens; t++) {
-            const uint8_t *unit = d->panel + p * d->panel_stride;
-            const int8_t *q = d->q + t * d->q_stride;
-            int32_t *acc = d->acc + (p * d->tokens + t) * TERN__ROWS;
-            for (r = 0; r < TERN__ROWS; r++) acc[r] = -d->sum[t * d->sum_stride];
-            for (u = 0; u < d->units; u++, unit += TERN__UNIT, q += 4 * digits)
-                for (r = 0; r < TERN__ROWS; r++)
-                    for (j = 0; j < 4; j++) {
-                        uint32_t byte = unit[4 * r + j];
-                        for (s = 0; s < digits; s++, byte /= base) acc[r] += (int32_t)(byte % base) * q[4 * s + j];
-                    }
+    const int32_t digits = 4 + base3;
+    int64_t p, t, u;
+    int32_t r, j, i;
+    for (p = 0; p < d->panels; p++) {
+        const uint8_t *unit = d->panel + p * d->panel_stride;
+        int32_t *acc = d->acc + p * d->tokens * TERN__ROWS;
+        for (t = 0; t < d->tokens; t++)
+            for (r = 0; r < TERN__ROWS; r++) acc[t * TERN__ROWS + r] = -d->sum[t * d->sum_stride];
+        for (u = 0; u < d->units; u++, unit += TERN__UNIT) {
+            int8_t code[TERN__ROWS][20];
+            for (r = 0; r < TERN__ROWS; r++)
+                for (j = 0; j < 4; j++) {
+                    uint32_t byte = unit[4 * r + j];
+                    for (i = j; i < 4 * digits; i += 4, byte = base3 ? byte / 3 : byte >> 2)
+                        code[r][i] = (int8_t)(base3 ? byte % 3 : byte & 3);
+                }
+            for (t = 0; t < d->tokens; t++) {
+                const int8_t *q = d->q + t * d->q_stride + u * 4 * digits;
+                for (r = 0; r < TERN__ROWS; r++) {
+                    int32_t sum = 0;
+                    for (i = 0; i < 4 * digits; i++) sum += code[r][i] * q[i];
+                    acc[t * TERN__ROWS + r] += sum;
+                }
+            }
         }
+    }
 }
-static void tern__dot_2bit_scalar(const tern__dot *d) { tern__dot_scalar(d, 4, 4); }
-static void tern__dot_base3_scalar(const tern__dot *d) { tern__dot_scalar(d, 5, 3); }
+static void tern__dot_2bit_scalar(const tern__dot *d) { tern__dot_scalar(d, 0); }
+static void tern__dot_base3_scalar(const tern__dot *d) { tern__dot_scalar(d, 1); }
 
 static void tern__emit_scalar(const tern__emit *e)
 {

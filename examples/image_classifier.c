@@ -7,13 +7,14 @@
        ./image_classifier        digits that the program draws itself, some 20 seconds
        ./image_classifier DIR    MNIST: the four idx files in DIR, uncompressed; some minutes          */
 
-#define _POSIX_C_SOURCE 199309L /* clock_gettime */
+#define _POSIX_C_SOURCE 200112L /* clock_gettime, isatty */
 #define TERNARY_IMPLEMENTATION
 #include "ternary.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { SIDE = 28, PIXELS = SIDE * SIDE, CLASSES = 10, HIDDEN = 512, LAYERS = 3, BATCH = 128, TEST_BATCH = 256, NETWORKS = 3 };
 static const int64_t widths[LAYERS + 1] = {PIXELS, HIDDEN, HIDDEN, CLASSES};
@@ -324,11 +325,15 @@ static double accuracy_of(tern_context *c, network *net, const image_set *s, uin
     return (double)right / s->count;
 }
 
-/* One line that is written over: the work done in all three networks, and the time left at this pace. */
-static void show_progress(const char *name, int epoch, int epochs, double loss, double accuracy, double begun, double done)
+/* The work done in all three networks, and the time left at this pace: a line that is written over on a
+   terminal, elsewhere a line an epoch. */
+static void show_progress(const char *name, int epoch, int epochs, double loss, double accuracy, double begun, double done, int last)
 {
-    const int left = (int)((seconds() - begun) * (1 - done) / done);
-    printf("\r%-18s epoch %2d of %d   loss %.4f   test %.2f%%   time left %d:%02d ", name, epoch, epochs, loss, 100 * accuracy, left / 60, left % 60);
+    const int left = (int)((seconds() - begun) * (1 - done) / done), terminal = isatty(STDOUT_FILENO);
+    if (!terminal && !last) return;
+    printf("%s%-18s epoch %2d of %d   loss %.4f   ", terminal ? "\r" : "", name, epoch, epochs, loss);
+    if (epoch > 1) printf("test before %.2f%%   ", 100 * accuracy);
+    printf("time left %d:%02d%s", left / 60, left % 60, terminal ? "\033[K" : "\n");
     fflush(stdout);
 }
 
@@ -363,7 +368,7 @@ static void train(tern_context *c, network *net, const recipe *how, const task *
             check(c, tern_model_step(c, &net->model, &s));
             if (b % 20 == 19 || b + 1 == batches) {
                 check(c, tern_copy(c, &loss, net->loss, sizeof loss, TERN_TO_HOST));
-                show_progress(how->name, epoch + 1, t->epochs, loss / (float)((b + 1) * BATCH), accuracy, begun, (which + (double)step / steps) / NETWORKS);
+                show_progress(how->name, epoch + 1, t->epochs, loss / (float)((b + 1) * BATCH), accuracy, begun, (which + (double)step / steps) / NETWORKS, b + 1 == batches);
             }
         }
         check(c, tern_sync(c));
@@ -469,7 +474,7 @@ int main(int argc, char **argv)
         close_network(c, &net);
     }
 
-    printf("\r%78s\r%-18s %9s %12s %12s %21s\n%-18s %9s %12s %12s %10s %10s\n", "", "", "accuracy", "bytes", "bytes", "microseconds an image",
+    printf("\n%-18s %9s %12s %12s %21s\n%-18s %9s %12s %12s %10s %10s\n", "", "accuracy", "bytes", "bytes", "microseconds an image",
            "", "on test", "as float", "as kept", "one", "of 256");
     for (int i = 0; i < NETWORKS; i++) puts(table[i]);
     write_picture(&t.test, predicted);
