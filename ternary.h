@@ -86,7 +86,7 @@ MEMORY
     Buffers come from the context's allocator or are yours (set tern_buffer.data and count); tern_reserve is
     the only call that grows scratch, so a forward or training step never allocates. tern_LAYER_need tells
     both sizes: `saved`, the caller's, between forward and backward, and scratch. Kernels use up to 100 KB
-    of stack.
+    of stack. The default allocator is malloc; on Linux it advises huge pages for blocks of 4 MB and more.
 
 THREADS
 
@@ -684,6 +684,12 @@ TERN_API tern_result tern_selftest(tern_context *c);
 #ifndef TERNARY_MALLOC
 #define TERNARY_MALLOC(bytes) malloc(bytes)
 #define TERNARY_FREE(p) free(p)
+#ifdef __linux__
+#include <sys/mman.h>
+#ifdef MADV_HUGEPAGE
+#define TERN__HUGE_PAGES 1
+#endif
+#endif
 #endif
 #ifndef TERNARY_NO_STDIO
 #include <stdio.h>
@@ -699,9 +705,6 @@ TERN_API tern_result tern_selftest(tern_context *c);
 #elif !defined(TERNARY_NO_THREADS)
 #include <pthread.h>
 #include <unistd.h>
-#endif
-#ifdef __linux__
-#include <sys/mman.h>
 #endif
 #ifndef TERNARY_ASSERT
 #define TERNARY_ASSERT(condition) ((void)0)
@@ -1042,7 +1045,7 @@ static void *tern__default_alloc(void *user, size_t bytes)
 {
     void *p = TERNARY_MALLOC(bytes);
     (void)user;
-#ifdef MADV_HUGEPAGE
+#ifdef TERN__HUGE_PAGES
     if (p && bytes >= (size_t)4 << 20) {
         const uintptr_t page = 4096, first = ((uintptr_t)p + page - 1) & ~(page - 1);
         madvise((void *)first, (uintptr_t)p + bytes - first, MADV_HUGEPAGE);
