@@ -838,7 +838,16 @@ static void tern__condition_init(tern__condition *v) { pthread_cond_init(v, NULL
 static void tern__condition_destroy(tern__condition *v) { pthread_cond_destroy(v); }
 static void tern__wait(tern__condition *v, tern__mutex *m) { pthread_cond_wait(v, m); }
 static void tern__wake_all(tern__condition *v) { pthread_cond_broadcast(v); }
-static int32_t tern__thread_start(tern__thread *t, void *(*run)(void *), void *arg) { return pthread_create(t, NULL, run, arg) == 0; }
+static int32_t tern__thread_start(tern__thread *t, void *(*run)(void *), void *arg)
+{
+    pthread_attr_t attributes;
+    int32_t started;
+    if (pthread_attr_init(&attributes) != 0) return 0;
+    pthread_attr_setstacksize(&attributes, (size_t)1 << 20); /* some systems' default is less than kernels use */
+    started = pthread_create(t, &attributes, run, arg) == 0;
+    pthread_attr_destroy(&attributes);
+    return started;
+}
 static void tern__thread_join(tern__thread t) { pthread_join(t, NULL); }
 static int32_t tern__processors(void) { return (int32_t)sysconf(_SC_NPROCESSORS_ONLN); }
 #endif
