@@ -649,6 +649,10 @@ static void files_second_process(void)
         equal &= !file_equal(u.c, &a.p[0], &b.p[0], TERN_FOR_TRAINING);
         equal &= tern_model_load_file(u.c, &b.m, name) == TERN_OK;
         for (i = 0; i < 3; i++) equal &= file_equal(u.c, &a.p[i], &b.p[i], TERN_FOR_TRAINING);
+        file_free(u.c, &b);
+        test_close(&u);
+        file_free(t.c, &a); /* the child's copies, for the sake of leak checkers */
+        test_close(&t);
         _exit(equal ? 0 : 1);
     }
     CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0, "the second process ended with %d", status);
