@@ -76,7 +76,8 @@ OPTIONS (define before the implementation; public layouts never depend on them)
     TERNARY_ASSERT(x)         checks of the library's own invariants (default: none)
     TERNARY_NO_STDIO          no FILE functions, no getenv
     TERNARY_NO_THREADS        no thread pool
-    TERNARY_NO_SIMD           the scalar tier alone; TERNARY_NO_AVX2, _NO_AVX512_VNNI leave out one tier
+    TERNARY_NO_SIMD           the scalar tier alone; TERNARY_NO_SSE41, _NO_AVX2, _NO_AVX_VNNI, _NO_AVX512_VNNI
+                              leave out one tier each
     TERNARY_NO_TRAINING       no backward of ternary layers, no optimizers
     TERNARY_NO_FILES          no model files
     TERNARY_ACCEPT_FAST_MATH  compile under fast-math, without the promise of equal bits
@@ -205,7 +206,9 @@ typedef enum { TERN_NORM_NONE, TERN_NORM_RMS } tern_norm_kind;
 /* CPU tiers, slowest first. One list drives detection, tests, benchmarks and documentation. */
 #define TERN_TIERS(X)                        \
     X(SCALAR,      scalar,      "scalar")      \
+    X(SSE41,       sse41,       "sse4.1")      \
     X(AVX2,        avx2,        "avx2")        \
+    X(AVX_VNNI,    avx_vnni,    "avx-vnni")    \
     X(AVX512_VNNI, avx512_vnni, "avx512-vnni")
 #define TERN__ENUM(name, suffix, text) TERN_ISA_##name,
 typedef enum { TERN_ISA_BEST, TERN_TIERS(TERN__ENUM) TERN__ISA_END } tern_isa;
@@ -668,7 +671,7 @@ TERN_API tern_result tern_selftest(tern_context *c);
 
 /* ------------------------------------------------------------------------------------------------
    [TERN-4] Platform: compiler, CPU detection, threads
-   What enters: the compiler's and the machine's facts. What leaves: tern__has_TIER, the pool, and a
+   What enters: the compiler's and the machine's facts. What leaves: tern__cpu_has, the pool, and a
    checked floating-point environment. Called by rooms 5, 6 and 14.
    ------------------------------------------------------------------------------------------------ */
 
@@ -728,8 +731,24 @@ TERN_API tern_result tern_selftest(tern_context *c);
 #pragma GCC optimize("fp-contract=off")
 #endif
 
-#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__) && defined(__SSE2__) && !defined(TERNARY_NO_SIMD) && \
-    !(defined(TERNARY_NO_AVX2) && defined(TERNARY_NO_AVX512_VNNI))
+/* The tiers that this compiler can build and the user has not left out. */
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__) && defined(__SSE2__) && !defined(TERNARY_NO_SIMD)
+#ifndef TERNARY_NO_SSE41
+#define TERN__WITH_SSE41 1
+#endif
+#ifndef TERNARY_NO_AVX2
+#define TERN__WITH_AVX2 1
+#endif
+#if !defined(TERNARY_NO_AVX_VNNI) && defined(__has_include)
+#if __has_include(<avxvnniintrin.h>) /* gcc 11, clang 12: assemblers of their time know the instruction */
+#define TERN__WITH_AVX_VNNI 1
+#endif
+#endif
+#ifndef TERNARY_NO_AVX512_VNNI
+#define TERN__WITH_AVX512_VNNI 1
+#endif
+#endif
+#if defined(TERN__WITH_SSE41) || defined(TERN__WITH_AVX2) || defined(TERN__WITH_AVX_VNNI) || defined(TERN__WITH_AVX512_VNNI)
 #define TERN__X86 1
 #include <cpuid.h>
 #include <immintrin.h>
@@ -738,36 +757,28 @@ TERN_API tern_result tern_selftest(tern_context *c);
 #include <emmintrin.h>
 #endif
 
-#ifdef TERN__X86
-/* The OS must save the registers too: XCR0 bits 1-2 for AVX, 5-7 for AVX-512. */
-static int32_t tern__cpu_has(int32_t avx512_vnni)
+/* Whether the machine can run a tier. From AVX on the OS must save the registers too: XCR0 bits 1-2 for AVX,
+   5-7 for AVX-512. */
+static int32_t tern__cpu_has(tern_isa tier)
 {
+#ifdef TERN__X86
     unsigned a, b, c, d, b7, c7, xcr0;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return 0; /* OSXSAVE */
+    if (tier == TERN_ISA_SCALAR) return 1;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+    if (tier == TERN_ISA_SSE41) return (c >> 9 & 1) && (c >> 19 & 1); /* SSSE3, SSE4.1 */
+    if (!(c >> 27 & 1)) return 0; /* OSXSAVE */
     if (!(c >> 12 & 1) || !(c >> 28 & 1) || !(c >> 29 & 1)) return 0; /* FMA, AVX, F16C */
     __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(d) : "c"(0));
     if ((xcr0 & 6) != 6) return 0;
     if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d) || !(b7 >> 5 & 1)) return 0; /* AVX2 */
-    if (!avx512_vnni) return 1;
+    if (tier == TERN_ISA_AVX2) return 1;
+    if (tier == TERN_ISA_AVX_VNNI) return a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
     if ((xcr0 & 0xE0) != 0xE0) return 0;
     return (b7 >> 16 & 1) && (b7 >> 17 & 1) && (b7 >> 30 & 1) && (b7 >> 31 & 1) && (c7 >> 11 & 1); /* F, DQ, BW, VL, VNNI */
+#else
+    return tier == TERN_ISA_SCALAR;
+#endif
 }
-#endif
-
-/* One predicate a tier, named as in TERN_TIERS. */
-#define tern__has_scalar() 1
-#if defined(TERN__X86) && !defined(TERNARY_NO_AVX2)
-#define TERN__WITH_AVX2 1
-#define tern__has_avx2() tern__cpu_has(0)
-#else
-#define tern__has_avx2() 0
-#endif
-#if defined(TERN__X86) && !defined(TERNARY_NO_AVX512_VNNI)
-#define TERN__WITH_AVX512_VNNI 1
-#define tern__has_avx512_vnni() tern__cpu_has(1)
-#else
-#define tern__has_avx512_vnni() 0
-#endif
 
 /* Games switch on flush-to-zero; operations run under IEEE defaults and put the caller's mode back. */
 #if defined(__SSE2__)
@@ -2014,19 +2025,21 @@ static const tern__kernels tern__kernels_scalar = {
 
 /* ------------------------------------------------------------------------------------------------
    [TERN-11] Kernels, x86
-   What enters: the tern__kernels contract of [TERN-10]. What leaves: tern__kernels_avx2 (machines with
-   AVX2, FMA and F16C) and tern__kernels_avx512_vnni (AVX-512 F, BW, DQ, VL and VNNI), equal to the scalar
-   kernels bit for bit. The dispatcher of [TERN-14] calls them through the table, after asking the CPU.
+   What enters: the tern__kernels contract of [TERN-10]. What leaves: tern__kernels_sse41 (machines with
+   SSSE3 and SSE4.1), _avx2 (AVX2, FMA and F16C), _avx_vnni (AVX-VNNI besides) and _avx512_vnni (AVX-512 F,
+   BW, DQ, VL and VNNI), equal to the scalar kernels bit for bit. The dispatcher of [TERN-14] calls them
+   through the table, after asking the CPU. What differs between tiers only in the width of its vectors is
+   written once, as a macro.
    Each function names its own target, so no compiler flags are needed. Float sums and products use the
    operators of the vector types and not intrinsics, and so obey the switches against contraction that
    surround this code (clang's -ffp-contract=fast alone overrides them, there as everywhere).
    ------------------------------------------------------------------------------------------------ */
-#if defined(TERN__WITH_AVX2) || defined(TERN__WITH_AVX512_VNNI)
+#ifdef TERN__X86
 
 /* A quad is 64 bytes of plain codes: byte 4r+j belongs to row r and input j of four. A 2-bit unit holds
    four quads, a base-3 unit five. From a few tokens on, a chunk of one panel is decoded into quads in L1
    once and then multiplied with all tokens: the encoding costs the same however many tokens follow, and
-   the tile below knows nothing of it. 64 quads are what AVX2's int16 sums can take (see there). */
+   the tile below knows nothing of it. 64 quads are what int16 sums can take (TERN__X86_MADDUBS). */
 enum { TERN__QUADS = 64, TERN__AHEAD = 4096 /* bytes of prefetch */ };
 
 typedef struct tern__quads {
@@ -2184,12 +2197,185 @@ static TARGET void NAME(int64_t m, int64_t k, const float *a, int64_t a_row, int
     for (; i < m; i++) NAME##_block(1, k, a + i * a_row, a_row, a_col, b, p + i * 32, first);            \
 }
 
-/* Low nibble of 3^s * digit -> digit, for every s: 0; 3, 9, 27 = 0x1b, 81 = 0x51; 6, 18 = 0x12, 54 = 0x36, 162 = 0xa2. */
+/* Low nibble of 3^s * digit -> digit, for every s: 0; 3, 9, 27 = 0x1b, 81 = 0x51; 6, 18 = 0x12, 54 = 0x36,
+   162 = 0xa2. Once for each 16 bytes of the widest vector, as byte shuffles want it. */
 #define TERN__DIGIT_OF_NIBBLE 0, 1, 2, 1, 0, 0, 2, 0, 0, 1, 0, 1, 0, 0, 0, 0
+static const uint8_t tern__digit_of_nibble[64] = {TERN__DIGIT_OF_NIBBLE, TERN__DIGIT_OF_NIBBLE, TERN__DIGIT_OF_NIBBLE, TERN__DIGIT_OF_NIBBLE};
+#undef TERN__DIGIT_OF_NIBBLE
 
-#ifdef TERN__WITH_AVX2
-/* -- AVX2 -- */
-enum { TERN__TILE_AVX2 = 4 };
+enum { TERN__TURN = 8 }; /* 2-bit units that a panel has before the next one's turn */
+
+/* The codes, the same for every vector width: TERN__X86_FLOAT's parameters, and tern__store_int_X. A remainder
+   v mod w is for v < 3 w: a subtraction that goes below zero wraps to something larger, and loses. */
+#define TERN__X86_CODES(X, TARGET, W, I, MM)                                                             \
+static inline __attribute__((always_inline)) TARGET I tern__quad_##X(const int8_t *q)                    \
+{                                                                                                        \
+    int32_t x;                                                                                           \
+    memcpy(&x, q, 4);                                                                                    \
+    return MM##set1_epi32(x);                                                                            \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET I tern__mod_##X(I v, int w)                          \
+{                                                                                                        \
+    v = MM##min_epu8(v, MM##sub_epi8(v, MM##set1_epi8((char)(2 * w))));                                  \
+    return MM##min_epu8(v, MM##sub_epi8(v, MM##set1_epi8((char)w)));                                     \
+}                                                                                                        \
+static TARGET void tern__decode_2bit_##X(const uint8_t *panel, int64_t units, uint8_t *code)             \
+{                                                                                                        \
+    const I mask = MM##set1_epi8(3);                                                                     \
+    for (int64_t i = 0; i < units; i++, panel += 64, code += 4 * 64)                                     \
+        TERN__UNROLL for (int h = 0; h < 64; h += 4 * W) {                                               \
+            const I v = tern__load_int_##X(panel + h);                                                   \
+            tern__store_int_##X(code + h, v & mask);                                                     \
+            tern__store_int_##X(code + h + 64, MM##srli_epi16(v, 2) & mask);                             \
+            tern__store_int_##X(code + h + 128, MM##srli_epi16(v, 4) & mask);                            \
+            tern__store_int_##X(code + h + 192, MM##srli_epi16(v, 6) & mask);                            \
+        }                                                                                                \
+}                                                                                                        \
+static TARGET void tern__decode_base3_##X(const uint8_t *panel, int64_t units, uint8_t *code)            \
+{                                                                                                        \
+    const I mask = MM##set1_epi8(15), digit = tern__load_int_##X(tern__digit_of_nibble);                 \
+    for (int64_t i = 0; i < units; i++, panel += 64, code += 5 * 64)                                     \
+        for (int h = 0; h < 64; h += 4 * W) {                                                            \
+            I v = tern__load_int_##X(panel + h);                                                         \
+            TERN__UNROLL for (int s = 4; s > 0; s--) {                                                   \
+                const I rest = tern__mod_##X(v, s == 4 ? 81 : s == 3 ? 27 : s == 2 ? 9 : 3);             \
+                tern__store_int_##X(code + h + s * 64, MM##shuffle_epi8(digit, MM##sub_epi8(v, rest) & mask)); \
+                v = rest;                                                                                \
+            }                                                                                            \
+            tern__store_int_##X(code + h, v);                                                            \
+        }                                                                                                \
+}
+
+/* Where there is no VNNI: maddubs multiplies bytes and adds neighbours in int16 with saturation. A quad adds
+   at most 2 * 2 * 127 to an int16, and TERN__QUADS of them 64 * 508 = 32512. */
+#define TERN__X86_MADDUBS(X, TARGET, W, I, MM)                                                           \
+static inline __attribute__((always_inline)) TARGET I tern__step_##X(I sum, I code, I x)                 \
+{                                                                                                        \
+    return MM##add_epi16(sum, MM##maddubs_epi16(code, x));                                               \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET I tern__finish_##X(I sum) { return MM##madd_epi16(sum, MM##set1_epi16(1)); }
+
+/* The dots of tier X on the vectors of tier Y. The tier brings tern__step_X, which adds the products of a quad
+   to a sum, and tern__finish_X, which makes int32 of it.
+   One or two tokens go straight from packed 2-bit units. There the sums are kept apart by bit position: low
+   holds the codes at bits 0 and 4 (shifted down), high those at bits 2 and 6, four times too large. int16 takes
+   TERN__TURN units: 8 * 2 * 2 bytes * (2 * 4) * 127 = 32512. So often the panels take turns, since several
+   streams of memory are faster than one. All else goes through quads, in tiles of up to MOST (4 or 6) tokens by
+   two vectors: as many as the registers hold. */
+#define TERN__X86_DOT(X, Y, TARGET, W, I, MM, MOST)                                                      \
+static inline __attribute__((always_inline)) TARGET void tern__turn_##X(const tern__dot *d, const uint8_t *panel, const int8_t *token, int64_t u, I *acc) \
+{                                                                                                        \
+    const I mask3 = MM##set1_epi8(3), mask12 = MM##set1_epi8(12);                                        \
+    for (int h = 0; h < 64; h += 8 * W, acc += 2) {                                                      \
+        I low[2], high[2];                                                                               \
+        low[0] = low[1] = high[0] = high[1] = MM##set1_epi32(0);                                         \
+        const uint8_t *unit = panel + u * 64 + h;                                                        \
+        const int8_t *q = token + u * 16;                                                                \
+        for (int64_t i = u; i < u + TERN__TURN && i < d->units; i++, unit += 64, q += 16) {              \
+            tern__prefetch(d, unit, i, d->panels);                                                       \
+            TERN__UNROLL for (int j = 0; j < 2; j++) {                                                   \
+                const I v = tern__load_int_##Y(unit + j * 4 * W), w = MM##srli_epi16(v, 4);              \
+                low[j] = tern__step_##X(low[j], v & mask3, tern__quad_##Y(q));                           \
+                high[j] = tern__step_##X(high[j], v & mask12, tern__quad_##Y(q + 4));                    \
+                low[j] = tern__step_##X(low[j], w & mask3, tern__quad_##Y(q + 8));                       \
+                high[j] = tern__step_##X(high[j], w & mask12, tern__quad_##Y(q + 12));                   \
+            }                                                                                            \
+        }                                                                                                \
+        TERN__UNROLL for (int j = 0; j < 2; j++) {                                                       \
+            const I scaled = MM##srai_epi32(tern__finish_##X(high[j]), 2);                               \
+            acc[j] = MM##add_epi32(acc[j], MM##add_epi32(tern__finish_##X(low[j]), scaled));             \
+        }                                                                                                \
+    }                                                                                                    \
+}                                                                                                        \
+static TARGET void tern__gemv_2bit_##X(const tern__dot *d, int32_t token)                                \
+{                                                                                                        \
+    I acc[TERN__PANELS][16 / W];                                                                         \
+    for (int32_t p = 0; p < d->panels; p++)                                                              \
+        for (int j = 0; j < 16 / W; j++) acc[p][j] = MM##set1_epi32(-d->sum[token * d->sum_stride]);     \
+    for (int64_t u = 0; u < d->units; u += TERN__TURN)                                                   \
+        for (int32_t p = 0; p < d->panels; p++)                                                          \
+            tern__turn_##X(d, d->panel + p * d->panel_stride, d->q + token * d->q_stride, u, acc[p]);    \
+    for (int32_t p = 0; p < d->panels; p++) memcpy(d->acc + (p * d->tokens + token) * 16, acc[p], sizeof acc[p]); \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET void tern__tile_quads_##X(const int T, const tern__dot *d, int32_t first) \
+{                                                                                                        \
+    for (int h = 0; h < 64; h += 8 * W) {                                                                \
+        I sum[6][2];                                                                                     \
+        TERN__UNROLL for (int t = 0; t < T; t++) sum[t][0] = sum[t][1] = MM##set1_epi32(0);              \
+        for (int64_t i = 0; i < d->units; i++) {                                                         \
+            const I w0 = tern__load_int_##Y(d->panel + i * 64 + h), w1 = tern__load_int_##Y(d->panel + i * 64 + h + 4 * W); \
+            TERN__UNROLL for (int t = 0; t < T; t++) {                                                   \
+                const I x = tern__quad_##Y(d->q + t * d->q_stride + i * 4);                              \
+                sum[t][0] = tern__step_##X(sum[t][0], w0, x);                                            \
+                sum[t][1] = tern__step_##X(sum[t][1], w1, x);                                            \
+            }                                                                                            \
+        }                                                                                                \
+        TERN__UNROLL for (int t = 0; t < T; t++)                                                         \
+            TERN__UNROLL for (int j = 0; j < 2; j++) {                                                   \
+                int32_t *acc = d->acc + t * 16 + h / 4 + j * W;                                          \
+                const I start = first ? MM##set1_epi32(-d->sum[t * d->sum_stride]) : tern__load_int_##Y(acc); \
+                tern__store_int_##Y(acc, MM##add_epi32(start, tern__finish_##X(sum[t][j])));             \
+            }                                                                                            \
+    }                                                                                                    \
+}                                                                                                        \
+static TARGET void tern__tiles_##X(const tern__dot *d, int64_t acc_stride, int32_t first)                \
+{                                                                                                        \
+    (void)acc_stride; /* one panel at a time */                                                          \
+    switch (d->tokens) {                                                                                 \
+    case 1: tern__tile_quads_##X(1, d, first); break;                                                    \
+    case 2: tern__tile_quads_##X(2, d, first); break;                                                    \
+    case 3: tern__tile_quads_##X(3, d, first); break;                                                    \
+    case 4: tern__tile_quads_##X(4, d, first); break;                                                    \
+    case 5: tern__tile_quads_##X(5, d, first); break;                                                    \
+    default: tern__tile_quads_##X(MOST, d, first);                                                       \
+    }                                                                                                    \
+}                                                                                                        \
+static void tern__dot_2bit_##X(const tern__dot *d)                                                       \
+{                                                                                                        \
+    static const tern__quads quads = {tern__decode_2bit_##Y, tern__tiles_##X, 4, 1, MOST};               \
+    if (d->tokens > 2) tern__dot_quads(d, &quads);                                                       \
+    else for (int32_t t = 0; t < d->tokens; t++) tern__gemv_2bit_##X(d, t);                              \
+}                                                                                                        \
+static void tern__dot_base3_##X(const tern__dot *d)                                                      \
+{                                                                                                        \
+    static const tern__quads quads = {tern__decode_base3_##Y, tern__tiles_##X, 5, 1, MOST};              \
+    tern__dot_quads(d, &quads);                                                                          \
+}
+
+#ifdef TERN__WITH_SSE41
+/* -- SSE4.1 -- */
+#define TERN__SSE41 __attribute__((target("ssse3,sse4.1")))
+#define TERN__SSE41_INLINE static inline __attribute__((always_inline, target("ssse3,sse4.1")))
+
+TERN__SSE41_INLINE __m128 tern__load_sse41(const float *p, int64_t n)
+{
+    float lane[4] = {0};
+    if (n >= 4) return _mm_loadu_ps(p);
+    for (int64_t i = 0; i < n; i++) lane[i] = p[i];
+    return _mm_loadu_ps(lane);
+}
+TERN__SSE41_INLINE void tern__store_sse41(float *p, __m128 v, int64_t n) { memcpy(p, &v, n < 4 ? sizeof(float) * (size_t)n : sizeof v); }
+TERN__SSE41_INLINE __m128i tern__load_int_sse41(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
+TERN__SSE41_INLINE void tern__store_int_sse41(void *p, __m128i v) { _mm_storeu_si128((__m128i *)p, v); }
+TERN__SSE41_INLINE void tern__store_i8_sse41(int8_t *q, __m128i v, int64_t n)
+{
+    const __m128i words = _mm_packs_epi32(v, v), bytes = _mm_packs_epi16(words, words);
+    memcpy(q, &bytes, n < 4 ? (size_t)n : 4);
+}
+TERN__X86_FLOAT(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
+TERN__X86_TILE(tern__tile_sse41, TERN__SSE41, 4, __m128, _mm_, 6, 2, TERN__PLAIN_MADD)
+TERN__X86_CODES(sse41, TERN__SSE41, 4, __m128i, _mm_)
+TERN__X86_MADDUBS(sse41, TERN__SSE41, 4, __m128i, _mm_)
+TERN__X86_DOT(sse41, sse41, TERN__SSE41, 4, __m128i, _mm_, 4)
+
+static const tern__kernels tern__kernels_sse41 = {
+    tern__dot_2bit_sse41, tern__dot_base3_sse41, tern__emit_sse41, tern__fold_sse41, tern__tile_sse41, tern__tile_sse41,
+    tern__sum_sse41, tern__absmax_sse41, tern__round_sse41
+};
+#endif /* TERN__WITH_SSE41 */
+
+#if defined(TERN__WITH_AVX2) || defined(TERN__WITH_AVX_VNNI)
+/* -- AVX2, and what AVX-VNNI shares with it -- */
 #define TERN__AVX2 __attribute__((target("avx2")))
 #define TERN__AVX2_INLINE static inline __attribute__((always_inline, target("avx2")))
 
@@ -2219,130 +2405,37 @@ TERN__X86_FLOAT(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
 TERN__X86_TILE(tern__tile_avx2, TERN__AVX2, 8, __m256, _mm256_, 6, 2, TERN__PLAIN_MADD)
 TERN__X86_TILE(tern__tile_fused_avx2, __attribute__((target("avx2,fma"))), 8, __m256, _mm256_, 6, 2, _mm256_fmadd_ps)
 
-TERN__AVX2_INLINE __m256i tern__quad_avx2(const int8_t *q)
-{
-    int32_t x;
-    memcpy(&x, q, 4);
-    return _mm256_set1_epi32(x);
-}
+TERN__X86_CODES(avx2, TERN__AVX2, 8, __m256i, _mm256_)
+#endif
 
-/* All panels with one token. maddubs multiplies bytes and adds neighbours in int16 with saturation, so the
-   sums are kept apart by bit position: low holds the codes at bits 0 and 4 (shifted down), high those at
-   bits 2 and 6, four times too large. Eight units fit: 8 * 2 * 2 bytes * (2 * 4) * 127 = 32512. The panels
-   take turns every eight units: several streams of memory are faster than one. */
-static TERN__AVX2 void tern__gemv_2bit_avx2(const tern__dot *d, int32_t token)
-{
-    const __m256i mask3 = _mm256_set1_epi8(3), mask12 = _mm256_set1_epi8(12), ones = _mm256_set1_epi16(1);
-    __m256i acc[TERN__PANELS][2];
-    for (int32_t p = 0; p < d->panels; p++) acc[p][0] = acc[p][1] = _mm256_set1_epi32(-d->sum[token * d->sum_stride]);
-    for (int64_t u = 0; u < d->units; u += 8)
-        for (int32_t p = 0; p < d->panels; p++) {
-            const uint8_t *unit = d->panel + p * d->panel_stride + u * 64;
-            const int8_t *q = d->q + token * d->q_stride + u * 16;
-            __m256i low[2], high[2];
-            low[0] = low[1] = high[0] = high[1] = _mm256_setzero_si256();
-            for (int64_t i = u; i < u + 8 && i < d->units; i++, unit += 64, q += 16) {
-                tern__prefetch(d, unit, i, d->panels);
-                TERN__UNROLL for (int h = 0; h < 2; h++) {
-                    const __m256i v = tern__load_int_avx2(unit + h * 32), w = _mm256_srli_epi16(v, 4);
-                    low[h] = _mm256_add_epi16(low[h], _mm256_maddubs_epi16(_mm256_and_si256(v, mask3), tern__quad_avx2(q)));
-                    high[h] = _mm256_add_epi16(high[h], _mm256_maddubs_epi16(_mm256_and_si256(v, mask12), tern__quad_avx2(q + 4)));
-                    low[h] = _mm256_add_epi16(low[h], _mm256_maddubs_epi16(_mm256_and_si256(w, mask3), tern__quad_avx2(q + 8)));
-                    high[h] = _mm256_add_epi16(high[h], _mm256_maddubs_epi16(_mm256_and_si256(w, mask12), tern__quad_avx2(q + 12)));
-                }
-            }
-            TERN__UNROLL for (int h = 0; h < 2; h++)
-                acc[p][h] = _mm256_add_epi32(acc[p][h], _mm256_madd_epi16(_mm256_add_epi16(low[h], _mm256_srai_epi16(high[h], 2)), ones));
-        }
-    for (int32_t p = 0; p < d->panels; p++) memcpy(d->acc + (p * d->tokens + token) * 16, acc[p], sizeof acc[p]);
-}
-
-static TERN__AVX2 void tern__decode_2bit_avx2(const uint8_t *panel, int64_t units, uint8_t *code)
-{
-    const __m256i mask = _mm256_set1_epi8(3);
-    for (int64_t i = 0; i < units; i++, panel += 64, code += 4 * 64)
-        TERN__UNROLL for (int h = 0; h < 64; h += 32) {
-            const __m256i v = tern__load_int_avx2(panel + h);
-            tern__store_int_avx2(code + h, _mm256_and_si256(v, mask));
-            tern__store_int_avx2(code + h + 64, _mm256_and_si256(_mm256_srli_epi16(v, 2), mask));
-            tern__store_int_avx2(code + h + 128, _mm256_and_si256(_mm256_srli_epi16(v, 4), mask));
-            tern__store_int_avx2(code + h + 192, _mm256_and_si256(_mm256_srli_epi16(v, 6), mask));
-        }
-}
-
-/* v mod w for v < 3 w: a subtraction that goes below zero wraps to something larger, and loses. */
-TERN__AVX2_INLINE __m256i tern__mod_avx2(__m256i v, int w)
-{
-    v = _mm256_min_epu8(v, _mm256_sub_epi8(v, _mm256_set1_epi8((char)(2 * w))));
-    return _mm256_min_epu8(v, _mm256_sub_epi8(v, _mm256_set1_epi8((char)w)));
-}
-static TERN__AVX2 void tern__decode_base3_avx2(const uint8_t *panel, int64_t units, uint8_t *code)
-{
-    const __m256i mask = _mm256_set1_epi8(15), digit = _mm256_setr_epi8(TERN__DIGIT_OF_NIBBLE, TERN__DIGIT_OF_NIBBLE);
-    for (int64_t i = 0; i < units; i++, panel += 64, code += 5 * 64)
-        for (int h = 0; h < 64; h += 32) {
-            __m256i v = tern__load_int_avx2(panel + h);
-            TERN__UNROLL for (int s = 4; s > 0; s--) {
-                const __m256i rest = tern__mod_avx2(v, s == 4 ? 81 : s == 3 ? 27 : s == 2 ? 9 : 3);
-                tern__store_int_avx2(code + h + s * 64, _mm256_shuffle_epi8(digit, _mm256_and_si256(_mm256_sub_epi8(v, rest), mask)));
-                v = rest;
-            }
-            tern__store_int_avx2(code + h, v);
-        }
-}
-
-/* T tokens, both halves of the panel. Each quad adds at most 2 * 2 * 127 to an int16: 64 * 508 = 32512. */
-TERN__AVX2_INLINE void tern__tile_quads_avx2(const int T, const tern__dot *d, int32_t first)
-{
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i sum[TERN__TILE_AVX2][2];
-    TERN__UNROLL for (int t = 0; t < T; t++) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
-    for (int64_t i = 0; i < d->units; i++) {
-        const __m256i w0 = tern__load_int_avx2(d->panel + i * 64), w1 = tern__load_int_avx2(d->panel + i * 64 + 32);
-        TERN__UNROLL for (int t = 0; t < T; t++) {
-            const __m256i x = tern__quad_avx2(d->q + t * d->q_stride + i * 4);
-            sum[t][0] = _mm256_add_epi16(sum[t][0], _mm256_maddubs_epi16(w0, x));
-            sum[t][1] = _mm256_add_epi16(sum[t][1], _mm256_maddubs_epi16(w1, x));
-        }
-    }
-    TERN__UNROLL for (int t = 0; t < T; t++)
-        TERN__UNROLL for (int h = 0; h < 2; h++) {
-            int32_t *acc = d->acc + t * 16 + h * 8;
-            const __m256i start = first ? _mm256_set1_epi32(-d->sum[t * d->sum_stride]) : tern__load_int_avx2(acc);
-            tern__store_int_avx2(acc, _mm256_add_epi32(start, _mm256_madd_epi16(sum[t][h], ones)));
-        }
-}
-static TERN__AVX2 void tern__tiles_avx2(const tern__dot *d, int64_t acc_stride, int32_t first)
-{
-    (void)acc_stride; /* one panel at a time */
-    switch (d->tokens) {
-    case 1: tern__tile_quads_avx2(1, d, first); break;
-    case 2: tern__tile_quads_avx2(2, d, first); break;
-    case 3: tern__tile_quads_avx2(3, d, first); break;
-    default: tern__tile_quads_avx2(4, d, first);
-    }
-}
-
-static void tern__dot_2bit_avx2(const tern__dot *d)
-{
-    static const tern__quads quads = {tern__decode_2bit_avx2, tern__tiles_avx2, 4, 1, TERN__TILE_AVX2};
-    if (d->tokens > 2) {
-        tern__dot_quads(d, &quads);
-        return;
-    }
-    for (int32_t t = 0; t < d->tokens; t++) tern__gemv_2bit_avx2(d, t);
-}
-static void tern__dot_base3_avx2(const tern__dot *d)
-{
-    static const tern__quads quads = {tern__decode_base3_avx2, tern__tiles_avx2, 5, 1, TERN__TILE_AVX2};
-    tern__dot_quads(d, &quads);
-}
+#ifdef TERN__WITH_AVX2
+TERN__X86_MADDUBS(avx2, TERN__AVX2, 8, __m256i, _mm256_)
+TERN__X86_DOT(avx2, avx2, TERN__AVX2, 8, __m256i, _mm256_, 4)
 
 static const tern__kernels tern__kernels_avx2 = {
     tern__dot_2bit_avx2, tern__dot_base3_avx2, tern__emit_avx2, tern__fold_avx2, tern__tile_avx2, tern__tile_fused_avx2,
     tern__sum_avx2, tern__absmax_avx2, tern__round_avx2
 };
 #endif /* TERN__WITH_AVX2 */
+
+#ifdef TERN__WITH_AVX_VNNI
+/* -- AVX-VNNI: the dots alone differ from AVX2 -- */
+/* Four codes and four activations in each lane of int32. As asm, because gcc 12 copies the accumulator of the
+   intrinsic around and so spills large tiles; VEX, since assemblers prefer AVX-512's encoding. */
+TERN__AVX2_INLINE __m256i tern__step_avx_vnni(__m256i sum, __m256i code, __m256i x)
+{
+    __asm__("%{vex%} vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+x"(sum) : "x"(code), "x"(x));
+    return sum;
+}
+TERN__AVX2_INLINE __m256i tern__finish_avx_vnni(__m256i sum) { return sum; }
+
+TERN__X86_DOT(avx_vnni, avx2, TERN__AVX2, 8, __m256i, _mm256_, 6)
+
+static const tern__kernels tern__kernels_avx_vnni = {
+    tern__dot_2bit_avx_vnni, tern__dot_base3_avx_vnni, tern__emit_avx2, tern__fold_avx2, tern__tile_avx2, tern__tile_fused_avx2,
+    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2
+};
+#endif /* TERN__WITH_AVX_VNNI */
 
 #ifdef TERN__WITH_AVX512_VNNI
 /* -- AVX-512 with VNNI -- */
@@ -2354,6 +2447,7 @@ TERN__AVX512_INLINE __mmask16 tern__lanes_avx512(int64_t n) { return (__mmask16)
 TERN__AVX512_INLINE __m512 tern__load_avx512(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(tern__lanes_avx512(n), p); }
 TERN__AVX512_INLINE void tern__store_avx512(float *p, __m512 v, int64_t n) { _mm512_mask_storeu_ps(p, tern__lanes_avx512(n), v); }
 TERN__AVX512_INLINE __m512i tern__load_int_avx512(const void *p) { return _mm512_loadu_si512(p); }
+TERN__AVX512_INLINE void tern__store_int_avx512(void *p, __m512i v) { _mm512_storeu_si512(p, v); }
 TERN__AVX512_INLINE void tern__store_i8_avx512(int8_t *q, __m512i v, int64_t n)
 {
     _mm_mask_storeu_epi8(q, tern__lanes_avx512(n), _mm512_cvtepi32_epi8(v));
@@ -2361,6 +2455,7 @@ TERN__AVX512_INLINE void tern__store_i8_avx512(int8_t *q, __m512i v, int64_t n)
 TERN__X86_FLOAT(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
 TERN__X86_TILE(tern__tile_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4, TERN__PLAIN_MADD)
 TERN__X86_TILE(tern__tile_fused_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4, _mm512_fmadd_ps)
+TERN__X86_CODES(avx512, TERN__AVX512, 16, __m512i, _mm512_)
 
 /* acc += dot of four codes and four activations in each lane, at most 4 * 255 * 127, wrapping. As asm,
    because gcc 12 copies the accumulator of the intrinsic around and so spills large tiles. */
@@ -2374,17 +2469,6 @@ TERN__AVX512_INLINE __m512i tern__dp4_avx512(__m512i acc, __m512i code, const in
 {
     __asm__("vpdpbusd {%2%{1to16%}, %1, %0|%0, %1, %2%{1to16%}}" : "+v"(acc) : "v"(code), "m"(*(const tern__four *)(const void *)q));
     return acc;
-}
-TERN__AVX512_INLINE __m512i tern__quad_avx512(const int8_t *q)
-{
-    int32_t x;
-    memcpy(&x, q, 4);
-    return _mm512_set1_epi32(x);
-}
-TERN__AVX512_INLINE __m512i tern__mod_avx512(__m512i v, int w)
-{
-    v = _mm512_min_epu8(v, _mm512_sub_epi8(v, _mm512_set1_epi8((char)(2 * w))));
-    return _mm512_min_epu8(v, _mm512_sub_epi8(v, _mm512_set1_epi8((char)w)));
 }
 
 /* Quad s of what is left of a unit, s falling from the top, still multiplied by its weight: 4^s in the 2-bit
@@ -2435,27 +2519,6 @@ TERN__AVX512_INLINE void tern__direct_avx512(const int base3, const int P, const
                                                   : _mm512_sra_epi32(acc[p][t][s], _mm_cvtsi32_si128(2 * s)));
             _mm512_store_si512(d->acc + ((panel + p) * d->tokens + token + t) * 16, sum);
         }
-}
-
-static TERN__AVX512 void tern__decode_2bit_avx512(const uint8_t *panel, int64_t units, uint8_t *code)
-{
-    const __m512i mask = _mm512_set1_epi8(3);
-    for (int64_t i = 0; i < units; i++, panel += 64, code += 4 * 64) {
-        const __m512i v = tern__load_int_avx512(panel);
-        _mm512_store_si512(code, _mm512_and_si512(v, mask));
-        _mm512_store_si512(code + 64, _mm512_and_si512(_mm512_srli_epi16(v, 2), mask));
-        _mm512_store_si512(code + 128, _mm512_and_si512(_mm512_srli_epi16(v, 4), mask));
-        _mm512_store_si512(code + 192, _mm512_and_si512(_mm512_srli_epi16(v, 6), mask));
-    }
-}
-static TERN__AVX512 void tern__decode_base3_avx512(const uint8_t *panel, int64_t units, uint8_t *code)
-{
-    const __m512i mask = _mm512_set1_epi8(15), digit = _mm512_broadcast_i32x4(_mm_setr_epi8(TERN__DIGIT_OF_NIBBLE));
-    for (int64_t i = 0; i < units; i++, panel += 64, code += 5 * 64) {
-        __m512i v = tern__load_int_avx512(panel);
-        TERN__UNROLL for (int s = 4; s >= 0; s--)
-            _mm512_store_si512(code + s * 64, _mm512_shuffle_epi8(digit, _mm512_and_si512(tern__peel_avx512(1, s, &v), mask)));
-    }
 }
 
 /* P panels with T tokens: P + T loads feed P * T products. */
@@ -3391,11 +3454,30 @@ static tern_result tern__cpu_sync(tern_run *r) { (void)r; return TERN_OK; }
         tern__cpu_free, tern__cpu_copy, tern__cpu_sync, TERN_OPS(TERN__OP)                     \
     };
 TERN__TABLE(scalar, "scalar")
+#define tern__table_scalar &tern__backend_scalar
+#ifdef TERN__WITH_SSE41
+TERN__TABLE(sse41, "sse4.1")
+#define tern__table_sse41 &tern__backend_sse41
+#else
+#define tern__table_sse41 NULL
+#endif
 #ifdef TERN__WITH_AVX2
 TERN__TABLE(avx2, "avx2")
+#define tern__table_avx2 &tern__backend_avx2
+#else
+#define tern__table_avx2 NULL
+#endif
+#ifdef TERN__WITH_AVX_VNNI
+TERN__TABLE(avx_vnni, "avx-vnni")
+#define tern__table_avx_vnni &tern__backend_avx_vnni
+#else
+#define tern__table_avx_vnni NULL
 #endif
 #ifdef TERN__WITH_AVX512_VNNI
 TERN__TABLE(avx512_vnni, "avx512-vnni")
+#define tern__table_avx512_vnni &tern__backend_avx512_vnni
+#else
+#define tern__table_avx512_vnni NULL
 #endif
 #undef TERN__TABLE
 #undef TERN__OP
@@ -3404,26 +3486,17 @@ TERN__TABLE(avx512_vnni, "avx512-vnni")
 TERN_API const tern_backend *tern_cpu_backend(tern_isa isa)
 {
     const tern_backend *best = NULL, *tier;
-#ifdef TERN__WITH_AVX2
-#define tern__table_avx2 &tern__backend_avx2
-#else
-#define tern__table_avx2 NULL
-#endif
-#ifdef TERN__WITH_AVX512_VNNI
-#define tern__table_avx512_vnni &tern__backend_avx512_vnni
-#else
-#define tern__table_avx512_vnni NULL
-#endif
-#define tern__table_scalar &tern__backend_scalar
 #define TERN__TIER(name, suffix, text)                                    \
     tier = NULL;                                                          \
-    if (tern__has_##suffix()) tier = tern__table_##suffix;                \
+    if (tern__cpu_has(TERN_ISA_##name)) tier = tern__table_##suffix;      \
     if (tier) best = tier;                                                \
     if (isa == TERN_ISA_##name) return tier;
     TERN_TIERS(TERN__TIER)
 #undef TERN__TIER
 #undef tern__table_scalar
+#undef tern__table_sse41
 #undef tern__table_avx2
+#undef tern__table_avx_vnni
 #undef tern__table_avx512_vnni
     return isa == TERN_ISA_BEST ? best : NULL;
 }

@@ -159,12 +159,14 @@ static uint8_t *stream_next(size_t bytes)
         return a[0] | a[1];                                                                                \
     }
 
-READER(read_scalar, , 2)
-#ifdef TERN__WITH_AVX2
+READER(read_scalar, , 2) /* 16 bytes, as SSE4.1 */
+#define read_sse41 read_scalar
+#if defined(TERN__WITH_AVX2) || defined(TERN__WITH_AVX_VNNI)
 READER(read_avx2, __attribute__((target("avx2"))), 4)
 #else
 #define read_avx2 read_scalar
 #endif
+#define read_avx_vnni read_avx2
 #ifdef TERN__WITH_AVX512_VNNI
 READER(read_avx512_vnni, __attribute__((target("avx512f"))), 8)
 #else
@@ -234,12 +236,24 @@ static void spin_int8_scalar(int64_t rounds)
 }
 
 #ifdef TERN__X86
+#define STEP_MADDUBS_SSE(i) { vector t; __asm__ volatile("movdqa %2, %1\n\tpmaddubsw %3, %1\n\tpaddw %1, %0" : "+x"(a##i), "=&x"(t) : "x"(x), "x"(y)); }
 #define STEP_MADDUBS(i) { vector t; __asm__ volatile("vpmaddubsw %2, %3, %1\n\tvpaddw %1, %0, %0" : "+x"(a##i), "=&x"(t) : "x"(x), "x"(y)); }
 #define STEP_MULADD(i) { vector t; __asm__ volatile("vmulps %2, %3, %1\n\tvaddps %1, %0, %0" : "+x"(a##i), "=&x"(t) : "x"(x), "x"(y)); }
 #define STEP_FMA(i) __asm__ volatile("vfmadd231ps %1, %2, %0" : "+x"(a##i) : "x"(x), "x"(y));
 #define STEP_DPBUSD(i) __asm__ volatile("vpdpbusd %1, %2, %0" : "+x"(a##i) : "x"(x), "x"(y));
+#define STEP_DPBUSD_VEX(i) __asm__ volatile("%{vex%} vpdpbusd %1, %2, %0" : "+x"(a##i) : "x"(x), "x"(y));
 #endif
-#ifdef TERN__WITH_AVX2
+#ifdef TERN__WITH_SSE41
+SPIN(spin_int8_sse41, __attribute__((target("ssse3"))), uint8_t, 16, STEP_MADDUBS_SSE)
+#else
+#define spin_int8_sse41 spin_int8_scalar
+#endif
+#ifdef TERN__WITH_AVX_VNNI
+SPIN(spin_int8_avx_vnni, __attribute__((target("avx2"))), uint8_t, 32, STEP_DPBUSD_VEX)
+#else
+#define spin_int8_avx_vnni spin_int8_scalar
+#endif
+#if defined(TERN__WITH_AVX2) || defined(TERN__WITH_AVX_VNNI)
 SPIN(spin_int8_avx2, __attribute__((target("avx2"))), uint8_t, 32, STEP_MADDUBS)
 SPIN(spin_muladd_avx2, __attribute__((target("avx2"))), float, 32, STEP_MULADD)
 SPIN(spin_fma_avx2, __attribute__((target("avx2,fma"))), float, 32, STEP_FMA)
@@ -264,9 +278,15 @@ typedef struct tier_limits { read_way way; peak int8, muladd, fma; } tier_limits
 #define INT8_SCALAR {"imul+add", spin_int8_scalar, 1}
 #define MULADD_SCALAR {"mul+add x4", spin_muladd_scalar, 4}
 #define FMA_SCALAR MULADD_SCALAR
+#define INT8_SSE41 {"maddubs+add x16", spin_int8_sse41, 16}
+#define MULADD_SSE41 MULADD_SCALAR
+#define FMA_SSE41 MULADD_SCALAR
 #define INT8_AVX2 {"maddubs+add", spin_int8_avx2, 32}
 #define MULADD_AVX2 {"mul+add x8", spin_muladd_avx2, 8}
 #define FMA_AVX2 {"FMA x8", spin_fma_avx2, 8}
+#define INT8_AVX_VNNI {"vpdpbusd x32", spin_int8_avx_vnni, 32}
+#define MULADD_AVX_VNNI MULADD_AVX2
+#define FMA_AVX_VNNI FMA_AVX2
 #define INT8_AVX512_VNNI {"vpdpbusd", spin_int8_avx512_vnni, 64}
 #define MULADD_AVX512_VNNI {"mul+add x16", spin_muladd_avx512_vnni, 16}
 #define FMA_AVX512_VNNI {"FMA x16", spin_fma_avx512_vnni, 16}
@@ -662,7 +682,7 @@ static void open_blas(void)
 {
     void *library;
     if (best->isa == TERN_ISA_AVX512_VNNI) setenv("OPENBLAS_CORETYPE", "SKYLAKEX", 0);
-    if (best->isa == TERN_ISA_AVX2) setenv("OPENBLAS_CORETYPE", "HASWELL", 0);
+    if (best->isa == TERN_ISA_AVX2 || best->isa == TERN_ISA_AVX_VNNI) setenv("OPENBLAS_CORETYPE", "HASWELL", 0);
     library = dlopen("libopenblas.so.0", RTLD_NOW | RTLD_LOCAL);
     if (!library || !blas_symbol(library, "openblas_set_num_threads", &blas.threads) || !blas_symbol(library, "openblas_get_corename", &blas.core) ||
         !blas_symbol(library, "cblas_sgemv", &blas.sgemv) || !blas_symbol(library, "cblas_sgemm", &blas.sgemm)) {
