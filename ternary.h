@@ -3871,8 +3871,8 @@ static tern_result tern__check_optimize(tern_run *r, const tern_optimize_args *a
     TERN__REQUIRE(r, a->kind == TERN_ADAMW || a->kind == TERN_SGD, TERN_E_ARGUMENT, "optimize: optimizer %d is unknown", (int64_t)(int32_t)a->kind);
     TERN__REQUIRE(r, a->type == TERN_TYPE_DEFAULT || a->type == TERN_F32 || a->type == TERN_BF16, TERN_E_ARGUMENT,
                   "optimize: weights of type %d; TERN_F32 or TERN_BF16 can be trained", (int64_t)(int32_t)a->type);
-    TERN__REQUIRE(r, a->rate >= 0 && tern__finite(a->rate) && a->beta1 >= 0 && a->beta1 < 1 && a->beta2 >= 0 && a->beta2 < 1 && (a->kind == TERN_SGD || a->eps > 0) &&
-                  tern__finite(a->decay) && a->step > 0, TERN_E_ARGUMENT,
+    TERN__REQUIRE(r, a->rate >= 0 && tern__finite(a->rate) && a->beta1 >= 0 && a->beta1 < 1 && a->beta2 >= 0 && a->beta2 < 1 &&
+                  (a->kind == TERN_SGD || a->eps > 0) && tern__finite(a->decay) && a->step > 0, TERN_E_ARGUMENT,
                   "optimize: rate, betas, eps or decay out of range at step %d (counted from 1)", (int64_t)a->step);
     TERN__TRY(tern__check_pointer(r, "optimize", "w", a->w, tern__type_bytes(a->type)));
     TERN__NEED("optimize", grad);

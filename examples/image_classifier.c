@@ -368,7 +368,8 @@ static void train(tern_context *c, network *net, const recipe *how, const task *
             check(c, tern_model_step(c, &net->model, &s));
             if (b % 20 == 19 || b + 1 == batches) {
                 check(c, tern_copy(c, &loss, net->loss, sizeof loss, TERN_TO_HOST));
-                show_progress(how->name, epoch + 1, t->epochs, loss / (float)((b + 1) * BATCH), accuracy, begun, (which + (double)step / steps) / NETWORKS, b + 1 == batches);
+                show_progress(how->name, epoch + 1, t->epochs, loss / (float)((b + 1) * BATCH), accuracy, begun,
+                              (which + (double)step / steps) / NETWORKS, b + 1 == batches);
             }
         }
         check(c, tern_sync(c));
