@@ -638,8 +638,9 @@ typedef struct tern_sink { int (*write)(void *user, const void *data, size_t byt
    frozen model, TERN_FOR_TRAINING to go on training; gradients are never saved). Names of parameters have
    1 to 55 bytes and differ. Nothing is written before the whole model is known to be fit to be saved. */
 TERN_API tern_result tern_model_save(tern_context *c, const tern_model *m, int32_t mask, const tern_sink *sink);
-/* Loads from memory (any alignment) into allocated parameters, by name: rule, rows, cols, grain, type of
-   scales and of shadow must be those of the file, the encoding of trits need not. A ternary parameter with
+/* Loads from memory (any alignment) into allocated parameters, by name: rule (TERN_GIVEN takes any that
+   is not dense), rows, cols, grain, type of scales and of shadow must be those of the file, the encoding of
+   trits need not. A ternary parameter with
    a shadow needs the shadow in the file; moments that the file lacks stay as they are; tensors of other
    names are ignored. Every byte is checked before anything is written: TERN_E_FORMAT, TERN_E_MISSING or
    TERN_E_SHAPE say what does not fit. */
@@ -1920,37 +1921,31 @@ static tern_result tern__cpu_quantize(tern_run *run, const tern_quantize_args *a
    ------------------------------------------------------------------------------------------------ */
 
 /* Each unit is decoded once and multiplied with all tokens. |sum of code * q| <= 2 * 127 * cols < 2^31. */
-static void tern__dot_scalar(const tern__dot *d, int32_t base3)
+static void tern__dot_scalar(const tern__dot *d, tern_type encoding, int32_t inputs)
 {
-    const int32_t digits = 4 + base3;
     int64_t p, t, u;
-    int32_t r, j, i;
+    int32_t r, i;
     for (p = 0; p < d->panels; p++) {
         const uint8_t *unit = d->panel + p * d->panel_stride;
         int32_t *acc = d->acc + p * d->tokens * TERN__ROWS;
         for (t = 0; t < d->tokens; t++)
             for (r = 0; r < TERN__ROWS; r++) acc[t * TERN__ROWS + r] = -d->sum[t * d->sum_stride];
         for (u = 0; u < d->units; u++, unit += TERN__UNIT) {
-            int8_t code[TERN__ROWS][20];
-            for (r = 0; r < TERN__ROWS; r++)
-                for (j = 0; j < 4; j++) {
-                    uint32_t byte = unit[4 * r + j];
-                    for (i = j; i < 4 * digits; i += 4, byte = base3 ? byte / 3 : byte >> 2)
-                        code[r][i] = (int8_t)(base3 ? byte % 3 : byte & 3);
-                }
+            tern__unit_trits trit;
+            for (r = 0; r < TERN__ROWS; r++) tern__unpack_unit(encoding, unit, r, trit[r]);
             for (t = 0; t < d->tokens; t++) {
-                const int8_t *q = d->q + t * d->q_stride + u * 4 * digits;
+                const int8_t *q = d->q + t * d->q_stride + u * inputs;
                 for (r = 0; r < TERN__ROWS; r++) {
                     int32_t sum = 0;
-                    for (i = 0; i < 4 * digits; i++) sum += code[r][i] * q[i];
+                    for (i = 0; i < inputs; i++) sum += (trit[r][i] + 1) * q[i];
                     acc[t * TERN__ROWS + r] += sum;
                 }
             }
         }
     }
 }
-static void tern__dot_2bit_scalar(const tern__dot *d) { tern__dot_scalar(d, 0); }
-static void tern__dot_base3_scalar(const tern__dot *d) { tern__dot_scalar(d, 1); }
+static void tern__dot_2bit_scalar(const tern__dot *d) { tern__dot_scalar(d, TERN_2BIT, 16); }
+static void tern__dot_base3_scalar(const tern__dot *d) { tern__dot_scalar(d, TERN_BASE3, 20); }
 
 static void tern__emit_scalar(const tern__emit *e)
 {
@@ -4046,24 +4041,24 @@ static tern_result tern__param_ternarize(tern_context *c, tern_param *p, tern_ty
 
 TERN_API tern_result tern_param_set(tern_context *c, tern_param *p, tern_type type, const void *w)
 {
-    const int32_t dense = p && p->rule == TERN_DENSE;
+    void *shadow;
     TERN__TRY(tern__check_ready(c, p));
-    if (w && !dense) TERN__TRY(tern__param_ternarize(c, p, type, w)); /* refuses bad weights before anything is written */
-    if (w && p->buffer[TERN_SHADOW].data) {
+    shadow = p->buffer[TERN_SHADOW].data;
+    if (shadow || !w) TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
+    if (w && p->rule != TERN_DENSE) TERN__TRY(tern__param_ternarize(c, p, type, w)); /* refuses bad weights before anything is written */
+    if (w && shadow) {
         tern_cast_args a;
-        TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
         a.count = p->rows * p->cols;
         a.from = type;
         a.to = tern__buffer_type(p, TERN_SHADOW);
         a.src = w;
-        a.dst = p->buffer[TERN_SHADOW].data;
+        a.dst = shadow;
         a.finite = 1;
         TERN__TRY(tern_cast(c, &a));
     }
-    if (dense || (w && tern__buffer_type(p, TERN_SHADOW) != TERN_BF16)) return TERN_OK;
-    if (w && !p->buffer[TERN_SHADOW].data) return TERN_OK;
-    TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
-    return tern__param_ternarize(c, p, tern__buffer_type(p, TERN_SHADOW), p->buffer[TERN_SHADOW].data);
+    if (p->rule == TERN_DENSE) return TERN_OK;
+    if (w && !(shadow && tern__buffer_type(p, TERN_SHADOW) == TERN_BF16)) return TERN_OK; /* a rounded shadow may give other trits */
+    return tern__param_ternarize(c, p, tern__buffer_type(p, TERN_SHADOW), shadow);
 }
 
 /* Packs rows given by the host, panel by panel through a staging buffer of the backend. */
