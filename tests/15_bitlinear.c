@@ -148,7 +148,9 @@ static void test_param_borrowed(void)
     CHECK_OK(t.c, tern_param_set(t.c, &p, TERN_F32, w));
     p.buffer[TERN_SHADOW].data = shadow;
     p.buffer[TERN_SHADOW].count = 255;
+    memset(trits, 0, sizeof trits);
     CHECK_FAILS(t.c, tern_param_set(t.c, &p, TERN_F32, w), TERN_E_SHAPE, "w: its shadow has 255 elements of 256");
+    CHECK(trits[0] == 0 && memcmp(trits, trits + 1, sizeof trits - 1) == 0, "trits were written beside a shadow that is too small");
     p.buffer[TERN_SHADOW].count = 256;
     CHECK_OK(t.c, tern_param_set(t.c, &p, TERN_F32, w));
     CHECK(memcmp(shadow, w, sizeof shadow) == 0, "the shadow is the weights");
