@@ -182,7 +182,7 @@ typedef struct tern_error {
     char text[252]; /* zero-terminated, e.g. "weights[17][4] is not finite" */
 } tern_error;
 
-/* Element types. TERN_POW2 is an int8 exponent E that means 2^E (INT8_MIN means 0).
+/* Element types. TERN_POW2 is an int8 exponent E that means 2^E (INT8_MIN means 0). F16 scales end at 65504.
    TERN_2BIT and TERN_BASE3 are packed panels (see the manual, Formats). */
 typedef enum {
     TERN_TYPE_DEFAULT, TERN_F32, TERN_BF16, TERN_F16, TERN_I8, TERN_POW2, TERN_2BIT, TERN_BASE3
@@ -238,7 +238,7 @@ typedef struct tern_matrix {
     int64_t rows, cols;
     int32_t grain;        /* TERN_PER_TENSOR, TERN_PER_ROW or a group size */
     tern_type encoding;   /* TERN_2BIT (default) or TERN_BASE3 */
-    tern_type scale_type; /* TERN_F32 (default) or TERN_POW2 */
+    tern_type scale_type; /* TERN_F32 (default), TERN_F16 or TERN_POW2 */
     void *trits, *scales;
 } tern_matrix;
 
@@ -522,8 +522,8 @@ TERN_API const tern_backend *tern_cpu_backend(tern_isa isa);
 
 /* What a parameter is follows from its buffers: trits and scales alone are frozen; a shadow makes it
    trainable by the straight-through estimator; rule TERN_DENSE keeps an ordinary float32 tensor in the
-   shadow. Set type before tern_param_alloc to choose an encoding (TRITS: 2BIT or BASE3; SCALES: F32 or
-   POW2; SHADOW: F32 or BF16); set data and count to lend your own memory. */
+   shadow. Set type before tern_param_alloc to choose an encoding (TRITS: 2BIT or BASE3; SCALES: F32,
+   F16 or POW2; SHADOW: F32 or BF16); set data and count to lend your own memory. */
 typedef struct tern_buffer {
     tern_type type;
     void *data;    /* NULL: absent */
@@ -1227,8 +1227,12 @@ static float tern__from_pow2(int8_t e) { return e < -126 ? 0.0f : tern__float((u
 
 static float tern__load_scale(tern_type type, const void *p, int64_t i)
 {
-    return type == TERN_POW2 ? tern__from_pow2(((const int8_t *)p)[i]) : ((const float *)p)[i];
+    if (type == TERN_POW2) return tern__from_pow2(((const int8_t *)p)[i]);
+    if (type == TERN_F16) return tern__from_f16(((const uint16_t *)p)[i]);
+    return ((const float *)p)[i];
 }
+
+typedef union tern__any_scale { float f; uint16_t half; int8_t exponent; } tern__any_scale;
 
 /* Stores a scale and returns it as stored: trits are taken with that. */
 static float tern__store_scale(tern_type type, void *p, int64_t i, float x)
@@ -1236,6 +1240,10 @@ static float tern__store_scale(tern_type type, void *p, int64_t i, float x)
     if (type == TERN_POW2) {
         ((int8_t *)p)[i] = tern__to_pow2(x);
         return tern__from_pow2(((int8_t *)p)[i]);
+    }
+    if (type == TERN_F16) {
+        ((uint16_t *)p)[i] = tern__to_f16(x < 65504.0f ? x : 65504.0f); /* the largest */
+        return tern__from_f16(((uint16_t *)p)[i]);
     }
     return ((float *)p)[i] = x;
 }
@@ -1373,16 +1381,36 @@ enum {
     TERN__SEGMENT = 2048 /* terms of a float dot product that are summed in one go */
 };
 
-/* Exact dot products of up to 4 panels with up to 64 tokens over one run of units (a row or a group):
-   acc[panel][token][row] = sum of trit * q. Codes are trit + 1, so the sum of q is subtracted. */
+/* Exact dot products of up to 4 panels with up to 64 tokens: acc[panel][token][row] = sum of trit * q. Codes
+   are trit + 1, so the sum of q is subtracted. With facc, the same over each of `groups` groups, one after the
+   other, and facc[panel][token][row] = (float)acc * scale, summed in the order of the groups. */
 typedef struct tern__dot {
     const uint8_t *panel; int64_t panel_stride; /* bytes from panel to panel */
-    int64_t units;                              /* 64 bytes: 16 inputs each (2-bit) or 20 (base-3) */
+    int64_t left;                               /* bytes from here to the end of the panel */
+    int64_t units, last_units, groups;          /* 64 bytes: 16 inputs each (2-bit) or 20 (base-3); of a group, of the last */
     const int8_t *q; int64_t q_stride;          /* -127..127 */
-    const int32_t *sum; int64_t sum_stride;     /* sum of a token's q over the run */
+    const int32_t *sum; int64_t sum_stride;     /* sums of a token's q, one for each group */
     int32_t panels, tokens;
     int32_t *acc;
+    float *facc; int32_t add;                   /* add: to what facc holds */
+    tern_type scale_type; const void *scale;    /* [panels][groups][16] */
+    int64_t scale_stride;                       /* bytes from panel to panel */
 } tern__dot;
+
+/* Group g as a dot of its own, which adds to the groups before it. */
+static inline tern__dot tern__dot_group(const tern__dot *d, int64_t g, int32_t inputs)
+{
+    tern__dot one = *d;
+    const int64_t at = g * d->units;
+    one.panel += at * 64;
+    one.left -= at * 64;
+    one.q += at * inputs;
+    one.sum += g;
+    if (g == d->groups - 1) one.units = d->last_units;
+    one.add = g > 0;
+    one.scale = (const uint8_t *)d->scale + g * TERN__ROWS * tern__type_bytes(d->scale_type);
+    return one;
+}
 
 /* y[t][r] = v * (scale[t] * s[r]) + bias[r] for r < rows, v = (float)acc[t][r]; or, with facc,
    y[t][r] = facc[t][r] * scale[t] + bias[r]. bias NULL: no addition. */
@@ -1400,8 +1428,6 @@ typedef struct tern__kernels {
     void (*dot_2bit)(const tern__dot *d);
     void (*dot_base3)(const tern__dot *d);
     void (*emit)(const tern__emit *e);
-    /* facc[t][r] = (first ? 0 : facc[t][r]) + (float)acc[t][r] * s[r]; the first product is stored as it is */
-    void (*fold)(int32_t tokens, const int32_t *acc, const float *s, float *facc, int32_t first);
     /* p[i][lane] = (first ? 0 : p[i][lane]) + sum over j, in order, of a[i*a_row + j*a_col] * b[j][lane] */
     tern__tile *tile;       /* product and sum are rounded separately */
     tern__tile *tile_fused; /* one rounding where the tier has FMA */
@@ -1626,7 +1652,7 @@ static int64_t tern__scale_index(const tern_matrix *m, const tern__shape *s, int
 static const float *tern__panel_scales(const tern_matrix *m, const tern__shape *s, int64_t panel, int64_t g, float out[TERN__ROWS])
 {
     int64_t r;
-    if (m->grain != TERN_PER_TENSOR && m->scale_type != TERN_POW2)
+    if (m->grain != TERN_PER_TENSOR && m->scale_type != TERN_POW2 && m->scale_type != TERN_F16)
         return (const float *)m->scales + tern__scale_index(m, s, panel * TERN__ROWS, g);
     for (r = 0; r < TERN__ROWS; r++)
         out[r] = tern__load_scale(m->scale_type, m->scales, tern__scale_index(m, s, panel * TERN__ROWS + r, g));
@@ -1645,8 +1671,8 @@ static tern_result tern__check_matrix(tern_run *r, const char *op, const tern_ma
                   "%s: grain %d is neither 0, -1 nor a group size up to %d", op, (int64_t)m->grain, (int64_t)TERN__MAX_GRAIN);
     TERN__REQUIRE(r, m->encoding == TERN_TYPE_DEFAULT || m->encoding == TERN_2BIT || m->encoding == TERN_BASE3, TERN_E_ARGUMENT,
                   "%s: encoding %d is not TERN_2BIT or TERN_BASE3", op, (int64_t)(int32_t)m->encoding);
-    TERN__REQUIRE(r, m->scale_type == TERN_TYPE_DEFAULT || m->scale_type == TERN_F32 || m->scale_type == TERN_POW2, TERN_E_ARGUMENT,
-                  "%s: scale type %d is not TERN_F32 or TERN_POW2", op, (int64_t)(int32_t)m->scale_type);
+    TERN__REQUIRE(r, m->scale_type == TERN_TYPE_DEFAULT || m->scale_type == TERN_F32 || m->scale_type == TERN_F16 || m->scale_type == TERN_POW2, TERN_E_ARGUMENT,
+                  "%s: scale type %d is not TERN_F32, TERN_F16 or TERN_POW2", op, (int64_t)(int32_t)m->scale_type);
     TERN__REQUIRE(r, tern__fits(tern__mul(tern__mul(tern__add(m->rows, 15), m->cols), 128)), TERN_E_OVERFLOW,
                   "%s: a matrix of %d x %d overflows", op, m->rows, m->cols);
     return TERN_OK;
@@ -1920,8 +1946,21 @@ static tern_result tern__cpu_quantize(tern_run *run, const tern_quantize_args *a
    leaves: sums in the order written here. Called through tern__kernels by rooms 6 to 9 and 14.
    ------------------------------------------------------------------------------------------------ */
 
+/* From acc to facc; the product of a first group is stored as it is. */
+static void tern__fold_scalar(const tern__dot *d)
+{
+    int32_t p, i;
+    for (p = 0; p < d->panels; p++)
+        for (i = 0; i < d->tokens * TERN__ROWS; i++) {
+            const void *scale = (const uint8_t *)d->scale + p * d->scale_stride;
+            const int32_t at = p * d->tokens * TERN__ROWS + i;
+            const float product = (float)d->acc[at] * tern__load_scale(d->scale_type, scale, i % TERN__ROWS);
+            d->facc[at] = d->add ? d->facc[at] + product : product;
+        }
+}
+
 /* Each unit is decoded once and multiplied with all tokens. |sum of code * q| <= 2 * 127 * cols < 2^31. */
-static void tern__dot_scalar(const tern__dot *d, tern_type encoding, int32_t inputs)
+static void tern__dot_run_scalar(const tern__dot *d, tern_type encoding, int32_t inputs)
 {
     int64_t p, t, u;
     int32_t r, i;
@@ -1944,6 +1983,15 @@ static void tern__dot_scalar(const tern__dot *d, tern_type encoding, int32_t inp
         }
     }
 }
+static void tern__dot_scalar(const tern__dot *d, tern_type encoding, int32_t inputs)
+{
+    int64_t g;
+    for (g = 0; g < d->groups; g++) {
+        const tern__dot one = tern__dot_group(d, g, inputs);
+        tern__dot_run_scalar(&one, encoding, inputs);
+        if (d->facc) tern__fold_scalar(&one);
+    }
+}
 static void tern__dot_2bit_scalar(const tern__dot *d) { tern__dot_scalar(d, TERN_2BIT, 16); }
 static void tern__dot_base3_scalar(const tern__dot *d) { tern__dot_scalar(d, TERN_BASE3, 20); }
 
@@ -1957,15 +2005,6 @@ static void tern__emit_scalar(const tern__emit *e)
             if (e->bias) y = y + e->bias[r];
             e->y[t * e->y_stride + r] = y;
         }
-}
-
-static void tern__fold_scalar(int32_t tokens, const int32_t *acc, const float *s, float *facc, int32_t first)
-{
-    int32_t i;
-    for (i = 0; i < tokens * TERN__ROWS; i++) {
-        const float product = (float)acc[i] * s[i % TERN__ROWS];
-        facc[i] = first ? product : facc[i] + product;
-    }
 }
 
 static void tern__tile_scalar(int64_t m, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b, float *p, int32_t first)
@@ -2014,7 +2053,7 @@ static void tern__round_scalar(int64_t n, const float *x, const float *gain, flo
 }
 
 static const tern__kernels tern__kernels_scalar = {
-    tern__dot_2bit_scalar, tern__dot_base3_scalar, tern__emit_scalar, tern__fold_scalar,
+    tern__dot_2bit_scalar, tern__dot_base3_scalar, tern__emit_scalar,
     tern__tile_scalar, tern__tile_scalar, tern__sum_scalar, tern__absmax_scalar, tern__round_scalar
 };
 
@@ -2039,8 +2078,8 @@ enum { TERN__QUADS = 64, TERN__AHEAD = 4096 /* bytes of prefetch */ };
 
 typedef struct tern__quads {
     void (*decode)(const uint8_t *panel, int64_t units, uint8_t *code);
-    /* A dot as in the contract, but d->panel holds d->units quads per panel, acc has its own stride from panel
-       to panel, and only the first chunk starts from -sum; the others add to acc. */
+    /* A dot as in the contract, but d->panel holds d->units quads per panel, acc and facc have their own stride
+       from panel to panel, and only the first chunk starts from -sum, the others from acc. facc: last chunks only. */
     void (*tile)(const tern__dot *d, int64_t acc_stride, int32_t first);
     int32_t per_unit, panels, tokens; /* quads in a unit; the largest tile */
 } tern__quads;
@@ -2054,6 +2093,7 @@ static void tern__dot_quads(const tern__dot *d, const tern__quads *k)
     part.panel_stride = TERN__QUADS * 64;
     for (int32_t p = 0; p < d->panels; p += part.panels) {
         part.panels = d->panels - p < k->panels ? d->panels - p : k->panels;
+        part.scale = (const uint8_t *)d->scale + p * d->scale_stride;
         for (int64_t u = 0; u < d->units; u += chunk) {
             const int64_t units = d->units - u < chunk ? d->units - u : chunk;
             for (int32_t i = 0; i < part.panels; i++)
@@ -2065,19 +2105,34 @@ static void tern__dot_quads(const tern__dot *d, const tern__quads *k)
                 part.q = d->q + t * d->q_stride + u * k->per_unit * 4;
                 part.sum = d->sum + t * d->sum_stride;
                 part.acc = d->acc + ((int64_t)p * d->tokens + t) * 16;
+                part.facc = d->facc && u + units == d->units ? d->facc + ((int64_t)p * d->tokens + t) * 16 : NULL;
                 k->tile(&part, (int64_t)d->tokens * 16, u == 0);
             }
         }
     }
 }
 
-/* Slow loops defeat the hardware prefetcher, so every stream of weights asks 4 KB ahead. Where runs are
-   whole panels, the place after the end of a run is the panel that this stream reads next, `panels` on. */
+/* Slow loops defeat the hardware prefetcher, so every stream of weights asks 4 KB ahead: behind the end of its
+   panel for the one that this stream reads next, `panels` on. */
 static inline __attribute__((always_inline)) void tern__prefetch(const tern__dot *d, const uint8_t *unit, int64_t i, int32_t panels)
 {
-    int64_t ahead = TERN__AHEAD;
-    if (d->panel_stride == d->units * 64 && i * 64 + ahead >= d->panel_stride) ahead += (panels - 1) * d->panel_stride;
+    const int64_t ahead = TERN__AHEAD + (i * 64 + TERN__AHEAD >= d->left ? (panels - 1) * d->panel_stride : 0);
     __builtin_prefetch((const void *)((uintptr_t)unit + (uintptr_t)ahead));
+}
+
+static inline __attribute__((always_inline)) void tern__prefetch_scale(const tern__dot *d, int64_t panel, int64_t g, int32_t panels)
+{
+    const int64_t ahead = (g + 16) * TERN__ROWS * tern__type_bytes(d->scale_type) + (g + 16 >= d->groups ? (panels - 1) * d->scale_stride : 0);
+    __builtin_prefetch((const void *)((uintptr_t)d->scale + (uintptr_t)(panel * d->scale_stride + ahead)));
+}
+
+/* Runs a tier's dot of one group on each. */
+static inline __attribute__((always_inline)) void tern__dot_groups(const tern__dot *d, int32_t inputs, void (*dot)(const tern__dot *))
+{
+    for (int64_t g = 0; g < d->groups; g++) {
+        const tern__dot one = tern__dot_group(d, g, inputs);
+        dot(&one);
+    }
 }
 
 /* The small loops below have constant bounds and run over arrays of registers: they must vanish. */
@@ -2092,7 +2147,7 @@ static inline __attribute__((always_inline)) void tern__prefetch(const tern__dot
 
 /* The float kernels, the same for every vector width. Tier X has TARGET, W lanes, vector types V (float)
    and I (int), the intrinsic prefix MM, and brings tern__load_X and tern__store_X (the first n lanes, the
-   rest +0), tern__load_int_X and tern__store_i8_X. */
+   rest +0), tern__load_int_X, tern__store_int_X, tern__store_i8_X, and tern__f16_X and tern__i8_X, which widen. */
 #define TERN__X86_FLOAT(X, TARGET, W, V, I, MM)                                                          \
 static TARGET void tern__emit_##X(const tern__emit *e)                                                   \
 {                                                                                                        \
@@ -2105,14 +2160,28 @@ static TARGET void tern__emit_##X(const tern__emit *e)                          
             tern__store_##X(e->y + t * e->y_stride + r, y, e->rows - r);                                 \
         }                                                                                                \
 }                                                                                                        \
-static TARGET void tern__fold_##X(int32_t tokens, const int32_t *acc, const float *s, float *facc, int32_t first) \
+static inline __attribute__((always_inline)) TARGET V tern__scales_##X(tern_type type, const void *p, int64_t i) \
 {                                                                                                        \
-    for (int32_t t = 0; t < tokens; t++)                                                                 \
-        for (int32_t r = 0; r < 16; r += W) {                                                            \
-            V y = MM##cvtepi32_ps(tern__load_int_##X(acc + t * 16 + r)) * MM##loadu_ps(s + r);           \
-            if (!first) y = MM##loadu_ps(facc + t * 16 + r) + y;                                         \
-            MM##storeu_ps(facc + t * 16 + r, y);                                                         \
-        }                                                                                                \
+    if (type == TERN_F16) return tern__f16_##X((const uint16_t *)p + i);                                 \
+    if (type == TERN_POW2) { /* below -126 is zero */                                                    \
+        const I e = tern__i8_##X((const int8_t *)p + i), bits = MM##slli_epi32(MM##add_epi32(e, MM##set1_epi32(127)), 23); \
+        return (V)MM##max_epi32(bits, MM##set1_epi32(0));                                                \
+    }                                                                                                    \
+    return MM##loadu_ps((const float *)p + i);                                                           \
+}                                                                                                        \
+/* What a dot leaves: sum in acc, or its product with the scale in facc. */                              \
+static inline __attribute__((always_inline)) TARGET void tern__leave_##X(const tern__dot *d, int64_t at, I sum, V scale, int32_t add) \
+{                                                                                                        \
+    if (d->facc) {                                                                                       \
+        V y = MM##cvtepi32_ps(sum) * scale;                                                              \
+        if (add) y = MM##loadu_ps(d->facc + at) + y;                                                     \
+        MM##storeu_ps(d->facc + at, y);                                                                  \
+    } else tern__store_int_##X(d->acc + at, sum);                                                        \
+}                                                                                                        \
+/* The scale of panel p from row r of the group on, for tern__leave. */                                             \
+static inline __attribute__((always_inline)) TARGET V tern__scale_##X(const tern__dot *d, int64_t p, int64_t r) \
+{                                                                                                        \
+    return d->facc ? tern__scales_##X(d->scale_type, (const uint8_t *)d->scale + p * d->scale_stride, r) : MM##setzero_ps(); \
 }                                                                                                        \
 static TARGET float tern__sum_##X(int32_t kind, int64_t n, const float *x)                               \
 {                                                                                                        \
@@ -2257,7 +2326,7 @@ static inline __attribute__((always_inline)) TARGET I tern__finish_##X(I sum) { 
    TERN__TURN units: 8 * 2 * 2 bytes * (2 * 4) * 127 = 32512. So often the panels take turns, since several
    streams of memory are faster than one. All else goes through quads, in tiles of up to MOST (4 or 6) tokens by
    two vectors: as many as the registers hold. */
-#define TERN__X86_DOT(X, Y, TARGET, W, I, MM, MOST)                                                      \
+#define TERN__X86_DOT(X, Y, TARGET, W, V, I, MM, MOST)                                                      \
 static inline __attribute__((always_inline)) TARGET void tern__turn_##X(const tern__dot *d, const uint8_t *panel, const int8_t *token, int64_t u, I *acc) \
 {                                                                                                        \
     const I mask3 = MM##set1_epi8(3), mask12 = MM##set1_epi8(12);                                        \
@@ -2290,7 +2359,9 @@ static TARGET void tern__gemv_2bit_##X(const tern__dot *d, int32_t token)       
     for (int64_t u = 0; u < d->units; u += TERN__TURN)                                                   \
         for (int32_t p = 0; p < d->panels; p++)                                                          \
             tern__turn_##X(d, d->panel + p * d->panel_stride, d->q + token * d->q_stride, u, acc[p]);    \
-    for (int32_t p = 0; p < d->panels; p++) memcpy(d->acc + (p * d->tokens + token) * 16, acc[p], sizeof acc[p]); \
+    for (int32_t p = 0; p < d->panels; p++)                                                              \
+        for (int j = 0; j < 16 / W; j++)                                                                 \
+            tern__leave_##Y(d, (p * d->tokens + token) * 16 + j * W, acc[p][j], tern__scale_##Y(d, p, j * W), d->add); \
 }                                                                                                        \
 static inline __attribute__((always_inline)) TARGET void tern__tile_quads_##X(const int T, const tern__dot *d, int32_t first) \
 {                                                                                                        \
@@ -2305,12 +2376,14 @@ static inline __attribute__((always_inline)) TARGET void tern__tile_quads_##X(co
                 sum[t][1] = tern__step_##X(sum[t][1], w1, x);                                            \
             }                                                                                            \
         }                                                                                                \
-        TERN__UNROLL for (int t = 0; t < T; t++)                                                         \
-            TERN__UNROLL for (int j = 0; j < 2; j++) {                                                   \
-                int32_t *acc = d->acc + t * 16 + h / 4 + j * W;                                          \
-                const I start = first ? MM##set1_epi32(-d->sum[t * d->sum_stride]) : tern__load_int_##Y(acc); \
-                tern__store_int_##Y(acc, MM##add_epi32(start, tern__finish_##X(sum[t][j])));             \
+        TERN__UNROLL for (int j = 0; j < 2; j++) {                                                       \
+            const V scale = tern__scale_##Y(d, 0, h / 4 + j * W);                                        \
+            TERN__UNROLL for (int t = 0; t < T; t++) {                                                   \
+                const int64_t at = t * 16 + h / 4 + j * W;                                               \
+                const I start = first ? MM##set1_epi32(-d->sum[t * d->sum_stride]) : tern__load_int_##Y(d->acc + at); \
+                tern__leave_##Y(d, at, MM##add_epi32(start, tern__finish_##X(sum[t][j])), scale, d->add);        \
             }                                                                                            \
+        }                                                                                                \
     }                                                                                                    \
 }                                                                                                        \
 static TARGET void tern__tiles_##X(const tern__dot *d, int64_t acc_stride, int32_t first)                \
@@ -2325,17 +2398,19 @@ static TARGET void tern__tiles_##X(const tern__dot *d, int64_t acc_stride, int32
     default: tern__tile_quads_##X(MOST, d, first);                                                       \
     }                                                                                                    \
 }                                                                                                        \
-static void tern__dot_2bit_##X(const tern__dot *d)                                                       \
+static void tern__run_2bit_##X(const tern__dot *d)                                                       \
 {                                                                                                        \
     static const tern__quads quads = {tern__decode_2bit_##Y, tern__tiles_##X, 4, 1, MOST};               \
     if (d->tokens > 2) tern__dot_quads(d, &quads);                                                       \
     else for (int32_t t = 0; t < d->tokens; t++) tern__gemv_2bit_##X(d, t);                              \
 }                                                                                                        \
-static void tern__dot_base3_##X(const tern__dot *d)                                                      \
+static void tern__run_base3_##X(const tern__dot *d)                                                      \
 {                                                                                                        \
     static const tern__quads quads = {tern__decode_base3_##Y, tern__tiles_##X, 5, 1, MOST};              \
     tern__dot_quads(d, &quads);                                                                          \
-}
+}                                                                                                        \
+static void tern__dot_2bit_##X(const tern__dot *d) { tern__dot_groups(d, 16, tern__run_2bit_##X); } \
+static void tern__dot_base3_##X(const tern__dot *d) { tern__dot_groups(d, 20, tern__run_base3_##X); }
 
 #ifdef TERN__WITH_SSE41
 /* -- SSE4.1 -- */
@@ -2357,22 +2432,34 @@ TERN__SSE41_INLINE void tern__store_i8_sse41(int8_t *q, __m128i v, int64_t n)
     const __m128i words = _mm_packs_epi32(v, v), bytes = _mm_packs_epi16(words, words);
     memcpy(q, &bytes, n < 4 ? (size_t)n : 4);
 }
+TERN__SSE41_INLINE __m128i tern__i8_sse41(const int8_t *p)
+{
+    int32_t four;
+    memcpy(&four, p, 4);
+    return _mm_cvtepi8_epi32(_mm_cvtsi32_si128(four));
+}
+TERN__SSE41_INLINE __m128 tern__f16_sse41(const uint16_t *p) /* a float's exponent is larger by 112 */
+{
+    const __m128i half = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)), sign = _mm_set1_epi32(0x8000);
+    const __m128 magnitude = (__m128)_mm_slli_epi32(_mm_andnot_si128(sign, half), 13) * _mm_set1_ps(5192296858534827628530496329220096.0f);
+    return (__m128)_mm_or_si128((__m128i)magnitude, _mm_slli_epi32(_mm_and_si128(half, sign), 16));
+}
 TERN__X86_FLOAT(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 TERN__X86_TILE(tern__tile_sse41, TERN__SSE41, 4, __m128, _mm_, 6, 2, TERN__PLAIN_MADD)
 TERN__X86_CODES(sse41, TERN__SSE41, 4, __m128i, _mm_)
 TERN__X86_MADDUBS(sse41, TERN__SSE41, 4, __m128i, _mm_)
-TERN__X86_DOT(sse41, sse41, TERN__SSE41, 4, __m128i, _mm_, 4)
+TERN__X86_DOT(sse41, sse41, TERN__SSE41, 4, __m128, __m128i, _mm_, 4)
 
 static const tern__kernels tern__kernels_sse41 = {
-    tern__dot_2bit_sse41, tern__dot_base3_sse41, tern__emit_sse41, tern__fold_sse41, tern__tile_sse41, tern__tile_sse41,
+    tern__dot_2bit_sse41, tern__dot_base3_sse41, tern__emit_sse41, tern__tile_sse41, tern__tile_sse41,
     tern__sum_sse41, tern__absmax_sse41, tern__round_sse41
 };
 #endif /* TERN__WITH_SSE41 */
 
 #if defined(TERN__WITH_AVX2) || defined(TERN__WITH_AVX_VNNI)
 /* -- AVX2, and what AVX-VNNI shares with it -- */
-#define TERN__AVX2 __attribute__((target("avx2")))
-#define TERN__AVX2_INLINE static inline __attribute__((always_inline, target("avx2")))
+#define TERN__AVX2 __attribute__((target("avx2,f16c")))
+#define TERN__AVX2_INLINE static inline __attribute__((always_inline, target("avx2,f16c")))
 
 TERN__AVX2_INLINE __m256i tern__lanes_avx2(int64_t n)
 {
@@ -2396,6 +2483,8 @@ TERN__AVX2_INLINE void tern__store_i8_avx2(int8_t *q, __m256i v, int64_t n)
     const __m128i bytes = _mm_packs_epi16(words, words);
     memcpy(q, &bytes, n < 8 ? (size_t)n : 8);
 }
+TERN__AVX2_INLINE __m256i tern__i8_avx2(const int8_t *p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)); }
+TERN__AVX2_INLINE __m256 tern__f16_avx2(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p)); }
 TERN__X86_FLOAT(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
 TERN__X86_TILE(tern__tile_avx2, TERN__AVX2, 8, __m256, _mm256_, 6, 2, TERN__PLAIN_MADD)
 TERN__X86_TILE(tern__tile_fused_avx2, __attribute__((target("avx2,fma"))), 8, __m256, _mm256_, 6, 2, _mm256_fmadd_ps)
@@ -2405,10 +2494,10 @@ TERN__X86_CODES(avx2, TERN__AVX2, 8, __m256i, _mm256_)
 
 #ifdef TERN__WITH_AVX2
 TERN__X86_MADDUBS(avx2, TERN__AVX2, 8, __m256i, _mm256_)
-TERN__X86_DOT(avx2, avx2, TERN__AVX2, 8, __m256i, _mm256_, 4)
+TERN__X86_DOT(avx2, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 4)
 
 static const tern__kernels tern__kernels_avx2 = {
-    tern__dot_2bit_avx2, tern__dot_base3_avx2, tern__emit_avx2, tern__fold_avx2, tern__tile_avx2, tern__tile_fused_avx2,
+    tern__dot_2bit_avx2, tern__dot_base3_avx2, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
     tern__sum_avx2, tern__absmax_avx2, tern__round_avx2
 };
 #endif /* TERN__WITH_AVX2 */
@@ -2424,10 +2513,10 @@ TERN__AVX2_INLINE __m256i tern__step_avx_vnni(__m256i sum, __m256i code, __m256i
 }
 TERN__AVX2_INLINE __m256i tern__finish_avx_vnni(__m256i sum) { return sum; }
 
-TERN__X86_DOT(avx_vnni, avx2, TERN__AVX2, 8, __m256i, _mm256_, 6)
+TERN__X86_DOT(avx_vnni, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 6)
 
 static const tern__kernels tern__kernels_avx_vnni = {
-    tern__dot_2bit_avx_vnni, tern__dot_base3_avx_vnni, tern__emit_avx2, tern__fold_avx2, tern__tile_avx2, tern__tile_fused_avx2,
+    tern__dot_2bit_avx_vnni, tern__dot_base3_avx_vnni, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
     tern__sum_avx2, tern__absmax_avx2, tern__round_avx2
 };
 #endif /* TERN__WITH_AVX_VNNI */
@@ -2447,6 +2536,8 @@ TERN__AVX512_INLINE void tern__store_i8_avx512(int8_t *q, __m512i v, int64_t n)
 {
     _mm_mask_storeu_epi8(q, tern__lanes_avx512(n), _mm512_cvtepi32_epi8(v));
 }
+TERN__AVX512_INLINE __m512i tern__i8_avx512(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)); }
+TERN__AVX512_INLINE __m512 tern__f16_avx512(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p)); }
 TERN__X86_FLOAT(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
 TERN__X86_TILE(tern__tile_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4, TERN__PLAIN_MADD)
 TERN__X86_TILE(tern__tile_fused_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4, _mm512_fmadd_ps)
@@ -2489,31 +2580,39 @@ TERN__AVX512_INLINE void tern__direct_avx512(const int base3, const int P, const
     const int Q = base3 ? 5 : 4;
     const uint8_t *unit = d->panel + panel * d->panel_stride;
     const int8_t *q = d->q + token * d->q_stride;
-    __m512i acc[4][6][5];
-    TERN__UNROLL for (int p = 0; p < 4; p++) if (p < P)
-        TERN__UNROLL for (int t = 0; t < 6; t++) if (t < T)
-            TERN__UNROLL for (int s = 0; s < Q; s++) acc[p][t][s] = _mm512_setzero_si512();
-    for (int64_t i = 0; i < d->units; i++, unit += 64) {
-        __m512i v[4];
-        TERN__UNROLL for (int p = 0; p < 4; p++) if (p < P) {
-            v[p] = tern__load_int_avx512(unit + p * d->panel_stride);
-            tern__prefetch(d, unit + p * d->panel_stride, i, P);
-        }
-        TERN__UNROLL for (int s = Q - 1; s >= 0; s--)
+    int64_t i = 0;
+    for (int64_t g = 0; g < d->groups; g++) {
+        const int64_t end = i + (g < d->groups - 1 ? d->units : d->last_units);
+        __m512i acc[4][6][5];
+        TERN__UNROLL for (int p = 0; p < 4; p++) if (p < P)
+            TERN__UNROLL for (int t = 0; t < 6; t++) if (t < T)
+                TERN__UNROLL for (int s = 0; s < Q; s++) acc[p][t][s] = _mm512_setzero_si512();
+        for (; i < end; i++, unit += 64) {
+            __m512i v[4];
             TERN__UNROLL for (int p = 0; p < 4; p++) if (p < P) {
-                const __m512i quad = tern__peel_avx512(base3, s, &v[p]);
-                TERN__UNROLL for (int t = 0; t < 6; t++) if (t < T)
-                    acc[p][t][s] = tern__dp4_avx512(acc[p][t][s], quad, q + t * d->q_stride + (i * Q + s) * 4);
+                v[p] = tern__load_int_avx512(unit + p * d->panel_stride);
+                tern__prefetch(d, unit + p * d->panel_stride, i, P);
             }
-    }
-    TERN__UNROLL for (int p = 0; p < 4; p++) if (p < P)
-        TERN__UNROLL for (int t = 0; t < 6; t++) if (t < T) {
-            __m512i sum = _mm512_set1_epi32(-d->sum[(token + t) * d->sum_stride]);
-            TERN__UNROLL for (int s = 0; s < Q; s++)
-                sum = _mm512_add_epi32(sum, base3 ? _mm512_mullo_epi32(acc[p][t][s], _mm512_set1_epi32((int32_t)inverse[s]))
-                                                  : _mm512_sra_epi32(acc[p][t][s], _mm_cvtsi32_si128(2 * s)));
-            _mm512_store_si512(d->acc + ((panel + p) * d->tokens + token + t) * 16, sum);
+            TERN__UNROLL for (int s = Q - 1; s >= 0; s--)
+                TERN__UNROLL for (int p = 0; p < 4; p++) if (p < P) {
+                    const __m512i quad = tern__peel_avx512(base3, s, &v[p]);
+                    TERN__UNROLL for (int t = 0; t < 6; t++) if (t < T)
+                        acc[p][t][s] = tern__dp4_avx512(acc[p][t][s], quad, q + t * d->q_stride + (i * Q + s) * 4);
+                }
         }
+        TERN__UNROLL for (int p = 0; p < 4; p++) if (p < P) {
+            const __m512 scale = tern__scale_avx512(d, panel + p, g * 16);
+            if (d->facc) tern__prefetch_scale(d, panel + p, g, P);
+            TERN__UNROLL for (int t = 0; t < 6; t++) if (t < T) {
+                const int64_t to = ((int64_t)(panel + p) * d->tokens + token + t) * 16;
+                __m512i sum = _mm512_set1_epi32(-d->sum[(token + t) * d->sum_stride + g]);
+                TERN__UNROLL for (int s = 0; s < Q; s++)
+                    sum = _mm512_add_epi32(sum, base3 ? _mm512_mullo_epi32(acc[p][t][s], _mm512_set1_epi32((int32_t)inverse[s]))
+                                                      : _mm512_sra_epi32(acc[p][t][s], _mm_cvtsi32_si128(2 * s)));
+                tern__leave_avx512(d, to, sum, scale, g > 0);
+            }
+        }
+    }
 }
 
 /* P panels with T tokens: P + T loads feed P * T products. */
@@ -2531,8 +2630,10 @@ TERN__AVX512_INLINE void tern__tile_quads_avx512(const int P, const int T, const
             TERN__UNROLL for (int p = 0; p < P; p++) sum[p][t] = tern__dp_avx512(sum[p][t], w[p], x);
         }
     }
-    TERN__UNROLL for (int p = 0; p < P; p++)
-        TERN__UNROLL for (int t = 0; t < T; t++) _mm512_store_si512(d->acc + p * acc_stride + t * 16, sum[p][t]);
+    TERN__UNROLL for (int p = 0; p < P; p++) {
+        const __m512 scale = tern__scale_avx512(d, p, 0);
+        TERN__UNROLL for (int t = 0; t < T; t++) tern__leave_avx512(d, p * acc_stride + t * 16, sum[p][t], scale, d->add);
+    }
 }
 static TERN__AVX512 void tern__tiles_avx512(const tern__dot *d, int64_t acc_stride, int32_t first)
 {
@@ -2548,11 +2649,15 @@ static TERN__AVX512 void tern__tiles_avx512(const tern__dot *d, int64_t acc_stri
 /* Up to twelve tokens go straight from the packed units, in one or two groups of up to six (the second finds
    the panel in L1); above that the decoding of quads pays. Base 3 costs more to take apart: up to four. */
 #define TERN__CASE(P, T) case P * 8 + T: tern__direct_avx512(TERN__BASE3, P, T, d, p, t); break;
-static TERN__AVX512 void tern__dot_2bit_avx512(const tern__dot *d)
+static void tern__run_2bit_avx512(const tern__dot *d)
 {
     static const tern__quads quads = {tern__decode_2bit_avx512, tern__tiles_avx512, 4, 2, TERN__TILE_AVX512};
+    tern__dot_quads(d, &quads);
+}
+static TERN__AVX512 void tern__dot_2bit_avx512(const tern__dot *d)
+{
     if (d->tokens > 12) {
-        tern__dot_quads(d, &quads);
+        tern__dot_groups(d, 16, tern__run_2bit_avx512);
         return;
     }
     const int32_t most = d->tokens == 1 ? 4 : d->tokens <= 3 ? 2 : 1;
@@ -2570,11 +2675,15 @@ static TERN__AVX512 void tern__dot_2bit_avx512(const tern__dot *d)
         }
     }
 }
-static TERN__AVX512 void tern__dot_base3_avx512(const tern__dot *d)
+static void tern__run_base3_avx512(const tern__dot *d)
 {
     static const tern__quads quads = {tern__decode_base3_avx512, tern__tiles_avx512, 5, 2, TERN__TILE_AVX512};
+    tern__dot_quads(d, &quads);
+}
+static TERN__AVX512 void tern__dot_base3_avx512(const tern__dot *d)
+{
     if (d->tokens > 4) {
-        tern__dot_quads(d, &quads);
+        tern__dot_groups(d, 20, tern__run_base3_avx512);
         return;
     }
     const int32_t most = d->tokens == 1 ? 4 : d->tokens == 2 ? 2 : 1, t = 0;
@@ -2591,7 +2700,7 @@ static TERN__AVX512 void tern__dot_base3_avx512(const tern__dot *d)
 #undef TERN__CASE
 
 static const tern__kernels tern__kernels_avx512_vnni = {
-    tern__dot_2bit_avx512, tern__dot_base3_avx512, tern__emit_avx512, tern__fold_avx512, tern__tile_avx512, tern__tile_fused_avx512,
+    tern__dot_2bit_avx512, tern__dot_base3_avx512, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
     tern__sum_avx512, tern__absmax_avx512, tern__round_avx512
 };
 #endif /* TERN__WITH_AVX512_VNNI */
@@ -2623,35 +2732,37 @@ static void tern__matmul_range(const tern__kernels *k, const tern_matmul_args *a
     const int64_t stride = s->units * s->unit;
     int32_t acc[TERN__PANELS * TERN__TOKENS * TERN__ROWS] TERN__ALIGN64;
     float facc[TERN__PANELS * TERN__TOKENS * TERN__ROWS] TERN__ALIGN64, scale[TERN__ROWS], bias[TERN__ROWS];
-    int64_t t, p, g, r;
+    int64_t t, p, r;
     int32_t i;
     for (t = t0; t < t1; t += TERN__TOKENS)
         for (p = p0; p < p1; p += TERN__PANELS) {
             tern__dot d;
-            d.panel_stride = s->panel_bytes;
+            d.panel = (const uint8_t *)m->trits + p * s->panel_bytes;
+            d.panel_stride = d.left = s->panel_bytes;
+            d.units = s->group_units;
+            d.last_units = tern__group_run(m, s, s->groups - 1);
+            d.groups = s->groups;
+            d.q = a->q + t * stride;
             d.q_stride = stride;
+            d.sum = a->sum + t * s->groups;
             d.sum_stride = s->groups;
             d.panels = (int32_t)tern__min(TERN__PANELS, p1 - p);
             d.tokens = (int32_t)tern__min(TERN__TOKENS, t1 - t);
             d.acc = acc;
-            for (g = 0; g < s->groups; g++) {
-                d.panel = (const uint8_t *)m->trits + p * s->panel_bytes + g * s->group_units * TERN__UNIT;
-                d.units = tern__group_run(m, s, g);
-                d.q = a->q + t * stride + g * s->group_units * s->unit;
-                d.sum = a->sum + t * s->groups + g;
-                (m->encoding == TERN_BASE3 ? k->dot_base3 : k->dot_2bit)(&d);
-                for (i = 0; m->grain > 0 && i < d.panels; i++)
-                    k->fold(d.tokens, acc + i * d.tokens * TERN__ROWS, tern__panel_scales(m, s, p + i, g, scale), facc + i * d.tokens * TERN__ROWS, g == 0);
-            }
+            d.facc = m->grain > 0 ? facc : NULL;
+            d.scale_type = m->scale_type;
+            d.scale_stride = s->groups * TERN__ROWS * tern__type_bytes(m->scale_type);
+            d.scale = (const uint8_t *)m->scales + (m->grain > 0 ? p * d.scale_stride : 0);
+            (m->encoding == TERN_BASE3 ? k->dot_base3 : k->dot_2bit)(&d);
             for (i = 0; i < d.panels; i++) {
                 const int64_t row = (p + i) * TERN__ROWS;
                 tern__emit e;
                 e.rows = (int32_t)tern__min(TERN__ROWS, m->rows - row);
                 e.tokens = d.tokens;
                 e.acc = acc + i * d.tokens * TERN__ROWS;
-                e.facc = m->grain > 0 ? facc + i * d.tokens * TERN__ROWS : NULL;
+                e.facc = d.facc ? facc + i * d.tokens * TERN__ROWS : NULL;
                 e.scale = a->scale + t;
-                e.s = m->grain <= 0 ? tern__panel_scales(m, s, p + i, 0, scale) : NULL;
+                e.s = !d.facc ? tern__panel_scales(m, s, p + i, 0, scale) : NULL;
                 for (r = 0; a->bias && r < TERN__ROWS; r++) bias[r] = r < e.rows ? a->bias[row + r] : 0.0f;
                 e.bias = a->bias ? bias : NULL;
                 e.y = a->y + t * m->rows + row;
@@ -3913,7 +4024,8 @@ TERN_API tern_matrix tern_param_matrix(const tern_param *p)
     m.cols = p->cols;
     m.grain = p->grain;
     m.encoding = p->buffer[TERN_TRITS].type == TERN_BASE3 ? TERN_BASE3 : TERN_2BIT;
-    m.scale_type = p->buffer[TERN_SCALES].type == TERN_POW2 ? TERN_POW2 : TERN_F32;
+    m.scale_type = p->buffer[TERN_SCALES].type;
+    if (m.scale_type != TERN_POW2 && m.scale_type != TERN_F16) m.scale_type = TERN_F32;
     m.trits = p->buffer[TERN_TRITS].data;
     m.scales = p->buffer[TERN_SCALES].data;
     return m;
@@ -4116,6 +4228,7 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
     tern_run *r;
     tern_matrix m;
     tern__shape s;
+    tern__any_scale one;
     int64_t i, panel, stored;
     int8_t *staging;
     void *ordered;
@@ -4133,8 +4246,8 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
     for (i = 0; i < stored; i++) {
         TERN__REQUIRE(r, tern__weight_ok(scales[i]) && scales[i] >= 0, TERN_E_NONFINITE,
                       "%s: scales[%d] is negative or not a finite number below 2^96", p->name, i);
-        TERN__REQUIRE(r, m.scale_type != TERN_POW2 || tern__from_pow2(tern__to_pow2(scales[i])) == scales[i], TERN_E_ARGUMENT,
-                      "%s: scales[%d] is not a power of two", p->name, i);
+        TERN__REQUIRE(r, tern__store_scale(m.scale_type, &one, 0, scales[i]) == scales[i], TERN_E_ARGUMENT,
+                      "%s: scales[%d] is not %s", p->name, i, m.scale_type == TERN_POW2 ? "a power of two" : "an f16");
     }
     staging = (int8_t *)tern_alloc(c, (size_t)(TERN__ROWS * m.cols));
     ordered = tern__host_alloc(&r->allocator, (size_t)(s.scales * tern__type_bytes(m.scale_type)));
@@ -4166,7 +4279,7 @@ TERN_API tern_result tern_param_get(tern_context *c, const tern_param *p, int64_
     m = tern_param_matrix(p);
     s = tern__shape_of(&m);
     for (g = 0; scales && g < s.groups; g++) {
-        union { float f; int8_t e; } stored;
+        tern__any_scale stored;
         const size_t width = (size_t)tern__type_bytes(m.scale_type);
         TERN__TRY(tern_copy(c, &stored, (const uint8_t *)m.scales + (size_t)tern__scale_index(&m, &s, row, g) * width, width, TERN_TO_HOST));
         scales[g] = tern__load_scale(m.scale_type, &stored, 0);
@@ -4796,7 +4909,7 @@ static tern__tensor tern__tensor_of(const tern_param *p, int32_t which)
     tern__tensor t;
     t.dims[0] = p->cols;
     t.dims[1] = p->rows;
-    t.type = type == TERN_BF16 ? TERN__GGML_BF16 : TERN__GGML_F32;
+    t.type = type == TERN_BF16 ? TERN__GGML_BF16 : type == TERN_F16 ? TERN__GGML_F16 : TERN__GGML_F32;
     if (which == TERN_TRITS) {
         t.dims[0] = tern__ceil_div(p->rows * p->cols, 5);
         t.dims[1] = 1;
@@ -5039,6 +5152,7 @@ static tern_result tern__emit_scales(tern__writer *w, const tern_param *p)
         TERN__TRY(tern__read_scales(w, p, i, t.dims[0]));
         for (g = 0; g < t.dims[0]; g++) {
             if (t.type == TERN__GGML_I8) tern__emit_number(w, (uint64_t)(int64_t)tern__to_pow2(w->scales[g]), 1);
+            else if (t.type == TERN__GGML_F16) tern__emit_number(w, tern__to_f16(w->scales[g]), 2);
             else tern__emit_number(w, tern__bits(w->scales[g]), 4);
         }
     }
@@ -5410,8 +5524,10 @@ static tern_result tern__check_trits(tern__loader *l, const tern_param *p, const
 /* Scale i of a tensor of scales. */
 static float tern__source_scale(const tern_param *p, const uint8_t *source, int64_t i)
 {
-    if (tern__buffer_type(p, TERN_SCALES) != TERN_POW2) return tern__float((uint32_t)tern__get_number(source + 4 * i, 4));
-    return tern__from_pow2((int8_t)((source[i] ^ 0x80) - 0x80));
+    const tern_type type = tern__buffer_type(p, TERN_SCALES);
+    if (type == TERN_POW2) return tern__from_pow2((int8_t)((source[i] ^ 0x80) - 0x80));
+    if (type == TERN_F16) return tern__from_f16((uint16_t)tern__get_number(source + 2 * i, 2));
+    return tern__float((uint32_t)tern__get_number(source + 4 * i, 4));
 }
 
 static tern_result tern__check_scales(tern__loader *l, const tern_param *p, const uint8_t *source)

@@ -67,6 +67,10 @@ static float ternarize_sum(const float *w, int64_t stride, int64_t rows, int64_t
 
 static float ternarize_stored(tern_type scale_type, float scale)
 {
+    if (scale_type == TERN_F16) { /* ten bits behind the leading one, and no exponent below -14 */
+        const double unit = scale > 0.0f ? ldexp(1.0, (int)fmax(floor(log2((double)scale)), -14.0) - 10) : 1.0;
+        return (float)fmin(rint((double)scale / unit) * unit, 65504.0);
+    }
     if (scale_type != TERN_POW2) return scale;
     return scale == 0.0f ? 0.0f : (float)ldexp(1.0, (int)floor(log2((double)scale) + 0.5));
 }
@@ -163,7 +167,7 @@ static void ternarize_check(tern_context *c, tern_rule rule, int64_t rows, int64
 static void test_ternarize_against_the_definition(void)
 {
     const int64_t shapes[][2] = {{1, 1}, {1, 127}, {15, 16}, {17, 130}};
-    const tern_type types[] = {TERN_F32, TERN_F16, TERN_BF16}, scale_types[] = {TERN_F32, TERN_POW2};
+    const tern_type types[] = {TERN_F32, TERN_F16, TERN_BF16}, scale_types[] = {TERN_F32, TERN_F16, TERN_POW2};
     test_context t[TERN__ISA_END];
     int tiers = 0, s, g, y, p;
     tern_rule rule;
@@ -177,7 +181,7 @@ static void test_ternarize_against_the_definition(void)
         for (rule = TERN_ABSMEAN; rule <= TERN_GIVEN; rule++)
             for (g = 0; g < 9; g++)
                 for (y = 0; y < 3; y++)
-                    for (p = 0; p < 2; p++) {
+                    for (p = 0; p < 3; p++) {
                         const int64_t rows = shapes[s][0], cols = shapes[s][1];
                         const int32_t grains[] = {TERN_PER_TENSOR, TERN_PER_ROW, 1, 7, 16, 20, 128, (int32_t)cols, (int32_t)cols + 5};
                         float *w = test_floats(rows * cols);

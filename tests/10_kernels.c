@@ -29,7 +29,7 @@ static float kernels_b[TERN__K_BLOCK * TERN__LANES] TERN__ALIGN64, kernels_p[2][
 typedef enum { KERNELS_RANDOM, KERNELS_HIGH, KERNELS_LOW, KERNELS_MIXED, KERNELS_FILLS } kernels_fill;
 
 /* Buffers of exactly the bytes that are needed, `shift` bytes off any alignment. */
-typedef struct kernels_dot { tern__dot d; uint8_t *panel; int8_t *q; int32_t *sum; int base3; } kernels_dot;
+typedef struct kernels_dot { tern__dot d; uint8_t *panel; int8_t *q; int32_t *sum; void *scale; int base3; } kernels_dot;
 
 static kernels_dot kernels_dot_new(int base3, int64_t units, int32_t panels, int32_t tokens, int64_t sum_stride, size_t shift, kernels_fill fill)
 {
@@ -60,8 +60,9 @@ static kernels_dot kernels_dot_new(int base3, int64_t units, int32_t panels, int
         k.sum[t * sum_stride] = sum;
     }
     k.d.panel = k.panel + shift;
-    k.d.panel_stride = units * TERN__UNIT;
-    k.d.units = units;
+    k.d.panel_stride = k.d.left = units * TERN__UNIT;
+    k.d.units = k.d.last_units = units;
+    k.d.groups = 1;
     k.d.q = k.q + shift;
     k.d.q_stride = inputs;
     k.d.sum = k.sum;
@@ -71,11 +72,34 @@ static kernels_dot kernels_dot_new(int base3, int64_t units, int32_t panels, int
     return k;
 }
 
+/* The same in groups of so many units, with scales. */
+static void kernels_dot_split(kernels_dot *k, int64_t units, tern_type type)
+{
+    tern__dot *d = &k->d;
+    const int64_t unit = k->base3 ? 20 : 16, total = d->units, groups = (total + units - 1) / units;
+    int64_t t, i;
+    d->units = units;
+    d->last_units = total - (groups - 1) * units;
+    d->groups = d->sum_stride = groups;
+    free(k->sum);
+    k->sum = (int32_t *)calloc((size_t)(d->tokens * groups), sizeof *k->sum);
+    d->sum = k->sum;
+    for (t = 0; t < d->tokens; t++)
+        for (i = 0; i < total * unit; i++) k->sum[t * groups + i / unit / units] += d->q[t * d->q_stride + i];
+    d->scale_type = type;
+    d->scale_stride = groups * TERN__ROWS * tern__type_bytes(type);
+    d->scale = k->scale = malloc((size_t)(d->panels * d->scale_stride));
+    for (i = 0; i < d->panels * groups * TERN__ROWS; i++) /* zeros, and f16 below its normal range, among them */
+        tern__store_scale(type, k->scale, i, i % 37 == 3 ? 0.0f : test_float() * test_float() * (i % 11 ? 1.0f : 3e-6f));
+    d->facc = kernels_facc[0];
+}
+
 static void kernels_dot_free(kernels_dot *k)
 {
     free(k->panel);
     free(k->q);
     free(k->sum);
+    free(k->scale);
 }
 
 /* Into accumulators that were full of other numbers, so that every write shows. */
@@ -150,6 +174,52 @@ static void test_kernels_dot_extremes(void)
             }
 }
 
+/* Groups one by one, by the tier's own dot of one group. */
+static void kernels_compare_groups(int base3, int64_t total, int64_t units, int32_t panels, int32_t tokens, tern_type type)
+{
+    kernels_dot x = kernels_dot_new(base3, total, panels, tokens, 1, 1, KERNELS_RANDOM);
+    const int64_t count = panels * tokens * TERN__ROWS;
+    static float wanted[KERNELS_ACC];
+    int64_t g, i;
+    kernels_dot_split(&x, units, type);
+    for (g = 0; g < x.d.groups; g++) {
+        kernels_dot one = x;
+        one.d = tern__dot_group(&x.d, g, base3 ? 20 : 16);
+        one.d.facc = NULL;
+        one.d.groups = 1;
+        one.d.last_units = one.d.units;
+        kernels_dot_run(&tern__kernels_scalar, &one, kernels_acc[0]);
+        for (i = 0; i < count; i++) {
+            const int64_t row = (i / TERN__ROWS / tokens * x.d.groups + g) * TERN__ROWS + i % TERN__ROWS;
+            const float product = (float)kernels_acc[0][i] * tern__load_scale(type, x.scale, row);
+            wanted[i] = g ? wanted[i] + product : product;
+        }
+    }
+    kernels_dot_run(&tern__kernels_scalar, &x, kernels_acc[0]);
+    CHECK(memcmp(wanted, kernels_facc[0], sizeof(float) * (size_t)count) == 0, "scalar: base3 %d, %d units in groups of %d", base3, (int)total, (int)units);
+    KERNELS_EACH_TIER(
+        memset(kernels_facc[0], 0x3C, sizeof kernels_facc[0]);
+        kernels_dot_run(k, &x, kernels_acc[1]);
+        CHECK(memcmp(wanted, kernels_facc[0], sizeof(float) * (size_t)count) == 0, "%s: base3 %d, %d units in groups of %d, %d panels, %d tokens, scales %d",
+              tier, base3, (int)total, (int)units, (int)panels, (int)tokens, (int)type);
+        for (i = count; i < KERNELS_ACC; i++)
+            CHECK(tern__bits(kernels_facc[0][i]) == 0x3C3C3C3Cu, "%s: written beside %d panels of %d tokens", tier, (int)panels, (int)tokens));
+    kernels_dot_free(&x);
+}
+
+static void test_kernels_groups(void)
+{
+    const int64_t totals[] = {1, 2, 7, 17, 40}, units[] = {1, 2, 7, 8, 21};
+    const int32_t tokens[] = {1, 2, 3, 4, 5, 7, 12, 13, 17, 33, 64};
+    const tern_type types[] = {TERN_F32, TERN_F16, TERN_POW2};
+    int base3, i, j, t, n = 0;
+    for (base3 = 0; base3 < 2; base3++)
+        for (i = 0; i < 5; i++)
+            for (j = 0; j < 5; j++)
+                for (t = 0; t < 11; t++)
+                    if (units[j] <= totals[i]) n++, kernels_compare_groups(base3, totals[i], units[j], 1 + n % 4, tokens[t], types[n % 3]);
+}
+
 /* -- epilogues -- */
 
 static void test_kernels_emit(void)
@@ -199,30 +269,6 @@ static void test_kernels_emit(void)
                 free(wanted);
                 free(got);
             }
-}
-
-static void test_kernels_fold(void)
-{
-    const int32_t tokens[] = {1, 2, 3, 5, 16, 63, 64};
-    float s[17];
-    int n, first, i;
-    for (i = 0; i < 17; i++) s[i] = test_float();
-    for (i = 0; i < KERNELS_ACC; i++) kernels_acc[0][i] = (int32_t)(test_random() % 66600000) - 33300000;
-    for (n = 0; n < 7; n++)
-        for (first = 0; first < 2; first++) {
-            float *start = test_floats(KERNELS_ACC);
-            memcpy(kernels_facc[0], start, sizeof kernels_facc[0]);
-            tern__fold_scalar(tokens[n], kernels_acc[0], s + 1, kernels_facc[0], first);
-            for (i = 0; i < KERNELS_ACC; i++) {
-                const float product = (float)kernels_acc[0][i] * s[1 + i % 16], v = first ? product : start[i] + product;
-                CHECK(tern__bits(kernels_facc[0][i]) == tern__bits(i < tokens[n] * 16 ? v : start[i]), "element %d", i);
-            }
-            KERNELS_EACH_TIER(
-                memcpy(kernels_facc[1], start, sizeof kernels_facc[1]);
-                k->fold(tokens[n], kernels_acc[0], s + 1, kernels_facc[1], first);
-                CHECK(memcmp(kernels_facc[0], kernels_facc[1], sizeof kernels_facc[0]) == 0, "%s: %d tokens, first %d", tier, (int)tokens[n], first));
-            free(start);
-        }
 }
 
 /* -- float tiles -- */
@@ -371,8 +417,8 @@ static void suite_kernels(void)
     RUN(test_kernels_dot_by_definition);
     RUN(test_kernels_dot_shapes);
     RUN(test_kernels_dot_extremes);
+    RUN(test_kernels_groups);
     RUN(test_kernels_emit);
-    RUN(test_kernels_fold);
     RUN(test_kernels_tile);
     RUN(test_kernels_tile_fused_is_close);
     RUN(test_kernels_sum);

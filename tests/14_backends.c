@@ -1424,7 +1424,7 @@ typedef struct wrong {
     WRONG(op, m.grain, TO_INT32, -2, TERN_E_ARGUMENT, "grain -2")                                           \
     WRONG(op, m.grain, TO_INT32, 262145, TERN_E_ARGUMENT, "grain 262145")                                   \
     WRONG(op, m.encoding, TO_INT32, TERN_F32, TERN_E_ARGUMENT, "encoding 1")                                \
-    WRONG(op, m.scale_type, TO_INT32, TERN_F16, TERN_E_ARGUMENT, "scale type 3")
+    WRONG(op, m.scale_type, TO_INT32, TERN_BF16, TERN_E_ARGUMENT, "scale type 2")
 #define PACKED(op) MATRIX(op) NEEDED_BYTES(op, m.trits) NEEDED(op, m.scales)
 
 static const wrong wrongs[] = {

@@ -95,7 +95,7 @@ static void test_param_refusals(void)
     bad = gain; bad.rows = INT64_MAX / 2; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_OVERFLOW, "overflows");
     bad = gain; bad.buffer[TERN_SHADOW].type = TERN_BF16; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "gain: a dense parameter is TERN_F32");
     bad = p; bad.buffer[TERN_TRITS].type = TERN_I8; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "w: trits of type 4");
-    bad = p; bad.buffer[TERN_SCALES].type = TERN_F16; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "w: scales of type 3");
+    bad = p; bad.buffer[TERN_SCALES].type = TERN_BF16; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "w: scales of type 2");
     bad = p; bad.buffer[TERN_SHADOW].type = TERN_F16; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "w: shadow of type 3");
     bad = p; bad.buffer[TERN_GRAD].type = TERN_BF16; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "w: gradient of type 2");
     CHECK_FAILS(t.c, tern_param_set(t.c, &p, TERN_F32, w), TERN_E_MISSING, "w has no trits");
@@ -235,7 +235,7 @@ static void test_param_give(void)
             float scales[35 * 43], row_scales[43], values[43], shadow[43];
             int64_t i, r;
             p.buffer[TERN_TRITS].type = variant & 1 ? TERN_BASE3 : TERN_2BIT;
-            p.buffer[TERN_SCALES].type = variant & 2 ? TERN_POW2 : TERN_F32;
+            p.buffer[TERN_SCALES].type = variant & 2 ? variant & 1 ? TERN_POW2 : TERN_F16 : TERN_F32;
             p.buffer[TERN_SHADOW].type = variant & 4 ? TERN_BF16 : TERN_F32;
             CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_GRADIENT));
             for (i = 0; i < rows * cols; i++) trits[i] = test_trit();
@@ -290,6 +290,15 @@ static void test_param_give_refusals(void)
     }
     CHECK_OK(t.c, tern_param_get(t.c, &p, 1, row, row_scale, NULL));
     CHECK(row[2] == 1 && row_scale[0] == 0.5f, "a refused give changed row 1: %d, %g", row[2], row_scale[0]);
+    tern_param_free(t.c, &p, -1);
+    p.buffer[TERN_SCALES].type = TERN_F16;
+    CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_INFERENCE));
+    scales[1] = 65504.0f;
+    CHECK_OK(t.c, tern_param_give(t.c, &p, trits, scales));
+    scales[1] = 65536.0f;
+    CHECK_FAILS(t.c, tern_param_give(t.c, &p, trits, scales), TERN_E_ARGUMENT, "scales[1] is not an f16");
+    scales[1] = 1.0002f;
+    CHECK_FAILS(t.c, tern_param_give(t.c, &p, trits, scales), TERN_E_ARGUMENT, "scales[1] is not an f16");
     tern_param_free(t.c, &p, -1);
     test_close(&t);
 }

@@ -192,7 +192,7 @@ static void files_round_trip(void)
         for (k = 0; k < TEST_SIZES; k++)
             for (g = 0; g < (int)(sizeof grains / sizeof *grains); g++)
                 for (e = 0; e < 4; e++)
-                    file_round_trip(t.c, test_sizes[r], test_sizes[k], grains[g], (r + e) % 2 ? TERN_F32 : TERN_POW2, (k + g) % 2 ? TERN_BF16 : TERN_F32,
+                    file_round_trip(t.c, test_sizes[r], test_sizes[k], grains[g], (r + e) % 3 == 0 ? TERN_F32 : (r + e) % 3 == 1 ? TERN_F16 : TERN_POW2, (k + g) % 2 ? TERN_BF16 : TERN_F32,
                                     e % 2 ? TERN_2BIT : TERN_BASE3, e / 2 ? TERN_2BIT : TERN_BASE3);
     file_round_trip(t.c, 513, 1037, 96, TERN_POW2, TERN_BF16, TERN_2BIT, TERN_BASE3);
     file_round_trip(t.c, 1037, 513, TERN_PER_ROW, TERN_F32, TERN_F32, TERN_BASE3, TERN_BASE3);
