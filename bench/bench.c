@@ -8,6 +8,9 @@
    --quick    a few seconds, on working sets too small to say anything about memory
    --filter   only the cases whose op, shape or tier contains this text
 
+   Other libraries are measured beside it where the loader finds them (LD_LIBRARY_PATH): libopenblas.so.0,
+   oneDNN's libdnnl.so.3 in its OpenMP build, and ggml's libggml-cpu.so; --filter peer shows them alone.
+
    Every row is the best of several repetitions, and its limit the best of repetitions that took turns with
    them: on a shared machine only times taken side by side can be compared. One thread is timed by its own
    clock, two by the clock on the wall. Nothing here asserts a time. */
@@ -17,6 +20,7 @@
 
 #include <dlfcn.h>
 #include <stdarg.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -293,7 +297,9 @@ typedef struct tier_limits { read_way way; peak int8, muladd, fma; } tier_limits
 static const tier_limits tiers[] = {TERN_TIERS(TIER)};
 #undef TIER
 
-typedef enum { DRAM, L2, L1, INT8, MULADD, FMA, NONE } limit;
+typedef enum { DRAM, L2, L1, INT8, MULADD, FMA, NONE, PEER } limit;
+
+static struct { double rate; const char *name; } fastest_peer; /* of the shape and threads at hand, for the rows of PEER */
 
 static read_way ways[L1 + 1][THREADS + 1]; /* the fastest way to read, found at the start */
 
@@ -306,7 +312,7 @@ static const peak *peak_of(limit l, const setup *s)
 static const char *limit_name(limit l, const setup *s)
 {
     static const char *const names[] = {"DRAM read", "L2 read", "L1 read"};
-    return l == NONE ? "none" : l <= L1 ? names[l] : peak_of(l, s)->name;
+    return l == NONE ? "none" : l == PEER ? fastest_peer.name : l <= L1 ? names[l] : peak_of(l, s)->name;
 }
 
 typedef struct spin_job { void (*spin)(int64_t rounds); int64_t rounds; } spin_job;
@@ -338,6 +344,7 @@ static double limit_rate(limit l, const setup *s)
     spin_job job;
     double t;
     if (l == NONE) return 0;
+    if (l == PEER) return fastest_peer.rate;
     if (l <= L1) return read_rate(l, ways[l][s->threads], s->threads);
     job.spin = peak_of(l, s)->spin;
     job.rounds = option.quick ? 100000 : 400000;
@@ -432,14 +439,14 @@ static void print_limit(const setup *s, limit l, double rate)
 }
 
 /* Runs call(arg), which does `work` bytes or multiply-adds, taking turns with its limit until the time of a
-   case is used up. */
-static void measure(metric m, const char *op, const char *shape, const setup *s, limit l, double work, void (*call)(void *), void *arg)
+   case is used up. Returns the rate, 0 for a case that is not wanted. */
+static double measure(metric m, const char *op, const char *shape, const setup *s, limit l, double work, void (*call)(void *), void *arg)
 {
     const double limit_s = option.quick ? 0.02 : 0.3, turn_s = option.quick ? 0.001 : 0.002; /* short: a turn should fit between two interruptions */
     double start, rate = 0, least = 1e9, t;
     int64_t calls = 1, i;
     int turn;
-    if (!wanted(op, shape, s->name)) return;
+    if (!wanted(op, shape, s->name)) return 0;
     for (;;) {
         t = now(s->threads);
         for (i = 0; i < calls; i++) call(arg);
@@ -457,6 +464,7 @@ static void measure(metric m, const char *op, const char *shape, const setup *s,
         if (t < least) least = t;
     }
     print_row(m, op, shape, s, l, work, least, rate);
+    return 1e-9 * work / least;
 }
 
 static const char *shape_text(const char *format, ...)
@@ -658,40 +666,51 @@ static void bench_batch(int64_t size)
     }
 }
 
-/* -- OpenBLAS, where it is installed: what a user would call for float weights -- */
+/* -- other libraries, where the loader finds them (LD_LIBRARY_PATH); the few functions called are declared here -- */
 
-enum { BLAS_ROW_MAJOR = 101, BLAS_PLAIN = 111, BLAS_TRANSPOSED = 112 };
-static struct {
-    void (*threads)(int n);
-    char *(*core)(void);
-    void (*sgemv)(int order, int trans, int m, int n, float alpha, const float *a, int lda, const float *x, int incx, float beta, float *y, int incy);
-    void (*sgemm)(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc);
-} blas;
-static setup blas_setup;
+/* A list of functions, X(result, name, arguments), becomes pointers of the same names. */
+#define POINTER(result, name, arguments) static result (*name) arguments;
+#define FOUND(result, name, arguments) && find_symbol(library, #name, &name)
 
-static int blas_symbol(void *library, const char *name, void *pointer)
+static int find_symbol(void *library, const char *name, void *pointer)
 {
     void *symbol = dlsym(library, name);
     memcpy(pointer, &symbol, sizeof symbol);
     return symbol != NULL;
 }
 
+static int missing(const char *rows)
+{
+    fprintf(stderr, "bench: no rows of %s: %s\n", rows, dlerror());
+    return 0;
+}
+
+#define BLAS_FUNCTIONS(X)                                                                                                       \
+    X(void, openblas_set_num_threads, (int n))                                                                                  \
+    X(char *, openblas_get_corename, (void))                                                                                    \
+    X(void, cblas_sgemv, (int order, int trans, int m, int n, float alpha, const float *a, int lda, const float *x, int incx,   \
+                          float beta, float *y, int incy))                                                                      \
+    X(void, cblas_sgemm, (int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda, const float *b, \
+                          int ldb, float beta, float *c, int ldc))
+BLAS_FUNCTIONS(POINTER)
+
+enum { BLAS_ROW_MAJOR = 101, BLAS_PLAIN = 111, BLAS_TRANSPOSED = 112 };
+static int blas; /* it is here */
+static setup blas_setup;
+
 /* OpenBLAS takes a processor it does not know for a Prescott, many times too slow: unless the user has
    chosen its kernels, they are those of the best tier here. */
-static void open_blas(void)
+static int open_blas(void)
 {
     void *library;
-    if (best->isa == TERN_ISA_AVX512_VNNI) setenv("OPENBLAS_CORETYPE", "SKYLAKEX", 0);
-    if (best->isa == TERN_ISA_AVX2 || best->isa == TERN_ISA_AVX_VNNI) setenv("OPENBLAS_CORETYPE", "HASWELL", 0);
+    if (best->isa >= TERN_ISA_AVX512_VNNI) setenv("OPENBLAS_CORETYPE", "SKYLAKEX", 0);
+    else if (best->isa >= TERN_ISA_AVX2) setenv("OPENBLAS_CORETYPE", "HASWELL", 0);
     library = dlopen("libopenblas.so.0", RTLD_NOW | RTLD_LOCAL);
-    if (!library || !blas_symbol(library, "openblas_set_num_threads", &blas.threads) || !blas_symbol(library, "openblas_get_corename", &blas.core) ||
-        !blas_symbol(library, "cblas_sgemv", &blas.sgemv) || !blas_symbol(library, "cblas_sgemm", &blas.sgemm)) {
-        fprintf(stderr, "bench: libopenblas.so.0 is not here: no sgemv and sgemm rows\n");
-        return;
-    }
-    blas.threads(1);
+    if (!(library BLAS_FUNCTIONS(FOUND))) return missing("OpenBLAS");
+    openblas_set_num_threads(1);
     blas_setup = *best;
     blas_setup.name = "OpenBLAS";
+    return 1;
 }
 
 typedef struct blas_job { int m, n, k, streamed; const float *a, *b; float *c; } blas_job; /* c [m, n] = a [m, k] b [n, k]^T */
@@ -700,13 +719,13 @@ static void call_sgemv(void *arg)
 {
     const blas_job *j = (const blas_job *)arg;
     const float *w = j->streamed ? (const float *)(const void *)stream_next(stream.block) : j->b;
-    blas.sgemv(BLAS_ROW_MAJOR, BLAS_PLAIN, j->n, j->k, 1.0f, w, j->k, j->a, 1, 0.0f, j->c, 1);
+    cblas_sgemv(BLAS_ROW_MAJOR, BLAS_PLAIN, j->n, j->k, 1.0f, w, j->k, j->a, 1, 0.0f, j->c, 1);
 }
 
 static void call_sgemm(void *arg)
 {
     const blas_job *j = (const blas_job *)arg;
-    blas.sgemm(BLAS_ROW_MAJOR, BLAS_PLAIN, BLAS_TRANSPOSED, j->m, j->n, j->k, 1.0f, j->a, j->k, j->b, j->k, 0.0f, j->c, j->n);
+    cblas_sgemm(BLAS_ROW_MAJOR, BLAS_PLAIN, BLAS_TRANSPOSED, j->m, j->n, j->k, 1.0f, j->a, j->k, j->b, j->k, 0.0f, j->c, j->n);
 }
 
 static void bench_blas(int64_t n, int64_t rows, int64_t cols, int streamed)
@@ -714,7 +733,7 @@ static void bench_blas(int64_t n, int64_t rows, int64_t cols, int streamed)
     blas_job j;
     float *w;
     const double macs = (double)(n * rows * cols);
-    if (!blas.sgemm) return;
+    if (!blas) return;
     w = random_floats(rows * cols);
     j.m = (int)n; j.n = (int)rows; j.k = (int)cols;
     j.streamed = streamed;
@@ -729,6 +748,385 @@ static void bench_blas(int64_t n, int64_t rows, int64_t cols, int streamed)
     tern_free(plain, w);
     tern_free(plain, (void *)(uintptr_t)j.a);
     tern_free(plain, j.c);
+}
+
+/* -- peers: the same layer by other libraries, its float input quantized in each call as ours is -- */
+
+#define ONEDNN_FUNCTIONS(X)                                                                                                     \
+    X(int, dnnl_engine_create, (void **engine, int kind, size_t index))                                                         \
+    X(int, dnnl_stream_create, (void **queue, void *engine, unsigned flags))                                                    \
+    X(int, dnnl_memory_desc_create_with_strides, (void **desc, int dims, const int64_t *sizes, int type,                        \
+                                                  const int64_t *strides))                                                      \
+    X(int, dnnl_memory_desc_create_with_tag, (void **desc, int dims, const int64_t *sizes, int type, int tag))                  \
+    X(size_t, dnnl_memory_desc_get_size, (const void *desc))                                                                    \
+    X(int, dnnl_memory_create, (void **memory, const void *desc, void *engine, void *data))                                     \
+    X(int, dnnl_memory_set_data_handle, (void *memory, void *data))                                                             \
+    X(int, dnnl_primitive_attr_create, (void **attr))                                                                           \
+    X(int, dnnl_primitive_attr_set_scales_mask, (void *attr, int argument, int mask))                                           \
+    X(int, dnnl_primitive_attr_set_zero_points_mask, (void *attr, int argument, int mask))                                      \
+    X(int, dnnl_reorder_primitive_desc_create, (void **desc, const void *from, void *from_engine, const void *to,               \
+                                                void *to_engine, const void *attr))                                             \
+    X(int, dnnl_matmul_primitive_desc_create, (void **desc, void *engine, const void *source, const void *weights,              \
+                                               const void *bias, const void *result, const void *attr))                         \
+    X(const void *, dnnl_primitive_desc_query_md, (const void *desc, int what, int index))                                      \
+    X(int, dnnl_primitive_create, (void **primitive, const void *desc))                                                         \
+    X(int, dnnl_primitive_execute, (const void *primitive, void *queue, int count, const dnnl_argument *arguments))             \
+    X(void, omp_set_num_threads, (int n))
+typedef struct dnnl_argument { int argument; void *memory; } dnnl_argument;
+ONEDNN_FUNCTIONS(POINTER)
+
+enum { DNNL_CPU = 1, DNNL_IN_ORDER = 1, DNNL_F32 = 3, DNNL_S32, DNNL_S8, DNNL_U8, DNNL_ANY_LAYOUT = 1, DNNL_WEIGHTS_DESC = 131 };
+enum { DNNL_SOURCE = 1, DNNL_RESULT = 17, DNNL_WEIGHTS = 33, DNNL_SCALES = 4096, DNNL_ZERO_POINTS = 8192 };
+
+#define GGML_FUNCTIONS(X)                                                                                                       \
+    X(void *, ggml_init, (ggml_room room))                                                                                      \
+    X(void, ggml_free, (void *context))                                                                                         \
+    X(void *, ggml_new_tensor_2d, (void *context, int type, int64_t cols, int64_t rows))                                        \
+    X(void *, ggml_mul_mat, (void *context, void *a, void *b))                                                                  \
+    X(size_t, ggml_nbytes, (const void *tensor))                                                                                \
+    X(size_t, ggml_quantize_chunk, (int type, const float *from, void *to, int64_t start, int64_t rows, int64_t cols,           \
+                                     const float *importance))                                                                  \
+    X(void *, ggml_new_graph_custom, (void *context, size_t size, bool grads))                                                  \
+    X(void, ggml_build_forward_expand, (void *graph, void *tensor))                                                             \
+    X(void *, ggml_backend_cpu_reg, (void))                                                                                     \
+    X(void *, ggml_backend_reg_dev_get, (void *registry, size_t index))                                                         \
+    X(void *, ggml_backend_cpu_init, (void))                                                                                    \
+    X(void, ggml_backend_cpu_set_n_threads, (void *backend, int n))                                                             \
+    X(int, ggml_backend_graph_compute, (void *backend, void *graph))                                                            \
+    X(bool, ggml_backend_supports_op, (void *backend, const void *tensor))                                                      \
+    X(void *, ggml_backend_cpu_buffer_from_ptr, (void *data, size_t bytes))                                                     \
+    X(int, ggml_backend_tensor_alloc, (void *buffer, void *tensor, void *data))                                                 \
+    X(void, ggml_backend_tensor_set, (void *tensor, const void *data, size_t offset, size_t bytes))                             \
+    X(void *, ggml_backend_reg_get_proc_address, (void *registry, const char *name))                                            \
+    X(size_t, ggml_backend_buft_get_alloc_size, (void *kind, const void *tensor))                                               \
+    X(void *, ggml_backend_buft_alloc_buffer, (void *kind, size_t bytes))                                                       \
+    X(void *, ggml_backend_buffer_get_base, (void *buffer))                                                                     \
+    X(void, ggml_backend_buffer_free, (void *buffer))
+typedef struct ggml_room { size_t bytes; void *data; bool only_plan; } ggml_room;
+GGML_FUNCTIONS(POINTER)
+
+enum { GGML_F32 = 0, GGML_Q8_0 = 8, GGML_TQ1_0 = 34, GGML_TQ2_0 = 35 };
+
+static struct { int here; void *engine, *queue; } onednn;
+static struct { int here; void *backend, *anywhere, **layouts; } ggml; /* anywhere: a buffer over all of memory */
+
+typedef struct peer peer;
+typedef struct peer_job {
+    const peer *peer;
+    int64_t n, rows, cols;
+    int threads, streamed;
+    const float *x, *w;          /* w [rows, cols]: trit times scale */
+    const int8_t *trits;
+    const float *scales;         /* [rows] */
+    float *y;
+    void *weights;               /* as the peer wants them; `block` bytes */
+    size_t block;
+    union {
+        blas_job blas;
+        struct { void *quantize, *matmul, *q; dnnl_argument from[4], with[6]; float step; int32_t zero; } onednn;
+        struct { void *context, *own, **graphs; size_t count, at; } ggml; /* own: a buffer in a layout of ggml's */
+    } u;
+} peer_job;
+
+struct peer {
+    const char *op, *library;
+    const int *here;
+    int type; /* ggml's */
+    int (*open)(peer_job *j);
+    void (*call)(void *job);
+    void (*close)(peer_job *j);
+};
+
+static int open_blas_peer(peer_job *j)
+{
+    openblas_set_num_threads(j->threads);
+    j->weights = (void *)(uintptr_t)j->w;
+    j->block = (size_t)(j->rows * j->cols) * 4;
+    j->u.blas.m = (int)j->n; j->u.blas.n = (int)j->rows; j->u.blas.k = (int)j->cols;
+    j->u.blas.streamed = j->streamed;
+    j->u.blas.a = j->x; j->u.blas.b = j->w; j->u.blas.c = j->y;
+    return 1;
+}
+
+static void call_blas_peer(void *arg)
+{
+    peer_job *j = (peer_job *)arg;
+    if (j->n == 1) call_sgemv(&j->u.blas); else call_sgemm(&j->u.blas);
+}
+
+static void close_blas_peer(peer_job *j) { (void)j; openblas_set_num_threads(1); }
+
+static int open_onednn(void)
+{
+    void *library = dlopen("libdnnl.so.3", RTLD_NOW | RTLD_LOCAL);
+    if (!(library ONEDNN_FUNCTIONS(FOUND))) return missing("oneDNN");
+    return !dnnl_engine_create(&onednn.engine, DNNL_CPU, 0) && !dnnl_stream_create(&onednn.queue, onednn.engine, DNNL_IN_ORDER);
+}
+
+static void *dnnl_matrix(int type, int64_t rows, int64_t cols, int64_t row, int64_t col)
+{
+    const int64_t sizes[2] = {rows, cols}, strides[2] = {row, col};
+    void *desc = NULL;
+    dnnl_memory_desc_create_with_strides(&desc, 2, sizes, type, strides);
+    return desc;
+}
+
+static void *dnnl_vector(int type, int64_t count)
+{
+    const int64_t stride = 1;
+    void *desc = NULL;
+    dnnl_memory_desc_create_with_strides(&desc, 1, &count, type, &stride);
+    return desc;
+}
+
+static dnnl_argument dnnl_pass(int argument, const void *desc, const void *data)
+{
+    dnnl_argument a;
+    a.argument = argument;
+    a.memory = NULL;
+    dnnl_memory_create(&a.memory, desc, onednn.engine, (void *)(uintptr_t)data);
+    return a;
+}
+
+static int dnnl_reorder(void **reorder, const void *from, const void *to, const void *attr)
+{
+    void *desc = NULL;
+    return dnnl_reorder_primitive_desc_create(&desc, from, onednn.engine, to, onednn.engine, attr) ||
+           dnnl_primitive_create(reorder, desc);
+}
+
+/* u8 x s8 to float, with a scale for each row of the weights and one, known beforehand, for the input: its
+   quantizer is a reorder that does not look for the greatest. Descriptions live as long as the program. */
+static int open_onednn_peer(peer_job *j)
+{
+    const int64_t sizes[2] = {j->cols, j->rows};
+    void *x = dnnl_matrix(DNNL_F32, j->n, j->cols, j->cols, 1), *q = dnnl_matrix(DNNL_U8, j->n, j->cols, j->cols, 1);
+    void *y = dnnl_matrix(DNNL_F32, j->n, j->rows, j->rows, 1), *w = dnnl_matrix(DNNL_S8, j->cols, j->rows, 1, j->cols);
+    void *step = dnnl_vector(DNNL_F32, 1), *zero = dnnl_vector(DNNL_S32, 1), *scales = dnnl_vector(DNNL_F32, j->rows);
+    void *any = NULL, *to_u8 = NULL, *scaled = NULL, *matmul = NULL, *pack = NULL;
+    const void *packed;
+    dnnl_argument move[2];
+    omp_set_num_threads(j->threads);
+    if (dnnl_memory_desc_create_with_tag(&any, 2, sizes, DNNL_S8, DNNL_ANY_LAYOUT) ||
+        dnnl_primitive_attr_create(&to_u8) || dnnl_primitive_attr_create(&scaled) ||
+        dnnl_primitive_attr_set_scales_mask(to_u8, DNNL_RESULT, 0) ||
+        dnnl_primitive_attr_set_zero_points_mask(to_u8, DNNL_RESULT, 0) ||
+        dnnl_primitive_attr_set_scales_mask(scaled, DNNL_SOURCE, 0) ||
+        dnnl_primitive_attr_set_zero_points_mask(scaled, DNNL_SOURCE, 0) ||
+        dnnl_primitive_attr_set_scales_mask(scaled, DNNL_WEIGHTS, 2) ||
+        dnnl_matmul_primitive_desc_create(&matmul, onednn.engine, q, any, NULL, y, scaled) ||
+        dnnl_primitive_create(&j->u.onednn.matmul, matmul)) return 0;
+    packed = dnnl_primitive_desc_query_md(matmul, DNNL_WEIGHTS_DESC, 0);
+    if (dnnl_reorder(&j->u.onednn.quantize, x, q, to_u8) || dnnl_reorder(&pack, w, packed, NULL)) return 0;
+    j->block = dnnl_memory_desc_get_size(packed);
+    j->weights = memory(whole_lines(j->block));
+    j->u.onednn.q = memory((size_t)(j->n * j->cols));
+    j->u.onednn.step = 1.0f / 127;
+    j->u.onednn.zero = 128;
+    j->u.onednn.from[0] = dnnl_pass(DNNL_SOURCE, x, j->x);
+    j->u.onednn.from[1] = dnnl_pass(DNNL_RESULT, q, j->u.onednn.q);
+    j->u.onednn.from[2] = dnnl_pass(DNNL_RESULT | DNNL_SCALES, step, &j->u.onednn.step);
+    j->u.onednn.from[3] = dnnl_pass(DNNL_RESULT | DNNL_ZERO_POINTS, zero, &j->u.onednn.zero);
+    j->u.onednn.with[0] = dnnl_pass(DNNL_WEIGHTS, packed, j->weights);
+    j->u.onednn.with[1] = dnnl_pass(DNNL_SOURCE, q, j->u.onednn.q);
+    j->u.onednn.with[2] = dnnl_pass(DNNL_RESULT, y, j->y);
+    j->u.onednn.with[3] = dnnl_pass(DNNL_SOURCE | DNNL_SCALES, step, &j->u.onednn.step);
+    j->u.onednn.with[4] = dnnl_pass(DNNL_SOURCE | DNNL_ZERO_POINTS, zero, &j->u.onednn.zero);
+    j->u.onednn.with[5] = dnnl_pass(DNNL_WEIGHTS | DNNL_SCALES, scales, j->scales);
+    move[0] = dnnl_pass(DNNL_SOURCE, w, j->trits);
+    move[1] = dnnl_pass(DNNL_RESULT, packed, j->weights);
+    return !dnnl_primitive_execute(pack, onednn.queue, 2, move);
+}
+
+static void call_onednn_peer(void *arg)
+{
+    peer_job *j = (peer_job *)arg;
+    dnnl_primitive_execute(j->u.onednn.quantize, onednn.queue, 4, j->u.onednn.from);
+    if (j->streamed) dnnl_memory_set_data_handle(j->u.onednn.with[0].memory, stream_next(stream.block));
+    dnnl_primitive_execute(j->u.onednn.matmul, onednn.queue, 6, j->u.onednn.with);
+}
+
+static void close_onednn_peer(peer_job *j)
+{
+    tern_free(plain, j->weights);
+    tern_free(plain, j->u.onednn.q);
+}
+
+static int open_ggml(void)
+{
+    void *library = dlopen("libggml-cpu.so", RTLD_NOW | RTLD_LOCAL), **(*layouts)(void *device), *symbol;
+    if (!library) library = dlopen("libggml-cpu.so.0", RTLD_NOW | RTLD_LOCAL);
+    if (!(library GGML_FUNCTIONS(FOUND))) return missing("ggml");
+    ggml.backend = ggml_backend_cpu_init();
+    ggml.anywhere = ggml_backend_cpu_buffer_from_ptr((void *)(uintptr_t)64, SIZE_MAX / 2);
+    symbol = ggml_backend_reg_get_proc_address(ggml_backend_cpu_reg(), "ggml_backend_dev_get_extra_bufts");
+    memcpy(&layouts, &symbol, sizeof symbol);
+    if (layouts) ggml.layouts = layouts(ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0));
+    return ggml.backend != NULL;
+}
+
+/* A graph of one product, its weights at `data` or, with a layout of ggml's own, copied into that. NULL: the
+   layout is not for these weights. */
+static void *ggml_product(peer_job *j, void *layout, void *data)
+{
+    void *context = j->u.ggml.context, *graph, *buffer = ggml.anywhere;
+    void *w = ggml_new_tensor_2d(context, j->peer->type, j->cols, j->rows);
+    void *x = ggml_new_tensor_2d(context, GGML_F32, j->cols, j->n);
+    void *y = ggml_mul_mat(context, w, x);
+    if (layout) {
+        buffer = ggml_backend_buft_alloc_buffer(layout, ggml_backend_buft_get_alloc_size(layout, w));
+        data = ggml_backend_buffer_get_base(buffer);
+    }
+    ggml_backend_tensor_alloc(buffer, w, data);
+    ggml_backend_tensor_alloc(ggml.anywhere, x, (void *)(uintptr_t)j->x);
+    ggml_backend_tensor_alloc(ggml.anywhere, y, j->y);
+    if (layout && !ggml_backend_supports_op(ggml.backend, y)) {
+        ggml_backend_buffer_free(buffer);
+        return NULL;
+    }
+    if (layout) {
+        j->u.ggml.own = buffer;
+        ggml_backend_tensor_set(w, j->weights, 0, ggml_nbytes(w));
+    }
+    graph = ggml_new_graph_custom(context, 4, false);
+    ggml_build_forward_expand(graph, y);
+    return graph;
+}
+
+/* Weights of the stream lie in the plain layout; others in the one that ggml prefers, as llama.cpp would load them. */
+static int open_ggml_peer(peer_job *j)
+{
+    void **layout = ggml.layouts, *tensor;
+    ggml_room room = {0, NULL, true};
+    size_t i;
+    room.bytes = (size_t)4 * MIB;
+    j->u.ggml.context = ggml_init(room);
+    tensor = ggml_new_tensor_2d(j->u.ggml.context, j->peer->type, j->cols, j->rows);
+    j->block = ggml_nbytes(tensor);
+    j->weights = memory(whole_lines(j->block));
+    j->u.ggml.count = j->streamed ? stream.bytes / whole_lines(j->block) : 1;
+    j->u.ggml.graphs = (void **)memory(j->u.ggml.count * sizeof(void *));
+    ggml_backend_cpu_set_n_threads(ggml.backend, j->threads);
+    ggml_quantize_chunk(j->peer->type, j->w, j->weights, 0, j->rows, j->cols, NULL);
+    if (!j->streamed && layout)
+        while (*layout && !j->u.ggml.graphs[0]) j->u.ggml.graphs[0] = ggml_product(j, *layout++, NULL);
+    for (i = 0; i < j->u.ggml.count; i++) {
+        uint8_t *data = j->streamed ? stream.base + i * whole_lines(j->block) : (uint8_t *)j->weights;
+        if (!j->u.ggml.graphs[i]) j->u.ggml.graphs[i] = ggml_product(j, NULL, data);
+    }
+    return 1;
+}
+
+static void call_ggml_peer(void *arg)
+{
+    peer_job *j = (peer_job *)arg;
+    ggml_backend_graph_compute(ggml.backend, j->u.ggml.graphs[j->u.ggml.at]);
+    j->u.ggml.at = (j->u.ggml.at + 1) % j->u.ggml.count;
+}
+
+static void close_ggml_peer(peer_job *j)
+{
+    if (j->u.ggml.own) ggml_backend_buffer_free(j->u.ggml.own);
+    ggml_free(j->u.ggml.context);
+    tern_free(plain, j->u.ggml.graphs);
+    tern_free(plain, j->weights);
+}
+
+static const peer peers[] = {
+    {"peer sgemm", "OpenBLAS", &blas, 0, open_blas_peer, call_blas_peer, close_blas_peer},
+    {"peer u8 x s8", "oneDNN", &onednn.here, 0, open_onednn_peer, call_onednn_peer, close_onednn_peer},
+    {"peer Q8_0", "ggml", &ggml.here, GGML_Q8_0, open_ggml_peer, call_ggml_peer, close_ggml_peer},
+    {"peer TQ1_0", "ggml", &ggml.here, GGML_TQ1_0, open_ggml_peer, call_ggml_peer, close_ggml_peer},
+    {"peer TQ2_0", "ggml", &ggml.here, GGML_TQ2_0, open_ggml_peer, call_ggml_peer, close_ggml_peer},
+};
+enum { PEERS = sizeof peers / sizeof *peers };
+
+/* Says so when a peer's result is further from ours than two int8 quantizers may be: the call is then wrong. */
+static void check_peer(const peer_job *j, const float *ours)
+{
+    double apart = 0, length = 0;
+    int64_t i;
+    for (i = 0; i < j->n * j->rows; i++) {
+        const double d = (double)j->y[i] - ours[i];
+        apart += d * d;
+        length += (double)ours[i] * ours[i];
+    }
+    if (!(apart <= 0.03 * 0.03 * length))
+        fprintf(stderr, "bench: %s of %s is off by more than 3%%\n", j->peer->op, j->peer->library);
+}
+
+/* The threads of another library spin for a while when their work is done, on the cores of what is measured next. */
+static void let_threads_sleep(void)
+{
+    const struct timespec t = {0, 50000000};
+    nanosleep(&t, NULL);
+}
+
+/* One peer's row. It has no limit: it is one, of our rows. */
+static void bench_peer(peer_job *j, const char *shape, const float *ours)
+{
+    setup s = *best;
+    double rate;
+    s.name = j->peer->library;
+    s.threads = j->threads;
+    if (!*j->peer->here || !wanted(j->peer->op, shape, s.name)) return;
+    memset(&j->u, 0, sizeof j->u);
+    if (!j->peer->open(j)) {
+        fprintf(stderr, "bench: %s refuses %s\n", j->peer->library, shape);
+        return;
+    }
+    if (j->streamed) stream_fill(j->weights, whole_lines(j->block));
+    memset(j->y, 0, (size_t)(j->n * j->rows) * 4); /* no result of the peer before it */
+    j->peer->call(j);
+    check_peer(j, ours);
+    rate = measure(MACS, j->peer->op, shape, &s, NONE, (double)(j->n * j->rows * j->cols), j->peer->call, j);
+    j->peer->close(j);
+    if (j->threads > 1) let_threads_sleep();
+    if (rate > fastest_peer.rate) { fastest_peer.rate = rate; fastest_peer.name = j->peer->op; }
+}
+
+static void bench_peers(int64_t size, int64_t n, int streamed)
+{
+    static const struct { const char *op; tern_type encoding; } own[2] = {
+        {"linear 2-bit vs peers", TERN_2BIT}, {"linear base-3 vs peers", TERN_BASE3}
+    };
+    const char *shape = shape_text(streamed ? "%ldx%ld N=%ld DRAM" : "%ldx%ld N=%ld", (long)size, (long)size, (long)n);
+    const double macs = (double)(n * size * size);
+    product p[2];
+    tern_unpack_args u;
+    peer_job j;
+    int f, i;
+    for (f = 0; f < 2; f++) p[f] = product_open(size, size, TERN_PER_ROW, own[f].encoding, n);
+    product_use(&p[0], best);
+    call_linear(&p[0]);
+    memset(&u, 0, sizeof u);
+    memset(&j, 0, sizeof j);
+    u.m = p[0].a.m;
+    u.count = size;
+    j.trits = u.trits = (int8_t *)memory((size_t)(size * size));
+    j.w = u.values = (float *)memory((size_t)(size * size) * 4);
+    must(plain, tern_unpack(plain, &u));
+    j.n = n;
+    j.rows = j.cols = size;
+    j.streamed = streamed;
+    j.x = p[0].x;
+    j.scales = (const float *)p[0].a.m.scales; /* of rows: in their order */
+    j.y = (float *)memory((size_t)(n * size) * 4);
+    for (j.threads = 1; j.threads <= THREADS; j.threads++) {
+        fastest_peer.rate = 0;
+        for (j.peer = peers; j.peer < peers + PEERS; j.peer++) bench_peer(&j, shape, p[0].a.y);
+        for (f = 0; f < 2; f++)
+            for (i = 0; i < setup_count; i++) {
+                if (setups[i].isa != best->isa || setups[i].threads != j.threads) continue;
+                if (streamed) stream_weights(&p[f]);
+                product_use(&p[f], &setups[i]);
+                measure(MACS, own[f].op, shape, &setups[i], fastest_peer.rate > 0 ? PEER : NONE, macs, call_linear, &p[f]);
+            }
+    }
+    for (f = 0; f < 2; f++) product_close(&p[f]);
+    tern_free(plain, u.trits);
+    tern_free(plain, u.values);
+    tern_free(plain, j.y);
 }
 
 /* -- float products of the backward and of dense layers -- */
@@ -986,7 +1384,9 @@ static void legend(void)
            "  DRAM     weights rotate through %lu MiB; L2, L1: the best read loop found over 1 MiB, 16 KiB\n"
            "  N        tokens; thr: threads; xN: float lanes; h4x64: heads of 64\n",
            option.quick ? ", quick run" : "", option.quick ? 2 : 5, (unsigned long)(stream.bytes / MIB));
-    if (blas.core) printf("  OpenBLAS with its kernels for %s (OPENBLAS_CORETYPE chooses), one thread\n", blas.core());
+    if (blas)
+        printf("  OpenBLAS with its kernels for %s (OPENBLAS_CORETYPE chooses), one thread; among the peers also two\n",
+               openblas_get_corename());
 }
 
 static int usage(void)
@@ -999,6 +1399,7 @@ int main(int argc, char **argv)
 {
     static const int64_t sgemm_tokens[] = {1, 8, 128, 512};
     const int64_t big[2] = {4096, 1024}, hot_rows[2] = {2560, 1024}, hot_cols[2] = {1600, 640}, batch[2] = {2560, 320};
+    const int64_t peer_size[2] = {2560, 256}; /* ggml's blocks are of 256 */
     int i, q;
     for (i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--csv") == 0) option.csv = 1;
@@ -1008,7 +1409,9 @@ int main(int argc, char **argv)
     }
     q = option.quick;
     open_setups();
-    open_blas();
+    blas = open_blas();
+    onednn.here = open_onednn();
+    ggml.here = open_ggml();
     stream.bytes = (size_t)(q ? 64 : 1280) * MIB;
     stream.base = (uint8_t *)memory(stream.bytes);
     stream.block = 64;
@@ -1026,6 +1429,11 @@ int main(int argc, char **argv)
     title("Matrix x tokens");
     bench_batch(batch[q]);
     for (i = 0; i < 4; i++) bench_blas(sgemm_tokens[i], batch[q], batch[q], 0);
+    if (blas || onednn.here || ggml.here) {
+        title("Peers: a whole layer, its input quantized in the call; the limit of our rows is the fastest peer");
+        bench_peers(big[q], 1, 1);
+        for (i = 0; i < 4; i++) bench_peers(peer_size[q], sgemm_tokens[i], 0);
+    }
     title("Float products: the backward and dense layers");
     bench_backward(q ? 256 : 1024, q ? 64 : 512);
     bench_blas(q ? 64 : 512, q ? 256 : 1024, q ? 256 : 1024, 0);
