@@ -1433,7 +1433,7 @@ typedef struct tern__kernels {
     tern__tile *tile_fused; /* one rounding where the tier has FMA */
     float (*sum)(int32_t kind, int64_t n, const float *x);              /* canonical, n <= 1024, kind a tern_sum_kind */
     uint32_t (*absmax)(int64_t n, const float *x, const float *gain);   /* largest bits of |x gain|: NaN and Inf win */
-    void (*round)(int64_t n, const float *x, const float *gain, float inverse, int8_t *q); /* rne(x gain inverse) */
+    int32_t (*round)(int64_t n, const float *x, const float *gain, float inverse, int8_t *q); /* q = rne(x gain inverse); their sum */
 } tern__kernels;
 
 /* Canonical sum of any number of floats (algorithm: blocks of 1024, then the same rule over the block
@@ -1908,7 +1908,7 @@ static void tern__quantize_body(tern__job *job, int64_t begin, int64_t end, int6
     const tern_quantize_args *a = (const tern_quantize_args *)job->arg;
     const tern__shape s = tern__shape_of(&a->m);
     const int64_t stride = s.units * s.unit;
-    int64_t t, g, i;
+    int64_t t, g;
     for (t = begin; t < end; t++) {
         const float *x = a->x + t * a->m.cols;
         int8_t *q = a->q + t * stride;
@@ -1917,18 +1917,17 @@ static void tern__quantize_body(tern__job *job, int64_t begin, int64_t end, int6
         const float inverse = 127.0f / largest;
         const int32_t usable = tern__finite(largest) && r > 0.0f;
         if (!usable) *bad = tern__min(*bad, t);
-        memset(q, 0, (size_t)stride);
         a->scale[t] = 0.0f;
-        if (usable && tern__finite(inverse)) { /* not for a row of zeros */
-            a->scale[t] = largest / 127.0f * r;
-            for (g = 0; g < s.groups; g++)
-                job->k->round(tern__group_cols(&a->m, &s, g), x + g * s.group, a->gain ? a->gain + g * s.group : NULL, inverse, q + g * s.group_units * s.unit);
+        memset(a->sum + t * s.groups, 0, sizeof(int32_t) * (size_t)s.groups);
+        if (!usable || !tern__finite(inverse)) { /* or a row of zeros */
+            memset(q, 0, (size_t)stride);
+            continue;
         }
-        for (g = 0; g < s.groups; g++) {
-            const int8_t *from = q + g * s.group_units * s.unit;
-            int32_t sum = 0;
-            for (i = 0; i < tern__group_cols(&a->m, &s, g); i++) sum += from[i];
-            a->sum[t * s.groups + g] = sum;
+        a->scale[t] = largest / 127.0f * r;
+        for (g = 0; g < s.groups; g++, q += s.group_units * s.unit) {
+            const int64_t n = tern__group_cols(&a->m, &s, g);
+            a->sum[t * s.groups + g] = job->k->round(n, x + g * s.group, a->gain ? a->gain + g * s.group : NULL, inverse, q);
+            memset(q + n, 0, (size_t)(tern__group_run(&a->m, &s, g) * s.unit - n));
         }
     }
 }
@@ -2046,10 +2045,12 @@ static uint32_t tern__absmax_scalar(int64_t n, const float *x, const float *gain
     return largest;
 }
 
-static void tern__round_scalar(int64_t n, const float *x, const float *gain, float inverse, int8_t *q)
+static int32_t tern__round_scalar(int64_t n, const float *x, const float *gain, float inverse, int8_t *q)
 {
     int64_t i;
-    for (i = 0; i < n; i++) q[i] = (int8_t)tern__round((gain ? x[i] * gain[i] : x[i]) * inverse);
+    int32_t sum = 0;
+    for (i = 0; i < n; i++) sum += q[i] = (int8_t)tern__round((gain ? x[i] * gain[i] : x[i]) * inverse);
+    return sum;
 }
 
 static const tern__kernels tern__kernels_scalar = {
@@ -2145,6 +2146,17 @@ static inline __attribute__((always_inline)) void tern__dot_groups(const tern__d
 #define TERN__UNROLL _Pragma("GCC unroll 64")
 #endif
 
+/* n < 16 bytes without a call, before which a loop would have to put its registers away. */
+static inline __attribute__((always_inline)) void tern__copy_tail(void *to, const void *from, int64_t n)
+{
+    uint8_t *t = (uint8_t *)to;
+    const uint8_t *f = (const uint8_t *)from;
+    if (n & 8) { memcpy(t, f, 8); t += 8; f += 8; }
+    if (n & 4) { memcpy(t, f, 4); t += 4; f += 4; }
+    if (n & 2) { memcpy(t, f, 2); t += 2; f += 2; }
+    if (n & 1) *t = *f;
+}
+
 /* The float kernels, the same for every vector width. Tier X has TARGET, W lanes, vector types V (float)
    and I (int), the intrinsic prefix MM, and brings tern__load_X and tern__store_X (the first n lanes, the
    rest +0), tern__load_int_X, tern__store_int_X, tern__store_i8_X, and tern__f16_X and tern__i8_X, which widen. */
@@ -2213,17 +2225,24 @@ static TARGET uint32_t tern__absmax_##X(int64_t n, const float *x, const float *
         most = MM##max_epu32(most, (I)v & magnitude);                                                    \
     }                                                                                                    \
     uint32_t lane[W];                                                                                    \
-    memcpy(lane, &most, sizeof lane);                                                                    \
+    tern__store_int_##X(lane, most);                                                                     \
     for (int j = 1; j < W; j++) lane[0] = lane[j] > lane[0] ? lane[j] : lane[0];                         \
     return lane[0];                                                                                      \
 }                                                                                                        \
-static TARGET void tern__round_##X(int64_t n, const float *x, const float *gain, float inverse, int8_t *q) \
+static TARGET int32_t tern__round_##X(int64_t n, const float *x, const float *gain, float inverse, int8_t *q) \
 {                                                                                                        \
+    I sum = MM##set1_epi32(0);                                                                           \
     for (int64_t i = 0; i < n; i += W) {                                                                 \
         V v = tern__load_##X(x + i, n - i);                                                              \
         if (gain) v = v * tern__load_##X(gain + i, n - i);                                               \
-        tern__store_i8_##X(q + i, MM##cvtps_epi32(v * MM##set1_ps(inverse)), n - i);                     \
+        const I rounded = MM##cvtps_epi32(v * MM##set1_ps(inverse));                                     \
+        tern__store_i8_##X(q + i, rounded, n - i);                                                       \
+        sum = MM##add_epi32(sum, rounded);                                                               \
     }                                                                                                    \
+    int32_t lane[W];                                                                                     \
+    tern__store_int_##X(lane, sum);                                                                      \
+    for (int j = 1; j < W; j++) lane[0] += lane[j];                                                      \
+    return lane[0];                                                                                      \
 }
 
 /* The float tile: R rows of p by 2 W lanes stay in registers for all of k; the 32 lanes take 16/W passes.
@@ -2419,18 +2438,20 @@ static void tern__dot_base3_##X(const tern__dot *d) { tern__dot_groups(d, 20, te
 
 TERN__SSE41_INLINE __m128 tern__load_sse41(const float *p, int64_t n)
 {
-    float lane[4] = {0};
-    if (n >= 4) return _mm_loadu_ps(p);
-    for (int64_t i = 0; i < n; i++) lane[i] = p[i];
-    return _mm_loadu_ps(lane);
+    return n >= 4 ? _mm_loadu_ps(p) : _mm_setr_ps(n > 0 ? p[0] : 0.0f, n > 1 ? p[1] : 0.0f, n > 2 ? p[2] : 0.0f, 0.0f);
 }
-TERN__SSE41_INLINE void tern__store_sse41(float *p, __m128 v, int64_t n) { memcpy(p, &v, n < 4 ? sizeof(float) * (size_t)n : sizeof v); }
+TERN__SSE41_INLINE void tern__store_sse41(float *p, __m128 v, int64_t n)
+{
+    if (n >= 4) _mm_storeu_ps(p, v);
+    else tern__copy_tail(p, &v, 4 * n);
+}
 TERN__SSE41_INLINE __m128i tern__load_int_sse41(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
 TERN__SSE41_INLINE void tern__store_int_sse41(void *p, __m128i v) { _mm_storeu_si128((__m128i *)p, v); }
 TERN__SSE41_INLINE void tern__store_i8_sse41(int8_t *q, __m128i v, int64_t n)
 {
     const __m128i words = _mm_packs_epi32(v, v), bytes = _mm_packs_epi16(words, words);
-    memcpy(q, &bytes, n < 4 ? (size_t)n : 4);
+    if (n >= 4) memcpy(q, &bytes, 4);
+    else tern__copy_tail(q, &bytes, n);
 }
 TERN__SSE41_INLINE __m128i tern__i8_sse41(const int8_t *p)
 {
@@ -2481,7 +2502,8 @@ TERN__AVX2_INLINE void tern__store_i8_avx2(int8_t *q, __m256i v, int64_t n)
 {
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     const __m128i bytes = _mm_packs_epi16(words, words);
-    memcpy(q, &bytes, n < 8 ? (size_t)n : 8);
+    if (n >= 8) _mm_storel_epi64((__m128i *)(void *)q, bytes);
+    else tern__copy_tail(q, &bytes, n);
 }
 TERN__AVX2_INLINE __m256i tern__i8_avx2(const int8_t *p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)); }
 TERN__AVX2_INLINE __m256 tern__f16_avx2(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p)); }
@@ -2528,13 +2550,14 @@ enum { TERN__TILE_AVX512 = 8 };
 #define TERN__AVX512_INLINE static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 
 TERN__AVX512_INLINE __mmask16 tern__lanes_avx512(int64_t n) { return (__mmask16)(n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0); }
-TERN__AVX512_INLINE __m512 tern__load_avx512(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(tern__lanes_avx512(n), p); }
+TERN__AVX512_INLINE __m512 tern__load_avx512(const float *p, int64_t n) { return n >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(tern__lanes_avx512(n), p); }
 TERN__AVX512_INLINE void tern__store_avx512(float *p, __m512 v, int64_t n) { _mm512_mask_storeu_ps(p, tern__lanes_avx512(n), v); }
 TERN__AVX512_INLINE __m512i tern__load_int_avx512(const void *p) { return _mm512_loadu_si512(p); }
 TERN__AVX512_INLINE void tern__store_int_avx512(void *p, __m512i v) { _mm512_storeu_si512(p, v); }
 TERN__AVX512_INLINE void tern__store_i8_avx512(int8_t *q, __m512i v, int64_t n)
 {
-    _mm_mask_storeu_epi8(q, tern__lanes_avx512(n), _mm512_cvtepi32_epi8(v));
+    if (n >= 16) _mm_storeu_si128((__m128i *)(void *)q, _mm512_cvtepi32_epi8(v));
+    else _mm_mask_storeu_epi8(q, tern__lanes_avx512(n), _mm512_cvtepi32_epi8(v));
 }
 TERN__AVX512_INLINE __m512i tern__i8_avx512(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)); }
 TERN__AVX512_INLINE __m512 tern__f16_avx512(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p)); }
