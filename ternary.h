@@ -2389,13 +2389,14 @@ static inline __attribute__((always_inline)) TARGET void tern__tile_words_##X(co
         TERN__UNROLL for (int t = 0; t < T; t++) sum[t][0] = sum[t][1] = MM##set1_epi32(-d->sum[t * d->sum_stride]); \
         for (int64_t i = 0; i < d->units; i++) {                                                         \
             const I v0 = tern__load_int_##X(d->panel + i * 64 + h), v1 = tern__load_int_##X(d->panel + i * 64 + h + 4 * W); \
-            const I even0 = v0 & low, even1 = v1 & low, odd0 = MM##srli_epi16(v0, 8), odd1 = MM##srli_epi16(v1, 8); \
-            TERN__UNROLL for (int t = 0; t < T; t++) {                                                   \
-                const I even = tern__quad_##X(x + t * 2 * TERN__I8_K + i * 4), odd = tern__quad_##X(x + (t * 2 + 1) * TERN__I8_K + i * 4); \
-                sum[t][0] = MM##add_epi32(sum[t][0], MM##madd_epi16(even0, even));                       \
-                sum[t][1] = MM##add_epi32(sum[t][1], MM##madd_epi16(even1, even));                       \
-                sum[t][0] = MM##add_epi32(sum[t][0], MM##madd_epi16(odd0, odd));                         \
-                sum[t][1] = MM##add_epi32(sum[t][1], MM##madd_epi16(odd1, odd));                         \
+            TERN__UNROLL for (int odd = 0; odd < 2; odd++) {                                             \
+                I c0 = v0 & low, c1 = v1 & low;                                                          \
+                if (odd) c0 = MM##srli_epi16(v0, 8), c1 = MM##srli_epi16(v1, 8);                         \
+                TERN__UNROLL for (int t = 0; t < T; t++) {                                               \
+                    const I pair = tern__quad_##X(x + (t * 2 + odd) * TERN__I8_K + i * 4);               \
+                    sum[t][0] = MM##add_epi32(sum[t][0], MM##madd_epi16(c0, pair));                      \
+                    sum[t][1] = MM##add_epi32(sum[t][1], MM##madd_epi16(c1, pair));                      \
+                }                                                                                        \
             }                                                                                            \
         }                                                                                                \
         TERN__UNROLL for (int t = 0; t < T; t++) {                                                       \
@@ -2411,7 +2412,8 @@ static TARGET void tern__split_words_##X(const int8_t *q, int64_t bytes, int8_t 
 {                                                                                                        \
     for (int64_t i = 0; i < bytes; i += 4 * W) {                                                         \
         I v = MM##set1_epi32(0);                                                                         \
-        memcpy(&v, q + i, bytes - i < 4 * W ? (size_t)(bytes - i) : sizeof v);                           \
+        if (bytes - i >= 4 * W) v = tern__load_int_##X(q + i);                                           \
+        else memcpy(&v, q + i, (size_t)(bytes - i));                                                     \
         tern__store_int_##X(x + i, MM##srai_epi16(MM##slli_epi16(v, 8), 8));                             \
         tern__store_int_##X(x + TERN__I8_K + i, MM##srai_epi16(v, 8));                                   \
     }                                                                                                    \
@@ -3280,10 +3282,10 @@ static void tern__i8_pack_b(const tern_dense_i8_args *a, int64_t n0, int64_t k0,
 {
     const int8_t *from = a->b + n0 * a->b_col + k0 * a->b_row;
     int64_t n, at;
-    for (n = 0; n < tern__min(TERN__I8_N, a->n - n0); n += TERN__ROWS, to += TERN__I8_K * TERN__ROWS)
-        for (at = 0; at < len; at += 64)
+    for (at = 0; at < len; at += 64) /* a line of b holds bytes of four panels */
+        for (n = 0; n < tern__min(TERN__I8_N, a->n - n0); n += TERN__ROWS)
             tern__i8_quads(from + n * a->b_col + at * a->b_row, a->b_row, a->b_col, tern__min(64, len - at),
-                           tern__min(TERN__ROWS, a->n - n0 - n), 0x80, to + at * TERN__ROWS);
+                           tern__min(TERN__ROWS, a->n - n0 - n), 0x80, to + n * TERN__I8_K + at * TERN__ROWS);
 }
 
 /* Panels that reach beyond the last column go by way of a buffer. */
