@@ -103,7 +103,7 @@ ERRORS
 
 NUMERICS AND DETERMINISM
 
-    int8 dot products are exact in int32 (inputs per row <= 262144). Float sums follow one rule: up to 1024
+    int8 dot products are exact in int32 (inputs per row <= 262144; tern_dense_i8: <= 131071). Float sums follow one rule: up to 1024
     terms in 64 lanes, then pairwise; more in blocks of 1024. Float dot products run in order, in segments of
     2048. No contraction, no libm; exp, log, tanh, sine and cosine are the library's own polynomials.
     So the forward pass gives the same bits from every tier, compiler and architecture. Gradients are fused
@@ -386,6 +386,16 @@ typedef struct tern_dense_args {
     int32_t add, fused;
 } tern_dense_args;
 
+/* c [m, n] int32 = a [m, k] * b [k, n] int8, -128 included, with any strides of a and b in elements. Exact:
+   k <= 131071, so that |sum| <= 2^14 k < 2^31. add: adds into c, modulo 2^32. */
+typedef struct tern_dense_i8_args {
+    int64_t m, n, k;
+    const int8_t *a; int64_t a_row, a_col;
+    const int8_t *b; int64_t b_row, b_col;
+    int32_t *c; int64_t c_row;
+    int32_t add;
+} tern_dense_i8_args;
+
 /* y [n, cols] = rows ids[i] of a packed matrix, or of w [rows, cols] when m.trits is NULL.
    An id out of range is a data fault and a zero row. */
 typedef struct tern_gather_args { tern_matrix m; const float *w; int64_t n; const int32_t *ids; float *y; } tern_gather_args;
@@ -483,8 +493,8 @@ typedef struct tern_optimize_args {
 
 #define TERN_OPS(X)                                                                    \
     X(ternarize) X(pack) X(unpack) X(quantize) X(matmul) X(matmul_dx) X(matmul_dw)     \
-    X(dense) X(gather) X(scatter) X(fill) X(cast) X(map) X(norm) X(rope) X(attention)  \
-    X(loss) X(sum) X(optimize)
+    X(dense) X(dense_i8) X(gather) X(scatter) X(fill) X(cast) X(map) X(norm) X(rope)   \
+    X(attention) X(loss) X(sum) X(optimize)
 
 #define TERN__DECLARE(op) TERN_API tern_result tern_##op(tern_context *c, const tern_##op##_args *a);
 TERN_OPS(TERN__DECLARE)
@@ -1377,6 +1387,7 @@ enum {
     TERN__LANES = 32,    /* columns of a float tile */
     TERN__TOKENS = 64,   /* tokens of one dot call */
     TERN__PANELS = 4,    /* panels of one dot call */
+    TERN__I8_K = 256,    /* inputs of one int8 dot call */
     TERN__BLOCK = 1024,  /* floats of a canonical sum */
     TERN__SEGMENT = 2048 /* terms of a float dot product that are summed in one go */
 };
@@ -1391,7 +1402,7 @@ typedef struct tern__dot {
     const int8_t *q; int64_t q_stride;          /* -127..127 */
     const int32_t *sum; int64_t sum_stride;     /* sums of a token's q, one for each group */
     int32_t panels, tokens;
-    int32_t *acc;
+    int32_t *acc;                               /* aligned to 64 */
     float *facc; int32_t add;                   /* add: to what facc holds */
     tern_type scale_type; const void *scale;    /* [panels][groups][16] */
     int64_t scale_stride;                       /* bytes from panel to panel */
@@ -1434,6 +1445,10 @@ typedef struct tern__kernels {
     float (*sum)(int32_t kind, int64_t n, const float *x);              /* canonical, n <= 1024, kind a tern_sum_kind */
     uint32_t (*absmax)(int64_t n, const float *x, const float *gain);   /* largest bits of |x gain|: NaN and Inf win */
     int32_t (*round)(int64_t n, const float *x, const float *gain, float inverse, int8_t *q); /* q = rne(x gain inverse); their sum */
+    /* The same dots with bytes in place of trits, for any number of tokens: a unit is a quad, whose byte 4r+j is code
+       0..255 of row r and input j of four; at most TERN__I8_K / 4 units; panels aligned to 64; q may be -128. Modulo
+       2^32, acc[token * acc_row + 16 panel + row] = (add ? what it was : 0) - sum + sum of code * q. */
+    void (*dot_i8)(const tern__dot *d, int64_t acc_row, int32_t add);
 } tern__kernels;
 
 /* Canonical sum of any number of floats (algorithm: blocks of 1024, then the same rule over the block
@@ -1994,6 +2009,23 @@ static void tern__dot_scalar(const tern__dot *d, tern_type encoding, int32_t inp
 static void tern__dot_2bit_scalar(const tern__dot *d) { tern__dot_scalar(d, TERN_2BIT, 16); }
 static void tern__dot_base3_scalar(const tern__dot *d) { tern__dot_scalar(d, TERN_BASE3, 20); }
 
+static void tern__dot_i8_scalar(const tern__dot *d, int64_t acc_row, int32_t add)
+{
+    int64_t p, t, u;
+    int32_t r, j;
+    for (p = 0; p < d->panels; p++)
+        for (t = 0; t < d->tokens; t++) {
+            const uint8_t *quad = d->panel + p * d->panel_stride;
+            const int8_t *q = d->q + t * d->q_stride;
+            int32_t *acc = d->acc + t * acc_row + p * TERN__ROWS, sum[TERN__ROWS] = {0}; /* |sum| <= 256 * 255 * 128 */
+            for (u = 0; u < d->units; u++, quad += TERN__UNIT, q += 4)
+                for (r = 0; r < TERN__ROWS; r++)
+                    for (j = 0; j < 4; j++) sum[r] += quad[4 * r + j] * q[j];
+            for (r = 0; r < TERN__ROWS; r++)
+                acc[r] = (int32_t)((add ? (uint32_t)acc[r] : 0) - (uint32_t)d->sum[t * d->sum_stride] + (uint32_t)sum[r]);
+        }
+}
+
 static void tern__emit_scalar(const tern__emit *e)
 {
     int32_t t, r;
@@ -2055,7 +2087,8 @@ static int32_t tern__round_scalar(int64_t n, const float *x, const float *gain, 
 
 static const tern__kernels tern__kernels_scalar = {
     tern__dot_2bit_scalar, tern__dot_base3_scalar, tern__emit_scalar,
-    tern__tile_scalar, tern__tile_scalar, tern__sum_scalar, tern__absmax_scalar, tern__round_scalar
+    tern__tile_scalar, tern__tile_scalar, tern__sum_scalar, tern__absmax_scalar, tern__round_scalar,
+    tern__dot_i8_scalar
 };
 
 /* ------------------------------------------------------------------------------------------------
@@ -2077,13 +2110,31 @@ static const tern__kernels tern__kernels_scalar = {
    the tile below knows nothing of it. 64 quads are what int16 sums can take (TERN__X86_MADDUBS). */
 enum { TERN__QUADS = 64, TERN__AHEAD = 4096 /* bytes of prefetch */ };
 
+typedef enum { TERN__FROM_ACC, TERN__FROM_SUM, TERN__FROM_BOTH } tern__start; /* acc, -sum, acc - sum */
+
 typedef struct tern__quads {
     void (*decode)(const uint8_t *panel, int64_t units, uint8_t *code);
     /* A dot as in the contract, but d->panel holds d->units quads per panel, acc and facc have their own stride
-       from panel to panel, and only the first chunk starts from -sum, the others from acc. facc: last chunks only. */
-    void (*tile)(const tern__dot *d, int64_t acc_stride, int32_t first);
+       from panel to panel (int8: from token to token, as in the contract of dot_i8), and sums start as `start` says.
+       facc: last chunks only. */
+    void (*tile)(const tern__dot *d, int64_t acc_stride, tern__start start);
     int32_t per_unit, panels, tokens; /* quads in a unit; the largest tile */
 } tern__quads;
+
+/* All tokens of `all`, whose accs are acc_row apart, in tiles of nearly equal size: small ones are slow. */
+static void tern__tile_tokens(const tern__dot *all, const tern__quads *k, int64_t acc_stride, int64_t acc_row, tern__start start)
+{
+    tern__dot d = *all;
+    int32_t tiles = (all->tokens + k->tokens - 1) / k->tokens;
+    for (int32_t left = all->tokens; tiles > 0; left -= d.tokens, tiles--) {
+        d.tokens = (left + tiles - 1) / tiles;
+        k->tile(&d, acc_stride, start);
+        d.q += d.tokens * d.q_stride;
+        d.sum += d.tokens * d.sum_stride;
+        d.acc += d.tokens * acc_row;
+        if (d.facc) d.facc += d.tokens * acc_row;
+    }
+}
 
 static void tern__dot_quads(const tern__dot *d, const tern__quads *k)
 {
@@ -2100,16 +2151,23 @@ static void tern__dot_quads(const tern__dot *d, const tern__quads *k)
             for (int32_t i = 0; i < part.panels; i++)
                 k->decode(d->panel + (p + i) * d->panel_stride + u * 64, units, code + i * part.panel_stride);
             part.units = units * k->per_unit;
-            int32_t tiles = (d->tokens + k->tokens - 1) / k->tokens; /* of nearly equal size: small ones are slow */
-            for (int32_t t = 0; t < d->tokens; t += part.tokens, tiles--) {
-                part.tokens = (d->tokens - t + tiles - 1) / tiles;
-                part.q = d->q + t * d->q_stride + u * k->per_unit * 4;
-                part.sum = d->sum + t * d->sum_stride;
-                part.acc = d->acc + ((int64_t)p * d->tokens + t) * 16;
-                part.facc = d->facc && u + units == d->units ? d->facc + ((int64_t)p * d->tokens + t) * 16 : NULL;
-                k->tile(&part, (int64_t)d->tokens * 16, u == 0);
-            }
+            part.q = d->q + u * k->per_unit * 4;
+            part.acc = d->acc + (int64_t)p * d->tokens * 16;
+            part.facc = d->facc && u + units == d->units ? d->facc + (int64_t)p * d->tokens * 16 : NULL;
+            tern__tile_tokens(&part, k, (int64_t)d->tokens * 16, 16, u == 0 ? TERN__FROM_SUM : TERN__FROM_ACC);
         }
+    }
+}
+
+/* Panels that are quads already. */
+static void tern__dot_codes(const tern__dot *d, const tern__quads *k, int64_t acc_row, int32_t add)
+{
+    tern__dot part = *d;
+    for (int32_t p = 0; p < d->panels; p += part.panels) {
+        part.panels = d->panels - p < k->panels ? d->panels - p : k->panels;
+        part.panel = d->panel + p * d->panel_stride;
+        part.acc = d->acc + p * 16;
+        tern__tile_tokens(&part, k, acc_row, acc_row, add ? TERN__FROM_BOTH : TERN__FROM_SUM);
     }
 }
 
@@ -2338,6 +2396,68 @@ static inline __attribute__((always_inline)) TARGET I tern__step_##X(I sum, I co
 }                                                                                                        \
 static inline __attribute__((always_inline)) TARGET I tern__finish_##X(I sum) { return MM##madd_epi16(sum, MM##set1_epi16(1)); }
 
+/* maddubs saturates with codes up to 255, so int8 dots take int16 pairs: inputs 0 and 2 of a quad, then 1 and 3.
+   Four tokens are split into such pairs once and then meet all panels; codes are split in registers. A pair
+   gives at most 2 * 255 * 128, so int32 holds a whole call. */
+#define TERN__X86_WORDS(X, TARGET, W, I, MM)                                                             \
+static inline __attribute__((always_inline)) TARGET void tern__tile_words_##X(const int T, const tern__dot *d, const int8_t *x, int32_t *acc, int64_t acc_row, int32_t add) \
+{                                                                                                        \
+    const I low = MM##set1_epi16(0xff);                                                                  \
+    for (int h = 0; h < 64; h += 8 * W, acc += 2 * W) {                                                  \
+        I sum[4][2];                                                                                     \
+        TERN__UNROLL for (int t = 0; t < T; t++) sum[t][0] = sum[t][1] = MM##set1_epi32(-d->sum[t * d->sum_stride]); \
+        for (int64_t i = 0; i < d->units; i++) {                                                         \
+            const I v0 = tern__load_int_##X(d->panel + i * 64 + h), v1 = tern__load_int_##X(d->panel + i * 64 + h + 4 * W); \
+            TERN__UNROLL for (int odd = 0; odd < 2; odd++) {                                             \
+                I c0 = v0 & low, c1 = v1 & low;                                                          \
+                if (odd) c0 = MM##srli_epi16(v0, 8), c1 = MM##srli_epi16(v1, 8);                         \
+                TERN__UNROLL for (int t = 0; t < T; t++) {                                               \
+                    const I pair = tern__quad_##X(x + (t * 2 + odd) * TERN__I8_K + i * 4);               \
+                    sum[t][0] = MM##add_epi32(sum[t][0], MM##madd_epi16(c0, pair));                      \
+                    sum[t][1] = MM##add_epi32(sum[t][1], MM##madd_epi16(c1, pair));                      \
+                }                                                                                        \
+            }                                                                                            \
+        }                                                                                                \
+        TERN__UNROLL for (int t = 0; t < T; t++) {                                                       \
+            int32_t *to = acc + t * acc_row;                                                             \
+            if (add) sum[t][0] = MM##add_epi32(sum[t][0], tern__load_int_##X(to));                       \
+            if (add) sum[t][1] = MM##add_epi32(sum[t][1], tern__load_int_##X(to + W));                   \
+            tern__store_int_##X(to, sum[t][0]);                                                          \
+            tern__store_int_##X(to + W, sum[t][1]);                                                      \
+        }                                                                                                \
+    }                                                                                                    \
+}                                                                                                        \
+static TARGET void tern__split_words_##X(const int8_t *q, int64_t bytes, int8_t *x)                      \
+{                                                                                                        \
+    for (int64_t i = 0; i < bytes; i += 4 * W) {                                                         \
+        I v = MM##set1_epi32(0);                                                                         \
+        if (bytes - i >= 4 * W) v = tern__load_int_##X(q + i);                                           \
+        else memcpy(&v, q + i, (size_t)(bytes - i));                                                     \
+        tern__store_int_##X(x + i, MM##srai_epi16(MM##slli_epi16(v, 8), 8));                             \
+        tern__store_int_##X(x + TERN__I8_K + i, MM##srai_epi16(v, 8));                                   \
+    }                                                                                                    \
+}                                                                                                        \
+static TARGET void tern__dot_i8_##X(const tern__dot *d, int64_t acc_row, int32_t add)                    \
+{                                                                                                        \
+    int8_t x[4 * 2 * TERN__I8_K];                                                                        \
+    tern__dot part = *d;                                                                                 \
+    for (int32_t t = 0; t < d->tokens; t += part.tokens) {                                               \
+        part.tokens = d->tokens - t < 4 ? d->tokens - t : 4;                                             \
+        part.sum = d->sum + t * d->sum_stride;                                                           \
+        for (int32_t i = 0; i < part.tokens; i++) tern__split_words_##X(d->q + (t + i) * d->q_stride, d->units * 4, x + i * 2 * TERN__I8_K); \
+        for (int32_t p = 0; p < d->panels; p++) {                                                        \
+            int32_t *acc = d->acc + t * acc_row + p * 16;                                                \
+            part.panel = d->panel + p * d->panel_stride;                                                 \
+            switch (part.tokens) {                                                                       \
+            case 1: tern__tile_words_##X(1, &part, x, acc, acc_row, add); break;                                        \
+            case 2: tern__tile_words_##X(2, &part, x, acc, acc_row, add); break;                                        \
+            case 3: tern__tile_words_##X(3, &part, x, acc, acc_row, add); break;                                        \
+            default: tern__tile_words_##X(4, &part, x, acc, acc_row, add);                                              \
+            }                                                                                            \
+        }                                                                                                \
+    }                                                                                                    \
+}
+
 /* The dots of tier X on the vectors of tier Y. The tier brings tern__step_X, which adds the products of a quad
    to a sum, and tern__finish_X, which makes int32 of it.
    One or two tokens go straight from packed 2-bit units. There the sums are kept apart by bit position: low
@@ -2382,7 +2502,7 @@ static TARGET void tern__gemv_2bit_##X(const tern__dot *d, int32_t token)       
         for (int j = 0; j < 16 / W; j++)                                                                 \
             tern__leave_##Y(d, (p * d->tokens + token) * 16 + j * W, acc[p][j], tern__scale_##Y(d, p, j * W), d->add); \
 }                                                                                                        \
-static inline __attribute__((always_inline)) TARGET void tern__tile_quads_##X(const int T, const tern__dot *d, int32_t first) \
+static inline __attribute__((always_inline)) TARGET void tern__tile_quads_##X(const int T, const tern__dot *d, int64_t acc_row, tern__start start) \
 {                                                                                                        \
     for (int h = 0; h < 64; h += 8 * W) {                                                                \
         I sum[6][2];                                                                                     \
@@ -2398,24 +2518,30 @@ static inline __attribute__((always_inline)) TARGET void tern__tile_quads_##X(co
         TERN__UNROLL for (int j = 0; j < 2; j++) {                                                       \
             const V scale = tern__scale_##Y(d, 0, h / 4 + j * W);                                        \
             TERN__UNROLL for (int t = 0; t < T; t++) {                                                   \
-                const int64_t at = t * 16 + h / 4 + j * W;                                               \
-                const I start = first ? MM##set1_epi32(-d->sum[t * d->sum_stride]) : tern__load_int_##Y(d->acc + at); \
-                tern__leave_##Y(d, at, MM##add_epi32(start, tern__finish_##X(sum[t][j])), scale, d->add);        \
+                const int64_t at = t * acc_row + h / 4 + j * W;                                          \
+                I v = tern__finish_##X(sum[t][j]);                                                       \
+                if (start != TERN__FROM_SUM) v = MM##add_epi32(v, tern__load_int_##Y(d->acc + at));      \
+                if (start != TERN__FROM_ACC) v = MM##sub_epi32(v, MM##set1_epi32(d->sum[t * d->sum_stride])); \
+                tern__leave_##Y(d, at, v, scale, d->add);                                                \
             }                                                                                            \
         }                                                                                                \
     }                                                                                                    \
 }                                                                                                        \
-static TARGET void tern__tiles_##X(const tern__dot *d, int64_t acc_stride, int32_t first)                \
+static inline __attribute__((always_inline)) TARGET void tern__tiles_of_##X(const tern__dot *d, int64_t acc_row, tern__start start)\
+{                                                                                                        \
+    switch (d->tokens) {                                                                                 \
+    case 1: tern__tile_quads_##X(1, d, acc_row, start); break;                                           \
+    case 2: tern__tile_quads_##X(2, d, acc_row, start); break;                                           \
+    case 3: tern__tile_quads_##X(3, d, acc_row, start); break;                                           \
+    case 4: tern__tile_quads_##X(4, d, acc_row, start); break;                                           \
+    case 5: tern__tile_quads_##X(5, d, acc_row, start); break;                                           \
+    default: tern__tile_quads_##X(MOST, d, acc_row, start);                                              \
+    }                                                                                                    \
+}                                                                                                        \
+static TARGET void tern__tiles_##X(const tern__dot *d, int64_t acc_stride, tern__start start)            \
 {                                                                                                        \
     (void)acc_stride; /* one panel at a time */                                                          \
-    switch (d->tokens) {                                                                                 \
-    case 1: tern__tile_quads_##X(1, d, first); break;                                                    \
-    case 2: tern__tile_quads_##X(2, d, first); break;                                                    \
-    case 3: tern__tile_quads_##X(3, d, first); break;                                                    \
-    case 4: tern__tile_quads_##X(4, d, first); break;                                                    \
-    case 5: tern__tile_quads_##X(5, d, first); break;                                                    \
-    default: tern__tile_quads_##X(MOST, d, first);                                                       \
-    }                                                                                                    \
+    tern__tiles_of_##X(d, 16, start);                                                                    \
 }                                                                                                        \
 static void tern__run_2bit_##X(const tern__dot *d)                                                       \
 {                                                                                                        \
@@ -2469,11 +2595,12 @@ TERN__X86_FLOAT(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 TERN__X86_TILE(tern__tile_sse41, TERN__SSE41, 4, __m128, _mm_, 6, 2, TERN__PLAIN_MADD)
 TERN__X86_CODES(sse41, TERN__SSE41, 4, __m128i, _mm_)
 TERN__X86_MADDUBS(sse41, TERN__SSE41, 4, __m128i, _mm_)
+TERN__X86_WORDS(sse41, TERN__SSE41, 4, __m128i, _mm_)
 TERN__X86_DOT(sse41, sse41, TERN__SSE41, 4, __m128, __m128i, _mm_, 4)
 
 static const tern__kernels tern__kernels_sse41 = {
     tern__dot_2bit_sse41, tern__dot_base3_sse41, tern__emit_sse41, tern__tile_sse41, tern__tile_sse41,
-    tern__sum_sse41, tern__absmax_sse41, tern__round_sse41
+    tern__sum_sse41, tern__absmax_sse41, tern__round_sse41, tern__dot_i8_sse41
 };
 #endif /* TERN__WITH_SSE41 */
 
@@ -2516,11 +2643,12 @@ TERN__X86_CODES(avx2, TERN__AVX2, 8, __m256i, _mm256_)
 
 #ifdef TERN__WITH_AVX2
 TERN__X86_MADDUBS(avx2, TERN__AVX2, 8, __m256i, _mm256_)
+TERN__X86_WORDS(avx2, TERN__AVX2, 8, __m256i, _mm256_)
 TERN__X86_DOT(avx2, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 4)
 
 static const tern__kernels tern__kernels_avx2 = {
     tern__dot_2bit_avx2, tern__dot_base3_avx2, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
-    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2
+    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx2
 };
 #endif /* TERN__WITH_AVX2 */
 
@@ -2536,10 +2664,16 @@ TERN__AVX2_INLINE __m256i tern__step_avx_vnni(__m256i sum, __m256i code, __m256i
 TERN__AVX2_INLINE __m256i tern__finish_avx_vnni(__m256i sum) { return sum; }
 
 TERN__X86_DOT(avx_vnni, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 6)
+static TERN__AVX2 void tern__tiles_i8_avx_vnni(const tern__dot *d, int64_t acc_row, tern__start start) { tern__tiles_of_avx_vnni(d, acc_row, start); }
+static void tern__dot_i8_avx_vnni(const tern__dot *d, int64_t acc_row, int32_t add)
+{
+    static const tern__quads quads = {NULL, tern__tiles_i8_avx_vnni, 1, 1, 6};
+    tern__dot_codes(d, &quads, acc_row, add);
+}
 
 static const tern__kernels tern__kernels_avx_vnni = {
     tern__dot_2bit_avx_vnni, tern__dot_base3_avx_vnni, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
-    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2
+    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx_vnni
 };
 #endif /* TERN__WITH_AVX_VNNI */
 
@@ -2566,7 +2700,7 @@ TERN__X86_TILE(tern__tile_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4, TERN
 TERN__X86_TILE(tern__tile_fused_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4, _mm512_fmadd_ps)
 TERN__X86_CODES(avx512, TERN__AVX512, 16, __m512i, _mm512_)
 
-/* acc += dot of four codes and four activations in each lane, at most 4 * 255 * 127, wrapping. As asm,
+/* acc += dot of four codes and four activations in each lane, at most 4 * 255 * 128, wrapping. As asm,
    because gcc 12 copies the accumulator of the intrinsic around and so spills large tiles. */
 TERN__AVX512_INLINE __m512i tern__dp_avx512(__m512i acc, __m512i code, __m512i x)
 {
@@ -2639,12 +2773,14 @@ TERN__AVX512_INLINE void tern__direct_avx512(const int base3, const int P, const
 }
 
 /* P panels with T tokens: P + T loads feed P * T products. */
-TERN__AVX512_INLINE void tern__tile_quads_avx512(const int P, const int T, const tern__dot *d, int64_t acc_stride, int32_t first)
+TERN__AVX512_INLINE void tern__tile_quads_avx512(const int P, const int T, const tern__dot *d, int64_t acc_panel, int64_t acc_row, tern__start start)
 {
     __m512i sum[2][TERN__TILE_AVX512];
     TERN__UNROLL for (int p = 0; p < P; p++)
-        TERN__UNROLL for (int t = 0; t < T; t++)
-            sum[p][t] = first ? _mm512_set1_epi32(-d->sum[t * d->sum_stride]) : _mm512_load_si512(d->acc + p * acc_stride + t * 16);
+        TERN__UNROLL for (int t = 0; t < T; t++) {
+            sum[p][t] = _mm512_set1_epi32(start == TERN__FROM_ACC ? 0 : -d->sum[t * d->sum_stride]);
+            if (acc_row != 16) __builtin_prefetch(d->acc + p * acc_panel + t * acc_row, 1); /* met again only at the end */
+        }
     for (int64_t i = 0; i < d->units; i++) {
         __m512i w[2];
         TERN__UNROLL for (int p = 0; p < P; p++) w[p] = _mm512_load_si512(d->panel + p * d->panel_stride + i * 64);
@@ -2655,19 +2791,38 @@ TERN__AVX512_INLINE void tern__tile_quads_avx512(const int P, const int T, const
     }
     TERN__UNROLL for (int p = 0; p < P; p++) {
         const __m512 scale = tern__scale_avx512(d, p, 0);
-        TERN__UNROLL for (int t = 0; t < T; t++) tern__leave_avx512(d, p * acc_stride + t * 16, sum[p][t], scale, d->add);
+        TERN__UNROLL for (int t = 0; t < T; t++) {
+            const int64_t at = p * acc_panel + t * acc_row;
+            if (start != TERN__FROM_SUM) sum[p][t] = _mm512_add_epi32(sum[p][t], tern__load_int_avx512(d->acc + at));
+            tern__leave_avx512(d, at, sum[p][t], scale, d->add);
+        }
     }
 }
-static TERN__AVX512 void tern__tiles_avx512(const tern__dot *d, int64_t acc_stride, int32_t first)
+#define TERN__CASE(T) case 16 + T: tern__tile_quads_avx512(1, T, d, TERN__PANEL, TERN__ROW, start); break; \
+                      case 32 + T: tern__tile_quads_avx512(2, T, d, TERN__PANEL, TERN__ROW, start); break;
+static TERN__AVX512 void tern__tiles_avx512(const tern__dot *d, int64_t acc_stride, tern__start start)
 {
     switch (d->panels * 16 + d->tokens) {
-#define TERN__CASE(T) case 16 + T: tern__tile_quads_avx512(1, T, d, acc_stride, first); break; \
-                      case 32 + T: tern__tile_quads_avx512(2, T, d, acc_stride, first); break;
+#define TERN__PANEL acc_stride
+#define TERN__ROW 16
     TERN__CASE(4) TERN__CASE(5) TERN__CASE(6) TERN__CASE(7) TERN__CASE(8)
-#undef TERN__CASE
+#undef TERN__PANEL
+#undef TERN__ROW
     default: break;
     }
 }
+static TERN__AVX512 void tern__tiles_i8_avx512(const tern__dot *d, int64_t acc_row, tern__start start)
+{
+    switch (d->panels * 16 + d->tokens) {
+#define TERN__PANEL 16
+#define TERN__ROW acc_row
+    TERN__CASE(1) TERN__CASE(2) TERN__CASE(3) TERN__CASE(4) TERN__CASE(5) TERN__CASE(6) TERN__CASE(7) TERN__CASE(8)
+#undef TERN__PANEL
+#undef TERN__ROW
+    default: break;
+    }
+}
+#undef TERN__CASE
 
 /* Up to twelve tokens go straight from the packed units, in one or two groups of up to six (the second finds
    the panel in L1); above that the decoding of quads pays. Base 3 costs more to take apart: up to four. */
@@ -2721,10 +2876,15 @@ static TERN__AVX512 void tern__dot_base3_avx512(const tern__dot *d)
     }
 }
 #undef TERN__CASE
+static void tern__dot_i8_avx512(const tern__dot *d, int64_t acc_row, int32_t add)
+{
+    static const tern__quads quads = {NULL, tern__tiles_i8_avx512, 1, 2, TERN__TILE_AVX512};
+    tern__dot_codes(d, &quads, acc_row, add);
+}
 
 static const tern__kernels tern__kernels_avx512_vnni = {
     tern__dot_2bit_avx512, tern__dot_base3_avx512, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
-    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512
+    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512
 };
 #endif /* TERN__WITH_AVX512_VNNI */
 
@@ -3040,6 +3200,185 @@ static tern_result tern__cpu_dense(tern_run *run, const tern_dense_args *a)
     g.add = a->add;
     g.fused = a->fused;
     tern__gemm_run(run, &g);
+    return TERN_OK;
+}
+
+/* -- int8 matrix products: c = a * b by the dots, with rows of a as tokens and columns of b as rows of panels.
+   Blocks of 256 x 256 of a and 256 x 64 of b are packed side by side, for L2 and L1; sums go straight into c -- */
+
+enum {
+    TERN__I8_MOST_K = 131071,
+    TERN__I8_M = 256, TERN__I8_N = 4 * TERN__ROWS,
+    TERN__I8_STRETCH = 16, /* so that a block of c, 256 x 1024, stays in L2 */
+    TERN__I8_EDGE = 32     /* rows at a time where columns are missing */
+};
+
+/* The small loops of packing: constant trip counts and no overlap, so that compilers vectorise at -O2. */
+static void tern__i8_interleave(const uint8_t *__restrict v, int64_t step, uint8_t flip, uint8_t *__restrict quad)
+{
+    const uint8_t *v1 = v + step, *v2 = v1 + step, *v3 = v2 + step;
+    int32_t r;
+    for (r = 0; r < TERN__ROWS; r++) {
+        quad[4 * r] = (uint8_t)(v[r] ^ flip);
+        quad[4 * r + 1] = (uint8_t)(v1[r] ^ flip);
+        quad[4 * r + 2] = (uint8_t)(v2[r] ^ flip);
+        quad[4 * r + 3] = (uint8_t)(v3[r] ^ flip);
+    }
+}
+/* Input by input of four columns that are 64 bytes apart: 4 inputs each, in 16 quads. */
+static void tern__i8_columns(const uint8_t *__restrict v, uint8_t *__restrict to)
+{
+    uint32_t in[4][16], quad[64];
+    int32_t i;
+    memcpy(in, v, sizeof in);
+    for (i = 0; i < 16; i++) {
+        quad[4 * i] = in[0][i];
+        quad[4 * i + 1] = in[1][i];
+        quad[4 * i + 2] = in[2][i];
+        quad[4 * i + 3] = in[3][i];
+    }
+    for (i = 0; i < 16; i++) memcpy(to + 64 * i, quad + 4 * i, 16);
+}
+static void tern__i8_flip64(const uint8_t *__restrict v, uint8_t flip, uint8_t *__restrict to)
+{
+    int32_t i;
+    for (i = 0; i < 64; i++) to[i] = (uint8_t)(v[i] ^ flip);
+}
+
+/* Up to 64 inputs of up to 16 columns as 16 quads; what is missing is zero. Steps from input to input and from
+   column to column. */
+static void tern__i8_quads(const int8_t *from, int64_t k_step, int64_t n_step, int64_t inputs, int64_t cols, uint8_t flip, uint8_t *to)
+{
+    const uint8_t *bytes = (const uint8_t *)from;
+    uint8_t v[64 * TERN__ROWS];
+    int64_t i, r;
+    if (k_step != 1 && n_step == 1 && inputs == 64 && cols == TERN__ROWS) {
+        for (i = 0; i < 16; i++, bytes += 4 * k_step, to += 64) tern__i8_interleave(bytes, k_step, flip, to);
+        return;
+    }
+    if (inputs < 64 || cols < TERN__ROWS) memset(v, flip, sizeof v);
+    if (k_step == 1) {
+        for (r = 0; r < cols; r++)
+            if (inputs == 64) tern__i8_flip64(bytes + r * n_step, flip, v + r * 64);
+            else for (i = 0; i < inputs; i++) v[r * 64 + i] = bytes[r * n_step + i] ^ flip;
+        for (r = 0; r < TERN__ROWS; r += 4) tern__i8_columns(v + r * 64, to + r * 4);
+    } else {
+        for (i = 0; i < inputs; i++, bytes += k_step)
+            for (r = 0; r < cols; r++) v[i * TERN__ROWS + r] = bytes[r * n_step] ^ flip;
+        for (i = 0; i < 16; i++) tern__i8_interleave(v + 64 * i, TERN__ROWS, 0, to + 64 * i);
+    }
+}
+
+static int32_t tern__i8_sum64(const int8_t *x)
+{
+    int32_t sum = 0, i;
+    for (i = 0; i < 64; i++) sum += x[i];
+    return sum;
+}
+
+/* Inputs [k0, k0 + len) of rows [m0, m0 + rows), 256 apart, and 128 times their sums, since the codes of b are
+   byte + 128. */
+static void tern__i8_pack_a(const tern_dense_i8_args *a, int64_t m0, int64_t rows, int64_t k0, int64_t len, int8_t *to, int32_t *sum)
+{
+    const int8_t *from = a->a + m0 * a->a_row + k0 * a->a_col;
+    uint8_t quads[64 * TERN__ROWS];
+    int64_t i, at, r, q;
+    for (i = 0; i < rows; i += TERN__ROWS) {
+        const int64_t n = tern__min(TERN__ROWS, rows - i);
+        for (at = 0; at < len; at += 64) {
+            const int64_t inputs = tern__min(64, len - at);
+            if (a->a_col == 1 && inputs == 64) {
+                for (r = 0; r < n; r++) memcpy(to + (i + r) * TERN__I8_K + at, from + (i + r) * a->a_row + at, 64);
+                continue;
+            }
+            tern__i8_quads(from + i * a->a_row + at * a->a_col, a->a_col, a->a_row, inputs, n, 0, quads);
+            for (r = 0; r < n; r++)
+                for (q = 0; q < 16; q++) memcpy(to + (i + r) * TERN__I8_K + at + 4 * q, quads + 64 * q + 4 * r, 4);
+        }
+    }
+    for (i = 0; i < rows; i++)
+        for (sum[i] = 0, at = 0; at < len; at += 64) sum[i] += 128 * tern__i8_sum64(to + i * TERN__I8_K + at);
+}
+
+/* The same inputs of up to 64 columns, as panels of codes. */
+static void tern__i8_pack_b(const tern_dense_i8_args *a, int64_t n0, int64_t k0, int64_t len, uint8_t *to)
+{
+    const int8_t *from = a->b + n0 * a->b_col + k0 * a->b_row;
+    int64_t n, at;
+    for (at = 0; at < len; at += 64) /* a line of b holds bytes of four panels */
+        for (n = 0; n < tern__min(TERN__I8_N, a->n - n0); n += TERN__ROWS)
+            tern__i8_quads(from + n * a->b_col + at * a->b_row, a->b_row, a->b_col, tern__min(64, len - at),
+                           tern__min(TERN__ROWS, a->n - n0 - n), 0x80, to + n * TERN__I8_K + at * TERN__ROWS);
+}
+
+/* Panels that reach beyond the last column go by way of a buffer. */
+static void tern__i8_edge(const tern__kernels *k, const tern__dot *all, int64_t c_row, int32_t add, int64_t cols)
+{
+    int32_t acc[TERN__I8_EDGE * TERN__I8_N] TERN__ALIGN64;
+    tern__dot d = *all;
+    int64_t t, i, j;
+    d.acc = acc;
+    for (t = 0; t < all->tokens; t += d.tokens) {
+        d.tokens = (int32_t)tern__min(TERN__I8_EDGE, all->tokens - t);
+        d.q = all->q + t * d.q_stride;
+        d.sum = all->sum + t * d.sum_stride;
+        k->dot_i8(&d, TERN__I8_N, 0);
+        for (i = 0; i < d.tokens; i++) {
+            int32_t *c = all->acc + (t + i) * c_row;
+            for (j = 0; j < cols; j++) c[j] = (int32_t)((add ? (uint32_t)c[j] : 0) + (uint32_t)acc[i * TERN__I8_N + j]);
+        }
+    }
+}
+
+/* Strips [s0, s1) of 64 columns of up to 256 rows. */
+static void tern__i8_block(const tern__kernels *k, const tern_dense_i8_args *a, int64_t m0, int64_t s0, int64_t s1)
+{
+    int8_t x[TERN__I8_M * TERN__I8_K] TERN__ALIGN64;
+    uint8_t code[TERN__I8_N * TERN__I8_K] TERN__ALIGN64;
+    int32_t sum[TERN__I8_M];
+    int64_t k0, s;
+    tern__dot d;
+    memset(&d, 0, sizeof d);
+    d.panel = code;
+    d.panel_stride = TERN__I8_K * TERN__ROWS;
+    d.q = x;
+    d.q_stride = TERN__I8_K;
+    d.sum = sum;
+    d.sum_stride = 1;
+    d.tokens = (int32_t)tern__min(TERN__I8_M, a->m - m0);
+    for (k0 = 0; k0 < a->k; k0 += TERN__I8_K) {
+        const int64_t len = tern__min(TERN__I8_K, a->k - k0);
+        tern__i8_pack_a(a, m0, d.tokens, k0, len, x, sum);
+        d.units = tern__ceil_div(len, 4);
+        for (s = s0; s < s1; s++) {
+            const int64_t cols = tern__min(TERN__I8_N, a->n - s * TERN__I8_N);
+            tern__i8_pack_b(a, s * TERN__I8_N, k0, len, code);
+            d.panels = (int32_t)tern__ceil_div(cols, TERN__ROWS);
+            d.acc = a->c + m0 * a->c_row + s * TERN__I8_N;
+            if (cols % TERN__ROWS == 0) k->dot_i8(&d, a->c_row, a->add || k0 > 0);
+            else tern__i8_edge(k, &d, a->c_row, a->add || k0 > 0, cols);
+        }
+    }
+}
+
+/* Items are strips, those of one block of rows after those of the other: what a block shares is packed once. */
+static void tern__i8_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_dense_i8_args *a = (const tern_dense_i8_args *)job->arg;
+    const int64_t strips = tern__ceil_div(a->n, TERN__I8_N);
+    int64_t i, run;
+    (void)bad;
+    for (i = begin; i < end; i += run) {
+        const int64_t s = i % strips;
+        run = tern__min(tern__min(strips - s, end - i), TERN__I8_STRETCH);
+        tern__i8_block(job->k, a, i / strips * TERN__I8_M, s, s + run);
+    }
+}
+
+static tern_result tern__cpu_dense_i8(tern_run *run, const tern_dense_i8_args *a)
+{
+    const int64_t items = tern__mul(tern__ceil_div(a->m, TERN__I8_M), tern__ceil_div(a->n, TERN__I8_N));
+    tern__for(run, tern__i8_body, a, items, tern__mul(tern__min(a->m, TERN__I8_M) * 4, a->k));
     return TERN_OK;
 }
 
@@ -3859,6 +4198,22 @@ static tern_result tern__check_dense(tern_run *r, const tern_dense_args *a)
     TERN__NEED("dense", b);
     TERN__MAY("dense", bias);
     TERN__NEED("dense", c);
+    return TERN_OK;
+}
+
+static tern_result tern__check_dense_i8(tern_run *r, const tern_dense_i8_args *a)
+{
+    TERN__REQUIRE(r, a->k > 0 && a->n > 0, TERN_E_SHAPE, "dense_i8: [%d x %d] * [%d x %d]; all must be positive", a->m, a->k, a->k, a->n);
+    TERN__REQUIRE(r, a->k <= TERN__I8_MOST_K, TERN_E_SHAPE, "dense_i8: k = %d exceeds %d, the limit of exact int32 sums", a->k, (int64_t)TERN__I8_MOST_K);
+    TERN__TRY(tern__check_count(r, "dense_i8", "m", a->m, tern__mul(a->k, a->n)));
+    TERN__REQUIRE(r, a->a_row >= 0 && a->a_col >= 0 && a->b_row >= 0 && a->b_col >= 0 && a->c_row >= a->n, TERN_E_SHAPE,
+                  "dense_i8: strides must not be negative, and c_row = %d at least n = %d", a->c_row, a->n);
+    TERN__TRY(tern__check_count(r, "dense_i8", "m", a->m, tern__add(a->a_row, a->c_row)));
+    TERN__TRY(tern__check_count(r, "dense_i8", "n", a->n, a->b_col));
+    TERN__TRY(tern__check_count(r, "dense_i8", "k", a->k, tern__add(a->a_col, a->b_row)));
+    TERN__TRY(tern__check_pointer(r, "dense_i8", "a", a->a, 1));
+    TERN__TRY(tern__check_pointer(r, "dense_i8", "b", a->b, 1));
+    TERN__NEED("dense_i8", c);
     return TERN_OK;
 }
 
@@ -5753,6 +6108,7 @@ TERN_API tern_result tern_model_load_file(tern_context *c, const tern_model *m, 
     X(QUANTIZE,     "quantize",        UINT64_C(0x9A307885FD034A35)) \
     X(MATMUL_INT8,  "int8 matmul",     UINT64_C(0x629F5B489F579095)) \
     X(MATMUL_FLOAT, "float matmul",    UINT64_C(0x90C5273758ED88D5)) \
+    X(DENSE_INT8,   "int8 product",    UINT64_C(0x32F78221FBC507E9)) \
     X(MAP,          "map",             UINT64_C(0x328F73821ACB0094)) \
     X(NORM,         "norm",            UINT64_C(0x25B9F39C61931E94)) \
     X(ROPE,         "rope",            UINT64_C(0x52415F1FA35AD563)) \
@@ -5823,6 +6179,22 @@ static tern_result tern__selftest_product(tern__selftest *t, tern_type encoding,
     a.x = t->x;
     TERN__TRY(tern_matmul(t->c, &a));
     return tern__selftest_hash(t, TERN__PIECE_MATMUL_FLOAT, t->y, a.n * a.m.rows);
+}
+
+/* The bytes that the last quantizer left, by themselves, twice. */
+static tern_result tern__selftest_int8(tern__selftest *t)
+{
+    tern_dense_i8_args a = TERN_ZERO;
+    a.m = 33; a.n = 65; a.k = TERN__TEST_TOKENS;
+    a.a = a.b = (const int8_t *)(t->z + 2048);
+    a.a_row = a.b_col = 1;
+    a.a_col = a.b_row = TERN__TEST_COLS;
+    a.c = (int32_t *)(void *)t->y;
+    a.c_row = a.n;
+    TERN__TRY(tern_dense_i8(t->c, &a));
+    a.add = 1;
+    TERN__TRY(tern_dense_i8(t->c, &a));
+    return tern__selftest_hash(t, TERN__PIECE_DENSE_INT8, t->y, a.m * a.c_row);
 }
 
 /* Through bf16 or f16 and back; a function of every weight. */
@@ -5903,6 +6275,7 @@ static tern_result tern__selftest_run(tern__selftest *t)
     TERN__TRY(tern__selftest_elements(t, TERN_BF16, TERN_MAP_SILU));
     TERN__TRY(tern__selftest_elements(t, TERN_F16, TERN_MAP_GELU));
     for (i = 0; i < 6; i++) TERN__TRY(tern__selftest_product(t, i & 1 ? TERN_BASE3 : TERN_2BIT, grain[i / 2]));
+    TERN__TRY(tern__selftest_int8(t));
     return tern__selftest_rows(t);
 }
 

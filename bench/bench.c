@@ -1172,6 +1172,35 @@ static void bench_backward(int64_t size, int64_t n)
     product_close(&p);
 }
 
+/* -- int8 products: dw = dy^T x of [tokens, size] matrices, and y = x w^T -- */
+
+typedef struct int8_product { tern_context *c; tern_dense_i8_args a; } int8_product;
+static void call_dense_i8(void *arg) { int8_product *p = (int8_product *)arg; must(p->c, tern_dense_i8(p->c, &p->a)); }
+
+static void bench_int8(int64_t size)
+{
+    const size_t bytes = (size_t)(size * size);
+    int8_t *a = (int8_t *)memory(bytes), *b = (int8_t *)memory(bytes);
+    const double macs = (double)(size * size * size);
+    int8_product p;
+    size_t j;
+    int i;
+    for (j = 0; j < bytes; j++) { a[j] = (int8_t)(random24() % 256 - 128); b[j] = (int8_t)(random24() % 256 - 128); }
+    memset(&p, 0, sizeof p);
+    p.a.m = p.a.n = p.a.k = p.a.c_row = size;
+    p.a.a = a; p.a.b = b; p.a.c = (int32_t *)memory(4 * bytes);
+    for (i = 0; i < setup_count; i++) {
+        p.c = setups[i].c;
+        p.a.a_row = p.a.b_col = 1; p.a.a_col = p.a.b_row = size;
+        measure(MACS, "dense i8 dy^T x", shape_text("%ldx%ldx%ld", (long)size, (long)size, (long)size), &setups[i], INT8, macs, call_dense_i8, &p);
+        p.a.a_row = p.a.b_col = size; p.a.a_col = p.a.b_row = 1;
+        measure(MACS, "dense i8 x w^T", shape_text("%ldx%ldx%ld", (long)size, (long)size, (long)size), &setups[i], INT8, macs, call_dense_i8, &p);
+    }
+    tern_free(plain, a);
+    tern_free(plain, b);
+    tern_free(plain, p.a.c);
+}
+
 /* -- attention: only the visible half of the scores counts as work -- */
 
 typedef struct attend { tern_context *c; tern_attention_args a; } attend;
@@ -1437,6 +1466,8 @@ int main(int argc, char **argv)
     title("Float products: the backward and dense layers");
     bench_backward(q ? 256 : 1024, q ? 64 : 512);
     bench_blas(q ? 64 : 512, q ? 256 : 1024, q ? 256 : 1024, 0);
+    title("Int8 products");
+    bench_int8(q ? 256 : 1024);
     title("Attention");
     bench_attention(q ? 1 : 4, q ? 64 : 256, q ? 64 : 256, 4, 64);
     bench_attention(1, 1, q ? 256 : 1024, 4, 64);

@@ -22,6 +22,7 @@ static const tern__kernels *kernels_of(tern_isa isa)
 enum { KERNELS_ACC = TERN__PANELS * TERN__TOKENS * TERN__ROWS };
 static int32_t kernels_acc[2][KERNELS_ACC] TERN__ALIGN64;
 static float kernels_facc[2][KERNELS_ACC] TERN__ALIGN64;
+static uint8_t kernels_code[4 * TERN__I8_K * TERN__ROWS] TERN__ALIGN64;
 static float kernels_b[TERN__K_BLOCK * TERN__LANES] TERN__ALIGN64, kernels_p[2][TERN__M_BLOCK * TERN__LANES] TERN__ALIGN64;
 
 /* -- dot products -- */
@@ -271,6 +272,60 @@ static void test_kernels_emit(void)
             }
 }
 
+/* -- dot products of bytes -- */
+
+/* By definition, into rows of exactly the length that is needed, `shift` int32s off alignment. */
+static void kernels_dot_i8(int64_t units, int32_t panels, int32_t tokens, int32_t add, size_t shift, int32_t extreme)
+{
+    const int64_t acc_row = panels * TERN__ROWS + (tokens % 3), size = (tokens - 1) * acc_row + panels * TERN__ROWS;
+    int32_t *start = (int32_t *)malloc(((size_t)size + shift) * 4), *want = (int32_t *)malloc((size_t)size * 4), *got = (int32_t *)malloc(((size_t)size + shift) * 4);
+    int32_t *sum = (int32_t *)malloc((size_t)tokens * 4);
+    int8_t *q = (int8_t *)malloc((size_t)(tokens * units * 4));
+    uint8_t *code = kernels_code;
+    tern__dot d;
+    tern_isa isa;
+    int64_t t, p, r, i;
+    memset(&d, 0, sizeof d);
+    for (i = 0; i < size; i++) start[i] = (int32_t)(test_random() << 8 ^ test_random());
+    for (i = 0; i < tokens; i++) sum[i] = (int32_t)test_random() - (1 << 23);
+    for (i = 0; i < tokens * units * 4; i++) q[i] = extreme ? -128 : (int8_t)((int32_t)(test_random() % 256) - 128);
+    for (i = 0; i < panels * units * 64; i++) code[i] = extreme ? 255 : (uint8_t)test_random();
+    memcpy(want, start, (size_t)size * 4);
+    for (p = 0; p < panels; p++)
+        for (t = 0; t < tokens; t++)
+            for (r = 0; r < TERN__ROWS; r++) {
+                int64_t v = (add ? start[t * acc_row + p * TERN__ROWS + r] : 0) - (int64_t)sum[t];
+                for (i = 0; i < units * 4; i++) v += code[p * units * 64 + i / 4 * 64 + r * 4 + i % 4] * q[t * units * 4 + i];
+                want[t * acc_row + p * TERN__ROWS + r] = (int32_t)(uint32_t)(uint64_t)v;
+            }
+    d.panel = code; d.panel_stride = units * 64; d.units = units;
+    d.q = q; d.q_stride = units * 4;
+    d.sum = sum; d.sum_stride = 1;
+    d.panels = panels; d.tokens = tokens;
+    d.acc = got + shift;
+    for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++) {
+        const tern__kernels *k = kernels_of(isa);
+        if (!k) continue;
+        memcpy(got + shift, start, (size_t)size * 4);
+        k->dot_i8(&d, acc_row, add);
+        CHECK(memcmp(got + shift, want, (size_t)size * 4) == 0, "%s: %d units, %d panels, %d tokens, add %d, extreme %d", test_tier_name[isa],
+              (int)units, (int)panels, (int)tokens, (int)add, (int)extreme);
+    }
+    free(start); free(want); free(got); free(sum); free(q);
+}
+
+static void test_kernels_dot_i8(void)
+{
+    const int64_t units[] = {1, 2, 3, 7, 8, 9, 33, 63, TERN__I8_K / 4};
+    const int32_t tokens[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 16, 17, 33, 255, 257};
+    int u, t, panels, variant = 0;
+    for (u = 0; u < 9; u++)
+        for (t = 0; t < 16; t++)
+            for (panels = 1; panels <= 4; panels++, variant++)
+                if (tokens[t] < 200 || u == 1) kernels_dot_i8(units[u], panels, tokens[t], variant / 2 % 2, (size_t)variant % 5, variant % 7 == 0);
+    kernels_dot_i8(TERN__I8_K / 4, 4, 13, 0, 1, 1);
+}
+
 /* -- float tiles -- */
 
 /* Elements of a, strided, in a buffer of exactly that size. */
@@ -398,13 +453,18 @@ static void test_kernels_round(void)
             float *x = test_floats(size + 1), *gain = test_floats(size + 1), *g = variant & 1 ? gain + 1 : NULL;
             int8_t *wanted = (int8_t *)malloc((size_t)size + 1), *got = (int8_t *)malloc((size_t)size + 1);
             const float inverse = variant & 2 ? 1.0f : 127.0f;
+            int32_t sum;
             int64_t i;
             for (i = 0; i <= size; i++) if (variant & 2) x[i] = (float)(i % 254 - 127) + 0.5f; /* ties */
-            tern__round_scalar(size, x + 1, g, inverse, wanted + 1);
+            sum = tern__round_scalar(size, x + 1, g, inverse, wanted + 1);
             for (i = 0; i < size; i++) CHECK(wanted[1 + i] == (int8_t)rintf((g ? x[1 + i] * g[i] : x[1 + i]) * inverse), "element %d of %d", (int)i, (int)size);
+            for (i = 0; i < size; i++) sum -= wanted[1 + i];
+            CHECK(sum == 0, "the sum of %d rounded floats is off by %d", (int)size, (int)sum);
             KERNELS_EACH_TIER(
-                k->round(size, x + 1, g, inverse, got + 1);
-                CHECK(memcmp(wanted + 1, got + 1, (size_t)size) == 0, "%s: %d floats, variant %d", tier, (int)size, variant));
+                sum = k->round(size, x + 1, g, inverse, got + 1);
+                CHECK(memcmp(wanted + 1, got + 1, (size_t)size) == 0, "%s: %d floats, variant %d", tier, (int)size, variant);
+                for (i = 0; i < size; i++) sum -= got[1 + i];
+                CHECK(sum == 0, "%s: the sum of %d rounded floats is off by %d", tier, (int)size, (int)sum));
             free(x);
             free(gain);
             free(wanted);
@@ -418,6 +478,7 @@ static void suite_kernels(void)
     RUN(test_kernels_dot_shapes);
     RUN(test_kernels_dot_extremes);
     RUN(test_kernels_groups);
+    RUN(test_kernels_dot_i8);
     RUN(test_kernels_emit);
     RUN(test_kernels_tile);
     RUN(test_kernels_tile_fused_is_close);

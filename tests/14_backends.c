@@ -406,6 +406,106 @@ static void literal_dense(tern_context *c, record *unused)
 }
 static void test_dense_literal(void) { on_each_tier(literal_dense); }
 
+/* -- int8 products: buffers end with the last element that may be touched -- */
+
+static int8_t *hold_bytes(int64_t n, int32_t extreme)
+{
+    int8_t *x = (int8_t *)hold((size_t)n);
+    int64_t i;
+    for (i = 0; i < n; i++) x[i] = extreme ? -128 : (int8_t)((int32_t)(test_random() % 256) - 128);
+    return x;
+}
+
+/* variant: transposed a, transposed b, a and b with gaps. */
+static tern_dense_i8_args dense_i8_of(int64_t m, int64_t n, int64_t k, int32_t variant, int32_t extreme)
+{
+    const int64_t gap = variant & 4 ? 3 : 1;
+    tern_dense_i8_args a = TERN_ZERO;
+    int64_t i;
+    a.m = m; a.n = n; a.k = k;
+    a.a_row = gap * (variant & 1 ? 1 : k + 1);
+    a.a_col = gap * (variant & 1 ? m + 1 : 1);
+    a.b_row = gap * (variant & 2 ? 1 : n + 1);
+    a.b_col = gap * (variant & 2 ? k + 1 : 1);
+    a.a = hold_bytes((m - 1) * a.a_row + (k - 1) * a.a_col + 1, extreme);
+    a.b = hold_bytes((k - 1) * a.b_row + (n - 1) * a.b_col + 1, extreme);
+    a.c_row = n + 3;
+    a.c = (int32_t *)hold((size_t)((m - 1) * a.c_row + n) * 4);
+    for (i = 0; i < (m - 1) * a.c_row + n; i++) a.c[i] = (int32_t)(test_random() << 8 ^ test_random());
+    return a;
+}
+
+/* The product by definition, in int64 and modulo 2^32; what lies between the rows of c stays. */
+static void dense_i8_case(tern_context *c, tern_dense_i8_args a)
+{
+    const int64_t size = (a.m - 1) * a.c_row + a.n;
+    int32_t *want = (int32_t *)memcpy(hold((size_t)size * 4), a.c, (size_t)size * 4);
+    int64_t row, col, i;
+    for (row = 0; row < a.m; row++)
+        for (col = 0; col < a.n; col++) {
+            const int8_t *x = a.a + row * a.a_row, *y = a.b + col * a.b_col;
+            int64_t sum = a.add ? want[row * a.c_row + col] : 0;
+            for (i = 0; i < a.k; i++) sum += x[i * a.a_col] * y[i * a.b_row];
+            want[row * a.c_row + col] = (int32_t)(uint32_t)(uint64_t)sum;
+        }
+    CHECK_OK(c, tern_dense_i8(c, &a));
+    CHECK(memcmp(a.c, want, (size_t)size * 4) == 0, "%s: [%d, %d] * [%d, %d], a %d %d, b %d %d, add %d", tern_backend_name(c), (int)a.m, (int)a.k,
+          (int)a.k, (int)a.n, (int)a.a_row, (int)a.a_col, (int)a.b_row, (int)a.b_col, (int)a.add);
+    release();
+}
+
+static const int64_t dense_i8_sizes[] = {1, 3, 15, 16, 17, 33, 65, 127};
+static const int64_t dense_i8_shapes[][3] = { /* around each block, and beyond: rows 256, columns 64 and 1024, inputs 64 and 256 */
+    {257, 65, 257}, {256, 64, 256}, {255, 1, 64}, {2, 1089, 5}, {7, 17, 4097}, {513, 130, 63}, {4097, 3, 2}, {1, 1, 4097}, {259, 1041, 3}
+};
+
+static void dense_i8_products(tern_context *c, record *unused)
+{
+    int32_t i, j, l, variant = 0;
+    (void)unused;
+    for (i = 0; i < 8; i++)
+        for (j = 0; j < 8; j++)
+            for (l = 0; l < 8; l++, variant += 3) {
+                tern_dense_i8_args a = dense_i8_of(dense_i8_sizes[i], dense_i8_sizes[j], dense_i8_sizes[l], variant % 8, 0);
+                a.add = variant / 8 % 2;
+                dense_i8_case(c, a);
+            }
+    for (i = 0; i < 9; i++)
+        for (variant = 0; variant < 8; variant++) {
+            tern_dense_i8_args a = dense_i8_of(dense_i8_shapes[i][0], dense_i8_shapes[i][1], dense_i8_shapes[i][2], variant, 0);
+            a.add = (variant + i) % 2;
+            dense_i8_case(c, a);
+        }
+}
+
+/* 2^14 k at the largest k; the same from a c that wraps; one row and one column for all. */
+static void dense_i8_extremes(tern_context *c, record *unused)
+{
+    int32_t variant;
+    (void)unused;
+    for (variant = 0; variant < 4; variant++) {
+        tern_dense_i8_args a = dense_i8_of(5, 18, 131071, variant, 1);
+        a.add = variant % 2;
+        dense_i8_case(c, a);
+        a = dense_i8_of(9, 35, 130, variant, variant / 2);
+        a.a_row = a.b_col = 0;
+        dense_i8_case(c, a);
+    }
+}
+
+/* On every tier with one to three threads. */
+static void dense_i8_threads(work *f)
+{
+    int isa, threads;
+    for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++)
+        for (threads = 1; threads <= 3 && test_tier((tern_isa)isa); threads++) {
+            record r = record_of(f, (tern_isa)isa, threads);
+            free(r.data);
+        }
+}
+static void test_dense_i8(void) { dense_i8_threads(dense_i8_products); }
+static void test_dense_i8_extremes(void) { dense_i8_threads(dense_i8_extremes); }
+
 /* -- rows: gather, scatter, norm, rope, loss -- */
 
 static void gathered_rows(tern_context *c, record *r)
@@ -1374,6 +1474,8 @@ static void make_good(void)
     good_matmul_dw.m = m; good_matmul_dw.n = 1; good_matmul_dw.dy = x; good_matmul_dw.q = trits; good_matmul_dw.scale = y; good_matmul_dw.dw = z; good_matmul_dw.dbias = u;
     good_dense.m = 2; good_dense.n = 3; good_dense.k = 4; good_dense.a = x; good_dense.a_row = 4; good_dense.a_col = 1;
     good_dense.b = y; good_dense.b_row = 3; good_dense.b_col = 1; good_dense.bias = z; good_dense.c = u; good_dense.c_row = 3;
+    good_dense_i8.m = 2; good_dense_i8.n = 3; good_dense_i8.k = 4; good_dense_i8.a = trits; good_dense_i8.a_row = 4; good_dense_i8.a_col = 1;
+    good_dense_i8.b = trits; good_dense_i8.b_row = 3; good_dense_i8.b_col = 1; good_dense_i8.c = ids; good_dense_i8.c_row = 3;
     good_gather.m = m; good_gather.n = 1; good_gather.ids = ids; good_gather.y = y;
     good_scatter.rows = 3; good_scatter.cols = 5; good_scatter.n = 2; good_scatter.ids = ids; good_scatter.dy = x; good_scatter.dw = y;
     good_fill.count = 10; good_fill.x = x; good_fill.deviation = 1.0f;
@@ -1448,6 +1550,13 @@ static const wrong wrongs[] = {
     WRONG(dense, b_row, TO_INT64, -1, TERN_E_SHAPE, "strides") WRONG(dense, b_col, TO_INT64, -1, TERN_E_SHAPE, "strides")
     WRONG(dense, c_row, TO_INT64, 2, TERN_E_SHAPE, "c_row = 2 at least n = 3") WRONG(dense, a_row, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
     WRONG(dense, b_row, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows") WRONG(dense, b_col, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
+    COUNTED(dense_i8, m) NEEDED_BYTES(dense_i8, a) NEEDED_BYTES(dense_i8, b) NEEDED(dense_i8, c)
+    WRONG(dense_i8, n, TO_INT64, 0, TERN_E_SHAPE, "[2 x 4] * [4 x 0]") WRONG(dense_i8, k, TO_INT64, 0, TERN_E_SHAPE, "[2 x 0]")
+    WRONG(dense_i8, k, TO_INT64, 131072, TERN_E_SHAPE, "k = 131072 exceeds 131071") WRONG(dense_i8, n, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
+    WRONG(dense_i8, a_row, TO_INT64, -1, TERN_E_SHAPE, "strides") WRONG(dense_i8, a_col, TO_INT64, -1, TERN_E_SHAPE, "strides")
+    WRONG(dense_i8, b_row, TO_INT64, -1, TERN_E_SHAPE, "strides") WRONG(dense_i8, b_col, TO_INT64, -1, TERN_E_SHAPE, "strides")
+    WRONG(dense_i8, c_row, TO_INT64, 2, TERN_E_SHAPE, "c_row = 2 at least n = 3") WRONG(dense_i8, a_row, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
+    WRONG(dense_i8, b_row, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows") WRONG(dense_i8, b_col, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
     WRONG(gather, m.trits, TO_NULL, 0, TERN_E_ARGUMENT, "w is NULL") NEEDED(gather, m.scales) MATRIX(gather) COUNTED(gather, n) NEEDED(gather, ids) NEEDED(gather, y)
     COUNTED(scatter, rows) COUNTED(scatter, cols) COUNTED(scatter, n) NEEDED(scatter, ids) NEEDED(scatter, dy) NEEDED(scatter, dw)
     COUNTED(fill, count) NEEDED(fill, x) RANGED_FLOAT(fill, deviation, -1) RANGED_FLOAT(fill, deviation, NAN) RANGED_FLOAT(fill, deviation, INFINITY)
@@ -1573,6 +1682,8 @@ static void suite_backends(void)
     RUN(test_dense);
     RUN(test_dense_fused);
     RUN(test_dense_literal);
+    RUN(test_dense_i8);
+    RUN(test_dense_i8_extremes);
     RUN(test_gather_scatter);
     RUN(test_gather_values);
     RUN(test_norm);

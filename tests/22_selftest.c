@@ -26,6 +26,7 @@ BROKEN(cast, a->dst)
 BROKEN(ternarize, a->m.scales)
 BROKEN(quantize, a->scale + 1)
 BROKEN(matmul, a->y + 5)
+BROKEN(dense_i8, a->c + 7)
 BROKEN(map, a->y + 1)
 BROKEN(norm, a->y + 100)
 BROKEN(rope, a->x + 65)
@@ -48,7 +49,7 @@ static void test_selftest_fails(void)
         tern_close(c);                                                                     \
     }
     TRY(fill, "fill") TRY(cast, "cast") TRY(ternarize, "ternarize") TRY(quantize, "quantize") TRY(matmul, "int8 matmul")
-    TRY(map, "map") TRY(norm, "norm") TRY(rope, "rope") TRY(attention, "attention") TRY(loss, "loss")
+    TRY(dense_i8, "int8 product") TRY(map, "map") TRY(norm, "norm") TRY(rope, "rope") TRY(attention, "attention") TRY(loss, "loss")
 #undef TRY
 }
 
