@@ -1389,7 +1389,9 @@ enum {
     TERN__PANELS = 4,    /* panels of one dot call */
     TERN__I8_K = 256,    /* inputs of one int8 dot call */
     TERN__BLOCK = 1024,  /* floats of a canonical sum */
-    TERN__SEGMENT = 2048 /* terms of a float dot product that are summed in one go */
+    TERN__SEGMENT = 2048, /* terms of a float dot product that are summed in one go */
+    TERN__STRIP = 512,   /* rows of a call with float activations, */
+    TERN__FEW = 12       /* and its tokens */
 };
 
 /* Exact dot products of up to 4 panels with up to 64 tokens: acc[panel][token][row] = sum of trit * q. Codes
@@ -1433,6 +1435,17 @@ typedef struct tern__emit {
     int32_t tokens, rows;
 } tern__emit;
 
+/* Float activations with up to 12 tokens: p[token][16 panel + row] = (first ? 0 : p) + sum over i in [from, from + inputs),
+   in order, of x[i - from][token] * trit, whose rounding makes no difference. Both bounds are multiples of 4: x of
+   padding is 0. After an odd number of panels the next 16 columns of p are spoiled. */
+typedef struct tern__float_dot {
+    const uint8_t *panel; int64_t panel_stride; /* where input 0 lies; bytes from panel to panel */
+    int64_t from, inputs, left;                 /* left: bytes from input 0 to the end of the panel */
+    const float *x;                             /* [inputs][tokens] */
+    float *p;                                   /* [tokens][TERN__STRIP] */
+    int32_t base3, panels, tokens, first;
+} tern__float_dot;
+
 typedef void tern__tile(int64_t m, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b, float *p, int32_t first);
 
 typedef struct tern__kernels {
@@ -1449,6 +1462,7 @@ typedef struct tern__kernels {
        0..255 of row r and input j of four; at most TERN__I8_K / 4 units; panels aligned to 64; q may be -128. Modulo
        2^32, acc[token * acc_row + 16 panel + row] = (add ? what it was : 0) - sum + sum of code * q. */
     void (*dot_i8)(const tern__dot *d, int64_t acc_row, int32_t add);
+    void (*floats)(const tern__float_dot *f);
 } tern__kernels;
 
 /* Canonical sum of any number of floats (algorithm: blocks of 1024, then the same rule over the block
@@ -2085,10 +2099,53 @@ static int32_t tern__round_scalar(int64_t n, const float *x, const float *gain, 
     return sum;
 }
 
+/* A unit as floats: the trit of input i and row r in w[i][r]. Constant trip counts, so that compilers vectorise. */
+static void tern__unit_floats(int32_t base3, const uint8_t *unit, float w[20][TERN__ROWS])
+{
+    int32_t i, j, r, code[TERN__ROWS], trit[TERN__ROWS];
+    for (j = 0; j < 4; j++) {
+        for (r = 0; r < TERN__ROWS; r++) code[r] = unit[4 * r + j];
+        for (i = j; i < (base3 ? 20 : 16); i += 4) {
+            if (base3)
+                for (r = 0; r < TERN__ROWS; r++) {
+                    const int32_t third = code[r] * 171 >> 9; /* code / 3 for bytes */
+                    trit[r] = code[r] - 3 * third - 1;
+                    code[r] = third;
+                }
+            else
+                for (r = 0; r < TERN__ROWS; r++) {
+                    trit[r] = (code[r] & 3) - 1;
+                    code[r] >>= 2;
+                }
+            for (r = 0; r < TERN__ROWS; r++) w[i][r] = (float)trit[r];
+        }
+    }
+}
+
+static void tern__floats_scalar(const tern__float_dot *f)
+{
+    const int64_t unit = f->base3 ? 20 : 16;
+    int64_t p, t, i;
+    int32_t r;
+    for (p = 0; p < f->panels; p++) {
+        float w[20][TERN__ROWS];
+        for (t = 0; t < f->tokens && f->first; t++)
+            for (r = 0; r < TERN__ROWS; r++) f->p[t * TERN__STRIP + p * TERN__ROWS + r] = 0.0f;
+        for (i = f->from; i < f->from + f->inputs; i++) {
+            if (i == f->from || i % unit == 0) tern__unit_floats(f->base3, f->panel + p * f->panel_stride + i / unit * TERN__UNIT, w);
+            for (t = 0; t < f->tokens; t++) {
+                const float x = f->x[(i - f->from) * f->tokens + t], *trit = w[i % unit];
+                float *sum = f->p + t * TERN__STRIP + p * TERN__ROWS;
+                for (r = 0; r < TERN__ROWS; r++) sum[r] = sum[r] + x * trit[r];
+            }
+        }
+    }
+}
+
 static const tern__kernels tern__kernels_scalar = {
     tern__dot_2bit_scalar, tern__dot_base3_scalar, tern__emit_scalar,
     tern__tile_scalar, tern__tile_scalar, tern__sum_scalar, tern__absmax_scalar, tern__round_scalar,
-    tern__dot_i8_scalar
+    tern__dot_i8_scalar, tern__floats_scalar
 };
 
 /* ------------------------------------------------------------------------------------------------
@@ -2108,7 +2165,7 @@ static const tern__kernels tern__kernels_scalar = {
    four quads, a base-3 unit five. From a few tokens on, a chunk of one panel is decoded into quads in L1
    once and then multiplied with all tokens: the encoding costs the same however many tokens follow, and
    the tile below knows nothing of it. 64 quads are what int16 sums can take (TERN__X86_MADDUBS). */
-enum { TERN__QUADS = 64, TERN__AHEAD = 4096 /* bytes of prefetch */ };
+enum { TERN__QUADS = 64, TERN__FLOAT_QUADS = 320, TERN__AHEAD = 4096 /* bytes of prefetch */ };
 
 typedef enum { TERN__FROM_ACC, TERN__FROM_SUM, TERN__FROM_BOTH } tern__start; /* acc, -sum, acc - sum */
 
@@ -2557,6 +2614,112 @@ static void tern__run_base3_##X(const tern__dot *d)                             
 static void tern__dot_2bit_##X(const tern__dot *d) { tern__dot_groups(d, 16, tern__run_2bit_##X); } \
 static void tern__dot_base3_##X(const tern__dot *d) { tern__dot_groups(d, 20, tern__run_base3_##X); }
 
+/* Float activations, through quads: a load at byte j of a quad has the codes of its input j in the low bits of the
+   lanes, so that one table permute makes floats of them. One token costs a permute and an FMA for each vector of
+   trits: port 5 is the limit, and decoding takes a fifth on top. Tried: shifts straight from packed 2-bit units, a
+   quarter faster with AVX2 and one token, no faster elsewhere; quads without their masks: the same. */
+typedef struct tern__float_tiles {
+    void (*decode_2bit)(const uint8_t *panel, int64_t units, uint8_t *code);
+    void (*decode_base3)(const uint8_t *panel, int64_t units, uint8_t *code);
+    void (*tile)(const tern__float_dot *f, int64_t x_stride); /* f->panel holds quads */
+    int32_t lanes, tokens; /* of a vector; of the largest tile */
+} tern__float_tiles;
+
+/* Some panels side by side. One that is too few for the tile goes in twice, and its second sums are spoil. */
+static void tern__float_panels(const tern__float_dot *f, const tern__float_tiles *k, int32_t panels)
+{
+    uint8_t buffer[(TERN__FLOAT_QUADS + 8) * 64 + 63], *code = buffer + (-(uintptr_t)buffer & 63);
+    const int64_t inputs = f->base3 ? 20 : 16, chunk = TERN__FLOAT_QUADS / 20 / panels * 80 / inputs, end = f->from + f->inputs;
+    const int64_t stride = (chunk * inputs / 4 + 1) * 64;
+    tern__float_dot part = *f;
+    part.panels = panels * 16 < 2 * k->lanes ? 2 * panels : panels;
+    part.panel_stride = part.panels == panels ? stride : 0;
+    for (int64_t at = f->from; at < end; at += part.inputs) {
+        const int64_t u = at / inputs, left = (end + inputs - 1) / inputs - u, units = left < chunk ? left : chunk;
+        const int64_t turn = (u + units) * 64 + TERN__AHEAD > f->left ? (panels - 1) * f->panel_stride : 0;
+        for (int32_t i = 0; i < panels; i++) {
+            const uint8_t *panel = f->panel + i * f->panel_stride + u * 64;
+            for (int64_t j = 0; j < units; j++) __builtin_prefetch((const void *)((uintptr_t)panel + (uintptr_t)(TERN__AHEAD + turn + j * 64)));
+            (f->base3 ? k->decode_base3 : k->decode_2bit)(panel, units, code + i * stride);
+            memset(code + i * stride + units * inputs * 16, 0, 4); /* the loads at bytes 1 to 3 reach here */
+        }
+        part.panel = code + (at - u * inputs) * 16;
+        part.inputs = (end < (u + units) * inputs ? end : (u + units) * inputs) - at;
+        int32_t tiles = (f->tokens + k->tokens - 1) / k->tokens;
+        for (int32_t t = 0; t < f->tokens; t += part.tokens, tiles--) {
+            part.tokens = (f->tokens - t + tiles - 1) / tiles;
+            part.x = f->x + (at - f->from) * f->tokens + t;
+            part.p = f->p + t * TERN__STRIP;
+            k->tile(&part, f->tokens);
+        }
+        part.first = 0;
+    }
+}
+
+/* FMA's latency asks for eight sums or more: 8 vectors of rows for one token, 4 for two, 2 for more. */
+static int32_t tern__float_vectors(int32_t rows, int32_t tokens, int32_t lanes)
+{
+    const int32_t most = tokens == 1 ? 8 : tokens == 2 ? 4 : 2;
+    return rows >= 8 * lanes && most == 8 ? 8 : rows >= 4 * lanes && most >= 4 ? 4 : 2;
+}
+
+static void tern__float_dots(const tern__float_dot *f, const tern__float_tiles *k)
+{
+    tern__float_dot part = *f;
+    for (int32_t p = 0, panels; p < f->panels; p += panels) {
+        panels = (tern__float_vectors((f->panels - p) * 16, f->tokens, k->lanes) * k->lanes + 15) / 16;
+        part.panel = f->panel + p * f->panel_stride;
+        part.p = f->p + p * 16;
+        tern__float_panels(&part, k, panels < f->panels - p ? panels : f->panels - p);
+    }
+}
+
+/* P vectors of rows by T tokens. The tier brings tern__trit_X, which makes floats of the two low bits of each lane. */
+#define TERN__FLOAT_CASE(X, P, T) case P * 16 + T: tern__float_tile_##X(P, T, f, x_stride, h); break;
+#define TERN__FLOAT_CASES_6(X)                                                                            \
+    TERN__FLOAT_CASE(X, 8, 1) TERN__FLOAT_CASE(X, 4, 1) TERN__FLOAT_CASE(X, 4, 2)                         \
+    TERN__FLOAT_CASE(X, 2, 1) TERN__FLOAT_CASE(X, 2, 2) TERN__FLOAT_CASE(X, 2, 3) TERN__FLOAT_CASE(X, 2, 4) \
+    TERN__FLOAT_CASE(X, 2, 5) TERN__FLOAT_CASE(X, 2, 6)
+#define TERN__FLOAT_CASES_12(X) TERN__FLOAT_CASES_6(X)                                                    \
+    TERN__FLOAT_CASE(X, 2, 7) TERN__FLOAT_CASE(X, 2, 8) TERN__FLOAT_CASE(X, 2, 9)                         \
+    TERN__FLOAT_CASE(X, 2, 10) TERN__FLOAT_CASE(X, 2, 11) TERN__FLOAT_CASE(X, 2, 12)
+#define TERN__X86_FLOATS(X, TARGET, W, V, MM, MADD, MOST)                                                \
+static inline __attribute__((always_inline)) TARGET void tern__float_tile_##X(const int P, const int T, const tern__float_dot *f, int64_t x_stride, int h) \
+{                                                                                                        \
+    const uint8_t *code = f->panel + h * 4;                                                              \
+    const float *x = f->x;                                                                               \
+    V sum[8][MOST];                                                                                      \
+    TERN__UNROLL for (int v = 0; v < P; v++)                                                             \
+        TERN__UNROLL for (int t = 0; t < T; t++)                                                         \
+            sum[v][t] = f->first ? MM##setzero_ps() : MM##loadu_ps(f->p + t * TERN__STRIP + h + v * W);  \
+    for (int64_t i = 0; i < f->inputs; i += 4, code += 64)                                               \
+        TERN__UNROLL for (int j = 0; j < 4; j++, x += x_stride) {                                        \
+            V w[8];                                                                                      \
+            TERN__UNROLL for (int v = 0; v < P; v++)                                                     \
+                w[v] = tern__trit_##X(tern__load_int_##X(code + v * W / 16 * f->panel_stride + v * W % 16 * 4 + j)); \
+            TERN__UNROLL for (int t = 0; t < T; t++) {                                                   \
+                const V y = MM##set1_ps(x[t]);                                                           \
+                TERN__UNROLL for (int v = 0; v < P; v++) sum[v][t] = MADD(y, w[v], sum[v][t]);           \
+            }                                                                                            \
+        }                                                                                                \
+    TERN__UNROLL for (int v = 0; v < P; v++)                                                             \
+        TERN__UNROLL for (int t = 0; t < T; t++) MM##storeu_ps(f->p + t * TERN__STRIP + h + v * W, sum[v][t]); \
+}                                                                                                        \
+static TARGET void tern__float_tiles_##X(const tern__float_dot *f, int64_t x_stride)                     \
+{                                                                                                        \
+    const int P = tern__float_vectors(f->panels * 16, f->tokens, W);                                     \
+    for (int h = 0; h < f->panels * 16; h += P * W)                                                      \
+        switch (P * 16 + f->tokens) {                                                                    \
+        TERN__FLOAT_CASES_##MOST(X)                                                                      \
+        default: break;                                                                                  \
+        }                                                                                                \
+}                                                                                                        \
+static void tern__floats_##X(const tern__float_dot *f)                                                   \
+{                                                                                                        \
+    static const tern__float_tiles tiles = {tern__decode_2bit_##X, tern__decode_base3_##X, tern__float_tiles_##X, W, MOST}; \
+    tern__float_dots(f, &tiles);                                                                         \
+}
+
 #ifdef TERN__WITH_SSE41
 /* -- SSE4.1 -- */
 #define TERN__SSE41 __attribute__((target("ssse3,sse4.1")))
@@ -2594,13 +2757,18 @@ TERN__SSE41_INLINE __m128 tern__f16_sse41(const uint16_t *p) /* a float's expone
 TERN__X86_FLOAT(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 TERN__X86_TILE(tern__tile_sse41, TERN__SSE41, 4, __m128, _mm_, 6, 2, TERN__PLAIN_MADD)
 TERN__X86_CODES(sse41, TERN__SSE41, 4, __m128i, _mm_)
+TERN__SSE41_INLINE __m128 tern__trit_sse41(__m128i code)
+{
+    return _mm_cvtepi32_ps(_mm_sub_epi32(_mm_and_si128(code, _mm_set1_epi32(3)), _mm_set1_epi32(1)));
+}
+TERN__X86_FLOATS(sse41, TERN__SSE41, 4, __m128, _mm_, TERN__PLAIN_MADD, 6)
 TERN__X86_MADDUBS(sse41, TERN__SSE41, 4, __m128i, _mm_)
 TERN__X86_WORDS(sse41, TERN__SSE41, 4, __m128i, _mm_)
 TERN__X86_DOT(sse41, sse41, TERN__SSE41, 4, __m128, __m128i, _mm_, 4)
 
 static const tern__kernels tern__kernels_sse41 = {
     tern__dot_2bit_sse41, tern__dot_base3_sse41, tern__emit_sse41, tern__tile_sse41, tern__tile_sse41,
-    tern__sum_sse41, tern__absmax_sse41, tern__round_sse41, tern__dot_i8_sse41
+    tern__sum_sse41, tern__absmax_sse41, tern__round_sse41, tern__dot_i8_sse41, tern__floats_sse41
 };
 #endif /* TERN__WITH_SSE41 */
 
@@ -2639,6 +2807,11 @@ TERN__X86_TILE(tern__tile_avx2, TERN__AVX2, 8, __m256, _mm256_, 6, 2, TERN__PLAI
 TERN__X86_TILE(tern__tile_fused_avx2, __attribute__((target("avx2,fma"))), 8, __m256, _mm256_, 6, 2, _mm256_fmadd_ps)
 
 TERN__X86_CODES(avx2, TERN__AVX2, 8, __m256i, _mm256_)
+TERN__AVX2_INLINE __m256 tern__trit_avx2(__m256i code)
+{
+    return _mm256_permutevar_ps(_mm256_setr_ps(-1, 0, 1, 0, -1, 0, 1, 0), code);
+}
+TERN__X86_FLOATS(avx2, __attribute__((target("avx2,fma,f16c"))), 8, __m256, _mm256_, _mm256_fmadd_ps, 6)
 #endif
 
 #ifdef TERN__WITH_AVX2
@@ -2648,7 +2821,7 @@ TERN__X86_DOT(avx2, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 4)
 
 static const tern__kernels tern__kernels_avx2 = {
     tern__dot_2bit_avx2, tern__dot_base3_avx2, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
-    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx2
+    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx2, tern__floats_avx2
 };
 #endif /* TERN__WITH_AVX2 */
 
@@ -2673,7 +2846,7 @@ static void tern__dot_i8_avx_vnni(const tern__dot *d, int64_t acc_row, int32_t a
 
 static const tern__kernels tern__kernels_avx_vnni = {
     tern__dot_2bit_avx_vnni, tern__dot_base3_avx_vnni, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
-    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx_vnni
+    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx_vnni, tern__floats_avx2
 };
 #endif /* TERN__WITH_AVX_VNNI */
 
@@ -2699,6 +2872,11 @@ TERN__X86_FLOAT(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
 TERN__X86_TILE(tern__tile_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4, TERN__PLAIN_MADD)
 TERN__X86_TILE(tern__tile_fused_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4, _mm512_fmadd_ps)
 TERN__X86_CODES(avx512, TERN__AVX512, 16, __m512i, _mm512_)
+TERN__AVX512_INLINE __m512 tern__trit_avx512(__m512i code)
+{
+    return _mm512_permutevar_ps(_mm512_setr4_ps(-1, 0, 1, 0), code);
+}
+TERN__X86_FLOATS(avx512, TERN__AVX512, 16, __m512, _mm512_, _mm512_fmadd_ps, 12)
 
 /* acc += dot of four codes and four activations in each lane, at most 4 * 255 * 128, wrapping. As asm,
    because gcc 12 copies the accumulator of the intrinsic around and so spills large tiles. */
@@ -2884,7 +3062,7 @@ static void tern__dot_i8_avx512(const tern__dot *d, int64_t acc_row, int32_t add
 
 static const tern__kernels tern__kernels_avx512_vnni = {
     tern__dot_2bit_avx512, tern__dot_base3_avx512, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
-    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512
+    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512
 };
 #endif /* TERN__WITH_AVX512_VNNI */
 
@@ -2955,24 +3133,112 @@ static void tern__matmul_range(const tern__kernels *k, const tern_matmul_args *a
         }
 }
 
+/* -- ternary matmul on float activations -- */
+
+enum { TERN__X_FLOATS = 6144 }; /* activations in order of use, in L1 */
+
+/* Inputs [from, from + inputs) of some tokens as [input][token], zeros behind `cols`. */
+static void tern__floats_order(const float *x, int64_t stride, int64_t cols, int64_t inputs, int32_t tokens, float *to)
+{
+    int64_t i;
+    int32_t t;
+    for (t = 0; t < tokens; t++, x += stride, to++) {
+        for (i = 0; i < cols; i++) to[i * tokens] = x[i];
+        for (; i < inputs; i++) to[i * tokens] = 0.0f;
+    }
+}
+
+/* y = (group > 0 ? y : 0) + sum * scale (+ bias) for a panel of up to 16 rows. Constant trip counts, so that
+   compilers vectorise. */
+static void tern__floats_store(const float *sum, const float *scale, const float *bias, int32_t add, int64_t rows, float *y)
+{
+    const size_t bytes = sizeof(float) * (size_t)rows;
+    float v[TERN__ROWS], other[TERN__ROWS] = {0};
+    int32_t r;
+    for (r = 0; r < TERN__ROWS; r++) v[r] = sum[r] * scale[r];
+    if (add) {
+        memcpy(other, y, bytes);
+        for (r = 0; r < TERN__ROWS; r++) v[r] = other[r] + v[r];
+    }
+    if (bias) {
+        memcpy(other, bias, bytes);
+        for (r = 0; r < TERN__ROWS; r++) v[r] = v[r] + other[r];
+    }
+    memcpy(y, v, bytes);
+}
+
+/* Up to 12 tokens from t on, and up to 32 panels from p on. Sums run in order within segments of 2048 inputs;
+   segment sums are added in order, then multiplied by their row's scale, then added over the groups. */
+static void tern__matmul_strip(const tern__kernels *k, const tern_matmul_args *a, const tern__shape *s, int64_t p, int32_t panels, int64_t t, int32_t tokens)
+{
+    const tern_matrix *m = &a->m;
+    const int64_t most = TERN__X_FLOATS / tokens & ~(int64_t)15;
+    float x[TERN__X_FLOATS] TERN__ALIGN64, part[TERN__FEW * TERN__STRIP] TERN__ALIGN64, whole[TERN__FEW * TERN__STRIP] TERN__ALIGN64;
+    int64_t g, at, len, i;
+    tern__float_dot f;
+    f.panel_stride = s->panel_bytes;
+    f.base3 = m->encoding == TERN_BASE3;
+    f.panels = panels;
+    f.tokens = tokens;
+    f.p = part;
+    for (g = 0; g < s->groups; g++) {
+        const int64_t cols = tern__group_cols(m, s, g), skipped = g * s->group_units * TERN__UNIT;
+        const float *sum = cols > TERN__SEGMENT ? whole : part;
+        f.panel = (const uint8_t *)m->trits + p * s->panel_bytes + skipped;
+        f.left = s->panel_bytes - skipped;
+        for (at = 0; at < cols; at += len) {
+            const float *from = a->x + t * m->cols + g * s->group + at;
+            const int64_t in_segment = at % TERN__SEGMENT;
+            len = tern__min(tern__min(most, TERN__SEGMENT - in_segment), cols - at);
+            f.from = at;
+            f.inputs = tern__ceil_div(len, 4) * 4;
+            f.x = tokens == 1 && len == f.inputs ? from : x;
+            f.first = in_segment == 0;
+            if (f.x == x) tern__floats_order(from, m->cols, len, f.inputs, tokens, x);
+            k->floats(&f);
+            if (sum == whole && (in_segment + len == TERN__SEGMENT || at + len == cols))
+                for (i = 0; i < tokens * TERN__STRIP; i++) whole[i] = at < TERN__SEGMENT ? part[i] : whole[i] + part[i];
+        }
+        for (i = 0; i < panels; i++) {
+            const int64_t row = (p + i) * TERN__ROWS;
+            const float *bias = a->bias && g == s->groups - 1 ? a->bias + row : NULL;
+            float buffer[TERN__ROWS];
+            const float *scale = tern__panel_scales(m, s, p + i, g, buffer);
+            int32_t j;
+            for (j = 0; j < tokens; j++)
+                tern__floats_store(sum + j * TERN__STRIP + i * TERN__ROWS, scale, bias, g > 0, tern__min(TERN__ROWS, m->rows - row), a->y + (t + j) * m->rows + row);
+        }
+    }
+}
+
+/* Tokens [t0, t1) of panels [p0, p1). One token leaves nothing to share: its strips are what a kernel reads side by side. */
+static void tern__matmul_floats(const tern__kernels *k, const tern_matmul_args *a, const tern__shape *s, int64_t p0, int64_t p1, int64_t t0, int64_t t1)
+{
+    const int64_t most = t1 - t0 == 1 ? 8 : TERN__STRIP / TERN__ROWS;
+    int64_t t, p, tiles = tern__ceil_div(t1 - t0, TERN__FEW), tokens; /* tiles of nearly equal size */
+    for (t = t0; t < t1; t += tokens, tiles--) {
+        tokens = tern__ceil_div(t1 - t, tiles);
+        for (p = p0; p < p1; p += most) tern__matmul_strip(k, a, s, p, (int32_t)tern__min(most, p1 - p), t, (int32_t)tokens);
+    }
+}
+
 typedef struct tern__matmul_work { const tern_matmul_args *a; tern__shape s; int32_t by_token; } tern__matmul_work;
 
 static void tern__matmul_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern__matmul_work *w = (const tern__matmul_work *)job->arg;
     (void)bad;
-    if (w->by_token) tern__matmul_range(job->k, w->a, &w->s, 0, w->s.panels, begin, end);
-    else tern__matmul_range(job->k, w->a, &w->s, begin, end, 0, w->a->n);
+    if (w->by_token) (w->a->q ? tern__matmul_range : tern__matmul_floats)(job->k, w->a, &w->s, 0, w->s.panels, begin, end);
+    else (w->a->q ? tern__matmul_range : tern__matmul_floats)(job->k, w->a, &w->s, begin, end, 0, w->a->n);
 }
 
 /* -- float matrix products: one blocked driver, several right operands -- */
 
 enum { TERN__M_BLOCK = 192, TERN__K_BLOCK = 160 }; /* both operands of a tile stay in L1 and L2 */
-typedef enum { TERN__B_FLOATS, TERN__B_TRITS, TERN__B_WEIGHTS, TERN__B_QUANTIZED } tern__operand;
+typedef enum { TERN__B_FLOATS, TERN__B_WEIGHTS, TERN__B_QUANTIZED } tern__operand;
 
-/* c [m, n] (+)= a [m, k] * b [k, n] (* the columns' scales) (+ bias). Right operands:
+/* c [m, n] (+)= a [m, k] * b [k, n] (+ bias). Right operands:
      FLOATS     b with strides
-     TRITS      the transpose of packed w, as trits; its scales multiply the columns, group by group
      WEIGHTS    packed w as trit * scale
      QUANTIZED  int8 activations of w's layout times their token's scale */
 typedef struct tern__gemm {
@@ -2986,48 +3252,6 @@ typedef struct tern__gemm {
     float *c; int64_t c_row;
     int32_t add, fused;
 } tern__gemm;
-
-/* Inputs [from, from + len) of a unit as floats: trit of input i and row r to b[(i - from) * 32 + r]. */
-static void tern__unit_floats(tern_type encoding, const uint8_t *unit, int64_t from, int64_t len, float *b)
-{
-    uint32_t code[TERN__ROWS];
-    int64_t i, j;
-    int32_t r, trit[TERN__ROWS];
-    for (j = 0; j < 4; j++) {
-        for (r = 0; r < TERN__ROWS; r++) code[r] = unit[4 * r + j];
-        for (i = j; i < from + len; i += 4) {
-            float *to;
-            if (encoding == TERN_BASE3)
-                for (r = 0; r < TERN__ROWS; r++) {
-                    const uint32_t third = code[r] * 171 >> 9; /* code / 3 for bytes */
-                    trit[r] = (int32_t)(code[r] - 3 * third) - 1;
-                    code[r] = third;
-                }
-            else
-                for (r = 0; r < TERN__ROWS; r++) {
-                    trit[r] = (int32_t)(code[r] & 3) - 1;
-                    code[r] >>= 2;
-                }
-            if (i < from) continue;
-            to = b + (i - from) * TERN__LANES;
-            for (r = 0; r < TERN__ROWS; r++) to[r] = (float)trit[r];
-        }
-    }
-}
-
-/* Columns [col, col + len) of one group, for rows [row, row + 32) as far as there are panels. */
-static void tern__panels_floats(const tern_matrix *m, const tern__shape *s, int64_t row, int64_t col, int64_t len, float *b)
-{
-    const int64_t g = col / s->group, first = g * s->group_units * s->unit + col - g * s->group;
-    const int64_t last = tern__min(s->panels, row / TERN__ROWS + TERN__LANES / TERN__ROWS);
-    int64_t panel, at, n;
-    for (panel = row / TERN__ROWS; panel < last; panel++, b += TERN__ROWS)
-        for (at = first; at < first + len; at += n) {
-            n = tern__min(s->unit - at % s->unit, first + len - at);
-            tern__unit_floats(m->encoding, (const uint8_t *)m->trits + panel * s->panel_bytes + at / s->unit * TERN__UNIT,
-                              at % s->unit, n, b + (at - first) * TERN__LANES);
-        }
-}
 
 /* Rows [k0, k0 + len) and columns [n0, n0 + lanes) of the right operand; the other lanes are zero. */
 static void tern__gemm_fill(const tern__gemm *g, const tern__shape *s, int64_t k0, int64_t len, int64_t n0, int64_t lanes, float *b)
@@ -3043,9 +3267,6 @@ static void tern__gemm_fill(const tern__gemm *g, const tern__shape *s, int64_t k
             else for (l = 0; l < lanes; l++) b[l] = from[l * g->b_col];
         break;
     }
-    case TERN__B_TRITS:
-        tern__panels_floats(g->w, s, n0, k0, len, b);
-        break;
     case TERN__B_WEIGHTS:
         for (j = 0; j < len; j++, b += TERN__LANES) {
             tern__unpack_range(g->w, s, k0 + j, n0, lanes, t);
@@ -3071,15 +3292,13 @@ static void tern__gemm_fill(const tern__gemm *g, const tern__shape *s, int64_t k
     }
 }
 
-/* A finished row of a block: c = sum, or c + sum, after the columns' scales. Constant trip counts, so that
-   compilers vectorise at -O2. */
-static void tern__gemm_store(const float *sum, const float *scale, int32_t add, int64_t lanes, float *c)
+/* A finished row of a block: c = sum, or c + sum. Constant trip counts, so that compilers vectorise at -O2. */
+static void tern__gemm_store(const float *sum, int32_t add, int64_t lanes, float *c)
 {
     const size_t bytes = sizeof(float) * (size_t)lanes;
     float v[TERN__LANES], old[TERN__LANES] = {0};
     int32_t l;
     memcpy(v, sum, sizeof v);
-    if (scale) for (l = 0; l < TERN__LANES; l++) v[l] = v[l] * scale[l];
     if (add) {
         memcpy(old, c, bytes);
         for (l = 0; l < TERN__LANES; l++) v[l] = old[l] + v[l];
@@ -3087,39 +3306,29 @@ static void tern__gemm_store(const float *sum, const float *scale, int32_t add, 
     memcpy(c, v, bytes);
 }
 
-/* One block of up to 192 rows by 32 columns. Sums run in order within segments of 2048 terms; segment
-   sums are added in order, then multiplied by the columns' scales, then added over the groups. */
+/* One block of up to 192 rows by 32 columns. Sums run in order within segments of 2048 terms; segment sums are
+   added in order. */
 static void tern__gemm_block(const tern__kernels *k, const tern__gemm *g, int64_t m0, int64_t n0)
 {
     float b[TERN__K_BLOCK * TERN__LANES] TERN__ALIGN64;
     float part[TERN__M_BLOCK * TERN__LANES] TERN__ALIGN64, whole[TERN__M_BLOCK * TERN__LANES] TERN__ALIGN64;
     const int64_t rows = tern__min(TERN__M_BLOCK, g->m - m0), lanes = tern__min(TERN__LANES, g->n - n0);
-    const int32_t scaled = g->operand == TERN__B_TRITS;
-    int64_t runs = 1, run, i, l, at, len;
+    const float *sum = g->k > TERN__SEGMENT ? whole : part;
+    int64_t i, l, at, len;
     tern__shape s;
     if (g->operand != TERN__B_FLOATS) s = tern__shape_of(g->w);
-    if (scaled) runs = s.groups;
-    for (run = 0; run < runs; run++) {
-        const int64_t from = scaled ? run * s.group : 0, to = scaled ? from + tern__group_cols(g->w, &s, run) : g->k;
-        const float *sum = part;
-        float scale[TERN__LANES];
-        for (at = from; at < to; at += len) {
-            const int64_t in_segment = (at - from) % TERN__SEGMENT;
-            len = tern__min(tern__min(TERN__K_BLOCK, TERN__SEGMENT - in_segment), to - at);
-            tern__gemm_fill(g, &s, at, len, n0, lanes, b);
-            (g->fused ? k->tile_fused : k->tile)(rows, len, g->a + m0 * g->a_row + at * g->a_col, g->a_row, g->a_col, b, part, in_segment == 0);
-            if (to - from > TERN__SEGMENT && (in_segment + len == TERN__SEGMENT || at + len == to)) {
-                for (i = 0; i < rows * TERN__LANES; i++) whole[i] = at - from < TERN__SEGMENT ? part[i] : whole[i] + part[i];
-                sum = whole;
-            }
-        }
-        for (l = 0; scaled && l < TERN__LANES; l++)
-            scale[l] = l < lanes ? tern__load_scale(g->w->scale_type, g->w->scales, tern__scale_index(g->w, &s, n0 + l, run)) : 0.0f;
-        for (i = 0; i < rows; i++) {
-            float *c = g->c + (m0 + i) * g->c_row + n0;
-            tern__gemm_store(sum + i * TERN__LANES, scaled ? scale : NULL, g->add || run > 0, lanes, c);
-            for (l = 0; g->bias && run == runs - 1 && l < lanes; l++) c[l] = c[l] + g->bias[n0 + l];
-        }
+    for (at = 0; at < g->k; at += len) {
+        const int64_t in_segment = at % TERN__SEGMENT;
+        len = tern__min(tern__min(TERN__K_BLOCK, TERN__SEGMENT - in_segment), g->k - at);
+        tern__gemm_fill(g, &s, at, len, n0, lanes, b);
+        (g->fused ? k->tile_fused : k->tile)(rows, len, g->a + m0 * g->a_row + at * g->a_col, g->a_row, g->a_col, b, part, in_segment == 0);
+        if (sum == whole && (in_segment + len == TERN__SEGMENT || at + len == g->k))
+            for (i = 0; i < rows * TERN__LANES; i++) whole[i] = at < TERN__SEGMENT ? part[i] : whole[i] + part[i];
+    }
+    for (i = 0; i < rows; i++) {
+        float *c = g->c + (m0 + i) * g->c_row + n0;
+        tern__gemm_store(sum + i * TERN__LANES, g->add, lanes, c);
+        for (l = 0; g->bias && l < lanes; l++) c[l] = c[l] + g->bias[n0 + l];
     }
 }
 
@@ -3172,23 +3381,14 @@ static void tern__matmul_rows_body(tern__job *job, int64_t begin, int64_t end, i
 
 static tern_result tern__cpu_matmul(tern_run *run, const tern_matmul_args *a)
 {
-    if (a->q) {
-        tern__matmul_work w;
-        w.a = a;
-        w.s = tern__shape_of(&a->m);
-        w.by_token = w.s.panels < run->parallel.workers && a->n > w.s.panels;
-        tern__for(run, tern__matmul_body, &w, w.by_token ? a->n : w.s.panels, tern__mul(w.by_token ? w.s.panels : a->n, a->m.cols));
-    } else {
-        tern__gemm g = tern__gemm_of(a->n, a->m.rows, a->m.cols, a->x, a->m.cols, 1, a->y, a->m.rows);
-        int64_t bad;
-        g.operand = TERN__B_TRITS;
-        g.w = &a->m;
-        g.bias = a->bias;
-        g.fused = 1; /* a product with a trit is exact */
-        tern__gemm_run(run, &g);
-        bad = tern__for(run, tern__matmul_rows_body, a, a->n, a->m.cols);
-        if (bad != INT64_MAX) tern__set_fault(run, "matmul: activation row %d is not finite and was taken as zero", bad);
-    }
+    int64_t bad = INT64_MAX;
+    tern__matmul_work w;
+    w.a = a;
+    w.s = tern__shape_of(&a->m);
+    w.by_token = w.s.panels < run->parallel.workers && a->n > w.s.panels;
+    tern__for(run, tern__matmul_body, &w, w.by_token ? a->n : w.s.panels, tern__mul(w.by_token ? w.s.panels : a->n, a->m.cols));
+    if (!a->q) bad = tern__for(run, tern__matmul_rows_body, a, a->n, a->m.cols);
+    if (bad != INT64_MAX) tern__set_fault(run, "matmul: activation row %d is not finite and was taken as zero", bad);
     return TERN_OK;
 }
 

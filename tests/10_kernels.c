@@ -401,6 +401,76 @@ static void test_kernels_tile_fused_is_close(void)
     free(a);
 }
 
+/* -- float activations -- */
+
+enum { KERNELS_P = TERN__FEW * TERN__STRIP };
+static float kernels_sums[2][KERNELS_P];
+
+/* By definition on the scalar tier, then tier by tier; packed units and x in buffers of exactly their size. */
+static void kernels_compare_floats(int base3, int32_t panels, int32_t tokens, int64_t from, int64_t inputs, int32_t first, size_t shift)
+{
+    const int64_t unit = base3 ? 20 : 16, units = (from + inputs + unit - 1) / unit;
+    kernels_dot packed = kernels_dot_new(base3, units, panels, 1, 1, shift, KERNELS_RANDOM);
+    float *x = test_floats(inputs * tokens), *start = test_floats(KERNELS_P);
+    tern__float_dot f;
+    int64_t t, r, i;
+    for (i = 0; i < inputs * tokens; i++) if (i % 11 == 0) x[i] *= 1e-38f;
+    memset(&f, 0, sizeof f);
+    f.panel = packed.d.panel;
+    f.panel_stride = packed.d.panel_stride;
+    f.from = from;
+    f.inputs = inputs;
+    f.left = units * TERN__UNIT;
+    f.x = x;
+    f.p = kernels_sums[0];
+    f.base3 = base3;
+    f.panels = panels;
+    f.tokens = tokens;
+    f.first = first;
+    memcpy(kernels_sums[0], start, sizeof kernels_sums[0]);
+    tern__floats_scalar(&f);
+    for (r = 0; r < TERN__STRIP; r++) {
+        int8_t trits[20];
+        for (t = 0; t < tokens; t++) {
+            float sum = start[t * TERN__STRIP + r];
+            if (first && r < panels * 16) sum = 0.0f;
+            for (i = from; r < panels * 16 && i < from + inputs; i++) {
+                tern__unpack_unit(base3 ? TERN_BASE3 : TERN_2BIT, f.panel + (r / 16 * units + i / unit) * 64, r % 16, trits);
+                sum += x[(i - from) * tokens + t] * (float)trits[i % unit];
+            }
+            CHECK(tern__bits(sum) == tern__bits(kernels_sums[0][t * TERN__STRIP + r]), "base3 %d: token %d, row %d", base3, (int)t, (int)r);
+        }
+    }
+    f.p = kernels_sums[1];
+    KERNELS_EACH_TIER(
+        int32_t wrong = 0;
+        memcpy(kernels_sums[1], start, sizeof kernels_sums[1]);
+        k->floats(&f);
+        for (i = 0; i < KERNELS_P; i++) /* the panel behind an odd number of them is spoil */
+            if (i / TERN__STRIP >= tokens || i % TERN__STRIP / 16 != panels || panels % 2 == 0)
+                wrong += tern__bits(kernels_sums[0][i]) != tern__bits(kernels_sums[1][i]);
+        CHECK(wrong == 0, "%s: base3 %d, %d panels, %d tokens, inputs %d + %d, first %d: %d", tier, base3, (int)panels, (int)tokens, (int)from, (int)inputs, (int)first, (int)wrong));
+    kernels_dot_free(&packed);
+    free(x);
+    free(start);
+}
+
+static void test_kernels_floats(void)
+{
+    const int64_t inputs[] = {4, 16, 20, 36, 160, 240, 656};
+    int32_t panels, tokens;
+    int base3, n = 0;
+    for (base3 = 0; base3 < 2; base3++)
+        for (panels = 1; panels <= 9; panels++)
+            for (tokens = 1; tokens <= TERN__FEW; tokens++, n++)
+                kernels_compare_floats(base3, panels, tokens, n % 5 * 4 * (n % 3), inputs[n % 7], n % 2, (size_t)n % 4);
+    for (base3 = 0; base3 < 2; base3++) {
+        kernels_compare_floats(base3, TERN__STRIP / 16, TERN__FEW, 0, 64, 1, 0);
+        kernels_compare_floats(base3, 8, 1, 2048, TERN__SEGMENT, 0, 1);
+        kernels_compare_floats(base3, 17, 2, 2048, 80, 1, 3);
+    }
+}
+
 /* -- rows: sums, largest value, rounding -- */
 
 static void test_kernels_sum(void)
@@ -482,6 +552,7 @@ static void suite_kernels(void)
     RUN(test_kernels_emit);
     RUN(test_kernels_tile);
     RUN(test_kernels_tile_fused_is_close);
+    RUN(test_kernels_floats);
     RUN(test_kernels_sum);
     RUN(test_kernels_absmax);
     RUN(test_kernels_round);

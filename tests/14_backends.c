@@ -240,7 +240,7 @@ static void odd_products(tern_context *c, record *r)
 }
 static void test_odd_products(void) { same_everywhere(odd_products, UINT64_C(0x0BCEA5BE78D0B643)); }
 
-/* Beyond every block: 64 tokens and 4 panels of a dot call, 192 rows and 2048 terms of a float tile. */
+/* Beyond every block: 64 tokens and 4 panels of a dot call, 12 tokens and 2048 inputs of one with floats. */
 static void large_products(tern_context *c, record *r)
 {
     static const int32_t wide[] = {TERN_PER_TENSOR, TERN_PER_ROW, 700, 2100};
