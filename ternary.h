@@ -491,10 +491,17 @@ typedef struct tern_optimize_args {
     uint64_t seed; uint32_t step, stream; /* step counts from 1 */
 } tern_optimize_args;
 
+/* A whole layer on int8 activations, tokens quantized while they are in cache: quantize, whose m has trits and
+   scales here, then matmul into y [n, rows]. */
+typedef struct tern_linear_args { tern_quantize_args quantize; const float *bias; float *y; } tern_linear_args;
+
 #define TERN_OPS(X)                                                                    \
     X(ternarize) X(pack) X(unpack) X(quantize) X(matmul) X(matmul_dx) X(matmul_dw)     \
     X(dense) X(dense_i8) X(gather) X(scatter) X(fill) X(cast) X(map) X(norm) X(rope)   \
     X(attention) X(loss) X(sum) X(optimize)
+
+/* Operations that a backend may leave out: layers then compose others, with the same bits. */
+#define TERN_FUSED(X) X(linear)
 
 #define TERN__DECLARE(op) TERN_API tern_result tern_##op(tern_context *c, const tern_##op##_args *a);
 TERN_OPS(TERN__DECLARE)
@@ -522,6 +529,7 @@ struct tern_backend {
     tern_result (*sync)(tern_run *r);
 #define TERN__ENTRY(op) tern_result (*op)(tern_run *r, const tern_##op##_args *a);
     TERN_OPS(TERN__ENTRY)
+    TERN_FUSED(TERN__ENTRY)
 #undef TERN__ENTRY
 };
 
@@ -1932,17 +1940,16 @@ static float tern__rms(const tern__kernels *k, int64_t n, const float *x, float 
     return tern__finite(mean) ? 1.0f / tern__sqrt(mean + eps) : 0.0f;
 }
 
-static void tern__quantize_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+static void tern__quantize_tokens(const tern__kernels *k, const tern_quantize_args *a, int64_t begin, int64_t end, int64_t *bad)
 {
-    const tern_quantize_args *a = (const tern_quantize_args *)job->arg;
     const tern__shape s = tern__shape_of(&a->m);
     const int64_t stride = s.units * s.unit;
     int64_t t, g;
     for (t = begin; t < end; t++) {
         const float *x = a->x + t * a->m.cols;
         int8_t *q = a->q + t * stride;
-        const float largest = tern__float(job->k->absmax(a->m.cols, x, a->gain));
-        const float r = a->norm == TERN_NORM_RMS ? tern__rms(job->k, a->m.cols, x, a->eps) : 1.0f;
+        const float largest = tern__float(k->absmax(a->m.cols, x, a->gain));
+        const float r = a->norm == TERN_NORM_RMS ? tern__rms(k, a->m.cols, x, a->eps) : 1.0f;
         const float inverse = 127.0f / largest;
         const int32_t usable = tern__finite(largest) && r > 0.0f;
         if (!usable) *bad = tern__min(*bad, t);
@@ -1955,16 +1962,23 @@ static void tern__quantize_body(tern__job *job, int64_t begin, int64_t end, int6
         a->scale[t] = largest / 127.0f * r;
         for (g = 0; g < s.groups; g++, q += s.group_units * s.unit) {
             const int64_t n = tern__group_cols(&a->m, &s, g);
-            a->sum[t * s.groups + g] = job->k->round(n, x + g * s.group, a->gain ? a->gain + g * s.group : NULL, inverse, q);
+            a->sum[t * s.groups + g] = k->round(n, x + g * s.group, a->gain ? a->gain + g * s.group : NULL, inverse, q);
             memset(q + n, 0, (size_t)(tern__group_run(&a->m, &s, g) * s.unit - n));
         }
     }
 }
 
+static void tern__quantize_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    tern__quantize_tokens(job->k, (const tern_quantize_args *)job->arg, begin, end, bad);
+}
+
+#define TERN__BAD_ROW "quantize: activation row %d is not finite and was taken as zero"
+
 static tern_result tern__cpu_quantize(tern_run *run, const tern_quantize_args *a)
 {
-    int64_t bad = tern__for(run, tern__quantize_body, a, a->n, tern__mul(a->m.cols, 10));
-    if (bad != INT64_MAX) tern__set_fault(run, "quantize: activation row %d is not finite and was taken as zero", bad);
+    int64_t bad = tern__for(run, tern__quantize_body, a, a->n, tern__mul(a->m.cols, 3));
+    if (bad != INT64_MAX) tern__set_fault(run, TERN__BAD_ROW, bad);
     return TERN_OK;
 }
 
@@ -3222,7 +3236,7 @@ static void tern__matmul_floats(const tern__kernels *k, const tern_matmul_args *
     }
 }
 
-typedef struct tern__matmul_work { const tern_matmul_args *a; tern__shape s; int32_t by_token; } tern__matmul_work;
+typedef struct tern__matmul_work { const tern_matmul_args *a; const tern_quantize_args *quantize; tern__shape s; int32_t by_token; } tern__matmul_work;
 
 static void tern__matmul_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
@@ -3389,6 +3403,49 @@ static tern_result tern__cpu_matmul(tern_run *run, const tern_matmul_args *a)
     tern__for(run, tern__matmul_body, &w, w.by_token ? a->n : w.s.panels, tern__mul(w.by_token ? w.s.panels : a->n, a->m.cols));
     if (!a->q) bad = tern__for(run, tern__matmul_rows_body, a, a->n, a->m.cols);
     if (bad != INT64_MAX) tern__set_fault(run, "matmul: activation row %d is not finite and was taken as zero", bad);
+    return TERN_OK;
+}
+
+/* The second half of a layer. */
+static tern_matmul_args tern__linear_product(const tern_linear_args *a)
+{
+    tern_matmul_args m;
+    memset(&m, 0, sizeof m);
+    m.m = a->quantize.m;
+    m.n = a->quantize.n;
+    m.q = a->quantize.q; m.scale = a->quantize.scale; m.sum = a->quantize.sum;
+    m.bias = a->bias;
+    m.y = a->y;
+    return m;
+}
+
+/* One pass: each block of tokens is quantized and then meets all panels, while it is in cache. */
+static void tern__linear_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern__matmul_work *w = (const tern__matmul_work *)job->arg;
+    int64_t t;
+    for (t = begin; t < end; t += TERN__TOKENS) {
+        const int64_t stop = tern__min(end, t + TERN__TOKENS);
+        tern__quantize_tokens(job->k, w->quantize, t, stop, bad);
+        tern__matmul_range(job->k, w->a, &w->s, 0, w->s.panels, t, stop);
+    }
+}
+
+/* With few tokens for each worker the panels are what can be shared, and decoded once. */
+static tern_result tern__cpu_linear(tern_run *run, const tern_linear_args *a)
+{
+    const tern_matmul_args m = tern__linear_product(a);
+    tern__matmul_work w;
+    int64_t bad;
+    if (run->parallel.run && m.n < (int64_t)TERN__TOKENS / 2 * run->parallel.workers) {
+        TERN__TRY(tern__cpu_quantize(run, &a->quantize));
+        return tern__cpu_matmul(run, &m);
+    }
+    w.a = &m;
+    w.quantize = &a->quantize;
+    w.s = tern__shape_of(&m.m);
+    bad = tern__for(run, tern__linear_body, &w, m.n, tern__mul(w.s.panels, m.m.cols));
+    if (bad != INT64_MAX) tern__set_fault(run, TERN__BAD_ROW, bad);
     return TERN_OK;
 }
 
@@ -4119,7 +4176,7 @@ static tern_result tern__cpu_sync(tern_run *r) { (void)r; return TERN_OK; }
 #define TERN__TABLE(suffix, text)                                                              \
     static const tern_backend tern__backend_##suffix = {                                       \
         text, &tern__kernels_##suffix, tern__cpu_open, tern__cpu_close, tern__cpu_alloc,       \
-        tern__cpu_free, tern__cpu_copy, tern__cpu_sync, TERN_OPS(TERN__OP)                     \
+        tern__cpu_free, tern__cpu_copy, tern__cpu_sync, TERN_OPS(TERN__OP) TERN_FUSED(TERN__OP) \
     };
 TERN__TABLE(scalar, "scalar")
 #define tern__table_scalar &tern__backend_scalar
@@ -4588,6 +4645,22 @@ static tern_result tern__check_optimize(tern_run *r, const tern_optimize_args *a
     }
 TERN_OPS(TERN__PUBLIC)
 #undef TERN__PUBLIC
+
+/* For layers: the fused operation, or what it is made of. */
+static tern_result tern__run_linear(tern_context *c, const tern_linear_args *a)
+{
+    const tern_matmul_args m = tern__linear_product(a);
+    if (c->run.backend->linear) {
+        const tern__fp_mode mode = tern__fp_enter();
+        tern_result result = tern__check_quantize(&c->run, &a->quantize);
+        if (result == TERN_OK) result = tern__check_matmul(&c->run, &m);
+        if (result == TERN_OK) result = c->run.backend->linear(&c->run, a);
+        tern__fp_leave(mode);
+        return result;
+    }
+    TERN__TRY(tern_quantize(c, &a->quantize));
+    return tern_matmul(c, &m);
+}
 
 /* ------------------------------------------------------------------------------------------------
    [TERN-15] Parameters and BitLinear
@@ -5137,37 +5210,40 @@ static tern_dense_args tern__linear_dense(const tern_linear *l, int64_t n, const
 
 TERN_API tern_result tern_linear_forward(tern_context *c, const tern_linear *l, int64_t n, const float *x, float *y, void *saved)
 {
-    tern_matmul_args a;
     tern__kept kept;
+    const float *input;
     TERN__TRY(tern__need_scratch(c, l, n));
     TERN__TRY(tern__check_pointer(&c->run, l->w->name, "x", x, 4));
     TERN__TRY(tern__check_pointer(&c->run, l->w->name, "y", y, 4));
     if (saved) TERN__TRY(tern__check_pointer(&c->run, l->w->name, "saved", saved, 4));
     kept = tern__kept_at(l, n, saved ? saved : tern__take(c, tern__kept_at(l, n, NULL).bytes));
-    memset(&a, 0, sizeof a);
     if (tern__is_int8(l)) {
-        tern_quantize_args q;
-        q.m = tern_param_matrix(l->w);
-        q.n = n;
-        q.x = x;
-        q.norm = l->norm;
-        q.gain = tern__floats(l->gain, TERN_SHADOW);
-        q.eps = tern__linear_eps(l);
-        q.q = kept.q; q.scale = kept.scale; q.sum = kept.sum;
-        TERN__TRY(tern_quantize(c, &q));
-        a.q = kept.q; a.scale = kept.scale; a.sum = kept.sum;
-    } else {
-        TERN__TRY(tern__linear_input(c, l, n, x, &a.x));
-        if (l->w->rule == TERN_DENSE) {
-            tern_dense_args d = tern__linear_dense(l, n, a.x, y);
-            return tern_dense(c, &d);
-        }
+        tern_linear_args a;
+        a.quantize.m = tern_param_matrix(l->w);
+        a.quantize.n = n;
+        a.quantize.x = x;
+        a.quantize.norm = l->norm;
+        a.quantize.gain = tern__floats(l->gain, TERN_SHADOW);
+        a.quantize.eps = tern__linear_eps(l);
+        a.quantize.q = kept.q; a.quantize.scale = kept.scale; a.quantize.sum = kept.sum;
+        a.bias = tern__floats(l->bias, TERN_SHADOW);
+        a.y = y;
+        return tern__run_linear(c, &a);
     }
-    a.m = tern_param_matrix(l->w);
-    a.n = n;
-    a.bias = tern__floats(l->bias, TERN_SHADOW);
-    a.y = y;
-    return tern_matmul(c, &a);
+    TERN__TRY(tern__linear_input(c, l, n, x, &input));
+    if (l->w->rule == TERN_DENSE) {
+        tern_dense_args a = tern__linear_dense(l, n, input, y);
+        return tern_dense(c, &a);
+    } else {
+        tern_matmul_args a;
+        memset(&a, 0, sizeof a);
+        a.m = tern_param_matrix(l->w);
+        a.n = n;
+        a.x = input;
+        a.bias = tern__floats(l->bias, TERN_SHADOW);
+        a.y = y;
+        return tern_matmul(c, &a);
+    }
 }
 
 #ifndef TERNARY_NO_TRAINING

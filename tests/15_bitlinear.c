@@ -506,6 +506,43 @@ static void linear_forwards(tern_context *c, record *r)
         release();
     }
 }
+/* The fused operation, a backend without it, and the operations it stands for; one token in the middle is NaN. */
+static void linear_fusions(tern_context *c, record *r)
+{
+    const int64_t tokens[] = {1, 2, 31, 32, 63, 64, 65, 97, 130, 200};
+    const tern_backend *whole = c->run.backend;
+    tern_backend lacking = *whole;
+    int i;
+    lacking.linear = NULL;
+    for (i = 0; i < 10; i++) {
+        const int64_t n = tokens[i], rows = i & 1 ? 33 : 5, cols = 70;
+        const size_t bytes = (size_t)(n * rows) * 4;
+        float *y = hold_output(n * rows), *other = hold_output(n * rows), *x = hold_floats(n * cols);
+        char text[2][sizeof c->run.fault.text];
+        layer o;
+        layer_open(c, &o, rows, cols, i & 2 ? 20 : TERN_PER_ROW, i & (WITH_NORM | WITH_BIAS), n);
+        x[n / 2 * cols + 3] = NAN;
+        CHECK_OK(c, tern_linear_forward(c, &o.l, n, x, y, NULL));
+        CHECK_FAILS(c, tern_sync(c), TERN_E_DATA, "not finite");
+        memcpy(text[0], tern_last_error(c)->text, sizeof text[0]);
+        c->run.backend = &lacking;
+        CHECK_OK(c, tern_linear_forward(c, &o.l, n, x, other, NULL));
+        CHECK_FAILS(c, tern_sync(c), TERN_E_DATA, "not finite");
+        memcpy(text[1], tern_last_error(c)->text, sizeof text[1]);
+        c->run.backend = whole;
+        CHECK(memcmp(y, other, bytes) == 0, "%d tokens: without the fused operation the layer differs", (int)n);
+        CHECK(strcmp(text[0], text[1]) == 0, "%d tokens: \"%s\" and \"%s\"", (int)n, text[0], text[1]);
+        memset(other, 0, bytes);
+        composed_forward(c, &o, n, x, other);
+        CHECK_FAILS(c, tern_sync(c), TERN_E_DATA, "not finite");
+        CHECK(memcmp(y, other, bytes) == 0, "%d tokens: the layer is not its operations", (int)n);
+        record_words(r, y, n * rows);
+        layer_close(c, &o);
+        release();
+    }
+}
+static void test_linear_fused(void) { same_everywhere(linear_fusions, UINT64_C(0xFA3E568345FEBBA7)); }
+
 static void test_linear_forward(void) { same_everywhere(linear_forwards, UINT64_C(0x9584209E3A1D6F64)); }
 
 /* <dy, y> in float64 with the quantizers as identity and the packed weights fixed. */
@@ -739,6 +776,7 @@ static void suite_bitlinear(void)
     RUN(test_param_verify);
     RUN(test_model_audit);
     RUN(test_linear_forward);
+    RUN(test_linear_fused);
     RUN(test_linear_backward);
     RUN(test_linear_allocates_nothing);
     RUN(test_linear_scratch);
