@@ -2459,11 +2459,12 @@ static TARGET void tern__decode_base3_##X(const uint8_t *panel, int64_t units, u
 }
 
 /* Where there is no VNNI: maddubs multiplies bytes and adds neighbours in int16 with saturation. A quad adds
-   at most 2 * 2 * 127 to an int16, and TERN__QUADS of them 64 * 508 = 32512. */
+   at most 2 * 2 * 127 to an int16, and TERN__QUADS of them 64 * 508 = 32512. The tier brings tern__add16_X and
+   _add32_X, as asm: gcc 12 copies the accumulators of intrinsics around and so spills large tiles. */
 #define TERN__X86_MADDUBS(X, TARGET, W, I, MM)                                                           \
 static inline __attribute__((always_inline)) TARGET I tern__step_##X(I sum, I code, I x)                 \
 {                                                                                                        \
-    return MM##add_epi16(sum, MM##maddubs_epi16(code, x));                                               \
+    return tern__add16_##X(sum, MM##maddubs_epi16(code, x));                                             \
 }                                                                                                        \
 static inline __attribute__((always_inline)) TARGET I tern__finish_##X(I sum) { return MM##madd_epi16(sum, MM##set1_epi16(1)); }
 
@@ -2484,8 +2485,8 @@ static inline __attribute__((always_inline)) TARGET void tern__tile_words_##X(co
                 if (odd) c0 = MM##srli_epi16(v0, 8), c1 = MM##srli_epi16(v1, 8);                         \
                 TERN__UNROLL for (int t = 0; t < T; t++) {                                               \
                     const I pair = tern__quad_##X(x + (t * 2 + odd) * TERN__I8_K + i * 4);               \
-                    sum[t][0] = MM##add_epi32(sum[t][0], MM##madd_epi16(c0, pair));                      \
-                    sum[t][1] = MM##add_epi32(sum[t][1], MM##madd_epi16(c1, pair));                      \
+                    sum[t][0] = tern__add32_##X(sum[t][0], MM##madd_epi16(c0, pair));                    \
+                    sum[t][1] = tern__add32_##X(sum[t][1], MM##madd_epi16(c1, pair));                    \
                 }                                                                                        \
             }                                                                                            \
         }                                                                                                \
@@ -2776,6 +2777,8 @@ TERN__SSE41_INLINE __m128 tern__trit_sse41(__m128i code)
     return _mm_cvtepi32_ps(_mm_sub_epi32(_mm_and_si128(code, _mm_set1_epi32(3)), _mm_set1_epi32(1)));
 }
 TERN__X86_FLOATS(sse41, TERN__SSE41, 4, __m128, _mm_, TERN__PLAIN_MADD, 6)
+TERN__SSE41_INLINE __m128i tern__add16_sse41(__m128i sum, __m128i term) { __asm__("paddw {%1, %0|%0, %1}" : "+x"(sum) : "x"(term)); return sum; }
+TERN__SSE41_INLINE __m128i tern__add32_sse41(__m128i sum, __m128i term) { __asm__("paddd {%1, %0|%0, %1}" : "+x"(sum) : "x"(term)); return sum; }
 TERN__X86_MADDUBS(sse41, TERN__SSE41, 4, __m128i, _mm_)
 TERN__X86_WORDS(sse41, TERN__SSE41, 4, __m128i, _mm_)
 TERN__X86_DOT(sse41, sse41, TERN__SSE41, 4, __m128, __m128i, _mm_, 4)
@@ -2829,6 +2832,8 @@ TERN__X86_FLOATS(avx2, __attribute__((target("avx2,fma,f16c"))), 8, __m256, _mm2
 #endif
 
 #ifdef TERN__WITH_AVX2
+TERN__AVX2_INLINE __m256i tern__add16_avx2(__m256i sum, __m256i term) { __asm__("vpaddw {%1, %0, %0|%0, %0, %1}" : "+x"(sum) : "x"(term)); return sum; }
+TERN__AVX2_INLINE __m256i tern__add32_avx2(__m256i sum, __m256i term) { __asm__("vpaddd {%1, %0, %0|%0, %0, %1}" : "+x"(sum) : "x"(term)); return sum; }
 TERN__X86_MADDUBS(avx2, TERN__AVX2, 8, __m256i, _mm256_)
 TERN__X86_WORDS(avx2, TERN__AVX2, 8, __m256i, _mm256_)
 TERN__X86_DOT(avx2, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 4)
