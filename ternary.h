@@ -1658,10 +1658,13 @@ typedef struct tern__shape {
     int64_t groups;
     int64_t group_units;  /* units of a full group */
     int64_t units;        /* units of a row */
+    int64_t stride;       /* of int8 activations, from token to token */
     int64_t panels, panel_bytes;
     int64_t scales;       /* stored scales */
 } tern__shape;
 
+/* Activations lie an odd number of 64-byte lines apart: sixteen tokens then never share a set of a cache,
+   as they would at a multiple of 4096. */
 static tern__shape tern__shape_of(const tern_matrix *m)
 {
     tern__shape s;
@@ -1670,6 +1673,7 @@ static tern__shape tern__shape_of(const tern_matrix *m)
     s.groups = tern__ceil_div(m->cols, s.group);
     s.group_units = tern__ceil_div(s.group, s.unit);
     s.units = (s.groups - 1) * s.group_units + tern__ceil_div(m->cols - (s.groups - 1) * s.group, s.unit);
+    s.stride = (tern__ceil_div(s.units * s.unit, 64) | 1) * 64;
     s.panels = tern__ceil_div(m->rows, TERN__ROWS);
     s.panel_bytes = s.units * TERN__UNIT;
     s.scales = m->grain == TERN_PER_TENSOR ? 1 : s.panels * TERN__ROWS * s.groups;
@@ -1734,7 +1738,7 @@ TERN_API tern_result tern_activation_shape(tern_context *c, const tern_matrix *m
     TERN__REQUIRE(&c->run, m && stride && groups, TERN_E_ARGUMENT, "activation_shape: an argument is NULL");
     TERN__TRY(tern__check_matrix(&c->run, "activation_shape", m));
     s = tern__shape_of(m);
-    *stride = s.units * s.unit;
+    *stride = s.stride;
     *groups = s.groups;
     return TERN_OK;
 }
@@ -1943,11 +1947,10 @@ static float tern__rms(const tern__kernels *k, int64_t n, const float *x, float 
 static void tern__quantize_tokens(const tern__kernels *k, const tern_quantize_args *a, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern__shape s = tern__shape_of(&a->m);
-    const int64_t stride = s.units * s.unit;
     int64_t t, g;
     for (t = begin; t < end; t++) {
         const float *x = a->x + t * a->m.cols;
-        int8_t *q = a->q + t * stride;
+        int8_t *q = a->q + t * s.stride;
         const float largest = tern__float(k->absmax(a->m.cols, x, a->gain));
         const float r = a->norm == TERN_NORM_RMS ? tern__rms(k, a->m.cols, x, a->eps) : 1.0f;
         const float inverse = 127.0f / largest;
@@ -1956,7 +1959,7 @@ static void tern__quantize_tokens(const tern__kernels *k, const tern_quantize_ar
         a->scale[t] = 0.0f;
         memset(a->sum + t * s.groups, 0, sizeof(int32_t) * (size_t)s.groups);
         if (!usable || !tern__finite(inverse)) { /* or a row of zeros */
-            memset(q, 0, (size_t)stride);
+            memset(q, 0, (size_t)s.stride);
             continue;
         }
         a->scale[t] = largest / 127.0f * r;
@@ -1965,6 +1968,8 @@ static void tern__quantize_tokens(const tern__kernels *k, const tern_quantize_ar
             a->sum[t * s.groups + g] = k->round(n, x + g * s.group, a->gain ? a->gain + g * s.group : NULL, inverse, q);
             memset(q + n, 0, (size_t)(tern__group_run(&a->m, &s, g) * s.unit - n));
         }
+        q = a->q + t * s.stride;
+        memset(q + s.units * s.unit, 0, (size_t)(s.stride - s.units * s.unit));
     }
 }
 
@@ -3109,7 +3114,6 @@ static const tern__kernels tern__kernels_avx512_vnni = {
 static void tern__matmul_range(const tern__kernels *k, const tern_matmul_args *a, const tern__shape *s, int64_t p0, int64_t p1, int64_t t0, int64_t t1)
 {
     const tern_matrix *m = &a->m;
-    const int64_t stride = s->units * s->unit;
     int32_t acc[TERN__PANELS * TERN__TOKENS * TERN__ROWS] TERN__ALIGN64;
     float facc[TERN__PANELS * TERN__TOKENS * TERN__ROWS] TERN__ALIGN64, scale[TERN__ROWS], bias[TERN__ROWS];
     int64_t t, p, r;
@@ -3122,8 +3126,8 @@ static void tern__matmul_range(const tern__kernels *k, const tern_matmul_args *a
             d.units = s->group_units;
             d.last_units = tern__group_run(m, s, s->groups - 1);
             d.groups = s->groups;
-            d.q = a->q + t * stride;
-            d.q_stride = stride;
+            d.q = a->q + t * s->stride;
+            d.q_stride = s->stride;
             d.sum = a->sum + t * s->groups;
             d.sum_stride = s->groups;
             d.panels = (int32_t)tern__min(TERN__PANELS, p1 - p);
@@ -3299,10 +3303,10 @@ static void tern__gemm_fill(const tern__gemm *g, const tern__shape *s, int64_t k
         break;
     case TERN__B_QUANTIZED:
         for (l = 0; l < lanes; l = stop) {
-            const int64_t group = (n0 + l) / s->group, stride = s->units * s->unit;
-            const int8_t *q = g->q + k0 * stride + group * (s->group_units * s->unit - s->group) + n0;
+            const int64_t group = (n0 + l) / s->group;
+            const int8_t *q = g->q + k0 * s->stride + group * (s->group_units * s->unit - s->group) + n0;
             stop = tern__min(lanes, (group + 1) * s->group - n0);
-            for (j = 0; j < len; j++, q += stride) {
+            for (j = 0; j < len; j++, q += s->stride) {
                 const float scale = g->scale[k0 + j];
                 for (i = l; i < stop; i++) b[j * TERN__LANES + i] = (float)q[i] * scale;
             }
@@ -4399,7 +4403,7 @@ static tern_result tern__check_quantize(tern_run *r, const tern_quantize_args *a
     tern_matrix m = a->m;
     m.rows = 1; /* not read */
     TERN__TRY(tern__check_matrix(r, "quantize", &m));
-    TERN__TRY(tern__check_count(r, "quantize", "n", a->n, 32 * a->m.cols)); /* 32: padding of the smallest groups */
+    TERN__TRY(tern__check_count(r, "quantize", "n", a->n, tern__shape_of(&m).stride));
     TERN__NEED("quantize", x);
     TERN__MAY("quantize", gain);
     TERN__TRY(tern__check_pointer(r, "quantize", "q", a->q, 1));
@@ -4414,7 +4418,7 @@ static tern_result tern__check_matmul(tern_run *r, const tern_matmul_args *a)
 {
     TERN__TRY(tern__check_packed(r, "matmul", &a->m));
     TERN__TRY(tern__check_count(r, "matmul", "n", a->n, a->m.rows));
-    TERN__TRY(tern__check_count(r, "matmul", "n", a->n, 32 * a->m.cols));
+    TERN__TRY(tern__check_count(r, "matmul", "n", a->n, tern__shape_of(&a->m).stride));
     if (a->q) {
         TERN__NEED("matmul", scale);
         TERN__NEED("matmul", sum);
@@ -4438,7 +4442,7 @@ static tern_result tern__check_matmul_dw(tern_run *r, const tern_matmul_dw_args 
 {
     TERN__TRY(tern__check_matrix(r, "matmul_dw", &a->m));
     TERN__TRY(tern__check_count(r, "matmul_dw", "n", a->n, a->m.rows));
-    TERN__TRY(tern__check_count(r, "matmul_dw", "n", a->n, 32 * a->m.cols));
+    TERN__TRY(tern__check_count(r, "matmul_dw", "n", a->n, tern__shape_of(&a->m).stride));
     TERN__NEED("matmul_dw", dy);
     TERN__MAY("matmul_dw", dw);
     TERN__MAY("matmul_dw", dbias);
@@ -5108,7 +5112,7 @@ static tern__kept tern__kept_at(const tern_linear *l, int64_t n, void *base)
     const tern__shape s = tern__shape_of(&m);
     unsigned char *p = (unsigned char *)base;
     tern__kept k = {NULL, NULL, NULL, 0};
-    const int64_t scale = tern__scratch_piece(tern__mul(n, s.units * s.unit));
+    const int64_t scale = tern__scratch_piece(tern__mul(n, s.stride));
     const int64_t sum = tern__add(scale, tern__scratch_piece(tern__mul(n, 4)));
     if (!tern__is_int8(l)) return k;
     k.bytes = tern__add(sum, tern__scratch_piece(tern__mul(tern__mul(n, s.groups), 4)));
@@ -6389,7 +6393,7 @@ TERN_API tern_result tern_model_load_file(tern_context *c, const tern_model *m, 
     X(QUANTIZE,     "quantize",        UINT64_C(0x9A307885FD034A35)) \
     X(MATMUL_INT8,  "int8 matmul",     UINT64_C(0x629F5B489F579095)) \
     X(MATMUL_FLOAT, "float matmul",    UINT64_C(0x90C5273758ED88D5)) \
-    X(DENSE_INT8,   "int8 product",    UINT64_C(0x32F78221FBC507E9)) \
+    X(DENSE_INT8,   "int8 product",    UINT64_C(0xE66FF1A9633838DD)) \
     X(MAP,          "map",             UINT64_C(0x328F73821ACB0094)) \
     X(NORM,         "norm",            UINT64_C(0x25B9F39C61931E94)) \
     X(ROPE,         "rope",            UINT64_C(0x52415F1FA35AD563)) \

@@ -238,7 +238,7 @@ static void test_activations_bad_arguments(void)
 {
     test_context t = test_open(TERN_ISA_BEST, 1);
     float x[40] = {0}, scale[2];
-    int8_t q[64];
+    int8_t q[128];
     int32_t sum[2];
     tern_quantize_args good = TERN_ZERO, a;
     good.m.cols = 16;

@@ -168,9 +168,13 @@ static tern_quantize_args hold_quantized(tern_context *c, const tern_matrix *m, 
 
 static void record_quantized(tern_context *c, record *r, const tern_quantize_args *a)
 {
-    int64_t stride = 0, groups = 0;
+    int64_t stride = 0, groups = 0, t, i;
+    const tern__shape s = tern__shape_of(&a->m);
     CHECK_OK(c, tern_activation_shape(c, &a->m, &stride, &groups));
-    record_bytes(r, a->q, a->n * stride);
+    for (t = 0; t < a->n; t++) {
+        record_bytes(r, a->q + t * stride, s.units * s.unit); /* what the layout defines; the rest is padding */
+        for (i = s.units * s.unit; i < stride; i++) CHECK(a->q[t * stride + i] == 0, "padding of token %d", (int)t);
+    }
     record_words(r, a->scale, a->n);
     record_words(r, a->sum, a->n * groups);
 }
@@ -295,7 +299,7 @@ static void literal_product(tern_context *c, const tern_matrix *m, int64_t n)
             volatile float int8_sum = 0.0f, float_sum = 0.0f, part, scale = 0.0f;
             for (g = 0; g < groups; g++) {
                 const int64_t from = g * group, len = from + group < m->cols ? group : m->cols - from;
-                const int8_t *row = q.q + t * stride + g * (stride / groups); /* the tests' groups fill whole units or are alone */
+                const int8_t *row = q.q + t * stride + g * group; /* the tests' groups fill whole units or are alone */
                 int32_t dot = 0;
                 for (k = 0; k < len; k++) dot += row[k] * u.trits[r * m->cols + from + k];
                 scale = ((const float *)m->scales)[m->grain == TERN_PER_TENSOR ? 0 : (r / 16 * groups + g) * 16 + r % 16];
