@@ -18,8 +18,8 @@ clean:
 	rm -rf build
 
 # The stricter checks. ONLY=part, here and for test, runs the tests whose names contain it.
-sanitize: build/tests-asan          # addresses and undefined behaviour
-	build/tests-asan $(ONLY)
+sanitize: build/tests-asan build/tests-amx          # addresses and undefined behaviour; amx-int8 in software
+	build/tests-amx kernels_dot && build/tests-asan $(ONLY)
 tsan: build/tests-tsan              # data races
 	build/tests-tsan $(ONLY)
 msan: build/tests-msan              # uninitialised memory; needs clang
@@ -41,6 +41,7 @@ build/bench: bench/bench.c ternary.h | build
 	$(CC) $(CFLAGS) -I. $< -o $@ $(LDLIBS) -ldl
 build/tests-plain:   TEST_CC = $(CC) $(CFLAGS) -g
 build/tests-asan:    TEST_CC = $(CC) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+build/tests-amx:     TEST_CC = $(CC) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -DTEST_AMX
 build/tests-tsan:    TEST_CC = $(CC) -O1 -g -fsanitize=thread
 build/tests-msan:    TEST_CC = clang -O1 -g -fsanitize=memory -fno-omit-frame-pointer
 build/tests-aarch64: TEST_CC = aarch64-linux-gnu-gcc -O2 -static

@@ -176,6 +176,7 @@ READER(read_avx512_vnni, __attribute__((target("avx512f"))), 8)
 #else
 #define read_avx512_vnni read_scalar
 #endif
+#define read_amx_int8 read_avx512_vnni
 
 typedef struct read_way { uint64_t (*read)(const uint8_t *, size_t, size_t, size_t); size_t streams, ahead; } read_way;
 typedef struct read_job { read_way way; const uint8_t *from[THREADS]; size_t bytes; int passes; uint64_t seen[THREADS]; } read_job;
@@ -276,6 +277,37 @@ SPIN(spin_fma_avx512_vnni, __attribute__((target("avx512f"))), float, 64, STEP_F
 #define spin_fma_avx512_vnni spin_fma_scalar
 #endif
 
+#ifdef TERN__WITH_AMX_INT8
+/* Twelve products a round in four sums, of random bytes: zeros would let the clock run faster. */
+static void spin_int8_amx_int8(int64_t rounds)
+{
+    uint8_t data[64 * 64];
+    tern__tile_config config;
+    uint32_t x = 1;
+    size_t i;
+    memset(&config, 0, sizeof config);
+    config.palette = 1;
+    for (i = 0; i < 8; i++) {
+        config.rows[i] = 16;
+        config.bytes[i] = 64;
+    }
+    for (i = 0; i < sizeof data; i++) { x = x * 1664525u + 1013904223u; data[i] = (uint8_t)(x >> 24); }
+    TERN__TILE_CONFIG(&config);
+    TERN__TILE_LOAD(0, data, 64); TERN__TILE_LOAD(1, data, 64); TERN__TILE_LOAD(2, data, 64); TERN__TILE_LOAD(3, data, 64);
+    TERN__TILE_LOAD(4, data, 64); TERN__TILE_LOAD(5, data + 1024, 64); TERN__TILE_LOAD(6, data + 2048, 64); TERN__TILE_LOAD(7, data + 3072, 64);
+    while (rounds-- > 0)
+        for (i = 0; i < 3; i++) {
+            TERN__TILE_DOT(0, 4, 6);
+            TERN__TILE_DOT(1, 5, 6);
+            TERN__TILE_DOT(2, 4, 7);
+            TERN__TILE_DOT(3, 5, 7);
+        }
+    TERN__TILE_RELEASE();
+}
+#else
+#define spin_int8_amx_int8 spin_int8_scalar
+#endif
+
 typedef struct peak { const char *name; void (*spin)(int64_t rounds); double macs; } peak; /* multiply-adds of one step */
 typedef struct tier_limits { read_way way; peak int8, muladd, fma; } tier_limits;
 #define TIER(id, suffix, text) {{read_##suffix, 1, 0}, INT8_##id, MULADD_##id, FMA_##id},
@@ -294,6 +326,9 @@ typedef struct tier_limits { read_way way; peak int8, muladd, fma; } tier_limits
 #define INT8_AVX512_VNNI {"vpdpbusd", spin_int8_avx512_vnni, 64}
 #define MULADD_AVX512_VNNI {"mul+add x16", spin_muladd_avx512_vnni, 16}
 #define FMA_AVX512_VNNI {"FMA x16", spin_fma_avx512_vnni, 16}
+#define INT8_AMX_INT8 {"tdpbsud", spin_int8_amx_int8, 16 * 16 * 64}
+#define MULADD_AMX_INT8 MULADD_AVX512_VNNI
+#define FMA_AMX_INT8 FMA_AVX512_VNNI
 static const tier_limits tiers[] = {TERN_TIERS(TIER)};
 #undef TIER
 
@@ -1400,6 +1435,8 @@ static void targets_table(void)
     target("2-bit matrix x vector from DRAM, avx512-vnni, of DRAM read", "matmul 2-bit row", "DRAM", "avx512-vnni", 0.90);
     target("2-bit matrix x vector from DRAM, avx2, of DRAM read", "matmul 2-bit row", "DRAM", "avx2", 0.80);
     target("2-bit matrix x vector from L2, avx512-vnni, of vpdpbusd", "matmul 2-bit row", "L2", "avx512-vnni", 0.35);
+    target("2-bit matrix x 16 tokens, amx-int8, of tdpbsud", "matmul 2-bit row", "N=16", "amx-int8", 0.42);
+    target("2-bit matrix x 128 tokens with quantizer, amx-int8, of tdpbsud", "linear 2-bit row", "N=128", "amx-int8", 0.62);
 }
 
 static void legend(void)

@@ -19,7 +19,7 @@ static const tern__kernels *kernels_of(tern_isa isa)
     } while (0)
 
 /* Accumulators and tiles lie on 64 bytes, as the drivers keep them. */
-enum { KERNELS_ACC = TERN__PANELS * TERN__TOKENS * TERN__ROWS };
+enum { KERNELS_ACC = TERN__PAIRS * TERN__ROWS };
 static int32_t kernels_acc[2][KERNELS_ACC] TERN__ALIGN64;
 static float kernels_facc[2][KERNELS_ACC] TERN__ALIGN64;
 static uint8_t kernels_code[4 * TERN__I8_K * TERN__ROWS] TERN__ALIGN64;
@@ -29,20 +29,28 @@ static float kernels_b[TERN__K_BLOCK * TERN__LANES] TERN__ALIGN64, kernels_p[2][
 
 typedef enum { KERNELS_RANDOM, KERNELS_HIGH, KERNELS_LOW, KERNELS_MIXED, KERNELS_FILLS } kernels_fill;
 
-/* Buffers of exactly the bytes that are needed, `shift` bytes off any alignment. */
-typedef struct kernels_dot { tern__dot d; uint8_t *panel; int8_t *q; int32_t *sum; void *scale; int base3; } kernels_dot;
+/* Buffers of exactly the bytes that are needed, `shift` bytes off any alignment; then tokens do not touch either. */
+typedef struct kernels_dot {
+    tern__dot d;
+    uint8_t *panel; int8_t *q; int32_t *sum; void *scale;
+    size_t panel_bytes, q_bytes, sum_bytes, scale_bytes;
+    int base3;
+} kernels_dot;
 
 static kernels_dot kernels_dot_new(int base3, int64_t units, int32_t panels, int32_t tokens, int64_t sum_stride, size_t shift, kernels_fill fill)
 {
-    const int64_t inputs = units * (base3 ? 20 : 16);
-    const size_t panel_bytes = (size_t)(panels * units * TERN__UNIT), q_bytes = (size_t)(tokens * inputs);
+    const int64_t inputs = units * (base3 ? 20 : 16), q_stride = inputs + 37 * (int64_t)shift;
+    const size_t panel_bytes = (size_t)(panels * units * TERN__UNIT), q_bytes = (size_t)((tokens - 1) * q_stride + inputs);
     kernels_dot k;
     int64_t i, t;
     memset(&k, 0, sizeof k);
     k.base3 = base3;
+    k.panel_bytes = panel_bytes;
+    k.q_bytes = q_bytes;
+    k.sum_bytes = sizeof(int32_t) * (size_t)((tokens - 1) * sum_stride + 1);
     k.panel = (uint8_t *)malloc(panel_bytes + shift);
     k.q = (int8_t *)malloc(q_bytes + shift);
-    k.sum = (int32_t *)malloc(sizeof(int32_t) * (size_t)((tokens - 1) * sum_stride + 1));
+    k.sum = (int32_t *)calloc(1, k.sum_bytes);
     for (i = 0; i < (int64_t)panel_bytes; i++) {
         uint32_t byte = base3 ? test_random() % 243 : (test_random() % 3) | (test_random() % 3) << 2 | (test_random() % 3) << 4 | (test_random() % 3) << 6;
         if (fill == KERNELS_HIGH || fill == KERNELS_MIXED) byte = base3 ? 242 : 0xAA;
@@ -51,13 +59,13 @@ static kernels_dot kernels_dot_new(int base3, int64_t units, int32_t panels, int
     }
     for (i = 0; i < (int64_t)q_bytes; i++) {
         int32_t v = (int32_t)(test_random() % 255) - 127;
-        if (fill == KERNELS_HIGH || fill == KERNELS_LOW) v = i / inputs % 2 ? -127 : 127;
-        if (fill == KERNELS_MIXED) v = (i / inputs + i) % 2 ? -127 : 127;
+        if (fill == KERNELS_HIGH || fill == KERNELS_LOW) v = i / q_stride % 2 ? -127 : 127;
+        if (fill == KERNELS_MIXED) v = (i / q_stride + i) % 2 ? -127 : 127;
         k.q[shift + (size_t)i] = (int8_t)v;
     }
     for (t = 0; t < tokens; t++) {
         int32_t sum = 0;
-        for (i = 0; i < inputs; i++) sum += k.q[shift + (size_t)(t * inputs + i)];
+        for (i = 0; i < inputs; i++) sum += k.q[shift + (size_t)(t * q_stride + i)];
         k.sum[t * sum_stride] = sum;
     }
     k.d.panel = k.panel + shift;
@@ -65,7 +73,7 @@ static kernels_dot kernels_dot_new(int base3, int64_t units, int32_t panels, int
     k.d.units = k.d.last_units = units;
     k.d.groups = 1;
     k.d.q = k.q + shift;
-    k.d.q_stride = inputs;
+    k.d.q_stride = q_stride;
     k.d.sum = k.sum;
     k.d.sum_stride = sum_stride;
     k.d.panels = panels;
@@ -83,13 +91,15 @@ static void kernels_dot_split(kernels_dot *k, int64_t units, tern_type type)
     d->last_units = total - (groups - 1) * units;
     d->groups = d->sum_stride = groups;
     free(k->sum);
-    k->sum = (int32_t *)calloc((size_t)(d->tokens * groups), sizeof *k->sum);
+    k->sum_bytes = (size_t)(d->tokens * groups) * sizeof *k->sum;
+    k->sum = (int32_t *)calloc(1, k->sum_bytes);
     d->sum = k->sum;
     for (t = 0; t < d->tokens; t++)
         for (i = 0; i < total * unit; i++) k->sum[t * groups + i / unit / units] += d->q[t * d->q_stride + i];
     d->scale_type = type;
     d->scale_stride = groups * TERN__ROWS * tern__type_bytes(type);
-    d->scale = k->scale = malloc((size_t)(d->panels * d->scale_stride));
+    k->scale_bytes = (size_t)(d->panels * d->scale_stride);
+    d->scale = k->scale = malloc(k->scale_bytes);
     for (i = 0; i < d->panels * groups * TERN__ROWS; i++) /* zeros, and f16 below its normal range, among them */
         tern__store_scale(type, k->scale, i, i % 37 == 3 ? 0.0f : test_float() * test_float() * (i % 11 ? 1.0f : 3e-6f));
     d->facc = kernels_facc[0];
@@ -109,6 +119,9 @@ static void kernels_dot_run(const tern__kernels *k, kernels_dot *x, int32_t *acc
     memset(acc, 0x3C, sizeof kernels_acc[0]);
     x->d.acc = acc;
     (x->base3 ? k->dot_base3 : k->dot_2bit)(&x->d);
+#ifdef TEST_AMX
+    CHECK(!amx.configured, "tiles are still in use");
+#endif
 }
 
 static void kernels_compare_dot(int base3, int64_t units, int32_t panels, int32_t tokens, int64_t sum_stride, size_t shift, kernels_fill fill)
@@ -161,6 +174,113 @@ static void test_kernels_dot_shapes(void)
                         kernels_compare_dot(base3, units[u], panels, tokens[t], 1 + t % 3, (size_t)(u + t) % 5, KERNELS_RANDOM);
 }
 
+/* Around the blocks of AMX: 16 quads of a tile, 80 to 224 of a chunk, 32 tokens of two tiles, all that a call may have. */
+static void test_kernels_dot_blocks(void)
+{
+    const int64_t units[] = {1, 3, 4, 5, 16, 28, 29, 33, 57, 70};
+    const int32_t tokens[] = {4, 16, 17, 65, 128, 193, 225, 256};
+    int base3, u, t, panels;
+    for (base3 = 0; base3 < 2; base3++)
+        for (u = 0; u < 10; u++)
+            for (t = 0; t < 8; t++)
+                for (panels = 1; panels <= TERN__PANELS && panels * tokens[t] <= TERN__PAIRS; panels++)
+                    if (units[u] < 5 || tokens[t] < 20 || (u + t + panels) % 5 == 0)
+                        kernels_compare_dot(base3, units[u], panels, tokens[t], 1, (size_t)(u + t) % 3, KERNELS_RANDOM);
+}
+
+/* A dot among pages that fault, in groups of so many units: weights, activations, sums, scales and results right
+   behind one, or right before one. */
+static void kernels_guarded_dot(int base3, int64_t total, int64_t units, int32_t panels, int32_t tokens, int at_end)
+{
+    const size_t bytes = 4 * (size_t)(panels * tokens * TERN__ROWS);
+    kernels_dot x = kernels_dot_new(base3, total, panels, tokens, 1, (size_t)(tokens % 2), KERNELS_RANDOM), guarded;
+    void *acc = test_guard(kernels_acc[1], bytes, at_end), *facc = test_guard(kernels_facc[1], bytes, at_end), *panel, *q, *sum, *scale;
+    kernels_dot_split(&x, units, TERN_F32);
+    if (x.d.groups == 1) x.d.facc = NULL;
+    panel = test_guard(x.d.panel, x.panel_bytes, at_end);
+    q = test_guard(x.d.q, x.q_bytes, at_end);
+    sum = test_guard(x.d.sum, x.sum_bytes, at_end);
+    scale = test_guard(x.d.scale, x.scale_bytes, at_end);
+    kernels_dot_run(&tern__kernels_scalar, &x, kernels_acc[0]);
+    guarded = x;
+    guarded.d.panel = (const uint8_t *)panel;
+    guarded.d.q = (const int8_t *)q;
+    guarded.d.sum = (const int32_t *)sum;
+    guarded.d.scale = scale;
+    guarded.d.acc = (int32_t *)acc;
+    if (x.d.facc) guarded.d.facc = (float *)facc;
+    KERNELS_EACH_TIER(
+        memset(acc, 0x3C, bytes);
+        memset(facc, 0x3C, bytes);
+        (base3 ? k->dot_base3 : k->dot_2bit)(&guarded.d);
+        CHECK(x.d.facc ? memcmp(kernels_facc[0], facc, bytes) == 0 : memcmp(kernels_acc[0], acc, bytes) == 0,
+              "%s: base3 %d, %d units in groups of %d, %d panels, %d tokens", tier, base3, (int)total, (int)units, (int)panels, (int)tokens));
+    test_unguard(panel, x.panel_bytes);
+    test_unguard(q, x.q_bytes);
+    test_unguard(sum, x.sum_bytes);
+    test_unguard(scale, x.scale_bytes);
+    test_unguard(acc, bytes);
+    test_unguard(facc, bytes);
+    kernels_dot_free(&x);
+}
+
+static void test_kernels_dot_touches_no_more(void)
+{
+    const int64_t totals[] = {1, 2, 3, 4, 5, 7, 16, 57}, groups[] = {0, 1, 4, 5};
+    const int32_t tokens[] = {1, 2, 3, 4, 7, 13, 16, 17, 32, 33};
+    int u, t, panels, variant, n = 0;
+    for (u = 0; u < 8; u++)
+        for (t = 0; t < 10; t++)
+            for (panels = 1; panels <= 4; panels++)
+                for (variant = 0; variant < 4; variant++, n++) {
+                    const int64_t units = groups[n / 3 % 4];
+                    kernels_guarded_dot(variant / 2, totals[u], units == 0 || units > totals[u] ? totals[u] : units, panels, tokens[t], variant % 2);
+                }
+}
+
+/* The software tile unit against the machine's, where the tier is not running on software itself. */
+#if defined(TERN__WITH_AMX_INT8) && !defined(TEST_AMX)
+static void test_kernels_tile_unit(void)
+{
+    uint8_t bytes[3][16][64], soft[16][64], hard[16][64];
+    int round, i;
+    if (!test_tier(TERN_ISA_AMX_INT8)) {
+        printf("  skipped: no tier amx-int8 here\n");
+        return;
+    }
+    for (round = 0; round < 2000; round++) {
+        const int rows = 1 + (int)(test_random() % 16), step = 1 + (int)(test_random() % 16);
+        tern__tile_config config;
+        memset(&config, 0, sizeof config);
+        config.palette = 1;
+        for (i = 0; i < 8; i++) {
+            config.rows[i] = (uint8_t)(i < 6 ? rows : step);
+            config.bytes[i] = (uint16_t)(i == 4 ? 4 * step : 64);
+        }
+        for (i = 0; i < (int)sizeof bytes; i++) ((uint8_t *)bytes)[i] = (uint8_t)test_random();
+        memset(soft, 1, sizeof soft);
+        memset(hard, 1, sizeof hard);
+        amx_config(&config);
+        amx_load(0, bytes[0], 64);
+        amx_load(4, bytes[1], 61);
+        amx_load(6, bytes[2], 64);
+        amx_dot(0, 4, 6);
+        amx_dot(0, 4, 6);
+        amx_store(0, soft, 64);
+        amx_release();
+        TERN__TILE_CONFIG(&config);
+        TERN__TILE_LOAD(0, bytes[0], 64);
+        TERN__TILE_ONCE(4, bytes[1], 61);
+        TERN__TILE_LOAD(6, bytes[2], 64);
+        TERN__TILE_DOT(0, 4, 6);
+        TERN__TILE_DOT(0, 4, 6);
+        TERN__TILE_STORE(0, hard, 64);
+        TERN__TILE_RELEASE();
+        CHECK(memcmp(soft, hard, sizeof soft) == 0, "%d rows, %d quads", rows, step);
+    }
+}
+#endif
+
 /* All codes +1 with q = 127 and their opposites: int16 partial sums overflow first, int32 never. */
 static void test_kernels_dot_extremes(void)
 {
@@ -171,6 +291,7 @@ static void test_kernels_dot_extremes(void)
             for (fill = KERNELS_RANDOM; fill < KERNELS_FILLS; fill++) {
                 kernels_compare_dot(base3, units[base3][u], 1, 1, 1, 1, (kernels_fill)fill);
                 kernels_compare_dot(base3, units[base3][u], 2, 3, 1, 0, (kernels_fill)fill);
+                kernels_compare_dot(base3, units[base3][u], 1, 4, 1, 0, (kernels_fill)fill);
                 if (u < 2) kernels_compare_dot(base3, units[base3][u], 4, 17, 1, 3, (kernels_fill)fill);
             }
 }
@@ -546,6 +667,11 @@ static void suite_kernels(void)
 {
     RUN(test_kernels_dot_by_definition);
     RUN(test_kernels_dot_shapes);
+    RUN(test_kernels_dot_blocks);
+    RUN(test_kernels_dot_touches_no_more);
+#if defined(TERN__WITH_AMX_INT8) && !defined(TEST_AMX)
+    RUN(test_kernels_tile_unit);
+#endif
     RUN(test_kernels_dot_extremes);
     RUN(test_kernels_groups);
     RUN(test_kernels_dot_i8);

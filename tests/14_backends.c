@@ -244,7 +244,7 @@ static void odd_products(tern_context *c, record *r)
 }
 static void test_odd_products(void) { same_everywhere(odd_products, UINT64_C(0x0BCEA5BE78D0B643)); }
 
-/* Beyond every block: 64 tokens and 4 panels of a dot call, 12 tokens and 2048 inputs of one with floats. */
+/* Beyond every block: 4 panels of a dot call, 12 tokens and 2048 inputs of one with floats. */
 static void large_products(tern_context *c, record *r)
 {
     static const int32_t wide[] = {TERN_PER_TENSOR, TERN_PER_ROW, 700, 2100};
@@ -259,6 +259,29 @@ static void large_products(tern_context *c, record *r)
     }
 }
 static void test_large_products(void) { same_everywhere(large_products, UINT64_C(0x0643D90C80E1489C)); }
+
+/* Numbers of tokens around every tile and block, with groups of every kind; and a K beyond every chunk. */
+static void record_tokens(tern_context *c, record *r, int64_t cols, int32_t grain, tern_type encoding, int64_t n)
+{
+    const tern_matrix m = hold_matrix(c, 33, cols, grain, encoding, TERN_F32);
+    const tern_quantize_args q = hold_quantized(c, &m, n, hold_floats(n * cols), TERN_NORM_NONE, NULL);
+    const tern_matmul_args a = matmul_of(&q, NULL, hold_output(n * m.rows));
+    CHECK_OK(c, tern_matmul(c, &a));
+    record_words(r, a.y, n * m.rows);
+    release();
+}
+
+static void many_tokens(tern_context *c, record *r)
+{
+    static const int64_t tokens[] = {1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 64, 65, 255, 257};
+    static const int32_t grains[] = {TERN_PER_ROW, 20, 64, 128};
+    int i, g;
+    for (i = 0; i < 16; i++)
+        for (g = 0; g < 4; g++) record_tokens(c, r, 301, grains[g], (i + g) % 2 ? TERN_BASE3 : TERN_2BIT, tokens[i]);
+    record_tokens(c, r, 4097, TERN_PER_ROW, TERN_2BIT, 5);
+    record_tokens(c, r, 4097, TERN_PER_ROW, TERN_BASE3, 257);
+}
+static void test_many_tokens(void) { same_everywhere(many_tokens, UINT64_C(0x5B1BF63D9665C787)); }
 
 /* Sums written out: float dots in order within segments of 2048 terms, segments and groups in order.
    volatile keeps the compiler from fusing what the library rounds twice. */
@@ -1682,6 +1705,7 @@ static void suite_backends(void)
 {
     RUN(test_odd_products);
     RUN(test_large_products);
+    RUN(test_many_tokens);
     RUN(test_literal_products);
     RUN(test_dense);
     RUN(test_dense_fused);

@@ -21,7 +21,7 @@ fi
 
 compilers="gcc;-std=c99 g++;-std=c++11 clang;-std=c99 clang++;-xc++;-std=c++11
 gcc;-std=c11 g++;-std=c++17 clang;-std=c11 clang++;-xc++;-std=c++17"
-switches="TERNARY_STATIC TERNARY_NO_STDIO TERNARY_NO_THREADS TERNARY_NO_SIMD TERNARY_NO_SSE41 TERNARY_NO_AVX2 TERNARY_NO_AVX_VNNI TERNARY_NO_AVX512_VNNI
+switches="TERNARY_STATIC TERNARY_NO_STDIO TERNARY_NO_THREADS TERNARY_NO_SIMD TERNARY_NO_SSE41 TERNARY_NO_AVX2 TERNARY_NO_AVX_VNNI TERNARY_NO_AVX512_VNNI TERNARY_NO_AMX_INT8
 TERNARY_MALLOC=malloc;-DTERNARY_FREE=free;-include;stdlib.h TERNARY_ASSERT=assert;-include;assert.h
 TERNARY_NO_TRAINING TERNARY_NO_FILES"
 seed=${SEED:-$(date +%Y%m%d)}
@@ -49,6 +49,7 @@ cases() {
         }'
     for compiler in gcc clang; do
         for file in tests/tests.c bench/bench.c examples/*.c; do echo "$file $compiler -O2"; done
+        echo "tests/tests.c $compiler -O2 -DTEST_AMX"
     done
 }
 

@@ -71,6 +71,12 @@ language_model_runs() {
 bench_compiles() { compile bench/bench.c -o $out/bench -ldl; }
 bench_runs() { $out/bench --quick --csv; }
 
+# The tier amx-int8 with a tile unit in software, against the scalar tier.
+amx_in_software() {
+    compile -DTEST_AMX tests/tests.c -o $out/amx || return 1
+    for part in kernels_dot product tokens workers selftest; do $out/amx $part || return 1; done
+}
+
 # -- ternary.h as a text --
 
 # The contents name every room once, in the order in which the rooms come.
@@ -105,6 +111,8 @@ check "examples/quickstart.c runs" quickstart_runs
 check "examples/language_model.c runs, reloads and repeats its bits" language_model_runs
 check "bench/bench.c compiles" bench_compiles
 check "bench/bench.c runs" bench_runs
+check "amx-int8 in software" amx_in_software
+grep -m1 'skipped: no tier amx-int8' $out/log
 check "table of contents" contents
 check "references to rooms" references
 check "plain text" plain_text

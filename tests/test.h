@@ -7,6 +7,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 /* References round after every operation, as the library does. */
 #if defined(__clang__)
@@ -83,6 +85,23 @@ static void test_free(void *user, void *p)
     free(p);
 }
 
+/* A copy of some bytes between two pages that fault when touched: right after the first, or right before the second. */
+static void *test_guard(const void *from, size_t bytes, int at_end)
+{
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), inside = (bytes + page - 1) / page * page;
+    unsigned char *p = (unsigned char *)mmap(NULL, inside + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == (unsigned char *)MAP_FAILED || mprotect(p + page, inside, PROT_READ | PROT_WRITE) != 0) abort();
+    p += page + (at_end ? inside - bytes : 0);
+    memcpy(p, from, bytes);
+    return p;
+}
+
+static void test_unguard(void *guarded, size_t bytes)
+{
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), inside = (bytes + page - 1) / page * page;
+    munmap((unsigned char *)guarded - (uintptr_t)guarded % page - page, inside + 2 * page);
+}
+
 /* The tier's table; NULL where this machine lacks it or TERNARY_ISA forbids it. The names count from
    TERN_ISA_BEST, so for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; ...) meets every tier. */
 #define TEST__NAME(name, suffix, text) text,
@@ -95,6 +114,9 @@ static const tern_backend *test_tier(tern_isa isa)
     int i;
     for (i = TERN_ISA_SCALAR; cap && i < (int)isa; i++)
         if (strcmp(cap, test_tier_name[i]) == 0) return NULL;
+#ifdef TEST_AMX
+    if (isa > TERN_ISA_SCALAR && isa < TERN_ISA_AMX_INT8) return NULL; /* the ordinary program has tested those */
+#endif
     return tern_cpu_backend(isa);
 }
 

@@ -2,6 +2,7 @@
 #define _DEFAULT_SOURCE /* setenv and the like under -std=c99 */
 #define TERNARY_IMPLEMENTATION
 #define TERN__TASK_COST 1000
+#include "amx.h"
 #include "../ternary.h"
 #include "test.h"
 
