@@ -776,7 +776,7 @@ TERN_API tern_result tern_selftest(tern_context *c);
 #define TERN__WITH_AVX512_VNNI 1
 #endif
 #if defined(TERN__WITH_AVX512_VNNI) && !defined(TERNARY_NO_AMX_INT8)
-#ifdef TERN__TILE_UNIT /* a test brings its own */
+#ifdef TERN__TILE_UNIT /* a test brings its own, and says here whether it may be used */
 #define TERN__WITH_AMX_INT8 1
 #elif defined(__x86_64__) && defined(__LP64__) && defined(__linux__) && defined(__has_include)
 #if __has_include(<amxint8intrin.h>) || __has_include(<amxintrin.h>) /* gcc 11, clang 11: the same */
@@ -802,7 +802,7 @@ static int32_t tern__cpu_has_tiles(unsigned leaf7_edx, unsigned xcr0)
 #if defined(TERN__TILE_UNIT)
     (void)leaf7_edx;
     (void)xcr0;
-    return 1;
+    return TERN__TILE_UNIT;
 #elif defined(TERN__WITH_AMX_INT8)
     long result = 158; /* the number of arch_prctl */
     if (!(leaf7_edx >> 24 & 1) || !(leaf7_edx >> 25 & 1) || (xcr0 & 0x60000) != 0x60000) return 0;

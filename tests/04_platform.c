@@ -86,6 +86,31 @@ static void test_platform_bad_tiers(void)
     CHECK(platform_open("sse9", &d, name, &e) == TERN_OK && strcmp(name, "scalar") == 0, "a given backend asks no environment: %s", e.text);
 }
 
+#ifdef TEST_AMX
+/* The kernel is asked for tiles when they are wanted and only then; where it refuses, there is no such tier. */
+static void test_platform_asks_for_tiles(void)
+{
+    tern_isa isa;
+    amx_asked = 0;
+    for (isa = TERN_ISA_SCALAR; isa < TERN_ISA_AMX_INT8; isa++) {
+        platform_expect(NULL, isa, isa);
+        if (tern_cpu_backend(isa)) platform_expect(test_tier_name[isa], TERN_ISA_BEST, isa);
+    }
+    CHECK(amx_asked == 0, "asked %d times", amx_asked);
+    if (!tern_cpu_backend(TERN_ISA_AVX512_VNNI)) {
+        printf("  skipped: no tier amx-int8 here\n");
+        return;
+    }
+    platform_expect(NULL, TERN_ISA_BEST, TERN_ISA_AMX_INT8);
+    CHECK(amx_asked > 0, "not asked");
+    amx_refused = 1;
+    CHECK(!tern_cpu_backend(TERN_ISA_AMX_INT8), "used in spite of the refusal");
+    platform_expect(NULL, TERN_ISA_AMX_INT8, TERN_ISA_AMX_INT8);
+    platform_expect(NULL, TERN_ISA_BEST, TERN_ISA_AVX512_VNNI);
+    amx_refused = 0;
+}
+#endif
+
 /* -- the pool -- */
 
 typedef struct platform_job { int32_t hits[200]; int64_t weight; int64_t sum[200]; } platform_job;
@@ -396,6 +421,9 @@ static void suite_platform(void)
     RUN(test_platform_desc_chooses_the_tier);
     RUN(test_platform_environment_lowers_the_tier);
     RUN(test_platform_bad_tiers);
+#ifdef TEST_AMX
+    RUN(test_platform_asks_for_tiles);
+#endif
     RUN(test_platform_pool_runs_every_index);
     RUN(test_platform_pool_comes_and_goes);
     RUN(test_platform_pool_sizes);

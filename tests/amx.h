@@ -81,7 +81,8 @@ static inline void amx_dot(int c, int a, int b)
 }
 
 #ifdef TEST_AMX
-#define TERN__TILE_UNIT
+static int amx_asked, amx_refused; /* for permission */
+#define TERN__TILE_UNIT (amx_asked++, !amx_refused)
 #define TERN__TILE_CONFIG(from) amx_config(from)
 #define TERN__TILE_RELEASE() amx_release()
 #define TERN__TILE_LOAD(tile, from, stride) amx_load(tile, from, stride)
