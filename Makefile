@@ -19,7 +19,7 @@ clean:
 
 # The stricter checks. ONLY=part, here and for test, runs the tests whose names contain it.
 sanitize: build/tests-asan build/tests-amx          # addresses and undefined behaviour; amx-int8 in software
-	build/tests-amx kernels_dot && build/tests-asan $(ONLY)
+	build/tests-amx kernels && build/tests-asan $(ONLY)
 tsan: build/tests-tsan              # data races
 	build/tests-tsan $(ONLY)
 msan: build/tests-msan              # uninitialised memory; needs clang
