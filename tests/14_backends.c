@@ -260,6 +260,72 @@ static void large_products(tern_context *c, record *r)
 }
 static void test_large_products(void) { same_everywhere(large_products, UINT64_C(0x0643D90C80E1489C)); }
 
+/* Both products of one shape on each tier, every input and output between pages that must not be touched. */
+static void guarded_product(const test_context *t, int64_t rows, int64_t cols, int64_t n, int32_t grain, int variant)
+{
+    tern_context *c = t[TERN_ISA_SCALAR].c;
+    const tern_matrix m = hold_matrix(c, rows, cols, grain, variant & 1 ? TERN_BASE3 : TERN_2BIT, variant & 2 ? TERN_F16 : TERN_F32);
+    const float *x = hold_floats(n * cols), *bias = hold_floats(rows);
+    const tern_quantize_args q = hold_quantized(c, &m, n, x, TERN_NORM_NONE, NULL);
+    tern_matmul_args a = matmul_of(&q, bias, hold_output(n * rows)), b = float_matmul_of(&m, n, x, bias, hold_output(n * rows)), g;
+    size_t size[8];
+    const void *from[8];
+    void *guarded[8];
+    int64_t stride = 0, groups = 0;
+    int isa, i;
+    CHECK_OK(c, tern_matmul(c, &a));
+    CHECK_OK(c, tern_matmul(c, &b));
+    CHECK_OK(c, tern_matrix_bytes(c, &m, &size[0], &size[1]));
+    CHECK_OK(c, tern_activation_shape(c, &m, &stride, &groups));
+    size[2] = (size_t)(n * stride);
+    size[3] = (size_t)n * 4;
+    size[4] = (size_t)(n * groups) * 4;
+    size[5] = (size_t)(n * cols) * 4;
+    size[6] = (size_t)rows * 4;
+    size[7] = (size_t)(n * rows) * 4;
+    from[0] = m.trits; from[1] = m.scales; from[2] = a.q; from[3] = a.scale; from[4] = a.sum; from[5] = x; from[6] = bias; from[7] = a.y;
+    for (i = 0; i < 8; i++) guarded[i] = test_guard(from[i], size[i], variant & 4);
+    g = a;
+    g.m.trits = guarded[0]; g.m.scales = guarded[1];
+    g.q = (const int8_t *)guarded[2]; g.scale = (const float *)guarded[3]; g.sum = (const int32_t *)guarded[4];
+    g.x = (const float *)guarded[5];
+    g.bias = (const float *)guarded[6];
+    g.y = (float *)guarded[7];
+    for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++) {
+        tern_quantize_args z = q;
+        if (!t[isa].c) continue;
+        z.x = g.x;
+        z.q = (int8_t *)guarded[2]; z.scale = (float *)guarded[3]; z.sum = (int32_t *)guarded[4];
+        for (i = 2; i < 5; i++) memset(guarded[i], 0x55, size[i]);
+        CHECK_OK(t[isa].c, tern_quantize(t[isa].c, &z));
+        for (i = 2; i < 5; i++)
+            CHECK(memcmp(guarded[i], from[i], size[i]) == 0, "%s: %d x %d, grain %d, %d tokens: activations differ", test_tier_name[isa], (int)rows, (int)cols, (int)grain, (int)n);
+        g.q = z.q;
+        CHECK_OK(t[isa].c, tern_matmul(t[isa].c, &g));
+        CHECK(memcmp(g.y, a.y, size[7]) == 0, "%s: %d x %d, grain %d, %d tokens, variant %d: int8 differs", test_tier_name[isa], (int)rows, (int)cols, (int)grain, (int)n, variant);
+        g.q = NULL;
+        CHECK_OK(t[isa].c, tern_matmul(t[isa].c, &g));
+        CHECK(memcmp(g.y, b.y, size[7]) == 0, "%s: %d x %d, grain %d, %d tokens, variant %d: float differs", test_tier_name[isa], (int)rows, (int)cols, (int)grain, (int)n, variant);
+    }
+    for (i = 0; i < 8; i++) test_unguard(guarded[i], size[i]);
+    release();
+}
+
+static void test_every_shape(void)
+{
+    static const int64_t rows[] = {1, 7, 16, 17, 33}, cols[] = {1, 4, 20, 63, 128, 129, 4097}, tokens[] = {1, 2, 3, 8, 15, 16, 17, 33, 64};
+    static const int32_t grains[] = {TERN_PER_TENSOR, TERN_PER_ROW, 20, 128};
+    test_context t[TERN__ISA_END] = {{NULL, NULL}};
+    int isa, i, j, n, g, base3, count = 0;
+    for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++) t[isa] = test_open((tern_isa)isa, 1);
+    for (i = 0; i < 5; i++)
+        for (j = 0; j < 7; j++)
+            for (n = 0; n < 9; n++)
+                for (g = 0; g < 4; g++)
+                    for (base3 = 0; base3 < 2; base3++) guarded_product(t, rows[i], cols[j], tokens[n], grains[g], base3 | (count++ * 2 & 6));
+    for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++) test_close(&t[isa]);
+}
+
 /* Numbers of tokens around every tile and block, with groups of every kind; and a K beyond every chunk. */
 static void record_tokens(tern_context *c, record *r, int64_t cols, int32_t grain, tern_type encoding, int64_t n)
 {
@@ -1705,6 +1771,7 @@ static void suite_backends(void)
 {
     RUN(test_odd_products);
     RUN(test_large_products);
+    RUN(test_every_shape);
     RUN(test_many_tokens);
     RUN(test_literal_products);
     RUN(test_dense);
