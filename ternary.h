@@ -2261,6 +2261,23 @@ static void tern__tile_tokens(const tern__dot *all, const tern__quads *k, int64_
     }
 }
 
+/* Slow loops defeat the hardware prefetcher, so every stream of weights asks 4 KB ahead: behind the end of its
+   panel for the one that this stream reads next, `panels` on. */
+static inline __attribute__((always_inline)) void tern__prefetch(const tern__dot *d, const uint8_t *unit, int64_t i, int32_t panels)
+{
+    const int64_t ahead = TERN__AHEAD + (i * 64 + TERN__AHEAD >= d->left ? (panels - 1) * d->panel_stride : 0);
+    __builtin_prefetch((const void *)((uintptr_t)unit + (uintptr_t)ahead));
+}
+
+/* The units that are decoded next, while the tiles of this chunk are at work. */
+static void tern__prefetch_chunk(const tern__dot *d, int32_t p, int32_t panels, int64_t u, int64_t units)
+{
+    const int64_t at = p * d->panel_stride + u * 64 + (u * 64 >= d->left ? (panels - 1) * d->panel_stride : 0);
+    for (int32_t i = 0; i < panels; i++)
+        for (int64_t j = 0; j < units; j++)
+            __builtin_prefetch((const void *)((uintptr_t)d->panel + (uintptr_t)(at + i * d->panel_stride + j * 64)));
+}
+
 static void tern__dot_quads(const tern__dot *d, const tern__quads *k)
 {
     uint8_t buffer[TERN__DECODED * 64 + 63], *code = buffer + (-(uintptr_t)buffer & 63);
@@ -2275,6 +2292,7 @@ static void tern__dot_quads(const tern__dot *d, const tern__quads *k)
             const int64_t units = d->units - u < chunk ? d->units - u : chunk;
             for (int32_t i = 0; i < part.panels; i++)
                 k->decode(d->panel + (p + i) * d->panel_stride + u * 64, units, code + i * part.panel_stride);
+            tern__prefetch_chunk(d, p, part.panels, u + units, chunk);
             part.units = units * k->per_unit;
             part.q = d->q + u * k->per_unit * 4;
             part.acc = d->acc + (int64_t)p * d->tokens * 16;
@@ -2294,14 +2312,6 @@ static void tern__dot_codes(const tern__dot *d, const tern__quads *k, int64_t ac
         part.acc = d->acc + p * 16;
         tern__tile_tokens(&part, k, acc_row, acc_row, add ? TERN__FROM_BOTH : TERN__FROM_SUM);
     }
-}
-
-/* Slow loops defeat the hardware prefetcher, so every stream of weights asks 4 KB ahead: behind the end of its
-   panel for the one that this stream reads next, `panels` on. */
-static inline __attribute__((always_inline)) void tern__prefetch(const tern__dot *d, const uint8_t *unit, int64_t i, int32_t panels)
-{
-    const int64_t ahead = TERN__AHEAD + (i * 64 + TERN__AHEAD >= d->left ? (panels - 1) * d->panel_stride : 0);
-    __builtin_prefetch((const void *)((uintptr_t)unit + (uintptr_t)ahead));
 }
 
 static inline __attribute__((always_inline)) void tern__prefetch_scale(const tern__dot *d, int64_t panel, int64_t g, int32_t panels)

@@ -413,7 +413,7 @@ static void find_ways(void)
 /* -- the table -- */
 
 enum { MAX_RESULTS = 1024 };
-typedef struct result { const char *op; char shape[32]; const char *tier; int threads; double fraction; } result;
+typedef struct result { const char *op; char shape[32]; const char *tier; int threads; double fraction, time; } result;
 static result results[MAX_RESULTS]; /* for the targets at the end */
 static int result_count;
 static const char *pending_title;
@@ -449,6 +449,7 @@ static void print_row(metric m, const char *op, const char *shape, const setup *
         r->tier = s->name;
         r->threads = s->threads;
         r->fraction = fraction;
+        r->time = time;
     }
     if (option.csv) {
         printf("%s,%s,%s,%d,%s vs %s,%.6g,", op, shape, s->name, s->threads, unit, limit_name(l, s), value);
@@ -560,6 +561,7 @@ static product product_open(int64_t rows, int64_t cols, int32_t grain, tern_type
     p.w.cols = cols;
     p.w.grain = grain;
     p.w.buffer[TERN_TRITS].type = encoding;
+    p.w.buffer[TERN_SCALES].type = grain > 0 ? TERN_F16 : TERN_F32;
     must(plain, tern_param_alloc(plain, &p.w, TERN_FOR_INFERENCE));
     must(plain, tern_param_set(plain, &p.w, TERN_F32, w));
     tern_free(plain, w);
@@ -682,20 +684,80 @@ static void bench_vector(int64_t rows, int64_t cols, int streamed)
     }
 }
 
+/* Some tokens. Their activations, quantized beforehand, come from whatever cache they fit. */
+static void bench_tokens(int64_t rows, int64_t cols, tern_type encoding, int32_t grain, int64_t n, tern_isa least)
+{
+    static char names[4][3][40];
+    const int f = (encoding == TERN_BASE3) * 2 + (grain > 0);
+    product p = product_open(rows, cols, grain, encoding, n);
+    const double macs = (double)(rows * cols * n);
+    const char *shape = shape_text("%ldx%ld N=%ld", (long)rows, (long)cols, (long)n);
+    int i;
+    snprintf(names[f][0], sizeof names[f][0], "matmul %s", format_name(encoding, grain));
+    snprintf(names[f][1], sizeof names[f][1], "linear %s", format_name(encoding, grain));
+    snprintf(names[f][2], sizeof names[f][2], "float act %s", format_name(encoding, grain));
+    for (i = 0; i < setup_count; i++) {
+        if (setups[i].isa < least || (setups[i].isa == TERN_ISA_SCALAR && n > 8)) continue;
+        product_use(&p, &setups[i]);
+        measure(MACS, names[f][0], shape, &setups[i], INT8, macs, call_matmul, &p);
+        if (f > 0) continue;
+        measure(MACS, names[f][1], shape, &setups[i], INT8, macs, call_linear, &p);
+        if (n <= 64 && n % 8 == 0) measure(MACS, names[f][2], shape, &setups[i], FMA, macs, call_float_matmul, &p);
+    }
+    product_close(&p);
+}
+
 static void bench_batch(int64_t size)
 {
     static const int64_t tokens[] = {1, 2, 4, 8, 16, 32, 64, 128, 512};
-    int t, i;
-    for (t = 0; t < (int)(sizeof tokens / sizeof *tokens); t++) {
-        product p = product_open(size, size, TERN_PER_ROW, TERN_2BIT, tokens[t]);
-        const double macs = (double)(size * size * tokens[t]);
-        const char *shape = shape_text("%ldx%ld N=%ld", (long)size, (long)size, (long)tokens[t]);
-        for (i = 0; i < setup_count; i++) {
-            if (setups[i].isa == TERN_ISA_SCALAR && tokens[t] > 8) continue;
-            product_use(&p, &setups[i]);
-            measure(MACS, "matmul 2-bit row", shape, &setups[i], INT8, macs, call_matmul, &p);
-            measure(MACS, "linear 2-bit row", shape, &setups[i], INT8, macs, call_linear, &p);
-            if (tokens[t] <= 64 && tokens[t] % 8 == 0) measure(MACS, "float act 2-bit row", shape, &setups[i], FMA, macs, call_float_matmul, &p);
+    int t, f;
+    for (t = 0; t < 9; t++) bench_tokens(size, size, TERN_2BIT, TERN_PER_ROW, tokens[t], TERN_ISA_SCALAR);
+    for (f = 1; f < 4; f++)
+        for (t = 0; t < 9; t += 3) bench_tokens(size, size, f & 2 ? TERN_BASE3 : TERN_2BIT, f & 1 ? 128 : TERN_PER_ROW, tokens[t], TERN_ISA_SSE41);
+}
+
+/* The steps between numbers of tokens: of the multiples of 16 none should be slower than one before it, and no
+   other number should take longer than the multiple after it. Each time is the best of turns that the numbers
+   take, since clocks wander. */
+static void bench_steps(int64_t size)
+{
+    enum { MOST = 64 };
+    int64_t tokens[MOST];
+    int count = 0, f, i, j, k, turn;
+    for (i = 1; i <= 33; i++) tokens[count++] = i;
+    for (i = 47; i <= 512; i += i < 64 ? 1 : i < 128 ? 16 : 128) tokens[count++] = i;
+    for (f = 0; f < 2; f++) {
+        product p = product_open(size, size, TERN_PER_ROW, f ? TERN_BASE3 : TERN_2BIT, 512);
+        for (k = 0; k < setup_count; k++) {
+            const setup *s = &setups[k];
+            double least[MOST], fall = 0, longer = 0, start;
+            int64_t from = 16, to = 16, odd = 1;
+            if (s->threads > 1 || s->isa == TERN_ISA_SCALAR || !wanted("steps", format_name(f ? TERN_BASE3 : TERN_2BIT, -1), s->name)) continue;
+            product_use(&p, s);
+            start = seconds(CLOCK_MONOTONIC);
+            for (turn = 0; turn < 2 || seconds(CLOCK_MONOTONIC) - start < (option.quick ? 0.05 : 2.0); turn++)
+                for (i = 0; i < count; i++) {
+                    double t = now(1);
+                    p.a.n = tokens[i];
+                    call_matmul(&p);
+                    t = now(1) - t;
+                    if (turn == 0 || t < least[i]) least[i] = t;
+                }
+            for (i = 0; i < count; i++)
+                for (j = 0; j < count; j++) {
+                    const double rate_i = (double)tokens[i] / least[i], rate_j = (double)tokens[j] / least[j];
+                    if (tokens[i] % 16 == 0 && tokens[j] % 16 == 0 && i < j && 1 - rate_j / rate_i > fall) { fall = 1 - rate_j / rate_i; from = tokens[i]; to = tokens[j]; }
+                    if (tokens[i] % 16 && tokens[j] == (tokens[i] + 15) / 16 * 16 && least[i] / least[j] > longer) { longer = least[i] / least[j]; odd = tokens[i]; }
+                }
+            if (option.csv) {
+                printf("steps,%s,%s,1,fall of the rate over multiples of 16,%.6g,,\n", format_name(f ? TERN_BASE3 : TERN_2BIT, -1), s->name, fall);
+                printf("steps,%s,%s,1,time over that of the next multiple of 16,%.6g,,\n", format_name(f ? TERN_BASE3 : TERN_2BIT, -1), s->name, longer);
+                continue;
+            }
+            if (pending_title) printf("\n%s\n", pending_title);
+            pending_title = NULL;
+            printf("  %-12s %-12s over multiples of 16 the rate falls most from N=%ld to %ld, by %.1f%%; against the next multiple, N=%ld takes most: %.1f%%\n",
+                   format_name(f ? TERN_BASE3 : TERN_2BIT, -1), s->name, (long)from, (long)to, 100 * fall, (long)odd, 100 * longer);
         }
         product_close(&p);
     }
@@ -1417,26 +1479,59 @@ static void bench_small(int64_t size)
 
 /* -- what was aimed at, and what came out -- */
 
+static const result *find_result(const char *op, const char *place, const char *tier)
+{
+    const size_t length = strlen(place);
+    int i;
+    for (i = 0; i < result_count; i++) {
+        const result *r = &results[i];
+        const size_t whole = strlen(r->shape); /* the place is how the shape ends */
+        if (strcmp(r->op, op) == 0 && whole >= length && strcmp(r->shape + whole - length, place) == 0 && strcmp(r->tier, tier) == 0 && r->threads == 1) return r;
+    }
+    return NULL;
+}
+
+static void print_target(const char *text, double aim, double reached)
+{
+    printf("  %-66s %4.0f%%   reached %5.1f%%  %s\n", text, 100 * aim, 100 * reached, reached >= aim ? "yes" : "NO");
+}
+
 static void target(const char *text, const char *op, const char *place, const char *tier, double aim)
 {
-    int i;
-    for (i = 0; i < result_count; i++)
-        if (strcmp(results[i].op, op) == 0 && strstr(results[i].shape, place) && strcmp(results[i].tier, tier) == 0 && results[i].threads == 1) {
-            printf("  %-62s %3.0f%%   reached %5.1f%%  %s\n", text, 100 * aim, 100 * results[i].fraction,
-                   results[i].fraction >= aim ? "yes" : "NO");
-            return;
-        }
-    printf("  %-62s %3.0f%%   not measured\n", text, 100 * aim);
+    const result *r = find_result(op, place, tier);
+    if (r) print_target(text, aim, r->fraction);
+    else printf("  %-66s %4.0f%%   not measured\n", text, 100 * aim);
+}
+
+/* How much of a rate is left in another format: the first one's time over the second's, same shape and tier. */
+static void target_ratio(const char *text, const char *whole, const char *part, const char *place, const char *tier, double aim)
+{
+    const result *a = find_result(whole, place, tier), *b = find_result(part, place, tier);
+    if (a && b) print_target(text, aim, a->time / b->time);
+    else printf("  %-66s %4.0f%%   not measured\n", text, 100 * aim);
 }
 
 static void targets_table(void)
 {
     printf("\nTargets, one thread%s\n", option.quick ? " (a quick run: its working sets fit a cache, so these say nothing about memory)" : "");
-    target("2-bit matrix x vector from DRAM, avx512-vnni, of DRAM read", "matmul 2-bit row", "DRAM", "avx512-vnni", 0.90);
-    target("2-bit matrix x vector from DRAM, avx2, of DRAM read", "matmul 2-bit row", "DRAM", "avx2", 0.80);
-    target("2-bit matrix x vector from L2, avx512-vnni, of vpdpbusd", "matmul 2-bit row", "L2", "avx512-vnni", 0.35);
-    target("2-bit matrix x 16 tokens, amx-int8, of tdpbsud", "matmul 2-bit row", "N=16", "amx-int8", 0.42);
-    target("2-bit matrix x 128 tokens with quantizer, amx-int8, of tdpbsud", "linear 2-bit row", "N=128", "amx-int8", 0.62);
+    target("2-bit x 1 token from DRAM, avx512-vnni, of DRAM read", "matmul 2-bit row", "DRAM", "avx512-vnni", 0.95);
+    target("2-bit x 1 token from DRAM, avx2, of DRAM read", "matmul 2-bit row", "DRAM", "avx2", 0.80);
+    target("base-3 x 1 token from DRAM, best tier, of DRAM read", "matmul base-3 row", "DRAM", best->name, 0.92);
+    target_ratio("base-3 x 1 token from DRAM, best tier, trits of 2-bit", "matmul 2-bit row", "matmul base-3 row", "DRAM", best->name, 1.15);
+    target("2-bit x 1 token from L2, avx512-vnni, of vpdpbusd", "matmul 2-bit row", "L2", "avx512-vnni", 0.45);
+    target("2-bit x 4 tokens, amx-int8, of tdpbsud", "matmul 2-bit row", "N=4", "amx-int8", 0.15);
+    target("2-bit x 8 tokens, amx-int8, of tdpbsud", "matmul 2-bit row", "N=8", "amx-int8", 0.28);
+    target("2-bit x 16 tokens, amx-int8, of tdpbsud", "matmul 2-bit row", "N=16", "amx-int8", 0.42);
+    target("2-bit x 128 tokens with quantizer, amx-int8, of tdpbsud", "linear 2-bit row", "2560x2560 N=128", "amx-int8", 0.62);
+    target("the same, 14336x4096", "linear 2-bit row", "14336x4096 N=128", "amx-int8", 0.70);
+    target("2-bit x 512 tokens with quantizer, amx-int8, of tdpbsud", "linear 2-bit row", "2560x2560 N=512", "amx-int8", 0.65);
+    target("the same, 14336x4096", "linear 2-bit row", "14336x4096 N=512", "amx-int8", 0.75);
+    target("2-bit x 64 tokens, avx512-vnni, of vpdpbusd", "matmul 2-bit row", "N=64", "avx512-vnni", 0.90);
+    target("2-bit x 512 tokens, avx512-vnni, of vpdpbusd", "matmul 2-bit row", "N=512", "avx512-vnni", 0.90);
+    target("2-bit x 64 tokens, avx2, of maddubs+add", "matmul 2-bit row", "N=64", "avx2", 0.85);
+    target_ratio("2-bit groups of 128 from DRAM, avx512-vnni, rate of rows", "matmul 2-bit row", "matmul 2-bit group 128", "DRAM", "avx512-vnni", 0.92);
+    target_ratio("2-bit groups of 128 from L2, avx512-vnni, rate of rows", "matmul 2-bit row", "matmul 2-bit group 128", "L2", "avx512-vnni", 0.85);
+    target_ratio("2-bit groups of 128 x 64 tokens, avx512-vnni, rate of rows", "matmul 2-bit row", "matmul 2-bit group 128", "N=64", "avx512-vnni", 0.85);
 }
 
 static void legend(void)
@@ -1446,6 +1541,7 @@ static void legend(void)
            "  GB/s     1e9 bytes a second: packed weights and scales of a matrix from DRAM; elsewhere all bytes read and written\n"
            "  GMAC/s   1e9 multiply-adds a second, one for each weight and token; attention: of the visible pairs\n"
            "  us       microseconds a call; the limit is the time its bytes take from L1\n"
+           "  group    scales in f16, one for each 128 inputs of a row; row: one f32 scale for each row\n"
            "  matmul   activations quantized beforehand; linear: the whole layer, with its int8 quantizer; float act: float activations\n"
            "  DRAM     weights rotate through %lu MiB; L2, L1: the best read loop found over 1 MiB, 16 KiB\n"
            "  N        tokens; thr: threads; xN: float lanes; h4x64: heads of 64\n",
@@ -1494,6 +1590,10 @@ int main(int argc, char **argv)
     bench_vector(hot_rows[q], hot_cols[q], 0);
     title("Matrix x tokens");
     bench_batch(batch[q]);
+    if (!q) bench_tokens(14336, 4096, TERN_2BIT, TERN_PER_ROW, 128, best->isa);
+    if (!q) bench_tokens(14336, 4096, TERN_2BIT, TERN_PER_ROW, 512, best->isa);
+    title("Steps from one number of tokens to the next");
+    bench_steps(batch[q]);
     for (i = 0; i < 4; i++) bench_blas(sgemm_tokens[i], batch[q], batch[q], 0);
     if (blas || onednn.here || ggml.here) {
         title("Peers: a whole layer, its input quantized in the call; the limit of our rows is the fastest peer");
