@@ -77,7 +77,7 @@ OPTIONS (define before the implementation; public layouts never depend on them)
     TERNARY_NO_STDIO          no FILE functions, no getenv
     TERNARY_NO_THREADS        no thread pool
     TERNARY_NO_SIMD           the scalar tier alone; TERNARY_NO_SSE41, _NO_AVX2, _NO_AVX_VNNI, _NO_AVX512_VNNI,
-                              _NO_AMX_INT8 leave out one tier each (AMX-INT8 goes with AVX512-VNNI)
+                              _NO_AVX512_VBMI, _NO_AMX_INT8 leave out one tier each (the last two go with AVX512-VNNI)
     TERNARY_NO_TRAINING       no backward of ternary layers, no optimizers
     TERNARY_NO_FILES          no model files
     TERNARY_ACCEPT_FAST_MATH  compile under fast-math, without the promise of equal bits
@@ -218,6 +218,7 @@ typedef enum { TERN_NORM_NONE, TERN_NORM_RMS } tern_norm_kind;
     X(AVX2,        avx2,        "avx2")        \
     X(AVX_VNNI,    avx_vnni,    "avx-vnni")    \
     X(AVX512_VNNI, avx512_vnni, "avx512-vnni") \
+    X(AVX512_VBMI, avx512_vbmi, "avx512-vbmi") \
     X(AMX_INT8,    amx_int8,    "amx-int8")
 #define TERN__ENUM(name, suffix, text) TERN_ISA_##name,
 typedef enum { TERN_ISA_BEST, TERN_TIERS(TERN__ENUM) TERN__ISA_END } tern_isa;
@@ -774,6 +775,9 @@ TERN_API tern_result tern_selftest(tern_context *c);
 #endif
 #ifndef TERNARY_NO_AVX512_VNNI
 #define TERN__WITH_AVX512_VNNI 1
+#ifndef TERNARY_NO_AVX512_VBMI
+#define TERN__WITH_AVX512_VBMI 1
+#endif
 #endif
 #if defined(TERN__WITH_AVX512_VNNI) && !defined(TERNARY_NO_AMX_INT8)
 #ifdef TERN__TILE_UNIT /* a test brings its own, and says here whether it may be used */
@@ -834,7 +838,8 @@ static int32_t tern__cpu_has(tern_isa tier)
     if (tier == TERN_ISA_AVX_VNNI) return a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
     if ((xcr0 & 0xE0) != 0xE0) return 0;
     if (!(b7 >> 16 & 1) || !(b7 >> 17 & 1) || !(b7 >> 30 & 1) || !(b7 >> 31 & 1) || !(c7 >> 11 & 1)) return 0; /* F, DQ, BW, VL, VNNI */
-    return tier == TERN_ISA_AVX512_VNNI || tern__cpu_has_tiles(d7, xcr0);
+    if (tier == TERN_ISA_AVX512_VNNI) return 1;
+    return tier == TERN_ISA_AVX512_VBMI ? (int32_t)(c7 >> 1 & 1) : tern__cpu_has_tiles(d7, xcr0);
 #else
     return tier == TERN_ISA_SCALAR;
 #endif
@@ -2214,9 +2219,9 @@ static const tern__kernels tern__kernels_scalar = {
    [TERN-11] Kernels, x86
    What enters: the tern__kernels contract of [TERN-10]. What leaves: tern__kernels_sse41 (machines with
    SSSE3 and SSE4.1), _avx2 (AVX2, FMA and F16C), _avx_vnni (AVX-VNNI besides), _avx512_vnni (AVX-512 F,
-   BW, DQ, VL and VNNI) and _amx_int8 (AMX-TILE and AMX-INT8 besides), equal to the scalar kernels bit for
-   bit. The dispatcher of [TERN-14] calls them through the table, after asking the CPU. What differs between
-   tiers only in the width of its vectors is written once, as a macro.
+   BW, DQ, VL and VNNI), _avx512_vbmi (VBMI besides) and _amx_int8 (AMX-TILE and AMX-INT8 besides), equal to the
+   scalar kernels bit for bit. The dispatcher of [TERN-14] calls them through the table, after asking the CPU. What
+   differs between tiers only in the width of its vectors is written once, as a macro.
    Each function names its own target, so no compiler flags are needed. Float sums and products use the
    operators of the vector types and not intrinsics, and so obey the switches against contraction that
    surround this code (clang's -ffp-contract=fast alone overrides them, there as everywhere).
@@ -2473,13 +2478,14 @@ static TARGET void NAME(int64_t m, int64_t k, const float *a, int64_t a_row, int
     for (; i < m; i++) NAME##_block(1, k, a + i * a_row, a_row, a_col, b, p + i * 32, first);            \
 }
 
-/* Low nibble of 3^s * digit -> digit, for every s: 0; 3, 9, 27 = 0x1b, 81 = 0x51; 6, 18 = 0x12, 54 = 0x36,
-   162 = 0xa2. Once for each 16 bytes of the widest vector, as byte shuffles want it. */
-#define TERN__DIGIT_OF_NIBBLE 0, 1, 2, 1, 0, 0, 2, 0, 0, 1, 0, 1, 0, 0, 0, 0
-static const uint8_t tern__digit_of_nibble[64] = {TERN__DIGIT_OF_NIBBLE, TERN__DIGIT_OF_NIBBLE, TERN__DIGIT_OF_NIBBLE, TERN__DIGIT_OF_NIBBLE};
-#undef TERN__DIGIT_OF_NIBBLE
-
-enum { TERN__TURN = 8 }; /* 2-bit units that a panel has before the next one's turn */
+/* By nibble, as byte shuffles want it, once for each 16 bytes of the widest vector: the multiple of 27 at or
+   below 16 n; and the digits of r, r < 9. The same two tables give those of 3^s r, since 9 and 81 are -7 and 1
+   mod 16 and 27 is 11: 9 * {0, 1, 2} ends in 0, 9, 2 and 27 * {0..8} in 0, 11, 6, 1, 12, 7, 2, 13, 8. */
+#define TERN__FOUR_TIMES(...) {__VA_ARGS__, __VA_ARGS__, __VA_ARGS__, __VA_ARGS__}
+static const uint8_t tern__floor27[64] = TERN__FOUR_TIMES(0, 0, 27, 27, 54, 54, 81, 108, 108, 135, 135, 162, 189, 189, 216, 216);
+static const uint8_t tern__low_digit[64] = TERN__FOUR_TIMES(0, 1, 2, 0, 1, 2, 0, 1, 2, 1, 0, 0, 1, 2, 0, 0);
+static const uint8_t tern__high_digit[64] = TERN__FOUR_TIMES(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 1, 1, 1, 0, 0);
+#undef TERN__FOUR_TIMES
 
 /* The codes, the same for every vector width: TERN__X86_FLOAT's parameters, and tern__store_int_X. A remainder
    v mod w is for v < 3 w: a subtraction that goes below zero wraps to something larger, and loses. */
@@ -2507,18 +2513,27 @@ static TARGET void tern__decode_2bit_##X(const uint8_t *panel, int64_t units, ui
             tern__store_int_##X(code + h + 192, MM##srli_epi16(v, 6) & mask);                            \
         }                                                                                                \
 }                                                                                                        \
+/* v = 81 d4 + 27 d3 + b, b = 9 d2 + r: what the table leaves of v is below 27 + 15, and 9 goes twice into b at most. */ \
+static inline __attribute__((always_inline)) TARGET void tern__digits_##X(I v, I *digit)                 \
+{                                                                                                        \
+    const I floor27 = tern__load_int_##X(tern__floor27), mask = MM##set1_epi8(15);                       \
+    const I low = tern__load_int_##X(tern__low_digit), high = tern__load_int_##X(tern__high_digit);      \
+    const I e = MM##sub_epi8(v, MM##shuffle_epi8(floor27, MM##srli_epi16(v, 4) & mask));                 \
+    const I b = MM##min_epu8(e, MM##sub_epi8(e, MM##set1_epi8(27))), top = MM##sub_epi8(v, b) & mask;    \
+    const I r = tern__mod_##X(b, 9);                                                                     \
+    digit[0] = MM##shuffle_epi8(low, r);                                                                 \
+    digit[1] = MM##shuffle_epi8(high, r);                                                                \
+    digit[2] = MM##shuffle_epi8(low, MM##sub_epi8(b, r));                                                \
+    digit[3] = MM##shuffle_epi8(high, top);                                                              \
+    digit[4] = MM##shuffle_epi8(low, top);                                                               \
+}                                                                                                        \
 static TARGET void tern__decode_base3_##X(const uint8_t *panel, int64_t units, uint8_t *code)            \
 {                                                                                                        \
-    const I mask = MM##set1_epi8(15), digit = tern__load_int_##X(tern__digit_of_nibble);                 \
     for (int64_t i = 0; i < units; i++, panel += 64, code += 5 * 64)                                     \
         for (int h = 0; h < 64; h += 4 * W) {                                                            \
-            I v = tern__load_int_##X(panel + h);                                                         \
-            TERN__UNROLL for (int s = 4; s > 0; s--) {                                                   \
-                const I rest = tern__mod_##X(v, s == 4 ? 81 : s == 3 ? 27 : s == 2 ? 9 : 3);             \
-                tern__store_int_##X(code + h + s * 64, MM##shuffle_epi8(digit, MM##sub_epi8(v, rest) & mask)); \
-                v = rest;                                                                                \
-            }                                                                                            \
-            tern__store_int_##X(code + h, v);                                                            \
+            I digit[5];                                                                                  \
+            tern__digits_##X(tern__load_int_##X(panel + h), digit);                                      \
+            TERN__UNROLL for (int s = 0; s < 5; s++) tern__store_int_##X(code + h + s * 64, digit[s]);   \
         }                                                                                                \
 }
 
@@ -2593,50 +2608,80 @@ static TARGET void tern__dot_i8_##X(const tern__dot *d, int64_t acc_row, int32_t
         }                                                                                                \
     }                                                                                                    \
 }
+/* A macro, since clang 14 unrolls only what has its constants at once. */
+#define TERN__FEW(X, FEW, BASE3)                            \
+    if (d->tokens > FEW) tern__dot_quads(d, &quads);        \
+    else if (d->tokens == 1) tern__few_##X(BASE3, 1, d);    \
+    else if (d->tokens == 2) tern__few_##X(BASE3, 2, d);    \
+    else if (d->tokens == 3) tern__few_##X(BASE3, 3, d);    \
+    else tern__few_##X(BASE3, 4, d);
 
 /* The dots of tier X on the vectors of tier Y. The tier brings tern__step_X, which adds the products of a quad
    to a sum, and tern__finish_X, which makes int32 of it.
-   One or two tokens go straight from packed 2-bit units. There the sums are kept apart by bit position: low
-   holds the codes at bits 0 and 4 (shifted down), high those at bits 2 and 6, four times too large. int16 takes
-   TERN__TURN units: 8 * 2 * 2 bytes * (2 * 4) * 127 = 32512. So often the panels take turns, since several
-   streams of memory are faster than one. All else goes through quads, in tiles of up to MOST (4 or 6) tokens by
-   two vectors: as many as the registers hold. */
-#define TERN__X86_DOT(X, Y, TARGET, W, V, I, MM, MOST)                                                      \
-static inline __attribute__((always_inline)) TARGET void tern__turn_##X(const tern__dot *d, const uint8_t *panel, const int8_t *token, int64_t u, I *acc) \
+   Up to FEW (2 or 4) tokens go straight from the packed units, each decoded once. Quads take two sums
+   in turn, since VNNI adds slowly: of 2-bit units the codes at bits 0 and 4 (shifted down), and those at bits 2
+   and 6, four times too large. int16 takes 8 such units, 8 * 2 quads * 2 bytes * (2 * 4) * 127 = 32512, and 21
+   of base 3, 21 * 3 * 2 * 2 * 127 = 32004. So often the panels take turns, since several streams of memory are
+   faster than one. All else goes through quads, in tiles of up to MOST (4 or 6) tokens by two vectors: as many as
+   the registers hold. */
+#define TERN__X86_DOT(X, Y, TARGET, W, V, I, MM, FEW, MOST)                                                      \
+static inline __attribute__((always_inline)) TARGET void tern__peel_##X(const int base3, I v, I *code)   \
 {                                                                                                        \
-    const I mask3 = MM##set1_epi8(3), mask12 = MM##set1_epi8(12);                                        \
-    for (int h = 0; h < 64; h += 8 * W, acc += 2) {                                                      \
-        I low[2], high[2];                                                                               \
-        low[0] = low[1] = high[0] = high[1] = MM##set1_epi32(0);                                         \
+    const I mask3 = MM##set1_epi8(3), mask12 = MM##set1_epi8(12), w = MM##srli_epi16(v, 4);              \
+    if (base3) {                                                                                         \
+        tern__digits_##Y(v, code);                                                                       \
+        return;                                                                                          \
+    }                                                                                                    \
+    code[0] = v & mask3;                                                                                 \
+    code[1] = v & mask12;                                                                                \
+    code[2] = w & mask3;                                                                                 \
+    code[3] = w & mask12;                                                                                \
+}                                                                                                        \
+/* Units u to end of a panel with T tokens, J vectors at a time. */                                      \
+static inline __attribute__((always_inline)) TARGET void tern__turn_##X(const int base3, const int T, const tern__dot *d, const uint8_t *panel, \
+                                                                        const int8_t *token, int64_t u, int64_t end, I (*acc)[16 / W]) \
+{                                                                                                        \
+    const int Q = base3 ? 5 : 4, J = T > 2 ? 1 : 2;                                                      \
+    for (int h = 0; h < 64; h += J * 4 * W) {                                                            \
+        I sum[4][2][2];                                                                                  \
+        TERN__UNROLL for (int t = 0; t < T; t++)                                                         \
+            TERN__UNROLL for (int j = 0; j < J; j++) sum[t][j][0] = sum[t][j][1] = MM##set1_epi32(0);    \
         const uint8_t *unit = panel + u * 64 + h;                                                        \
-        const int8_t *q = token + u * 16;                                                                \
-        for (int64_t i = u; i < u + TERN__TURN && i < d->units; i++, unit += 64, q += 16) {              \
+        const int8_t *q = token + u * Q * 4;                                                             \
+        for (int64_t i = u; i < end; i++, unit += 64, q += Q * 4) {                                      \
             tern__prefetch(d, unit, i, d->panels);                                                       \
-            TERN__UNROLL for (int j = 0; j < 2; j++) {                                                   \
-                const I v = tern__load_int_##Y(unit + j * 4 * W), w = MM##srli_epi16(v, 4);              \
-                low[j] = tern__step_##X(low[j], v & mask3, tern__quad_##Y(q));                           \
-                high[j] = tern__step_##X(high[j], v & mask12, tern__quad_##Y(q + 4));                    \
-                low[j] = tern__step_##X(low[j], w & mask3, tern__quad_##Y(q + 8));                       \
-                high[j] = tern__step_##X(high[j], w & mask12, tern__quad_##Y(q + 12));                   \
+            TERN__UNROLL for (int j = 0; j < J; j++) {                                                   \
+                I code[5];                                                                               \
+                tern__peel_##X(base3, tern__load_int_##Y(unit + j * 4 * W), code);                       \
+                TERN__UNROLL for (int s = 0; s < Q; s++)                                                 \
+                    TERN__UNROLL for (int t = 0; t < T; t++)                                             \
+                        sum[t][j][s & 1] = tern__step_##X(sum[t][j][s & 1], code[s], tern__quad_##Y(q + t * d->q_stride + s * 4)); \
             }                                                                                            \
         }                                                                                                \
-        TERN__UNROLL for (int j = 0; j < 2; j++) {                                                       \
-            const I scaled = MM##srai_epi32(tern__finish_##X(high[j]), 2);                               \
-            acc[j] = MM##add_epi32(acc[j], MM##add_epi32(tern__finish_##X(low[j]), scaled));             \
-        }                                                                                                \
+        TERN__UNROLL for (int t = 0; t < T; t++)                                                         \
+            TERN__UNROLL for (int j = 0; j < J; j++) {                                                   \
+                const I odd = MM##srai_epi32(tern__finish_##X(sum[t][j][1]), base3 ? 0 : 2);             \
+                I *const to = &acc[t][h / (4 * W) + j];                                                  \
+                *to = MM##add_epi32(*to, MM##add_epi32(tern__finish_##X(sum[t][j][0]), odd));            \
+            }                                                                                            \
     }                                                                                                    \
 }                                                                                                        \
-static TARGET void tern__gemv_2bit_##X(const tern__dot *d, int32_t token)                                \
+static inline __attribute__((always_inline)) TARGET void tern__few_##X(const int base3, const int T, const tern__dot *d) \
 {                                                                                                        \
-    I acc[TERN__PANELS][16 / W];                                                                         \
+    const int64_t turn = base3 ? 21 : 8;                                                                 \
+    I acc[TERN__PANELS][4][16 / W];                                                                      \
     for (int32_t p = 0; p < d->panels; p++)                                                              \
-        for (int j = 0; j < 16 / W; j++) acc[p][j] = MM##set1_epi32(-d->sum[token * d->sum_stride]);     \
-    for (int64_t u = 0; u < d->units; u += TERN__TURN)                                                   \
+        for (int t = 0; t < T; t++)                                                                      \
+            for (int j = 0; j < 16 / W; j++) acc[p][t][j] = MM##set1_epi32(-d->sum[t * d->sum_stride]);  \
+    for (int64_t u = 0; u < d->units; u += turn)                                                         \
         for (int32_t p = 0; p < d->panels; p++)                                                          \
-            tern__turn_##X(d, d->panel + p * d->panel_stride, d->q + token * d->q_stride, u, acc[p]);    \
+            tern__turn_##X(base3, T, d, d->panel + p * d->panel_stride, d->q, u,                         \
+                           d->units - u < turn ? d->units : u + turn, acc[p]);                           \
     for (int32_t p = 0; p < d->panels; p++)                                                              \
-        for (int j = 0; j < 16 / W; j++)                                                                 \
-            tern__leave_##Y(d, (p * d->tokens + token) * 16 + j * W, acc[p][j], tern__scale_##Y(d, p, j * W), d->add); \
+        for (int j = 0; j < 16 / W; j++) {                                                               \
+            const V scale = tern__scale_##Y(d, p, j * W);                                                \
+            for (int t = 0; t < T; t++) tern__leave_##Y(d, (p * d->tokens + t) * 16 + j * W, acc[p][t][j], scale, d->add); \
+        }                                                                                                \
 }                                                                                                        \
 static inline __attribute__((always_inline)) TARGET void tern__tile_quads_##X(const int T, const tern__dot *d, int64_t acc_row, tern__start start) \
 {                                                                                                        \
@@ -2679,16 +2724,15 @@ static TARGET void tern__tiles_##X(const tern__dot *d, int64_t acc_stride, tern_
     (void)acc_stride; /* one panel at a time */                                                          \
     tern__tiles_of_##X(d, 16, start);                                                                    \
 }                                                                                                        \
-static void tern__run_2bit_##X(const tern__dot *d)                                                       \
+static TARGET void tern__run_2bit_##X(const tern__dot *d)                                                \
 {                                                                                                        \
     static const tern__quads quads = {tern__decode_2bit_##Y, tern__tiles_##X, 4, 1, MOST, TERN__QUADS};  \
-    if (d->tokens > 2) tern__dot_quads(d, &quads);                                                       \
-    else for (int32_t t = 0; t < d->tokens; t++) tern__gemv_2bit_##X(d, t);                              \
+    TERN__FEW(X, FEW, 0)                                                                                 \
 }                                                                                                        \
-static void tern__run_base3_##X(const tern__dot *d)                                                      \
+static TARGET void tern__run_base3_##X(const tern__dot *d)                                               \
 {                                                                                                        \
     static const tern__quads quads = {tern__decode_base3_##Y, tern__tiles_##X, 5, 1, MOST, TERN__QUADS}; \
-    tern__dot_quads(d, &quads);                                                                          \
+    TERN__FEW(X, FEW, 1)                                                                                 \
 }                                                                                                        \
 static void tern__dot_2bit_##X(const tern__dot *d) { tern__dot_groups(d, 16, tern__run_2bit_##X); } \
 static void tern__dot_base3_##X(const tern__dot *d) { tern__dot_groups(d, 20, tern__run_base3_##X); }
@@ -2845,7 +2889,7 @@ TERN__SSE41_INLINE __m128i tern__add16_sse41(__m128i sum, __m128i term) { __asm_
 TERN__SSE41_INLINE __m128i tern__add32_sse41(__m128i sum, __m128i term) { __asm__("paddd {%1, %0|%0, %1}" : "+x"(sum) : "x"(term)); return sum; }
 TERN__X86_MADDUBS(sse41, TERN__SSE41, 4, __m128i, _mm_)
 TERN__X86_WORDS(sse41, TERN__SSE41, 4, __m128i, _mm_)
-TERN__X86_DOT(sse41, sse41, TERN__SSE41, 4, __m128, __m128i, _mm_, 4)
+TERN__X86_DOT(sse41, sse41, TERN__SSE41, 4, __m128, __m128i, _mm_, 2, 4)
 
 static const tern__kernels tern__kernels_sse41 = {
     tern__dot_2bit_sse41, tern__dot_base3_sse41, tern__emit_sse41, tern__tile_sse41, tern__tile_sse41,
@@ -2900,7 +2944,7 @@ TERN__AVX2_INLINE __m256i tern__add16_avx2(__m256i sum, __m256i term) { __asm__(
 TERN__AVX2_INLINE __m256i tern__add32_avx2(__m256i sum, __m256i term) { __asm__("vpaddd {%1, %0, %0|%0, %0, %1}" : "+x"(sum) : "x"(term)); return sum; }
 TERN__X86_MADDUBS(avx2, TERN__AVX2, 8, __m256i, _mm256_)
 TERN__X86_WORDS(avx2, TERN__AVX2, 8, __m256i, _mm256_)
-TERN__X86_DOT(avx2, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 4)
+TERN__X86_DOT(avx2, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 2, 4)
 
 static const tern__kernels tern__kernels_avx2 = {
     tern__dot_2bit_avx2, tern__dot_base3_avx2, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
@@ -2919,7 +2963,7 @@ TERN__AVX2_INLINE __m256i tern__step_avx_vnni(__m256i sum, __m256i code, __m256i
 }
 TERN__AVX2_INLINE __m256i tern__finish_avx_vnni(__m256i sum) { return sum; }
 
-TERN__X86_DOT(avx_vnni, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 6)
+TERN__X86_DOT(avx_vnni, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 4, 6)
 static TERN__AVX2 void tern__tiles_i8_avx_vnni(const tern__dot *d, int64_t acc_row, tern__start start) { tern__tiles_of_avx_vnni(d, acc_row, start); }
 static void tern__dot_i8_avx_vnni(const tern__dot *d, int64_t acc_row, int32_t add)
 {
@@ -2975,58 +3019,76 @@ TERN__AVX512_INLINE __m512i tern__dp4_avx512(__m512i acc, __m512i code, const in
     return acc;
 }
 
-/* Quad s of what is left of a unit, s falling from the top, still multiplied by its weight: 4^s in the 2-bit
-   unit (one AND); in base 3 81, 27, 9 (a difference of remainders), 1, 1 (by table). */
-TERN__AVX512_INLINE __m512i tern__peel_avx512(const int base3, const int s, __m512i *v)
+/* How a unit is taken apart. VBMI has a byte shuffle of 64 entries that looks at no other bits: its first table goes
+   by v >> 2 and leaves e < 27 + 3 of v, and for e there is a table for each digit: 10 instructions instead of 18.
+   Slower: remainders mod 81, and of those one table of 128 entries (vpermi2b is three operations). */
+typedef enum { TERN__PEEL_2BIT, TERN__PEEL_BASE3, TERN__PEEL_VBMI } tern__peel;
+
+#define TERN__7(x) x, x, x, x, x, x, x
+static const uint8_t tern__floor27_by_4[64] = {TERN__7(0), TERN__7(27), TERN__7(54), 81, 81, 81, 81, 81, 81, TERN__7(108),
+    TERN__7(135), TERN__7(162), 189, 189, 189, 189, 189, 189, TERN__7(216), 216, 216, 216};
+#undef TERN__7
+static const uint8_t tern__rest_of_30[64] = {
+    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 0, 1, 2};
+static const uint8_t tern__digits_of_30[3][64] = {
+    {0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2},
+    {0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0},
+    {0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0}};
+
+TERN__AVX512_INLINE __m512i tern__permute_avx512(__m512i index, const uint8_t *table) /* asm: the tiers share a target */
 {
-    const __m512i all = *v;
-    if (!base3) return _mm512_and_si512(all, _mm512_set1_epi8((char)(3 << 2 * s)));
-    if (s == 1) return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0)), all);
-    if (s == 0) return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0)), all);
-    *v = tern__mod_avx512(all, s == 4 ? 81 : s == 3 ? 27 : 9);
-    return _mm512_sub_epi8(all, *v);
+    __m512i v;
+    __asm__("vpermb {%2, %1, %0|%0, %1, %2}" : "=v"(v) : "v"(index), "v"(_mm512_loadu_si512(table)));
+    return v;
 }
 
-/* P panels (several streams of memory are faster than one) with T tokens straight from the packed units, one
-   sum per weight; the weight is divided out at the end. 2-bit: |sum| <= 16384 units * 4 * 128 * 127 < 2^30, a
-   multiple of 4^s: a shift. Base 3: sums wrap mod 2^32, where the odd weight has an inverse; the true
-   quotient, |it| <= 2 * 127 * 2^18 < 2^26, is the one that comes out. The loops have fixed bounds and a
-   guard, since clang 14 leaves acc in memory where a bound of one makes a loop vanish early. */
-TERN__AVX512_INLINE void tern__direct_avx512(const int base3, const int P, const int T, const tern__dot *d, int32_t panel, int32_t token)
+TERN__AVX512_INLINE void tern__peel_avx512(const tern__peel kind, __m512i v, __m512i *code)
 {
-    static const uint32_t inverse[5] = {1, 1, 0x38e38e39u, 0x684bda13u, 0x781948b1u};
-    const int Q = base3 ? 5 : 4;
+    if (kind == TERN__PEEL_2BIT)
+        TERN__UNROLL for (int s = 0; s < 4; s++) code[s] = _mm512_and_si512(v, _mm512_set1_epi8((char)(3 << 2 * s)));
+    else if (kind == TERN__PEEL_BASE3) tern__digits_avx512(v, code);
+    else {
+        const __m512i e = _mm512_sub_epi8(v, tern__permute_avx512(_mm512_srli_epi16(v, 2), tern__floor27_by_4));
+        const __m512i top = _mm512_sub_epi8(v, tern__permute_avx512(e, tern__rest_of_30));
+        TERN__UNROLL for (int s = 0; s < 3; s++) code[s] = tern__permute_avx512(e, tern__digits_of_30[s]);
+        code[3] = tern__permute_avx512(top, tern__high_digit);
+        code[4] = tern__permute_avx512(top, tern__low_digit);
+    }
+}
+
+/* P panels (several streams of memory are faster than one) with T tokens straight from the packed units. 2-bit codes
+   are multiplied where they lie, 4^s times too large, one sum for each s: |sum| <= 16384 units * 4 * 128 * 127 < 2^30.
+   The loops have fixed bounds and a guard, since clang 14 leaves acc in memory where a bound of one makes a loop
+   vanish early. */
+TERN__AVX512_INLINE void tern__direct_avx512(const tern__peel kind, const int P, const int T, const tern__dot *d, int32_t panel, int32_t token)
+{
+    const int Q = kind ? 5 : 4, C = kind ? 2 : 4; /* quads of a unit, and sums that take them in turn */
     const uint8_t *unit = d->panel + panel * d->panel_stride;
     const int8_t *q = d->q + token * d->q_stride;
     int64_t i = 0;
     for (int64_t g = 0; g < d->groups; g++) {
         const int64_t end = i + (g < d->groups - 1 ? d->units : d->last_units);
-        __m512i acc[4][6][5];
+        __m512i acc[4][6][4];
         TERN__UNROLL for (int p = 0; p < 4; p++) if (p < P)
             TERN__UNROLL for (int t = 0; t < 6; t++) if (t < T)
-                TERN__UNROLL for (int s = 0; s < Q; s++) acc[p][t][s] = _mm512_setzero_si512();
-        for (; i < end; i++, unit += 64) {
-            __m512i v[4];
+                TERN__UNROLL for (int c = 0; c < C; c++) acc[p][t][c] = _mm512_setzero_si512();
+        for (; i < end; i++, unit += 64)
             TERN__UNROLL for (int p = 0; p < 4; p++) if (p < P) {
-                v[p] = tern__load_int_avx512(unit + p * d->panel_stride);
+                __m512i code[5];
                 tern__prefetch(d, unit + p * d->panel_stride, i, P);
-            }
-            TERN__UNROLL for (int s = Q - 1; s >= 0; s--)
-                TERN__UNROLL for (int p = 0; p < 4; p++) if (p < P) {
-                    const __m512i quad = tern__peel_avx512(base3, s, &v[p]);
+                tern__peel_avx512(kind, tern__load_int_avx512(unit + p * d->panel_stride), code);
+                TERN__UNROLL for (int s = 0; s < Q; s++)
                     TERN__UNROLL for (int t = 0; t < 6; t++) if (t < T)
-                        acc[p][t][s] = tern__dp4_avx512(acc[p][t][s], quad, q + t * d->q_stride + (i * Q + s) * 4);
-                }
-        }
+                        acc[p][t][s % C] = tern__dp4_avx512(acc[p][t][s % C], code[s], q + t * d->q_stride + (i * Q + s) * 4);
+            }
         TERN__UNROLL for (int p = 0; p < 4; p++) if (p < P) {
             const __m512 scale = tern__scale_avx512(d, panel + p, g * 16);
             if (d->facc) tern__prefetch_scale(d, panel + p, g, P);
             TERN__UNROLL for (int t = 0; t < 6; t++) if (t < T) {
                 const int64_t to = ((int64_t)(panel + p) * d->tokens + token + t) * 16;
                 __m512i sum = _mm512_set1_epi32(-d->sum[(token + t) * d->sum_stride + g]);
-                TERN__UNROLL for (int s = 0; s < Q; s++)
-                    sum = _mm512_add_epi32(sum, base3 ? _mm512_mullo_epi32(acc[p][t][s], _mm512_set1_epi32((int32_t)inverse[s]))
-                                                      : _mm512_sra_epi32(acc[p][t][s], _mm_cvtsi32_si128(2 * s)));
+                TERN__UNROLL for (int c = 0; c < C; c++)
+                    sum = _mm512_add_epi32(sum, kind ? acc[p][t][c] : _mm512_sra_epi32(acc[p][t][c], _mm_cvtsi32_si128(2 * c)));
                 tern__leave_avx512(d, to, sum, scale, g > 0);
             }
         }
@@ -3087,7 +3149,7 @@ static TERN__AVX512 void tern__tiles_i8_avx512(const tern__dot *d, int64_t acc_r
 
 /* Up to twelve tokens go straight from the packed units, in one or two groups of up to six (the second finds
    the panel in L1); above that the decoding of quads pays. Base 3 costs more to take apart: up to four. */
-#define TERN__CASE(P, T) case P * 8 + T: tern__direct_avx512(TERN__BASE3, P, T, d, p, t); break;
+#define TERN__CASE(KIND, P, T) case P * 8 + T: tern__direct_avx512(KIND, P, T, d, p, t); break;
 static void tern__run_2bit_avx512(const tern__dot *d)
 {
     static const tern__quads quads = {tern__decode_2bit_avx512, tern__tiles_avx512, 4, 2, TERN__TILE_AVX512, TERN__QUADS};
@@ -3105,38 +3167,38 @@ static TERN__AVX512 void tern__dot_2bit_avx512(const tern__dot *d)
         for (int32_t t = 0, tokens; t < d->tokens; t += tokens) {
             tokens = t == 0 && d->tokens > 6 ? (d->tokens + 1) / 2 : d->tokens - t;
             switch (panels * 8 + tokens) {
-#define TERN__BASE3 0
-            TERN__CASE(4, 1) TERN__CASE(2, 2) TERN__CASE(2, 3)
-            TERN__CASE(1, 1) TERN__CASE(1, 2) TERN__CASE(1, 3) TERN__CASE(1, 4) TERN__CASE(1, 5) TERN__CASE(1, 6)
-#undef TERN__BASE3
+            TERN__CASE(TERN__PEEL_2BIT, 4, 1) TERN__CASE(TERN__PEEL_2BIT, 2, 2) TERN__CASE(TERN__PEEL_2BIT, 2, 3)
+            TERN__CASE(TERN__PEEL_2BIT, 1, 1) TERN__CASE(TERN__PEEL_2BIT, 1, 2) TERN__CASE(TERN__PEEL_2BIT, 1, 3)
+            TERN__CASE(TERN__PEEL_2BIT, 1, 4) TERN__CASE(TERN__PEEL_2BIT, 1, 5) TERN__CASE(TERN__PEEL_2BIT, 1, 6)
             default: break;
             }
         }
     }
 }
-static void tern__run_base3_avx512(const tern__dot *d)
-{
-    static const tern__quads quads = {tern__decode_base3_avx512, tern__tiles_avx512, 5, 2, TERN__TILE_AVX512, TERN__QUADS};
-    tern__dot_quads(d, &quads);
+/* The base-3 dot of tier X. A macro: see TERN__FEW. */
+#define TERN__AVX512_BASE3(X, KIND)                                                                         \
+static void tern__run_base3_##X(const tern__dot *d)                                                         \
+{                                                                                                           \
+    static const tern__quads quads = {tern__decode_base3_##X, tern__tiles_avx512, 5, 2, TERN__TILE_AVX512, TERN__QUADS}; \
+    tern__dot_quads(d, &quads);                                                                             \
+}                                                                                                           \
+static TERN__AVX512 void tern__dot_base3_##X(const tern__dot *d)                                            \
+{                                                                                                           \
+    if (d->tokens > 4) {                                                                                    \
+        tern__dot_groups(d, 20, tern__run_base3_##X);                                                       \
+        return;                                                                                             \
+    }                                                                                                       \
+    const int32_t most = d->tokens == 1 ? 4 : 2, t = 0;                                                      \
+    for (int32_t p = 0, panels; p < d->panels; p += panels) {                                               \
+        panels = d->panels - p >= most ? most : 1;                                                          \
+        switch (panels * 8 + d->tokens) {                                                                   \
+        TERN__CASE(KIND, 4, 1) TERN__CASE(KIND, 2, 2) TERN__CASE(KIND, 2, 3) TERN__CASE(KIND, 2, 4)         \
+        TERN__CASE(KIND, 1, 1) TERN__CASE(KIND, 1, 2) TERN__CASE(KIND, 1, 3) TERN__CASE(KIND, 1, 4)         \
+        default: break;                                                                                     \
+        }                                                                                                   \
+    }                                                                                                       \
 }
-static TERN__AVX512 void tern__dot_base3_avx512(const tern__dot *d)
-{
-    if (d->tokens > 4) {
-        tern__dot_groups(d, 20, tern__run_base3_avx512);
-        return;
-    }
-    const int32_t most = d->tokens == 1 ? 4 : d->tokens == 2 ? 2 : 1, t = 0;
-    for (int32_t p = 0, panels; p < d->panels; p += panels) {
-        panels = d->panels - p >= most ? most : 1;
-        switch (panels * 8 + d->tokens) {
-#define TERN__BASE3 1
-        TERN__CASE(4, 1) TERN__CASE(2, 2) TERN__CASE(1, 1) TERN__CASE(1, 2) TERN__CASE(1, 3) TERN__CASE(1, 4)
-#undef TERN__BASE3
-        default: break;
-        }
-    }
-}
-#undef TERN__CASE
+TERN__AVX512_BASE3(avx512, TERN__PEEL_BASE3)
 static void tern__dot_i8_avx512(const tern__dot *d, int64_t acc_row, int32_t add)
 {
     static const tern__quads quads = {NULL, tern__tiles_i8_avx512, 1, 2, TERN__TILE_AVX512, TERN__QUADS};
@@ -3147,6 +3209,25 @@ static const tern__kernels tern__kernels_avx512_vnni = {
     tern__dot_2bit_avx512, tern__dot_base3_avx512, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
     tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, 64
 };
+
+#ifdef TERN__WITH_AVX512_VBMI
+/* -- AVX-512 with VBMI: the base-3 dot alone differs -- */
+static TERN__AVX512 void tern__decode_base3_avx512_vbmi(const uint8_t *panel, int64_t units, uint8_t *code)
+{
+    for (int64_t i = 0; i < units; i++, panel += 64, code += 5 * 64) {
+        __m512i digit[5];
+        tern__peel_avx512(TERN__PEEL_VBMI, tern__load_int_avx512(panel), digit);
+        TERN__UNROLL for (int s = 0; s < 5; s++) tern__store_int_avx512(code + s * 64, digit[s]);
+    }
+}
+TERN__AVX512_BASE3(avx512_vbmi, TERN__PEEL_VBMI)
+
+static const tern__kernels tern__kernels_avx512_vbmi = {
+    tern__dot_2bit_avx512, tern__dot_base3_avx512_vbmi, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
+    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, 64
+};
+#endif /* TERN__WITH_AVX512_VBMI */
+#undef TERN__CASE
 #endif /* TERN__WITH_AVX512_VNNI */
 
 #ifdef TERN__WITH_AMX_INT8
@@ -4463,6 +4544,12 @@ TERN__TABLE(avx512_vnni, "avx512-vnni")
 #else
 #define tern__table_avx512_vnni NULL
 #endif
+#ifdef TERN__WITH_AVX512_VBMI
+TERN__TABLE(avx512_vbmi, "avx512-vbmi")
+#define tern__table_avx512_vbmi &tern__backend_avx512_vbmi
+#else
+#define tern__table_avx512_vbmi NULL
+#endif
 #ifdef TERN__WITH_AMX_INT8
 TERN__TABLE(amx_int8, "amx-int8")
 #define tern__table_amx_int8 &tern__backend_amx_int8
@@ -4488,6 +4575,7 @@ TERN_API const tern_backend *tern_cpu_backend(tern_isa isa)
 #undef tern__table_avx2
 #undef tern__table_avx_vnni
 #undef tern__table_avx512_vnni
+#undef tern__table_avx512_vbmi
 #undef tern__table_amx_int8
     return isa == TERN_ISA_BEST ? best : NULL;
 }

@@ -176,6 +176,7 @@ READER(read_avx512_vnni, __attribute__((target("avx512f"))), 8)
 #else
 #define read_avx512_vnni read_scalar
 #endif
+#define read_avx512_vbmi read_avx512_vnni
 #define read_amx_int8 read_avx512_vnni
 
 typedef struct read_way { uint64_t (*read)(const uint8_t *, size_t, size_t, size_t); size_t streams, ahead; } read_way;
@@ -326,6 +327,9 @@ typedef struct tier_limits { read_way way; peak int8, muladd, fma; } tier_limits
 #define INT8_AVX512_VNNI {"vpdpbusd", spin_int8_avx512_vnni, 64}
 #define MULADD_AVX512_VNNI {"mul+add x16", spin_muladd_avx512_vnni, 16}
 #define FMA_AVX512_VNNI {"FMA x16", spin_fma_avx512_vnni, 16}
+#define INT8_AVX512_VBMI INT8_AVX512_VNNI
+#define MULADD_AVX512_VBMI MULADD_AVX512_VNNI
+#define FMA_AVX512_VBMI FMA_AVX512_VNNI
 #define INT8_AMX_INT8 {"tdpbsud", spin_int8_amx_int8, 16 * 16 * 64}
 #define MULADD_AMX_INT8 MULADD_AVX512_VNNI
 #define FMA_AMX_INT8 FMA_AVX512_VNNI
