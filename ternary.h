@@ -77,7 +77,7 @@ OPTIONS (define before the implementation; public layouts never depend on them)
     TERNARY_NO_STDIO          no FILE functions, no getenv
     TERNARY_NO_THREADS        no thread pool
     TERNARY_NO_SIMD           the scalar tier alone; TERNARY_NO_SSE41, _NO_AVX2, _NO_AVX_VNNI, _NO_AVX512_VNNI,
-                              _NO_AVX512_VBMI, _NO_AMX_INT8 leave out one tier each (the last two go with AVX512-VNNI)
+                              _NO_AVX512_VBMI, _NO_AMX_INT8 leave out one tier each (the last three: and those behind it)
     TERNARY_NO_TRAINING       no backward of ternary layers, no optimizers
     TERNARY_NO_FILES          no model files
     TERNARY_ACCEPT_FAST_MATH  compile under fast-math, without the promise of equal bits
@@ -779,7 +779,7 @@ TERN_API tern_result tern_selftest(tern_context *c);
 #define TERN__WITH_AVX512_VBMI 1
 #endif
 #endif
-#if defined(TERN__WITH_AVX512_VNNI) && !defined(TERNARY_NO_AMX_INT8)
+#if defined(TERN__WITH_AVX512_VBMI) && !defined(TERNARY_NO_AMX_INT8)
 #ifdef TERN__TILE_UNIT /* a test brings its own, and says here whether it may be used */
 #define TERN__WITH_AMX_INT8 1
 #elif defined(__x86_64__) && defined(__LP64__) && defined(__linux__) && defined(__has_include)
@@ -839,7 +839,8 @@ static int32_t tern__cpu_has(tern_isa tier)
     if ((xcr0 & 0xE0) != 0xE0) return 0;
     if (!(b7 >> 16 & 1) || !(b7 >> 17 & 1) || !(b7 >> 30 & 1) || !(b7 >> 31 & 1) || !(c7 >> 11 & 1)) return 0; /* F, DQ, BW, VL, VNNI */
     if (tier == TERN_ISA_AVX512_VNNI) return 1;
-    return tier == TERN_ISA_AVX512_VBMI ? (int32_t)(c7 >> 1 & 1) : tern__cpu_has_tiles(d7, xcr0);
+    if (!(c7 >> 1 & 1)) return 0; /* VBMI */
+    return tier == TERN_ISA_AVX512_VBMI || tern__cpu_has_tiles(d7, xcr0);
 #else
     return tier == TERN_ISA_SCALAR;
 #endif
@@ -3282,7 +3283,7 @@ static void tern__decode_2bit_amx(const uint8_t *panel, int64_t units, uint8_t *
 }
 static void tern__decode_base3_amx(const uint8_t *panel, int64_t units, uint8_t *code)
 {
-    tern__decode_base3_avx512(panel, units, code);
+    tern__decode_base3_avx512_vbmi(panel, units, code);
     tern__pad_amx(code, units * 5);
 }
 
@@ -3408,7 +3409,7 @@ static void tern__dot_base3_amx(const tern__dot *d)
     static const tern__quads some = {tern__decode_base3_amx, tern__tiles_amx, 5, 4, 16, 80};
     static const tern__quads many = {tern__decode_base3_amx, tern__tiles_amx, 5, 2, TERN__TOKENS, 160};
     if (d->tokens > TERN__FEW_AMX) tern__dot_amx(d, d->tokens > 16 ? &many : &some);
-    else tern__dot_base3_avx512(d);
+    else tern__dot_base3_avx512_vbmi(d);
 }
 
 static const tern__kernels tern__kernels_amx_int8 = {
