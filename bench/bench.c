@@ -478,12 +478,23 @@ static void print_limit(const setup *s, limit l, double rate)
     }
 }
 
+/* One measurement of a limit over a span of time. */
+static double limit_over(limit l, const setup *s, double span)
+{
+    const double start = seconds(CLOCK_MONOTONIC);
+    double sum = 0;
+    int parts = 0;
+    do { sum += limit_rate(l, s); parts++; } while (l != NONE && seconds(CLOCK_MONOTONIC) - start < span);
+    return sum / parts;
+}
+
 /* Runs call(arg), which does `work` bytes or multiply-adds, taking turns with its limit until the time of a
-   case is used up. Returns the rate, 0 for a case that is not wanted. */
+   case is used up. Both turns are of one length: where clocks wander, the best of short turns beats the best
+   of long ones. Returns the rate, 0 for a case that is not wanted. */
 static double measure(metric m, const char *op, const char *shape, const setup *s, limit l, double work, void (*call)(void *), void *arg)
 {
     const double limit_s = option.quick ? 0.02 : 0.3, turn_s = option.quick ? 0.001 : 0.002; /* short: a turn should fit between two interruptions */
-    double start, rate = 0, least = 1e9, t;
+    double start, span, rate = 0, least = 1e9, t;
     int64_t calls = 1, i;
     int turn;
     if (!wanted(op, shape, s->name)) return 0;
@@ -494,9 +505,10 @@ static double measure(metric m, const char *op, const char *shape, const setup *
         if (t > turn_s / 2) break;
         calls *= 2;
     }
+    span = t;
     start = seconds(CLOCK_MONOTONIC);
     for (turn = 0; turn < (option.quick ? 2 : 5) || seconds(CLOCK_MONOTONIC) - start < limit_s; turn++) {
-        const double r = limit_rate(l, s);
+        const double r = limit_over(l, s, span);
         if (r > rate) rate = r;
         t = now(s->threads);
         for (i = 0; i < calls; i++) call(arg);
@@ -722,7 +734,7 @@ static void bench_batch(int64_t size)
 
 /* The steps between numbers of tokens: of the multiples of 16 none should be slower than one before it, and no
    other number should take longer than the multiple after it. Each time is the best of turns that the numbers
-   take, since clocks wander. */
+   take, each turn of some 512 tokens. */
 static void bench_steps(int64_t size)
 {
     enum { MOST = 64 };
@@ -739,12 +751,13 @@ static void bench_steps(int64_t size)
             if (s->threads > 1 || s->isa == TERN_ISA_SCALAR || !wanted("steps", format_name(f ? TERN_BASE3 : TERN_2BIT, -1), s->name)) continue;
             product_use(&p, s);
             start = seconds(CLOCK_MONOTONIC);
-            for (turn = 0; turn < 2 || seconds(CLOCK_MONOTONIC) - start < (option.quick ? 0.05 : 2.0); turn++)
+            for (turn = 0; turn < 2 || seconds(CLOCK_MONOTONIC) - start < (option.quick ? 0.05 : 3.0); turn++)
                 for (i = 0; i < count; i++) {
+                    const int calls = 1 + (int)(511 / tokens[i]);
                     double t = now(1);
                     p.a.n = tokens[i];
-                    call_matmul(&p);
-                    t = now(1) - t;
+                    for (j = 0; j < calls; j++) call_matmul(&p);
+                    t = (now(1) - t) / calls;
                     if (turn == 0 || t < least[i]) least[i] = t;
                 }
             for (i = 0; i < count; i++)
@@ -1597,7 +1610,7 @@ int main(int argc, char **argv)
     if (!q) bench_tokens(14336, 4096, TERN_2BIT, TERN_PER_ROW, 128, best->isa);
     if (!q) bench_tokens(14336, 4096, TERN_2BIT, TERN_PER_ROW, 512, best->isa);
     title("Steps from one number of tokens to the next");
-    bench_steps(batch[q]);
+    bench_steps(batch[q] / 2);
     for (i = 0; i < 4; i++) bench_blas(sgemm_tokens[i], batch[q], batch[q], 0);
     if (blas || onednn.here || ggml.here) {
         title("Peers: a whole layer, its input quantized in the call; the limit of our rows is the fastest peer");
