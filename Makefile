@@ -3,7 +3,7 @@ CC      = cc
 CFLAGS  = -O2
 LDLIBS  = -pthread -lm
 PREFIX  = /usr/local
-HEADERS = ternary.h tests/test.h
+HEADERS = ternary.h tests/test.h tests/amx.h
 
 examples: build/quickstart build/image_classifier build/language_model
 demo: build/language_model          # trains a language model on TEXT (default: ternary.h), packs it, lets it write

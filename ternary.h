@@ -87,7 +87,7 @@ MEMORY
     Buffers come from the context's allocator or are yours (set tern_buffer.data and count); tern_reserve is
     the only call that grows scratch, so a forward or training step never allocates. tern_LAYER_need tells
     both sizes: `saved`, the caller's, between forward and backward, and scratch. Kernels use up to 100 KB
-    of stack. The default allocator is malloc; on Linux it advises huge pages for blocks of 4 MB and more.
+    of stack (300 KB in a build without optimization). The default allocator is malloc; on Linux it advises huge pages for blocks of 4 MB and more.
 
 THREADS
 
@@ -385,7 +385,7 @@ typedef struct tern_matmul_dw_args {
     float *dw, *dbias;
 } tern_matmul_dw_args;
 
-/* c [m, n] = a [m, k] * b [k, n] + bias[n] in float32, with any strides of a and b in elements.
+/* c [m, n] = a [m, k] * b [k, n] + bias[n] in float32, with strides of a and b in elements, not negative; c_row >= n.
    add: adds into c. fused: may fuse multiply and add (faster; the bits then depend on the tier). */
 typedef struct tern_dense_args {
     int64_t m, n, k;
@@ -396,7 +396,7 @@ typedef struct tern_dense_args {
     int32_t add, fused;
 } tern_dense_args;
 
-/* c [m, n] int32 = a [m, k] * b [k, n] int8, -128 included, with any strides of a and b in elements. Exact:
+/* c [m, n] int32 = a [m, k] * b [k, n] int8, -128 included. Strides in elements, as in dense. Exact:
    k <= 131071, so that |sum| <= 2^14 k < 2^31. add: adds into c, modulo 2^32. */
 typedef struct tern_dense_i8_args {
     int64_t m, n, k;
@@ -1749,7 +1749,7 @@ static const float *tern__panel_scales(const tern_matrix *m, const tern__shape *
     return out;
 }
 
-/* The layout limits: cols, so that an int32 dot product cannot overflow (2 * 127 * cols, and four times
+/* The layout limits: cols, so that an int32 dot product cannot overflow (2 * 127 * cols, and sixteen times
    more where kernels keep shifted codes); rows and products of sizes by checked arithmetic. */
 enum { TERN__MAX_COLS = 1 << 18, TERN__MAX_GRAIN = 1 << 18 };
 
@@ -2230,13 +2230,14 @@ static const tern__kernels tern__kernels_scalar = {
 #ifdef TERN__X86
 
 /* A quad is 64 bytes of plain codes: byte 4r+j belongs to row r and input j of four. A 2-bit unit holds
-   four quads, a base-3 unit five. From a few tokens on, a chunk of one panel is decoded into quads in L1
-   once and then multiplied with all tokens: the encoding costs the same however many tokens follow, and
+   four quads, a base-3 unit five. From a few tokens on, a chunk of a few panels is decoded into quads in
+   L1 once and then multiplied with all tokens: the encoding costs the same however many tokens follow, and
    the tile below knows nothing of it. */
 enum {
     TERN__QUADS = 64,    /* of a chunk: what int16 sums can take (TERN__X86_MADDUBS) */
+    TERN__QUADS_VNNI = 128, /* where sums are int32: fewer rounds through acc; more push the activations out of L1 */
     TERN__DECODED = 448, /* of the chunks of all panels of a tile: 28 KB of L1 */
-    TERN__FLOAT_QUADS = 320,
+    TERN__FLOAT_QUADS = 320, /* with float activations, of all panels side by side: 20 KB */
     TERN__AHEAD = 4096   /* bytes of prefetch */
 };
 
@@ -2308,6 +2309,7 @@ static void tern__dot_quads(const tern__dot *d, const tern__quads *k)
     }
 }
 
+#if defined(TERN__WITH_AVX_VNNI) || defined(TERN__WITH_AVX512_VNNI)
 /* Panels that are quads already. */
 static void tern__dot_codes(const tern__dot *d, const tern__quads *k, int64_t acc_row, int32_t add)
 {
@@ -2319,12 +2321,7 @@ static void tern__dot_codes(const tern__dot *d, const tern__quads *k, int64_t ac
         tern__tile_tokens(&part, k, acc_row, acc_row, add ? TERN__FROM_BOTH : TERN__FROM_SUM);
     }
 }
-
-static inline __attribute__((always_inline)) void tern__prefetch_scale(const tern__dot *d, int64_t panel, int64_t g, int32_t panels)
-{
-    const int64_t ahead = (g + 16) * TERN__ROWS * tern__type_bytes(d->scale_type) + (g + 16 >= d->groups ? (panels - 1) * d->scale_stride : 0);
-    __builtin_prefetch((const void *)((uintptr_t)d->scale + (uintptr_t)(panel * d->scale_stride + ahead)));
-}
+#endif
 
 /* Runs a tier's dot of one group on each. */
 static inline __attribute__((always_inline)) void tern__dot_groups(const tern__dot *d, int32_t inputs, void (*dot)(const tern__dot *))
@@ -2389,7 +2386,7 @@ static inline __attribute__((always_inline)) TARGET void tern__leave_##X(const t
         MM##storeu_ps(d->facc + at, y);                                                                  \
     } else tern__store_int_##X(d->acc + at, sum);                                                        \
 }                                                                                                        \
-/* The scale of panel p from row r of the group on, for tern__leave. */                                             \
+/* The scale of panel p from row r of the group on, for tern__leave. */                                  \
 static inline __attribute__((always_inline)) TARGET V tern__scale_##X(const tern__dot *d, int64_t p, int64_t r) \
 {                                                                                                        \
     return d->facc ? tern__scales_##X(d->scale_type, (const uint8_t *)d->scale + p * d->scale_stride, r) : MM##setzero_ps(); \
@@ -2601,16 +2598,16 @@ static TARGET void tern__dot_i8_##X(const tern__dot *d, int64_t acc_row, int32_t
             int32_t *acc = d->acc + t * acc_row + p * 16;                                                \
             part.panel = d->panel + p * d->panel_stride;                                                 \
             switch (part.tokens) {                                                                       \
-            case 1: tern__tile_words_##X(1, &part, x, acc, acc_row, add); break;                                        \
-            case 2: tern__tile_words_##X(2, &part, x, acc, acc_row, add); break;                                        \
-            case 3: tern__tile_words_##X(3, &part, x, acc, acc_row, add); break;                                        \
-            default: tern__tile_words_##X(4, &part, x, acc, acc_row, add);                                              \
+            case 1: tern__tile_words_##X(1, &part, x, acc, acc_row, add); break;                         \
+            case 2: tern__tile_words_##X(2, &part, x, acc, acc_row, add); break;                         \
+            case 3: tern__tile_words_##X(3, &part, x, acc, acc_row, add); break;                         \
+            default: tern__tile_words_##X(4, &part, x, acc, acc_row, add);                               \
             }                                                                                            \
         }                                                                                                \
     }                                                                                                    \
 }
 /* A macro, since clang 14 unrolls only what has its constants at once. */
-#define TERN__FEW(X, FEW, BASE3)                            \
+#define TERN__X86_FEW(X, FEW, BASE3)                            \
     if (d->tokens > FEW) tern__dot_quads(d, &quads);        \
     else if (d->tokens == 1) tern__few_##X(BASE3, 1, d);    \
     else if (d->tokens == 2) tern__few_##X(BASE3, 2, d);    \
@@ -2625,7 +2622,7 @@ static TARGET void tern__dot_i8_##X(const tern__dot *d, int64_t acc_row, int32_t
    of base 3, 21 * 3 * 2 * 2 * 127 = 32004. So often the panels take turns, since several streams of memory are
    faster than one. All else goes through quads, in tiles of up to MOST (4 or 6) tokens by two vectors: as many as
    the registers hold. */
-#define TERN__X86_DOT(X, Y, TARGET, W, V, I, MM, FEW, MOST)                                                      \
+#define TERN__X86_DOT(X, Y, TARGET, W, V, I, MM, FEW, MOST, CHUNK)                                       \
 static inline __attribute__((always_inline)) TARGET void tern__peel_##X(const int base3, I v, I *code)   \
 {                                                                                                        \
     const I mask3 = MM##set1_epi8(3), mask12 = MM##set1_epi8(12), w = MM##srli_epi16(v, 4);              \
@@ -2709,14 +2706,14 @@ static inline __attribute__((always_inline)) TARGET void tern__tile_quads_##X(co
         }                                                                                                \
     }                                                                                                    \
 }                                                                                                        \
-static inline __attribute__((always_inline)) TARGET void tern__tiles_of_##X(const tern__dot *d, int64_t acc_row, tern__start start)\
+static inline __attribute__((always_inline)) TARGET void tern__tiles_of_##X(const tern__dot *d, int64_t acc_row, tern__start start) \
 {                                                                                                        \
     switch (d->tokens) {                                                                                 \
     case 1: tern__tile_quads_##X(1, d, acc_row, start); break;                                           \
     case 2: tern__tile_quads_##X(2, d, acc_row, start); break;                                           \
     case 3: tern__tile_quads_##X(3, d, acc_row, start); break;                                           \
     case 4: tern__tile_quads_##X(4, d, acc_row, start); break;                                           \
-    case 5: tern__tile_quads_##X(5, d, acc_row, start); break;                                           \
+    case 5: tern__tile_quads_##X(MOST < 5 ? MOST : 5, d, acc_row, start); break;                         \
     default: tern__tile_quads_##X(MOST, d, acc_row, start);                                              \
     }                                                                                                    \
 }                                                                                                        \
@@ -2727,15 +2724,15 @@ static TARGET void tern__tiles_##X(const tern__dot *d, int64_t acc_stride, tern_
 }                                                                                                        \
 static TARGET void tern__run_2bit_##X(const tern__dot *d)                                                \
 {                                                                                                        \
-    static const tern__quads quads = {tern__decode_2bit_##Y, tern__tiles_##X, 4, 1, MOST, TERN__QUADS};  \
-    TERN__FEW(X, FEW, 0)                                                                                 \
+    static const tern__quads quads = {tern__decode_2bit_##Y, tern__tiles_##X, 4, 1, MOST, CHUNK};        \
+    TERN__X86_FEW(X, FEW, 0)                                                                             \
 }                                                                                                        \
 static TARGET void tern__run_base3_##X(const tern__dot *d)                                               \
 {                                                                                                        \
-    static const tern__quads quads = {tern__decode_base3_##Y, tern__tiles_##X, 5, 1, MOST, TERN__QUADS}; \
-    TERN__FEW(X, FEW, 1)                                                                                 \
+    static const tern__quads quads = {tern__decode_base3_##Y, tern__tiles_##X, 5, 1, MOST, CHUNK};       \
+    TERN__X86_FEW(X, FEW, 1)                                                                             \
 }                                                                                                        \
-static void tern__dot_2bit_##X(const tern__dot *d) { tern__dot_groups(d, 16, tern__run_2bit_##X); } \
+static void tern__dot_2bit_##X(const tern__dot *d) { tern__dot_groups(d, 16, tern__run_2bit_##X); }      \
 static void tern__dot_base3_##X(const tern__dot *d) { tern__dot_groups(d, 20, tern__run_base3_##X); }
 
 /* Float activations, through quads: a load at byte j of a quad has the codes of its input j in the low bits of the
@@ -2875,8 +2872,9 @@ TERN__SSE41_INLINE __m128i tern__i8_sse41(const int8_t *p)
 TERN__SSE41_INLINE __m128 tern__f16_sse41(const uint16_t *p) /* a float's exponent is larger by 112 */
 {
     const __m128i half = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)), sign = _mm_set1_epi32(0x8000);
-    const __m128 magnitude = (__m128)_mm_slli_epi32(_mm_andnot_si128(sign, half), 13) * _mm_set1_ps(5192296858534827628530496329220096.0f);
-    return (__m128)_mm_or_si128((__m128i)magnitude, _mm_slli_epi32(_mm_and_si128(half, sign), 16));
+    const __m128i bits = _mm_andnot_si128(sign, half), special = _mm_cmpgt_epi32(bits, _mm_set1_epi32(0x7bff)); /* Inf, NaN */
+    const __m128i magnitude = (__m128i)((__m128)_mm_slli_epi32(bits, 13) * _mm_set1_ps(5192296858534827628530496329220096.0f));
+    return (__m128)(magnitude | (special & _mm_set1_epi32(0x7f800000)) | _mm_slli_epi32(half & sign, 16));
 }
 TERN__X86_FLOAT(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 TERN__X86_TILE(tern__tile_sse41, TERN__SSE41, 4, __m128, _mm_, 6, 2, TERN__PLAIN_MADD)
@@ -2890,7 +2888,7 @@ TERN__SSE41_INLINE __m128i tern__add16_sse41(__m128i sum, __m128i term) { __asm_
 TERN__SSE41_INLINE __m128i tern__add32_sse41(__m128i sum, __m128i term) { __asm__("paddd {%1, %0|%0, %1}" : "+x"(sum) : "x"(term)); return sum; }
 TERN__X86_MADDUBS(sse41, TERN__SSE41, 4, __m128i, _mm_)
 TERN__X86_WORDS(sse41, TERN__SSE41, 4, __m128i, _mm_)
-TERN__X86_DOT(sse41, sse41, TERN__SSE41, 4, __m128, __m128i, _mm_, 2, 4)
+TERN__X86_DOT(sse41, sse41, TERN__SSE41, 4, __m128, __m128i, _mm_, 2, 4, TERN__QUADS)
 
 static const tern__kernels tern__kernels_sse41 = {
     tern__dot_2bit_sse41, tern__dot_base3_sse41, tern__emit_sse41, tern__tile_sse41, tern__tile_sse41,
@@ -2945,7 +2943,7 @@ TERN__AVX2_INLINE __m256i tern__add16_avx2(__m256i sum, __m256i term) { __asm__(
 TERN__AVX2_INLINE __m256i tern__add32_avx2(__m256i sum, __m256i term) { __asm__("vpaddd {%1, %0, %0|%0, %0, %1}" : "+x"(sum) : "x"(term)); return sum; }
 TERN__X86_MADDUBS(avx2, TERN__AVX2, 8, __m256i, _mm256_)
 TERN__X86_WORDS(avx2, TERN__AVX2, 8, __m256i, _mm256_)
-TERN__X86_DOT(avx2, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 2, 4)
+TERN__X86_DOT(avx2, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 2, 4, TERN__QUADS)
 
 static const tern__kernels tern__kernels_avx2 = {
     tern__dot_2bit_avx2, tern__dot_base3_avx2, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
@@ -2964,7 +2962,7 @@ TERN__AVX2_INLINE __m256i tern__step_avx_vnni(__m256i sum, __m256i code, __m256i
 }
 TERN__AVX2_INLINE __m256i tern__finish_avx_vnni(__m256i sum) { return sum; }
 
-TERN__X86_DOT(avx_vnni, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 4, 6)
+TERN__X86_DOT(avx_vnni, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 4, 6, TERN__QUADS_VNNI)
 static TERN__AVX2 void tern__tiles_i8_avx_vnni(const tern__dot *d, int64_t acc_row, tern__start start) { tern__tiles_of_avx_vnni(d, acc_row, start); }
 static void tern__dot_i8_avx_vnni(const tern__dot *d, int64_t acc_row, int32_t add)
 {
@@ -2980,7 +2978,7 @@ static const tern__kernels tern__kernels_avx_vnni = {
 
 #ifdef TERN__WITH_AVX512_VNNI
 /* -- AVX-512 with VNNI -- */
-enum { TERN__TILE_AVX512 = 8 };
+enum { TERN__TILE_AVX512 = 8 }; /* tokens of the largest tile, beside two panels */
 #define TERN__AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #define TERN__AVX512_INLINE static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 
@@ -3055,6 +3053,13 @@ TERN__AVX512_INLINE void tern__peel_avx512(const tern__peel kind, __m512i v, __m
         code[3] = tern__permute_avx512(top, tern__high_digit);
         code[4] = tern__permute_avx512(top, tern__low_digit);
     }
+}
+
+/* Scales 16 groups ahead, as tern__prefetch does for weights. */
+TERN__AVX512_INLINE void tern__prefetch_scale(const tern__dot *d, int64_t panel, int64_t g, int32_t panels)
+{
+    const int64_t ahead = (g + 16) * TERN__ROWS * tern__type_bytes(d->scale_type) + (g + 16 >= d->groups ? (panels - 1) * d->scale_stride : 0);
+    __builtin_prefetch((const void *)((uintptr_t)d->scale + (uintptr_t)(panel * d->scale_stride + ahead)));
 }
 
 /* P panels (several streams of memory are faster than one) with T tokens straight from the packed units. 2-bit codes
@@ -3153,7 +3158,7 @@ static TERN__AVX512 void tern__tiles_i8_avx512(const tern__dot *d, int64_t acc_r
 #define TERN__CASE(KIND, P, T) case P * 8 + T: tern__direct_avx512(KIND, P, T, d, p, t); break;
 static void tern__run_2bit_avx512(const tern__dot *d)
 {
-    static const tern__quads quads = {tern__decode_2bit_avx512, tern__tiles_avx512, 4, 2, TERN__TILE_AVX512, TERN__QUADS};
+    static const tern__quads quads = {tern__decode_2bit_avx512, tern__tiles_avx512, 4, 2, TERN__TILE_AVX512, TERN__QUADS_VNNI};
     tern__dot_quads(d, &quads);
 }
 static TERN__AVX512 void tern__dot_2bit_avx512(const tern__dot *d)
@@ -3176,11 +3181,11 @@ static TERN__AVX512 void tern__dot_2bit_avx512(const tern__dot *d)
         }
     }
 }
-/* The base-3 dot of tier X. A macro: see TERN__FEW. */
+/* The base-3 dot of tier X. A macro: see TERN__X86_FEW. */
 #define TERN__AVX512_BASE3(X, KIND)                                                                         \
 static void tern__run_base3_##X(const tern__dot *d)                                                         \
 {                                                                                                           \
-    static const tern__quads quads = {tern__decode_base3_##X, tern__tiles_avx512, 5, 2, TERN__TILE_AVX512, TERN__QUADS}; \
+    static const tern__quads quads = {tern__decode_base3_##X, tern__tiles_avx512, 5, 2, TERN__TILE_AVX512, TERN__QUADS_VNNI}; \
     tern__dot_quads(d, &quads);                                                                             \
 }                                                                                                           \
 static TERN__AVX512 void tern__dot_base3_##X(const tern__dot *d)                                            \
@@ -3189,7 +3194,7 @@ static TERN__AVX512 void tern__dot_base3_##X(const tern__dot *d)                
         tern__dot_groups(d, 20, tern__run_base3_##X);                                                       \
         return;                                                                                             \
     }                                                                                                       \
-    const int32_t most = d->tokens == 1 ? 4 : 2, t = 0;                                                      \
+    const int32_t most = d->tokens == 1 ? 4 : 2, t = 0;                                                     \
     for (int32_t p = 0, panels; p < d->panels; p += panels) {                                               \
         panels = d->panels - p >= most ? most : 1;                                                          \
         switch (panels * 8 + d->tokens) {                                                                   \
@@ -3236,7 +3241,7 @@ static const tern__kernels tern__kernels_avx512_vbmi = {
 
 /* The tile unit: eight tiles of up to 16 rows of 64 bytes. As asm, since gcc 12's intrinsics hide from the
    compiler what they read and write; a test can bring its own. TERN__TILE_ONCE loads what one pass needs once:
-   activations, so that the decoded weights stay in L1 (measured: +39%). */
+   activations, so that the decoded weights stay in L1. */
 #ifndef TERN__TILE_UNIT
 #define TERN__TILE_CONFIG(from) __asm__ volatile("{ldtilecfg (%0)|ldtilecfg [%0]}" : : "r"(from) : "memory")
 #define TERN__TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
@@ -4597,8 +4602,8 @@ static tern_result tern__choose(tern_run *r, tern_isa isa_max, const tern_backen
 #define TERN__TIER(name, suffix, text) " " text
             TERN__REQUIRE(r, named != TERN__ISA_END, TERN_E_ARGUMENT, "open: TERNARY_ISA=%s is not one of:" TERN_TIERS(TERN__TIER), wanted);
 #undef TERN__TIER
-            TERN__REQUIRE(r, tern_cpu_backend(named), TERN_E_UNSUPPORTED, "open: TERNARY_ISA=%s is not supported by this machine or build", wanted);
             if (isa == TERN_ISA_BEST || named < isa) isa = named;
+            TERN__REQUIRE(r, isa != named || tern_cpu_backend(named), TERN_E_UNSUPPORTED, "open: TERNARY_ISA=%s is not supported by this machine or build", wanted);
         }
     }
 #endif
@@ -4800,7 +4805,7 @@ static tern_result tern__check_matmul_dw(tern_run *r, const tern_matmul_dw_args 
 static tern_result tern__check_dense(tern_run *r, const tern_dense_args *a)
 {
     TERN__REQUIRE(r, a->k > 0 && a->n > 0, TERN_E_SHAPE, "dense: [%d x %d] * [%d x %d]; all must be positive", a->m, a->k, a->k, a->n);
-    TERN__TRY(tern__check_count(r, "dense", "m", a->m, tern__mul(a->k, a->n)));
+    TERN__TRY(tern__check_count(r, "dense", "m", a->m, tern__add(a->k, a->n)));
     TERN__REQUIRE(r, a->a_row >= 0 && a->a_col >= 0 && a->b_row >= 0 && a->b_col >= 0 && a->c_row >= a->n, TERN_E_SHAPE,
                   "dense: strides must not be negative, and c_row = %d at least n = %d", a->c_row, a->n);
     TERN__TRY(tern__check_count(r, "dense", "m", a->m, tern__add(a->a_row, a->c_row)));
@@ -4817,7 +4822,7 @@ static tern_result tern__check_dense_i8(tern_run *r, const tern_dense_i8_args *a
 {
     TERN__REQUIRE(r, a->k > 0 && a->n > 0, TERN_E_SHAPE, "dense_i8: [%d x %d] * [%d x %d]; all must be positive", a->m, a->k, a->k, a->n);
     TERN__REQUIRE(r, a->k <= TERN__I8_MOST_K, TERN_E_SHAPE, "dense_i8: k = %d exceeds %d, the limit of exact int32 sums", a->k, (int64_t)TERN__I8_MOST_K);
-    TERN__TRY(tern__check_count(r, "dense_i8", "m", a->m, tern__mul(a->k, a->n)));
+    TERN__TRY(tern__check_count(r, "dense_i8", "m", a->m, tern__add(a->k, a->n)));
     TERN__REQUIRE(r, a->a_row >= 0 && a->a_col >= 0 && a->b_row >= 0 && a->b_col >= 0 && a->c_row >= a->n, TERN_E_SHAPE,
                   "dense_i8: strides must not be negative, and c_row = %d at least n = %d", a->c_row, a->n);
     TERN__TRY(tern__check_count(r, "dense_i8", "m", a->m, tern__add(a->a_row, a->c_row)));

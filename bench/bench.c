@@ -416,7 +416,7 @@ static void find_ways(void)
 
 /* -- the table -- */
 
-enum { MAX_RESULTS = 1024 };
+enum { MAX_RESULTS = 2048 };
 typedef struct result { const char *op; char shape[32]; const char *tier; int threads; double fraction, time; } result;
 static result results[MAX_RESULTS]; /* for the targets at the end */
 static int result_count;

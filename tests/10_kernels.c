@@ -228,12 +228,12 @@ static void test_kernels_dot_touches_no_more(void)
 {
     const int64_t totals[] = {1, 2, 3, 4, 5, 7, 16, 57}, groups[] = {0, 1, 4, 5};
     const int32_t tokens[] = {1, 2, 3, 4, 7, 13, 16, 17, 32, 33};
-    int u, t, panels, variant, n = 0;
+    int u, t, panels, variant;
     for (u = 0; u < 8; u++)
         for (t = 0; t < 10; t++)
             for (panels = 1; panels <= 4; panels++)
-                for (variant = 0; variant < 4; variant++, n++) {
-                    const int64_t units = groups[n / 3 % 4];
+                for (variant = 0; variant < 4; variant++) {
+                    const int64_t units = groups[(u + t + panels) % 4];
                     kernels_guarded_dot(variant / 2, totals[u], units == 0 || units > totals[u] ? totals[u] : units, panels, tokens[t], variant % 2);
                 }
 }
@@ -443,7 +443,7 @@ static void test_kernels_dot_i8(void)
     for (u = 0; u < 9; u++)
         for (t = 0; t < 16; t++)
             for (panels = 1; panels <= 4; panels++, variant++)
-                if (tokens[t] < 200 || u == 1) kernels_dot_i8(units[u], panels, tokens[t], variant / 2 % 2, (size_t)variant % 5, variant % 7 == 0);
+                if (tokens[t] < 200 || u == 1) kernels_dot_i8(units[u], panels, tokens[t], (variant / 4 + variant) % 2, (size_t)variant % 5, variant % 7 == 0);
     kernels_dot_i8(TERN__I8_K / 4, 4, 13, 0, 1, 1);
 }
 

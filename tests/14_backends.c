@@ -316,13 +316,13 @@ static void test_every_shape(void)
     static const int64_t rows[] = {1, 7, 16, 17, 33}, cols[] = {1, 4, 20, 63, 128, 129, 4097}, tokens[] = {1, 2, 3, 8, 15, 16, 17, 33, 64};
     static const int32_t grains[] = {TERN_PER_TENSOR, TERN_PER_ROW, 20, 128};
     test_context t[TERN__ISA_END] = {{NULL, NULL}};
-    int isa, i, j, n, g, base3, count = 0;
+    int isa, i, j, n, g, base3;
     for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++) t[isa] = test_open((tern_isa)isa, 1);
     for (i = 0; i < 5; i++)
         for (j = 0; j < 7; j++)
             for (n = 0; n < 9; n++)
                 for (g = 0; g < 4; g++)
-                    for (base3 = 0; base3 < 2; base3++) guarded_product(t, rows[i], cols[j], tokens[n], grains[g], base3 | (count++ * 2 & 6));
+                    for (base3 = 0; base3 < 2; base3++) guarded_product(t, rows[i], cols[j], tokens[n], grains[g], base3 | (i + j + n + g) % 4 << 1);
     for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++) test_close(&t[isa]);
 }
 
@@ -554,13 +554,13 @@ static const int64_t dense_i8_shapes[][3] = { /* around each block, and beyond: 
 
 static void dense_i8_products(tern_context *c, record *unused)
 {
-    int32_t i, j, l, variant = 0;
+    int32_t i, j, l, variant;
     (void)unused;
     for (i = 0; i < 8; i++)
         for (j = 0; j < 8; j++)
-            for (l = 0; l < 8; l++, variant += 3) {
-                tern_dense_i8_args a = dense_i8_of(dense_i8_sizes[i], dense_i8_sizes[j], dense_i8_sizes[l], variant % 8, 0);
-                a.add = variant / 8 % 2;
+            for (l = 0; l < 8; l++) {
+                tern_dense_i8_args a = dense_i8_of(dense_i8_sizes[i], dense_i8_sizes[j], dense_i8_sizes[l], (l + 3 * j + 5 * i) % 8, 0);
+                a.add = (i + l) % 2;
                 dense_i8_case(c, a);
             }
     for (i = 0; i < 9; i++)

@@ -1,6 +1,6 @@
 /* A tile unit in software, as strict as the hardware: what would be a fault there ends the program here. Included
    before ternary.h; with TEST_AMX it takes the place of the instructions, so that the tier amx-int8 runs on
-   every machine that has AVX512-VNNI. Elsewhere a test compares it with the hardware. */
+   every machine that has AVX512-VBMI. Elsewhere a test compares it with the hardware. */
 #ifndef TEST_AMX_H
 #define TEST_AMX_H
 
