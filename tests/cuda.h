@@ -248,19 +248,17 @@ inline bool cuda_run_warps()
     return ran;
 }
 
-/* No thread is ready. A thread that waits needs all others of its warp or block to wait with it. */
-inline void cuda_check_waiting(unsigned index)
+/* No thread is ready, and not all are at a barrier or at their end: names the first that waits and one that lets it. */
+[[noreturn]] inline void cuda_explain_stall()
 {
-    const cuda_thread *self = &test_cuda.thread[index];
-    const unsigned first = self->state == CUDA_MEETING ? index / CUDA_WARP * CUDA_WARP : 0;
-    const unsigned end = self->state == CUDA_MEETING ? first + CUDA_WARP : blockDim.x;
-    for (unsigned i = first; i < end && self->state != CUDA_RETURNED; i++) {
-        const cuda_thread *other = &test_cuda.thread[i];
-        if (other->state == self->state) continue;
-        threadIdx.x = index;
-        if (other->state == CUDA_RETURNED) cuda_fault("waits at %s for thread %u, which has returned", self->waits_at, i);
-        cuda_fault("waits at %s for thread %u, which waits at %s", self->waits_at, i, other->waits_at);
-    }
+    const cuda_thread *self = test_cuda.thread, *other;
+    while (self->state == CUDA_RETURNED) self++;
+    threadIdx.x = static_cast<unsigned>(self - test_cuda.thread);
+    other = self->state == CUDA_MEETING ? self - threadIdx.x % CUDA_WARP : test_cuda.thread;
+    while (other->state == self->state) other++;
+    const unsigned i = static_cast<unsigned>(other - test_cuda.thread);
+    if (other->state == CUDA_RETURNED) cuda_fault("waits at %s for thread %u, which has returned", self->waits_at, i);
+    cuda_fault("waits at %s for thread %u, which waits at %s", self->waits_at, i, other->waits_at);
 }
 
 inline void cuda_run_block()
@@ -270,7 +268,8 @@ inline void cuda_run_block()
     do {
         for (unsigned i = 0; i < blockDim.x; i++) test_cuda.thread[i].state = CUDA_READY;
         while (cuda_run_warps()) {}
-        for (unsigned i = 0; i < blockDim.x; i++) cuda_check_waiting(i);
+        for (unsigned i = 1; i < blockDim.x; i++)
+            if (test_cuda.thread[i].state != test_cuda.thread[0].state) cuda_explain_stall();
     } while (test_cuda.thread[0].state == CUDA_AT_BARRIER);
 }
 

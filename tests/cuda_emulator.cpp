@@ -65,6 +65,31 @@ template <typename T> struct device {
 static uint32_t seed;
 static uint32_t next_random() { return (seed = seed * 1664525u + 1013904223u) >> 8; }
 
+/* -- schedules -- */
+
+__global__ void sign_in(unsigned *count, unsigned *turn) { turn[blockIdx.x * blockDim.x + threadIdx.x] = atomicAdd(count, 1u); }
+
+static std::vector<unsigned> turns(cuda_schedule schedule, uint32_t random_seed)
+{
+    device<unsigned> count(std::vector<unsigned>{0}), turn(3 * 96);
+    test_cuda.schedule = schedule;
+    test_cuda.seed = random_seed;
+    TERN__LAUNCH(sign_in, 3, 96, 0, nullptr, count.data, turn.data);
+    return turn.host();
+}
+
+static void test_schedules()
+{
+    std::vector<unsigned> sorted = turns(CUDA_RANDOM, 1), other = sorted;
+    for (unsigned i = 0; i < 3 * 96; i++) other[i] = i;
+    CHECK(turns(CUDA_FORWARD, 1) == other);
+    std::reverse(other.begin(), other.end());
+    CHECK(turns(CUDA_REVERSE, 1) == other);
+    CHECK(turns(CUDA_RANDOM, 1) == sorted && turns(CUDA_RANDOM, 2) != sorted && sorted[95] / 96 == sorted[0] / 96);
+    std::sort(sorted.begin(), sorted.end(), std::greater<unsigned>());
+    CHECK(sorted == other);
+}
+
 /* -- barriers -- */
 
 enum fault { NONE, PLANTED };
@@ -86,6 +111,7 @@ __global__ void sum_block(fault f, unsigned *out)
     unsigned sum = threadIdx.x;
     for (int flip = 16; flip > 0; flip /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, flip);
     sums[threadIdx.x / 32] = sum;
+    __syncwarp();
     if (f != PLANTED) __syncthreads();
     sum = 0;
     for (unsigned warp = 0; warp < blockDim.x / 32; warp++) sum += sums[warp];
@@ -426,6 +452,7 @@ static void test_refusals()
     test_cuda.call_countdown = 1;
     CHECK(cudaMemsetAsync(p, 0, 16, nullptr) == cudaSuccess && cudaMemsetAsync(p, 0, 16, nullptr) == cudaErrorUnknown);
     CHECK(cudaMemcpy(p, &here, 4, cudaMemcpyDeviceToHost) == cudaErrorInvalidValue);
+    CHECK(cudaMemcpy(p, p + 1, 4, cudaMemcpyHostToDevice) == cudaErrorInvalidValue);
     CHECK(cudaMemcpy(p + 4, &here, 4, cudaMemcpyHostToDevice) == cudaErrorInvalidValue);
     CHECK(cudaMemsetAsync(p, 0, 17, nullptr) == cudaErrorInvalidValue);
     CHECK(cudaFree(p) == cudaSuccess && cudaFree(p) == cudaErrorInvalidValue && cudaFree(nullptr) == cudaSuccess);
@@ -500,6 +527,7 @@ static void run(const char *name, void (*test)())
 
 int main()
 {
+    RUN(test_schedules);
     RUN(test_missing_barrier);
     RUN(test_barrier_not_reached_by_all);
     RUN(test_wrong_lane_in_a_shuffle);
