@@ -51,6 +51,7 @@ cases() {
         for file in tests/tests.c bench/bench.c examples/*.c; do echo "$file $compiler -O2"; done
         echo "tests/tests.c $compiler -O2 -DTEST_AMX"
     done
+    for compiler in g++ clang++; do echo "tests/cuda_emulator.cpp $compiler -std=c++17 -O1 -include tests/cuda.h"; done
 }
 
 rm -rf $out

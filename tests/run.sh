@@ -77,6 +77,13 @@ amx_in_software() {
     for part in tiles kernels product shape tokens linear workers selftest; do $out/amx $part > $out/part || { cat $out/part; return 1; }; cat $out/part; tail -n 1 $out/part | grep -q "^[1-9]" || return 1; done
 }
 
+# The emulator that tests the CUDA backend without a GPU sees the faults that it is there to see.
+cuda_emulator() {
+    command -v g++ > /dev/null || { echo "skipped: no g++ for the CUDA emulator"; return 0; }
+    emulate() { g++ -std=c++17 -O1 "$@" -include tests/cuda.h tests/cuda_emulator.cpp -o $out/cuda_emulator; }
+    { emulate -fsanitize=address || emulate; } && $out/cuda_emulator
+}
+
 # -- ternary.h as a text --
 
 # The contents name every room once, in the order in which the rooms come.
@@ -113,6 +120,8 @@ check "bench/bench.c compiles" bench_compiles
 check "bench/bench.c runs" bench_runs
 check "amx-int8 in software" amx_in_software
 grep -m1 'skipped: no tier amx-int8' $out/log
+check "CUDA emulator" cuda_emulator
+grep '^skipped: ' $out/log
 check "table of contents" contents
 check "references to rooms" references
 check "plain text" plain_text
