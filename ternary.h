@@ -1824,6 +1824,43 @@ static int32_t tern__unpack_unit(tern_type encoding, const uint8_t *unit, int64_
     return valid;
 }
 
+/* Four columns of 16 words, `step` bytes apart, as 16 lines of four words, to_step bytes apart. */
+static void tern__four_columns(const void *__restrict from, int64_t step, void *__restrict to, int64_t to_step)
+{
+    uint32_t in[4][TERN__ROWS], line[4 * TERN__ROWS];
+    int32_t i;
+    for (i = 0; i < 4; i++) memcpy(in[i], (const uint8_t *)from + i * step, sizeof in[i]);
+    for (i = 0; i < TERN__ROWS; i++) {
+        line[4 * i] = in[0][i];
+        line[4 * i + 1] = in[1][i];
+        line[4 * i + 2] = in[2][i];
+        line[4 * i + 3] = in[3][i];
+    }
+    for (i = 0; i < TERN__ROWS; i++) memcpy((uint8_t *)to + i * to_step, line + 4 * i, 16);
+}
+
+/* All rows of a unit, `stride` apart, digit by digit: four inputs of each row. Constant trip counts and no overlap,
+   so that compilers vectorise at -O2. */
+static void tern__unpack_rows(tern_type encoding, const uint8_t *__restrict unit, int64_t stride, int8_t *__restrict t)
+{
+    uint8_t code[TERN__UNIT];
+    int8_t digit[5][TERN__UNIT];
+    int32_t i, s;
+    memcpy(code, unit, sizeof code);
+    if (encoding == TERN_BASE3) {
+        for (s = 0; s < 5; s++)
+            for (i = 0; i < TERN__UNIT; i++) {
+                const uint8_t third = (uint8_t)((uint16_t)(code[i] * 171) >> 9); /* code / 3 for bytes */
+                digit[s][i] = (int8_t)(code[i] - 3 * third - 1);
+                code[i] = third;
+            }
+        for (i = 0; i < TERN__ROWS; i++) memcpy(t + i * stride + 16, digit[4] + 4 * i, 4);
+    } else
+        for (s = 0; s < 4; s++)
+            for (i = 0; i < TERN__UNIT; i++) digit[s][i] = (int8_t)((code[i] >> 2 * s & 3) - 1);
+    tern__four_columns(digit, TERN__UNIT, t, stride);
+}
+
 /* Trits [col, col + n) of a row; any range. Returns whether the codes that were met are valid. */
 static int32_t tern__unpack_range(const tern_matrix *m, const tern__shape *s, int64_t row, int64_t col, int64_t n, int8_t *t)
 {
@@ -2442,8 +2479,15 @@ static TARGET int32_t tern__round_##X(int64_t n, const float *x, const float *ga
 }
 
 /* The float tile: R rows of p by 2 W lanes stay in registers for all of k; the 32 lanes take 16/W passes.
-   R1, R2 and 1 rows at a time. MADD says how a product joins its sum. */
+   R1, R2 and 1 rows at a time. MADD says how a product joins its sum. Where a is transposed, its columns are often
+   multiples of 4096 bytes apart: no hardware prefetch, and all in one set of L1 (8 ahead: 1.35 times as fast). */
 #define TERN__PLAIN_MADD(a, b, c) ((a) * (b) + (c))
+enum { TERN__COLUMNS_AHEAD = 8 };
+static inline __attribute__((always_inline)) void tern__prefetch_column(const float *a, int64_t last, int64_t ahead)
+{
+    __builtin_prefetch((const void *)((uintptr_t)a + (uintptr_t)(4 * ahead)));
+    __builtin_prefetch((const void *)((uintptr_t)a + (uintptr_t)(4 * (ahead + last))));
+}
 #define TERN__X86_TILE(NAME, TARGET, W, V, MM, R1, R2, MADD)                                             \
 static inline __attribute__((always_inline)) TARGET void NAME##_block(const int R, int64_t k, const float *a, int64_t a_row, \
                                                                       int64_t a_col, const float *b, float *p, int32_t first) \
@@ -2456,6 +2500,7 @@ static inline __attribute__((always_inline)) TARGET void NAME##_block(const int 
         }                                                                                                \
         for (int64_t j = 0; j < k; j++) {                                                                \
             const V b0 = MM##load_ps(b + j * 32 + half), b1 = MM##load_ps(b + j * 32 + half + W);        \
+            if (a_col != 1) tern__prefetch_column(a + j * a_col, (R - 1) * a_row, TERN__COLUMNS_AHEAD * a_col);\
             TERN__UNROLL for (int i = 0; i < R; i++) {                                                   \
                 const V x = MM##set1_ps(a[i * a_row + j * a_col]);                                       \
                 sum[i][0] = MADD(x, b0, sum[i][0]);                                                      \
@@ -3613,43 +3658,67 @@ typedef struct tern__gemm {
     int32_t add, fused;
 } tern__gemm;
 
+/* Columns as rows, 16 by 4 at a time. */
+static void tern__fill_columns(const float *from, int64_t step, int64_t len, int64_t lanes, float *b)
+{
+    const int64_t whole_len = len & ~(int64_t)15, whole_lanes = lanes & ~(int64_t)3;
+    int64_t l, j;
+    for (l = 0; l < lanes; l++)
+        for (j = l < whole_lanes ? whole_len : 0; j < len; j++) b[j * TERN__LANES + l] = from[l * step + j];
+    for (l = 0; l < whole_lanes; l += 4)
+        for (j = 0; j < whole_len; j += 16)
+            tern__four_columns(from + l * step + j, step * (int64_t)sizeof(float), b + j * TERN__LANES + l, TERN__LANES * (int64_t)sizeof(float));
+}
+
+static void tern__fill_floats(const float *from, int64_t row, int64_t col, int64_t len, int64_t lanes, float *b)
+{
+    int64_t l, j;
+    if (row == 1) tern__fill_columns(from, col, len, lanes, b);
+    else
+        for (j = 0; j < len; j++, from += row, b += TERN__LANES)
+            if (col == 1 && lanes == TERN__LANES) memcpy(b, from, sizeof(float) * TERN__LANES);
+            else for (l = 0; l < lanes; l++) b[l] = from[l * col];
+}
+
+/* Rows of int8, `stride` apart, times their scales. Constant trip counts where no group ends. */
+static void tern__fill_scaled(const int8_t *__restrict q, int64_t stride, const float *__restrict scale, int64_t len, int64_t lanes, float *__restrict b)
+{
+    int64_t j;
+    int32_t l;
+    for (j = 0; j < len; j++, q += stride, b += TERN__LANES)
+        if (lanes == TERN__LANES) for (l = 0; l < TERN__LANES; l++) b[l] = (float)q[l] * scale[j];
+        else for (l = 0; l < lanes; l++) b[l] = (float)q[l] * scale[j];
+}
+
+/* Inputs [in_group, in_group + lanes) of a group, panel by panel; k0 is a multiple of 16. */
+static void tern__fill_weights(const tern_matrix *m, const tern__shape *s, int64_t k0, int64_t len, int64_t group, int64_t in_group, int64_t lanes, float *b)
+{
+    const int64_t first = in_group / s->unit * s->unit, end = in_group + lanes;
+    int8_t t[TERN__ROWS][64];
+    int64_t j, i;
+    for (j = 0; j < len; j += TERN__ROWS) {
+        const int64_t panel = (k0 + j) / TERN__ROWS;
+        const uint8_t *unit = (const uint8_t *)m->trits + panel * s->panel_bytes + (group * s->group_units + first / s->unit) * TERN__UNIT;
+        float buffer[TERN__ROWS];
+        for (i = first; i < end; i += s->unit, unit += TERN__UNIT) tern__unpack_rows(m->encoding, unit, 64, t[0] + (i - first));
+        tern__fill_scaled(t[0] + (in_group - first), 64, tern__panel_scales(m, s, panel, group, buffer), tern__min(TERN__ROWS, len - j), lanes,
+                          b + j * TERN__LANES);
+    }
+}
+
 /* Rows [k0, k0 + len) and columns [n0, n0 + lanes) of the right operand; the other lanes are zero. */
 static void tern__gemm_fill(const tern__gemm *g, const tern__shape *s, int64_t k0, int64_t len, int64_t n0, int64_t lanes, float *b)
 {
-    int8_t t[TERN__K_BLOCK];
-    int64_t i, j, l, stop;
+    int64_t l, run;
     if (lanes < TERN__LANES) memset(b, 0, sizeof(float) * (size_t)(len * TERN__LANES));
-    switch (g->operand) {
-    case TERN__B_FLOATS: {
-        const float *from = g->b + k0 * g->b_row + n0 * g->b_col;
-        for (j = 0; j < len; j++, from += g->b_row, b += TERN__LANES)
-            if (g->b_col == 1) memcpy(b, from, sizeof(float) * (size_t)lanes);
-            else for (l = 0; l < lanes; l++) b[l] = from[l * g->b_col];
-        break;
-    }
-    case TERN__B_WEIGHTS:
-        for (j = 0; j < len; j++, b += TERN__LANES) {
-            tern__unpack_range(g->w, s, k0 + j, n0, lanes, t);
-            for (l = 0; l < lanes; l = stop) {
-                const int64_t group = (n0 + l) / s->group;
-                const float scale = tern__load_scale(g->w->scale_type, g->w->scales, tern__scale_index(g->w, s, k0 + j, group));
-                stop = tern__min(lanes, (group + 1) * s->group - n0);
-                for (; l < stop; l++) b[l] = (float)t[l] * scale;
-            }
+    if (g->operand == TERN__B_FLOATS) tern__fill_floats(g->b + k0 * g->b_row + n0 * g->b_col, g->b_row, g->b_col, len, lanes, b);
+    else
+        for (l = 0; l < lanes; l += run) {
+            const int64_t group = (n0 + l) / s->group, in_group = n0 + l - group * s->group;
+            run = tern__min(lanes - l, s->group - in_group);
+            if (g->operand == TERN__B_WEIGHTS) tern__fill_weights(g->w, s, k0, len, group, in_group, run, b + l);
+            else tern__fill_scaled(g->q + k0 * s->stride + group * s->group_units * s->unit + in_group, s->stride, g->scale + k0, len, run, b + l);
         }
-        break;
-    case TERN__B_QUANTIZED:
-        for (l = 0; l < lanes; l = stop) {
-            const int64_t group = (n0 + l) / s->group;
-            const int8_t *q = g->q + k0 * s->stride + group * (s->group_units * s->unit - s->group) + n0;
-            stop = tern__min(lanes, (group + 1) * s->group - n0);
-            for (j = 0; j < len; j++, q += s->stride) {
-                const float scale = g->scale[k0 + j];
-                for (i = l; i < stop; i++) b[j * TERN__LANES + i] = (float)q[i] * scale;
-            }
-        }
-        break;
-    }
 }
 
 /* A finished row of a block: c = sum, or c + sum. Constant trip counts, so that compilers vectorise at -O2. */
@@ -3692,13 +3761,14 @@ static void tern__gemm_block(const tern__kernels *k, const tern__gemm *g, int64_
     }
 }
 
+/* All strips of b meet a block of a in turn, which so stays in L2. */
 static void tern__gemm_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern__gemm *g = (const tern__gemm *)job->arg;
-    const int64_t blocks = tern__ceil_div(g->m, TERN__M_BLOCK);
+    const int64_t strips = tern__ceil_div(g->n, TERN__LANES);
     int64_t i;
     (void)bad;
-    for (i = begin; i < end; i++) tern__gemm_block(job->k, g, i % blocks * TERN__M_BLOCK, i / blocks * TERN__LANES);
+    for (i = begin; i < end; i++) tern__gemm_block(job->k, g, i / strips * TERN__M_BLOCK, i % strips * TERN__LANES);
 }
 
 static void tern__gemm_run(tern_run *run, const tern__gemm *g)
@@ -3828,20 +3898,6 @@ static void tern__i8_interleave(const uint8_t *__restrict v, int64_t step, uint8
         quad[4 * r + 3] = (uint8_t)(v3[r] ^ flip);
     }
 }
-/* Input by input of four columns that are 64 bytes apart: 4 inputs each, in 16 quads. */
-static void tern__i8_columns(const uint8_t *__restrict v, uint8_t *__restrict to)
-{
-    uint32_t in[4][16], quad[64];
-    int32_t i;
-    memcpy(in, v, sizeof in);
-    for (i = 0; i < 16; i++) {
-        quad[4 * i] = in[0][i];
-        quad[4 * i + 1] = in[1][i];
-        quad[4 * i + 2] = in[2][i];
-        quad[4 * i + 3] = in[3][i];
-    }
-    for (i = 0; i < 16; i++) memcpy(to + 64 * i, quad + 4 * i, 16);
-}
 static void tern__i8_flip64(const uint8_t *__restrict v, uint8_t flip, uint8_t *__restrict to)
 {
     int32_t i;
@@ -3864,7 +3920,7 @@ static void tern__i8_quads(const int8_t *from, int64_t k_step, int64_t n_step, i
         for (r = 0; r < cols; r++)
             if (inputs == 64) tern__i8_flip64(bytes + r * n_step, flip, v + r * 64);
             else for (i = 0; i < inputs; i++) v[r * 64 + i] = bytes[r * n_step + i] ^ flip;
-        for (r = 0; r < TERN__ROWS; r += 4) tern__i8_columns(v + r * 64, to + r * 4);
+        for (r = 0; r < TERN__ROWS; r += 4) tern__four_columns(v + r * 64, 64, to + r * 4, 64);
     } else {
         for (i = 0; i < inputs; i++, bytes += k_step)
             for (r = 0; r < cols; r++) v[i * TERN__ROWS + r] = bytes[r * n_step] ^ flip;
