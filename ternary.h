@@ -3761,14 +3761,17 @@ static void tern__gemm_block(const tern__kernels *k, const tern__gemm *g, int64_
     }
 }
 
-/* All strips of b meet a block of a in turn, which so stays in L2. */
+/* Sixteen strips of b meet each block of a in turn: the block stays in L2, and threads get like shares of short blocks. */
 static void tern__gemm_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern__gemm *g = (const tern__gemm *)job->arg;
-    const int64_t strips = tern__ceil_div(g->n, TERN__LANES);
+    const int64_t strips = tern__ceil_div(g->n, TERN__LANES), blocks = tern__ceil_div(g->m, TERN__M_BLOCK);
     int64_t i;
     (void)bad;
-    for (i = begin; i < end; i++) tern__gemm_block(job->k, g, i / strips * TERN__M_BLOCK, i % strips * TERN__LANES);
+    for (i = begin; i < end; i++) {
+        const int64_t first = i / (16 * blocks) * 16, at = i - first * blocks, side = tern__min(16, strips - first);
+        tern__gemm_block(job->k, g, at / side * TERN__M_BLOCK, (first + at % side) * TERN__LANES);
+    }
 }
 
 static void tern__gemm_run(tern_run *run, const tern__gemm *g)
