@@ -2104,7 +2104,7 @@ static void tern__dot_run_scalar(const tern__dot *d, tern_type encoding, int32_t
             for (r = 0; r < TERN__ROWS; r++) acc[t * TERN__ROWS + r] = -d->sum[t * d->sum_stride];
         for (u = 0; u < d->units; u++, unit += TERN__UNIT) {
             tern__unit_trits trit;
-            for (r = 0; r < TERN__ROWS; r++) tern__unpack_unit(encoding, unit, r, trit[r]);
+            tern__unpack_rows(encoding, unit, (int64_t)sizeof trit[0], trit[0]);
             for (t = 0; t < d->tokens; t++) {
                 const int8_t *q = d->q + t * d->q_stride + u * inputs;
                 for (r = 0; r < TERN__ROWS; r++) {
@@ -2207,24 +2207,11 @@ static int32_t tern__round_scalar(int64_t n, const float *x, const float *gain, 
 /* A unit as floats: the trit of input i and row r in w[i][r]. Constant trip counts, so that compilers vectorise. */
 static void tern__unit_floats(int32_t base3, const uint8_t *unit, float w[20][TERN__ROWS])
 {
-    int32_t i, j, r, code[TERN__ROWS], trit[TERN__ROWS];
-    for (j = 0; j < 4; j++) {
-        for (r = 0; r < TERN__ROWS; r++) code[r] = unit[4 * r + j];
-        for (i = j; i < (base3 ? 20 : 16); i += 4) {
-            if (base3)
-                for (r = 0; r < TERN__ROWS; r++) {
-                    const int32_t third = code[r] * 171 >> 9; /* code / 3 for bytes */
-                    trit[r] = code[r] - 3 * third - 1;
-                    code[r] = third;
-                }
-            else
-                for (r = 0; r < TERN__ROWS; r++) {
-                    trit[r] = (code[r] & 3) - 1;
-                    code[r] >>= 2;
-                }
-            for (r = 0; r < TERN__ROWS; r++) w[i][r] = (float)trit[r];
-        }
-    }
+    tern__unit_trits trit;
+    int32_t i, r;
+    tern__unpack_rows(base3 ? TERN_BASE3 : TERN_2BIT, unit, (int64_t)sizeof trit[0], trit[0]);
+    for (i = 0; i < (base3 ? 20 : 16); i++)
+        for (r = 0; r < TERN__ROWS; r++) w[i][r] = (float)trit[r][i];
 }
 
 static void tern__floats_scalar(const tern__float_dot *f)
