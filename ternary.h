@@ -546,6 +546,18 @@ struct tern_backend {
 /* The CPU's table for a tier, or NULL where this machine or build lacks it. TERN_ISA_BEST: the best. */
 TERN_API const tern_backend *tern_cpu_backend(tern_isa isa);
 
+/* -- CUDA (ternary_cuda.cu; not here without it) -- */
+
+/* The table of a CUDA device, for tern_context_desc.backend. Never NULL: a device, driver or architecture that
+   cannot be used is an error of tern_open, which also runs tern_selftest there. Contexts have a stream each; calls
+   queue their work on it and return, tern_copy to or from the host and tern_sync wait. What the CPU refuses at once,
+   weights that are not finite and values that are not trits, is taken as zero and reported by tern_sync. Packed
+   trits, q and saved are aligned to 16. */
+#define tern_cuda_backend(device) tern_cuda_backend_checked(device, TERN_LAYOUT)
+extern const tern_backend *tern_cuda_backend_checked(int32_t device, uint64_t layout);
+/* The context's cudaStream_t, on which forward and backward can be captured into a graph; NULL for another backend. */
+extern void *tern_cuda_stream(const tern_context *c);
+
 /* -- parameters ([TERN-15]) -- */
 
 /* What a parameter is follows from its buffers: trits and scales alone are frozen; a shadow makes it
@@ -740,6 +752,13 @@ TERN_API tern_result tern_selftest(tern_context *c);
 #endif
 #ifndef TERNARY_ASSERT
 #define TERNARY_ASSERT(condition) ((void)0)
+#endif
+
+/* Functions that a GPU's kernels call too, so that both follow one text: ternary_cuda.cu includes this file. */
+#ifdef __CUDACC__
+#define TERN__ANYWHERE static __host__ __device__
+#else
+#define TERN__ANYWHERE static
 #endif
 
 /* The promise of equal bits holds only where the compiler keeps IEEE arithmetic. */
@@ -1103,11 +1122,25 @@ static tern_result tern__set_error(tern_error *e, tern_result code, const char *
     return code;
 }
 
+/* Data faults: what tern_sync says of them. */
+#define TERN__FAULTS(X)                                                                                  \
+    X(QUANTIZE, "quantize: activation row %d is not finite and was taken as zero")                       \
+    X(MATMUL,   "matmul: activation row %d is not finite and was taken as zero")                         \
+    X(GATHER,   "gather: ids[%d] is out of range and its row was taken as zero")                         \
+    X(NORM,     "norm: row %d is not finite and was taken as zero")                                      \
+    X(LOSS,     "loss: row %d has a target out of range or logits that are not finite and was taken as zero") \
+    X(OPTIMIZE, "optimize: the gradient norm of step %d is not finite; the update was skipped")
+#define TERN__ENUM(name, text) TERN__FAULT_##name,
+typedef enum { TERN__FAULTS(TERN__ENUM) TERN__FAULTS_END } tern__fault;
+#undef TERN__ENUM
+
 /* The first fault since tern_sync stays. */
-static void tern__set_fault(tern_run *r, const char *what, int64_t index)
+static void tern__set_fault(tern_run *r, tern__fault fault, int64_t index)
 {
-    if (r->fault.code == TERN_OK)
-        tern__set_error(&r->fault, TERN_E_DATA, what, index);
+#define TERN__TEXT(name, text) text,
+    static const char *const texts[] = {TERN__FAULTS(TERN__TEXT)};
+#undef TERN__TEXT
+    if (r->fault.code == TERN_OK) tern__set_error(&r->fault, TERN_E_DATA, texts[fault], index);
 }
 
 #define TERN__FAIL(run, ...) return tern__set_error(&(run)->error, __VA_ARGS__)
@@ -1121,8 +1154,8 @@ static int64_t tern__mul(int64_t a, int64_t b)
     return a > ((int64_t)1 << 62) / b ? INT64_MAX : a * b;
 }
 static int64_t tern__add(int64_t a, int64_t b) { return a > ((int64_t)1 << 62) - b ? INT64_MAX : a + b; }
-static int64_t tern__min(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t tern__ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+TERN__ANYWHERE int64_t tern__min(int64_t a, int64_t b) { return a < b ? a : b; }
+TERN__ANYWHERE int64_t tern__ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 static int32_t tern__fits(int64_t bytes) { return bytes >= 0 && bytes <= ((int64_t)1 << 62) && (uint64_t)bytes <= (uint64_t)PTRDIFF_MAX; }
 
 /* Weights that stream through memory meet a new page every few hundred nanoseconds: where Linux offers huge
@@ -1164,7 +1197,7 @@ static void tern__host_free(const tern_allocator *a, void *p)
     a->free(a->user, raw);
 }
 
-static int64_t tern__type_bytes(tern_type type)
+TERN__ANYWHERE int64_t tern__type_bytes(tern_type type)
 {
     switch (type) {
     case TERN_TYPE_DEFAULT: case TERN_F32: return 4;
@@ -1225,25 +1258,25 @@ static void *tern__take(tern_context *c, int64_t bytes)
    the loop that shares work among threads. Called by every later room.
    ------------------------------------------------------------------------------------------------ */
 
-static uint32_t tern__bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
-static float tern__float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
-static float tern__abs(float x) { return tern__float(tern__bits(x) & 0x7FFFFFFFu); }
-static int32_t tern__finite(float x) { return (tern__bits(x) & 0x7F800000u) != 0x7F800000u; }
+TERN__ANYWHERE uint32_t tern__bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+TERN__ANYWHERE float tern__float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+TERN__ANYWHERE float tern__abs(float x) { return tern__float(tern__bits(x) & 0x7FFFFFFFu); }
+TERN__ANYWHERE int32_t tern__finite(float x) { return (tern__bits(x) & 0x7F800000u) != 0x7F800000u; }
 
-static float tern__from_bf16(uint16_t h) { return tern__float((uint32_t)h << 16); }
+TERN__ANYWHERE float tern__from_bf16(uint16_t h) { return tern__float((uint32_t)h << 16); }
 
 /* Rounds to bf16 by adding `extra` (0..65535) below the cut and truncating: 0x7FFF plus the last kept
    bit is nearest-even, a random number is stochastic rounding. NaN and Inf pass; a carry never makes Inf. */
-static uint16_t tern__to_bf16_with(float x, uint32_t extra)
+TERN__ANYWHERE uint16_t tern__to_bf16_with(float x, uint32_t extra)
 {
     uint32_t u = tern__bits(x), sum = u + extra;
     if (!tern__finite(x)) return (uint16_t)(u >> 16 | ((u & 0xFFFF) != 0));
     if ((sum & 0x7F800000u) == 0x7F800000u) return (uint16_t)((u >> 16 & 0x8000u) | 0x7F7Fu);
     return (uint16_t)(sum >> 16);
 }
-static uint16_t tern__to_bf16(float x) { return tern__to_bf16_with(x, 0x7FFFu + (tern__bits(x) >> 16 & 1)); }
+TERN__ANYWHERE uint16_t tern__to_bf16(float x) { return tern__to_bf16_with(x, 0x7FFFu + (tern__bits(x) >> 16 & 1)); }
 
-static float tern__from_f16(uint16_t h)
+TERN__ANYWHERE float tern__from_f16(uint16_t h)
 {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
     if (exponent == 0) { /* zero and subnormals: fraction * 2^-24 is exact */
@@ -1254,7 +1287,7 @@ static float tern__from_f16(uint16_t h)
     return tern__float(sign | (exponent + 112) << 23 | fraction << 13);
 }
 
-static uint16_t tern__to_f16(float x)
+TERN__ANYWHERE uint16_t tern__to_f16(float x)
 {
     uint32_t u = tern__bits(x), sign = u >> 16 & 0x8000u, a = u & 0x7FFFFFFFu;
     if (a > 0x7F800000u) return (uint16_t)(sign | 0x7E00u);
@@ -1266,14 +1299,14 @@ static uint16_t tern__to_f16(float x)
     return (uint16_t)(sign | (a - 0x38000000u) >> 13);
 }
 
-static float tern__load_float(tern_type type, const void *p, int64_t i)
+TERN__ANYWHERE float tern__load_float(tern_type type, const void *p, int64_t i)
 {
     if (type == TERN_BF16) return tern__from_bf16(((const uint16_t *)p)[i]);
     if (type == TERN_F16) return tern__from_f16(((const uint16_t *)p)[i]);
     return ((const float *)p)[i];
 }
 
-static void tern__store_float(tern_type type, void *p, int64_t i, float x)
+TERN__ANYWHERE void tern__store_float(tern_type type, void *p, int64_t i, float x)
 {
     if (type == TERN_BF16) ((uint16_t *)p)[i] = tern__to_bf16(x);
     else if (type == TERN_F16) ((uint16_t *)p)[i] = tern__to_f16(x);
@@ -1281,16 +1314,16 @@ static void tern__store_float(tern_type type, void *p, int64_t i, float x)
 }
 
 /* Power-of-two scales: the exponent nearest in the logarithm; INT8_MIN is zero. */
-static int8_t tern__to_pow2(float x)
+TERN__ANYWHERE int8_t tern__to_pow2(float x)
 {
     int32_t exponent = (int32_t)(tern__bits(x) >> 23 & 255) - 127;
     if (x == 0) return INT8_MIN;
     if ((tern__bits(x) & 0x7FFFFFu) > 0x3504F3u) exponent++; /* mantissa above sqrt(2) */
     return (int8_t)(exponent < -126 ? -126 : exponent > 126 ? 126 : exponent);
 }
-static float tern__from_pow2(int8_t e) { return e < -126 ? 0.0f : tern__float((uint32_t)(e + 127) << 23); }
+TERN__ANYWHERE float tern__from_pow2(int8_t e) { return e < -126 ? 0.0f : tern__float((uint32_t)(e + 127) << 23); }
 
-static float tern__load_scale(tern_type type, const void *p, int64_t i)
+TERN__ANYWHERE float tern__load_scale(tern_type type, const void *p, int64_t i)
 {
     if (type == TERN_POW2) return tern__from_pow2(((const int8_t *)p)[i]);
     if (type == TERN_F16) return tern__from_f16(((const uint16_t *)p)[i]);
@@ -1300,7 +1333,7 @@ static float tern__load_scale(tern_type type, const void *p, int64_t i)
 typedef union tern__any_scale { float f; uint16_t half; int8_t exponent; } tern__any_scale;
 
 /* Stores a scale and returns it as stored: trits are taken with that. */
-static float tern__store_scale(tern_type type, void *p, int64_t i, float x)
+TERN__ANYWHERE float tern__store_scale(tern_type type, void *p, int64_t i, float x)
 {
     if (type == TERN_POW2) {
         ((int8_t *)p)[i] = tern__to_pow2(x);
@@ -1314,7 +1347,7 @@ static float tern__store_scale(tern_type type, void *p, int64_t i, float x)
 }
 
 /* Philox4x32-10 (Salmon et al. 2011): four random words for (seed, element, step, stream). */
-static void tern__philox(uint64_t seed, uint64_t element, uint32_t step, uint32_t stream, uint32_t out[4])
+TERN__ANYWHERE void tern__philox(uint64_t seed, uint64_t element, uint32_t step, uint32_t stream, uint32_t out[4])
 {
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
     uint32_t c0 = (uint32_t)element, c1 = (uint32_t)(element >> 32), c2 = step, c3 = stream;
@@ -1332,7 +1365,7 @@ static void tern__philox(uint64_t seed, uint64_t element, uint32_t step, uint32_
 }
 
 /* A normal deviate: eight 16-bit uniforms summed as integers (variance 8 (2^32 - 1)/12, bounds +-4.9). */
-static float tern__normal(uint64_t seed, uint64_t element, uint32_t stream)
+TERN__ANYWHERE float tern__normal(uint64_t seed, uint64_t element, uint32_t stream)
 {
     uint32_t w[4];
     int32_t i, sum = -8 * 65535;
@@ -1342,9 +1375,11 @@ static float tern__normal(uint64_t seed, uint64_t element, uint32_t stream)
 }
 
 /* Correctly rounded square root: one instruction where there is one, else the digits one by one. */
-static float tern__sqrt(float x)
+TERN__ANYWHERE float tern__sqrt(float x)
 {
-#if defined(__SSE2__)
+#if defined(__CUDA_ARCH__)
+    return __fsqrt_rn(x);
+#elif defined(__SSE2__)
     return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x)));
 #elif defined(__aarch64__) && defined(__GNUC__)
     float y;
@@ -1368,10 +1403,10 @@ static float tern__sqrt(float x)
 }
 
 /* Round half to even for |x| < 2^22. */
-static float tern__round(float x) { return (x + 12582912.0f) - 12582912.0f; }
+TERN__ANYWHERE float tern__round(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
 /* e^x, error below 2 units in the last place; 0 below -87, Inf above 88.7. */
-static float tern__exp(float x)
+TERN__ANYWHERE float tern__exp(float x)
 {
     float n, r, p;
     if (!(x < 88.7f)) return x != x ? x : tern__float(0x7F800000u);
@@ -1391,7 +1426,7 @@ static float tern__exp(float x)
 }
 
 /* ln x for positive normal x: x = m 2^e with m in (0.707, 1.414], ln m = 2 artanh((m-1)/(m+1)). */
-static float tern__log(float x)
+TERN__ANYWHERE float tern__log(float x)
 {
     uint32_t u = tern__bits(x);
     int32_t e = (int32_t)((u - 0x3F3504F4u) >> 23);
@@ -1408,11 +1443,11 @@ static float tern__log(float x)
     return (float)e * 0.693359375f + (p + (float)e * -2.12194440e-4f);
 }
 
-static float tern__sigmoid(float x) { return 1.0f / (1.0f + tern__exp(0.0f - x)); }
-static float tern__tanh(float x) { return 1.0f - 2.0f / (tern__exp(2.0f * x) + 1.0f); }
+TERN__ANYWHERE float tern__sigmoid(float x) { return 1.0f / (1.0f + tern__exp(0.0f - x)); }
+TERN__ANYWHERE float tern__tanh(float x) { return 1.0f - 2.0f / (tern__exp(2.0f * x) + 1.0f); }
 
 /* Sine and cosine by quarter turns; the reduction is good to float accuracy for |x| < 8192. */
-static void tern__sincos(float x, float *sine, float *cosine)
+TERN__ANYWHERE void tern__sincos(float x, float *sine, float *cosine)
 {
     float n = tern__round(x * 0.636619772f), r, z, s, c;
     int32_t quarter = (int32_t)n & 3;
@@ -1616,7 +1651,7 @@ static int64_t tern__for(tern_run *r, tern__body *body, const void *arg, int64_t
    ------------------------------------------------------------------------------------------------ */
 
 /* Weights beyond 2^96 would overflow the sums, so they count as not finite. */
-static int32_t tern__weight_ok(float w) { return (tern__bits(w) & 0x7FFFFFFFu) < 0x6F800000u; }
+TERN__ANYWHERE int32_t tern__weight_ok(float w) { return (tern__bits(w) & 0x7FFFFFFFu) < 0x6F800000u; }
 
 /* Up to 1024 weights from element i as floats: where they lie, or converted into the buffer. */
 static const float *tern__load_block(const tern_ternarize_args *a, int64_t i, int64_t n, float *buffer)
@@ -1714,7 +1749,7 @@ typedef struct tern__shape {
 
 /* Activations lie an odd number of 64-byte lines apart: sixteen tokens then never share a set of a cache,
    as they would at a multiple of 4096. */
-static tern__shape tern__shape_of(const tern_matrix *m)
+TERN__ANYWHERE tern__shape tern__shape_of(const tern_matrix *m)
 {
     tern__shape s;
     s.unit = m->encoding == TERN_BASE3 ? 20 : 16;
@@ -1729,11 +1764,11 @@ static tern__shape tern__shape_of(const tern_matrix *m)
     return s;
 }
 
-static int64_t tern__group_cols(const tern_matrix *m, const tern__shape *s, int64_t g) { return tern__min(s->group, m->cols - g * s->group); }
-static int64_t tern__group_run(const tern_matrix *m, const tern__shape *s, int64_t g) { return tern__ceil_div(tern__group_cols(m, s, g), s->unit); }
+TERN__ANYWHERE int64_t tern__group_cols(const tern_matrix *m, const tern__shape *s, int64_t g) { return tern__min(s->group, m->cols - g * s->group); }
+TERN__ANYWHERE int64_t tern__group_run(const tern_matrix *m, const tern__shape *s, int64_t g) { return tern__ceil_div(tern__group_cols(m, s, g), s->unit); }
 
 /* Index of the scale of a row and group. */
-static int64_t tern__scale_index(const tern_matrix *m, const tern__shape *s, int64_t row, int64_t g)
+TERN__ANYWHERE int64_t tern__scale_index(const tern_matrix *m, const tern__shape *s, int64_t row, int64_t g)
 {
     return m->grain == TERN_PER_TENSOR ? 0 : (row / TERN__ROWS * s->groups + g) * TERN__ROWS + row % TERN__ROWS;
 }
@@ -1795,19 +1830,21 @@ TERN_API tern_result tern_activation_shape(tern_context *c, const tern_matrix *m
 /* One unit from its trits, [row][input]. */
 typedef int8_t tern__unit_trits[TERN__ROWS][20];
 
+TERN__ANYWHERE uint8_t tern__pack_byte(tern_type encoding, const int8_t *d) /* digits 0, 4, 8, ... */
+{
+    return (uint8_t)(encoding == TERN_BASE3 ? 121 + d[0] + 3 * d[4] + 9 * d[8] + 27 * d[12] + 81 * d[16]
+                                            : 85 + d[0] + 4 * d[4] + 16 * d[8] + 64 * d[12]);
+}
+
 static void tern__pack_unit(tern_type encoding, tern__unit_trits t, uint8_t *unit)
 {
     int32_t r, j;
     for (r = 0; r < TERN__ROWS; r++)
-        for (j = 0; j < 4; j++) {
-            const int8_t *d = t[r] + j; /* digits 0, 4, 8, ... */
-            unit[4 * r + j] = (uint8_t)(encoding == TERN_BASE3 ? 121 + d[0] + 3 * d[4] + 9 * d[8] + 27 * d[12] + 81 * d[16]
-                                                                : 85 + d[0] + 4 * d[4] + 16 * d[8] + 64 * d[12]);
-        }
+        for (j = 0; j < 4; j++) unit[4 * r + j] = tern__pack_byte(encoding, t[r] + j);
 }
 
 /* The inverse, for one row: `unit` trits. Returns whether every code is valid. */
-static int32_t tern__unpack_unit(tern_type encoding, const uint8_t *unit, int64_t row, int8_t *t)
+TERN__ANYWHERE int32_t tern__unpack_unit(tern_type encoding, const uint8_t *unit, int64_t row, int8_t *t)
 {
     int64_t s, j;
     int32_t valid = 1;
@@ -2064,12 +2101,10 @@ static void tern__quantize_body(tern__job *job, int64_t begin, int64_t end, int6
     tern__quantize_tokens(job->k, (const tern_quantize_args *)job->arg, begin, end, bad);
 }
 
-#define TERN__BAD_ROW "quantize: activation row %d is not finite and was taken as zero"
-
 static tern_result tern__cpu_quantize(tern_run *run, const tern_quantize_args *a)
 {
     int64_t bad = tern__for(run, tern__quantize_body, a, a->n, tern__mul(a->m.cols, 3));
-    if (bad != INT64_MAX) tern__set_fault(run, TERN__BAD_ROW, bad);
+    if (bad != INT64_MAX) tern__set_fault(run, TERN__FAULT_QUANTIZE, bad);
     return TERN_OK;
 }
 
@@ -3808,7 +3843,7 @@ static tern_result tern__cpu_matmul(tern_run *run, const tern_matmul_args *a)
     w.by_token = w.s.panels < run->parallel.workers && a->n > w.s.panels;
     tern__for(run, tern__matmul_body, &w, w.by_token ? a->n : w.s.panels, tern__mul(w.by_token ? w.s.panels : a->n, a->m.cols));
     if (!a->q) bad = tern__for(run, tern__matmul_rows_body, a, a->n, a->m.cols);
-    if (bad != INT64_MAX) tern__set_fault(run, "matmul: activation row %d is not finite and was taken as zero", bad);
+    if (bad != INT64_MAX) tern__set_fault(run, TERN__FAULT_MATMUL, bad);
     return TERN_OK;
 }
 
@@ -3851,7 +3886,7 @@ static tern_result tern__cpu_linear(tern_run *run, const tern_linear_args *a)
     w.quantize = &a->quantize;
     w.s = tern__shape_of(&m.m);
     bad = tern__for(run, tern__linear_body, &w, m.n, tern__mul(w.s.panels, m.m.cols));
-    if (bad != INT64_MAX) tern__set_fault(run, TERN__BAD_ROW, bad);
+    if (bad != INT64_MAX) tern__set_fault(run, TERN__FAULT_QUANTIZE, bad);
     return TERN_OK;
 }
 
@@ -4088,7 +4123,7 @@ static void tern__gather_body(tern__job *job, int64_t begin, int64_t end, int64_
 static tern_result tern__cpu_gather(tern_run *run, const tern_gather_args *a)
 {
     int64_t bad = tern__for(run, tern__gather_body, a, a->n, tern__mul(a->m.cols, 30));
-    if (bad != INT64_MAX) tern__set_fault(run, "gather: ids[%d] is out of range and its row was taken as zero", bad);
+    if (bad != INT64_MAX) tern__set_fault(run, TERN__FAULT_GATHER, bad);
     return TERN_OK;
 }
 
@@ -4156,58 +4191,47 @@ static tern_result tern__cpu_cast(tern_run *run, const tern_cast_args *a)
 }
 
 /* max(x, 0) by a mask: a branch on random signs is slow. NaN stays NaN, whatever the sign a machine gives it. */
-static float tern__relu(float x) { return tern__float(tern__bits(x) & (0u - (uint32_t)!(x <= 0.0f))); }
+TERN__ANYWHERE float tern__relu(float x) { return tern__float(tern__bits(x) & (0u - (uint32_t)!(x <= 0.0f))); }
 
 /* gelu(x) = x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3) (Hendrycks and Gimpel 2016). */
-static float tern__gelu_tanh(float x) { return tern__tanh(0.79788456f * (x + 0.044715f * (x * x * x))); }
+TERN__ANYWHERE float tern__gelu_tanh(float x) { return tern__tanh(0.79788456f * (x + 0.044715f * (x * x * x))); }
 
-/* Each function beside its derivative times dy. Parameters: x, y; dy, dx. */
-#define TERN__MAP(FN, FORWARD, BACKWARD)                                                        \
-    case FN:                                                                                    \
-        for (i = begin; i < end; i++) {                                                         \
-            const float x = a->a[i];                                                            \
-            if (a->dy) { const float dy = a->dy[i]; a->da[i] = BACKWARD; }                      \
-            else a->y[i] = FORWARD;                                                             \
-        }                                                                                       \
-        break;
+/* Each function of x = a and z = b, beside what da and db get for dy: one list for every backend. */
+#define TERN__MAPS(X)                                                                                                  \
+    X(ADD,   x + alpha * z,        dy,                        alpha * dy)                                              \
+    X(MUL,   x * z,                dy * z,                    dy * x)                                                  \
+    X(SCALE, alpha * x,            alpha * dy,                0.0f)                                                    \
+    X(RELU,  tern__relu(x),        x > 0.0f ? dy : 0.0f,      0.0f)                                                    \
+    X(RELU2, tern__relu(x) * tern__relu(x), 2.0f * tern__relu(x) * dy, 0.0f)                                           \
+    X(SILU,  x * tern__sigmoid(x), dy * (tern__sigmoid(x) * (1.0f + x * (1.0f - tern__sigmoid(x)))), 0.0f)             \
+    X(GELU,  0.5f * x * (1.0f + tern__gelu_tanh(x)),                                                                   \
+             dy * (0.5f * (1.0f + tern__gelu_tanh(x)) + 0.5f * x * (1.0f - tern__gelu_tanh(x) * tern__gelu_tanh(x)) *  \
+                   (0.79788456f * (1.0f + 0.134145f * (x * x)))), 0.0f)
 
 static void tern__map_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_map_args *a = (const tern_map_args *)job->arg;
+    const float *xs = a->a ? a->a : a->dy, *zs = a->b ? a->b : xs, alpha = a->alpha; /* what is NULL is not used */
+    float *db = a->fn == TERN_MAP_ADD || a->fn == TERN_MAP_MUL ? a->db : NULL;
     int64_t i;
     (void)bad;
     switch (a->fn) {
-    case TERN_MAP_ADD:
-        for (i = begin; i < end; i++) {
-            if (!a->dy) { a->y[i] = a->a[i] + a->alpha * a->b[i]; continue; }
-            const float dy = a->dy[i];
-            if (a->da) a->da[i] = dy;
-            if (a->db) a->db[i] = a->alpha * dy;
-        }
+#define TERN__MAP(FN, Y, DA, DB)                             \
+    case TERN_MAP_##FN:                                      \
+        for (i = begin; i < end; i++) {                      \
+            const float x = xs[i], z = zs[i];                \
+            (void)x; (void)z;                                \
+            if (a->dy) {                                     \
+                const float dy = a->dy[i], dz = DB;          \
+                if (a->da) a->da[i] = DA;                    \
+                if (db) db[i] = dz;                          \
+            } else a->y[i] = Y;                              \
+        }                                                    \
         break;
-    case TERN_MAP_MUL:
-        for (i = begin; i < end; i++) {
-            if (!a->dy) { a->y[i] = a->a[i] * a->b[i]; continue; }
-            const float dy = a->dy[i], x = a->a[i], z = a->b[i];
-            if (a->da) a->da[i] = dy * z;
-            if (a->db) a->db[i] = dy * x;
-        }
-        break;
-    case TERN_MAP_SCALE:
-        for (i = begin; i < end; i++) {
-            if (a->dy) a->da[i] = a->alpha * a->dy[i];
-            else a->y[i] = a->alpha * a->a[i];
-        }
-        break;
-    TERN__MAP(TERN_MAP_RELU, tern__relu(x), x > 0.0f ? dy : 0.0f)
-    TERN__MAP(TERN_MAP_RELU2, tern__relu(x) * tern__relu(x), 2.0f * tern__relu(x) * dy)
-    TERN__MAP(TERN_MAP_SILU, x * tern__sigmoid(x), dy * (tern__sigmoid(x) * (1.0f + x * (1.0f - tern__sigmoid(x)))))
-    TERN__MAP(TERN_MAP_GELU, 0.5f * x * (1.0f + tern__gelu_tanh(x)),
-              dy * (0.5f * (1.0f + tern__gelu_tanh(x)) + 0.5f * x * (1.0f - tern__gelu_tanh(x) * tern__gelu_tanh(x)) *
-                    (0.79788456f * (1.0f + 0.134145f * (x * x)))))
+    TERN__MAPS(TERN__MAP)
+#undef TERN__MAP
     }
 }
-#undef TERN__MAP
 
 static tern_result tern__cpu_map(tern_run *run, const tern_map_args *a)
 {
@@ -4216,6 +4240,22 @@ static tern_result tern__cpu_map(tern_run *run, const tern_map_args *a)
 }
 
 /* -- norm -- */
+
+/* The canonical sum of g dy x over a row. */
+static float tern__norm_dot(const tern__kernels *k, const tern_norm_args *a, int64_t t)
+{
+    const float *x = a->x + t * a->cols, *dy = a->dy + t * a->cols;
+    float block[TERN__BLOCK];
+    tern__tree tree;
+    int64_t i, j;
+    tern__tree_init(&tree, k);
+    for (i = 0; i < a->cols; i += TERN__BLOCK) {
+        const int64_t n = tern__min(TERN__BLOCK, a->cols - i);
+        for (j = 0; j < n; j++) block[j] = (a->gain ? a->gain[i + j] * dy[i + j] : dy[i + j]) * x[i + j];
+        tern__tree_push(&tree, k->sum(TERN_SUM, n, block));
+    }
+    return tern__tree_total(&tree);
+}
 
 static void tern__norm_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
@@ -4230,9 +4270,8 @@ static void tern__norm_body(tern__job *job, int64_t begin, int64_t end, int64_t 
             for (i = 0; i < a->cols; i++) y[i] = r > 0.0f ? (a->gain ? x[i] * a->gain[i] : x[i]) * r : 0.0f;
         } else if (a->dx) { /* dx = r g dy - x r^3 mean(g dy x) */
             const float *dy = a->dy + t * a->cols;
-            float *dx = a->dx + t * a->cols, mean = 0.0f;
-            for (i = 0; i < a->cols; i++) mean = mean + (a->gain ? a->gain[i] * dy[i] : dy[i]) * x[i];
-            mean = mean / (float)a->cols * (r * r * r);
+            float *dx = a->dx + t * a->cols;
+            const float mean = tern__norm_dot(job->k, a, t) / (float)a->cols * (r * r * r);
             for (i = 0; i < a->cols; i++) {
                 const float v = r > 0.0f ? r * (a->gain ? a->gain[i] * dy[i] : dy[i]) - x[i] * mean : 0.0f;
                 dx[i] = a->add ? dx[i] + v : v;
@@ -4259,7 +4298,7 @@ static tern_result tern__cpu_norm(tern_run *run, const tern_norm_args *a)
     int64_t bad;
     if (a->dy && a->dgain) tern__for(run, tern__norm_gain_body, a, a->cols, tern__mul(a->n, 10)); /* first: dx may be dy */
     bad = tern__for(run, tern__norm_body, a, a->n, tern__mul(a->cols, 15));
-    if (bad != INT64_MAX) tern__set_fault(run, "norm: row %d is not finite and was taken as zero", bad);
+    if (bad != INT64_MAX) tern__set_fault(run, TERN__FAULT_NORM, bad);
     return TERN_OK;
 }
 
@@ -4448,7 +4487,7 @@ static void tern__loss_body(tern__job *job, int64_t begin, int64_t end, int64_t 
 static tern_result tern__cpu_loss(tern_run *run, const tern_loss_args *a)
 {
     int64_t bad = tern__for(run, tern__loss_body, a, a->n, tern__mul(a->classes, 80));
-    if (bad != INT64_MAX) tern__set_fault(run, "loss: row %d has a target out of range or logits that are not finite and was taken as zero", bad);
+    if (bad != INT64_MAX) tern__set_fault(run, TERN__FAULT_LOSS, bad);
     return TERN_OK;
 }
 
@@ -4489,7 +4528,31 @@ static tern_result tern__cpu_sum(tern_run *run, const tern_sum_args *a)
 /* -- optimizers (Loshchilov and Hutter 2017 for AdamW) -- */
 
 #ifndef TERNARY_NO_TRAINING
+/* What all elements of a step share. */
 typedef struct tern__optimize_work { const tern_optimize_args *a; float factor, correct1, correct2; } tern__optimize_work;
+
+/* min(1, clip / norm) */
+TERN__ANYWHERE float tern__clip_factor(float clip, const float *norm2)
+{
+    const float norm = clip > 0.0f && norm2 ? tern__sqrt(*norm2) : 0.0f;
+    return norm > clip ? clip / norm : 1.0f;
+}
+
+/* Element i; random: 16 bits, for the rounding of BF16. */
+TERN__ANYWHERE void tern__optimize_one(const tern_optimize_args *a, float factor, float correct1, float correct2, uint32_t random, int64_t i)
+{
+    const float g = a->grad[i] * factor;
+    float w = tern__load_float(a->type, a->w, i), step = g;
+    if (a->kind == TERN_ADAMW) {
+        a->moment1[i] = a->beta1 * a->moment1[i] + (1.0f - a->beta1) * g;
+        a->moment2[i] = a->beta2 * a->moment2[i] + (1.0f - a->beta2) * g * g;
+        step = a->moment1[i] * correct1 / (tern__sqrt(a->moment2[i] * correct2) + a->eps);
+    } else if (a->moment1) step = a->moment1[i] = a->beta1 * a->moment1[i] + g;
+    w = w - a->rate * (step + a->decay * w);
+    a->grad[i] = 0.0f;
+    if (a->type == TERN_BF16) ((uint16_t *)a->w)[i] = tern__to_bf16_with(w, random);
+    else ((float *)a->w)[i] = w;
+}
 
 static void tern__optimize_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
@@ -4498,24 +4561,13 @@ static void tern__optimize_body(tern__job *job, int64_t begin, int64_t end, int6
     uint32_t random[4] = {0, 0, 0, 0};
     int64_t i;
     (void)bad;
-    for (i = begin; i < end; i++) {
-        const float g = a->grad[i] * work->factor;
-        float w = tern__load_float(a->type, a->w, i), step = g;
-        if (a->kind == TERN_ADAMW) {
-            a->moment1[i] = a->beta1 * a->moment1[i] + (1.0f - a->beta1) * g;
-            a->moment2[i] = a->beta2 * a->moment2[i] + (1.0f - a->beta2) * g * g;
-            step = a->moment1[i] * work->correct1 / (tern__sqrt(a->moment2[i] * work->correct2) + a->eps);
-        } else if (a->moment1) step = a->moment1[i] = a->beta1 * a->moment1[i] + g;
-        w = w - a->rate * (step + a->decay * w);
-        a->grad[i] = 0.0f;
-        if (a->type == TERN_BF16) { /* element i takes word i % 4 of block i / 4 */
-            if (i == begin || (i & 3) == 0) tern__philox(a->seed, (uint64_t)(i >> 2), a->step, a->stream, random);
-            ((uint16_t *)a->w)[i] = tern__to_bf16_with(w, random[i & 3] & 0xFFFF);
-        } else ((float *)a->w)[i] = w;
+    for (i = begin; i < end; i++) { /* element i takes word i % 4 of block i / 4 */
+        if (a->type == TERN_BF16 && (i == begin || (i & 3) == 0)) tern__philox(a->seed, (uint64_t)(i >> 2), a->step, a->stream, random);
+        tern__optimize_one(a, work->factor, work->correct1, work->correct2, random[i & 3] & 0xFFFF, i);
     }
 }
 
-static float tern__power(float base, uint32_t exponent)
+TERN__ANYWHERE float tern__power(float base, uint32_t exponent)
 {
     float result = 1.0f;
     for (; exponent; exponent >>= 1, base = base * base)
@@ -4527,16 +4579,12 @@ static tern_result tern__cpu_optimize(tern_run *run, const tern_optimize_args *a
 {
     tern__optimize_work w;
     if (a->norm2 && !tern__finite(*a->norm2)) {
-        tern__set_fault(run, "optimize: the gradient norm of step %d is not finite; the update was skipped", (int64_t)a->step);
+        tern__set_fault(run, TERN__FAULT_OPTIMIZE, (int64_t)a->step);
         memset(a->grad, 0, sizeof(float) * (size_t)a->count);
         return TERN_OK;
     }
     w.a = a;
-    w.factor = 1.0f;
-    if (a->clip > 0.0f && a->norm2) {
-        const float norm = tern__sqrt(*a->norm2);
-        if (norm > a->clip) w.factor = a->clip / norm;
-    }
+    w.factor = tern__clip_factor(a->clip, a->norm2);
     w.correct1 = 1.0f / (1.0f - tern__power(a->beta1, a->step));
     w.correct2 = 1.0f / (1.0f - tern__power(a->beta2, a->step));
     tern__for(run, tern__optimize_body, &w, a->count, a->type == TERN_BF16 ? 120 : 50);

@@ -180,12 +180,12 @@ static void test_memory_bad_desc(void)
 static void test_memory_first_fault_stays(void)
 {
     test_context t = test_open(TERN_ISA_BEST, 1);
-    tern__set_fault(&t.c->run, "first at %d", 1);
-    tern__set_fault(&t.c->run, "second at %d", 2);
-    CHECK_FAILS(t.c, tern_sync(t.c), TERN_E_DATA, "first at 1");
+    tern__set_fault(&t.c->run, TERN__FAULT_NORM, 1);
+    tern__set_fault(&t.c->run, TERN__FAULT_LOSS, 2);
+    CHECK_FAILS(t.c, tern_sync(t.c), TERN_E_DATA, "norm: row 1 is not finite");
     CHECK_OK(t.c, tern_sync(t.c));
-    tern__set_fault(&t.c->run, "third at %d", 3);
-    CHECK_FAILS(t.c, tern_sync(t.c), TERN_E_DATA, "third at 3");
+    tern__set_fault(&t.c->run, TERN__FAULT_GATHER, 3);
+    CHECK_FAILS(t.c, tern_sync(t.c), TERN_E_DATA, "ids[3] is out of range");
     test_close(&t);
 }
 
