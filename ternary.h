@@ -180,7 +180,8 @@ extern "C" {
     X(TERN_E_MISSING,     -12, "a tensor or buffer is missing")                \
     X(TERN_E_IO,          -13, "reading or writing failed")                    \
     X(TERN_E_VERSION,     -14, "header and implementation are of different versions") \
-    X(TERN_E_SELFTEST,    -15, "a known answer was not reproduced")
+    X(TERN_E_SELFTEST,    -15, "a known answer was not reproduced")              \
+    X(TERN_E_DEVICE,      -16, "the device failed or is not there")
 #define TERN__ENUM(name, value, text) name = value,
 typedef enum { TERN_RESULTS(TERN__ENUM) TERN__RESULT_END } tern_result;
 #undef TERN__ENUM
@@ -774,7 +775,7 @@ TERN_API tern_result tern_selftest(tern_context *c);
 
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
-#elif defined(__GNUC__)
+#elif defined(__GNUC__) && !defined(__CUDACC__) /* nvcc has -fmad=false */
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=off")
 #endif
@@ -7035,7 +7036,7 @@ TERN_API tern_result tern_selftest(tern_context *c)
 
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT DEFAULT
-#elif defined(__GNUC__)
+#elif defined(__GNUC__) && !defined(__CUDACC__)
 #pragma GCC pop_options
 #endif
 #endif /* TERNARY_IMPLEMENTED */

@@ -131,6 +131,7 @@ struct cuda_emulator {
     /* Set by tests. A countdown of n lets n calls through and fails the next; below zero nothing fails. */
     cuda_schedule schedule = CUDA_FORWARD;
     uint32_t seed = 1;           /* of CUDA_RANDOM */
+    bool fuse = true;            /* false: __fmaf_rn rounds the product too, as the scalar tier of the CPU does */
     bool lazy = false;           /* nothing runs before the host waits for it */
     int devices = 1, capability = 90, processors = 4;
     long malloc_countdown = -1;
@@ -432,13 +433,20 @@ template <unsigned Pending> inline void tern__cp_wait()
     self->copies.erase(self->copies.begin(), copy);
 }
 
+/* A load that is told not to stay in the cache. */
+inline uint4 tern__stream16(const void *p)
+{
+    if (reinterpret_cast<uintptr_t>(p) % 16 != 0) cuda_fault("tern__stream16 is not aligned to 16");
+    return *static_cast<const uint4 *>(p);
+}
+
 /* -- arithmetic and memory: single roundings, never contracted -- */
 
 inline float cuda_rounded(volatile float x) { return x; }
 inline float __fmul_rn(float a, float b) { return cuda_rounded(a * b); }
 inline float __fadd_rn(float a, float b) { return cuda_rounded(a + b); }
 inline float __fdiv_rn(float a, float b) { return cuda_rounded(a / b); }
-inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float __fmaf_rn(float a, float b, float c) { return test_cuda.fuse ? fmaf(a, b, c) : cuda_rounded(a * b) + c; }
 inline float __fsqrt_rn(float a) { return sqrtf(a); }
 inline float __int_as_float(int i) { float x; memcpy(&x, &i, 4); return x; }
 inline int __float_as_int(float x) { int i; memcpy(&i, &x, 4); return i; }

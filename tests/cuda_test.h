@@ -1,0 +1,125 @@
+/* What the tests of ternary_cuda.cu share: a CPU context, the specification, and a CUDA context beside it; data that lies in
+   both; comparison byte by byte. They run on the emulator (tests/cuda.h included first, every test on each schedule) and, with
+   nvcc, on a device. */
+#ifndef TERN_CUDA_TEST_H
+#define TERN_CUDA_TEST_H
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <vector>
+
+#include "../ternary_cuda.cu"
+
+static int test_errors, test_passed, test_failed;
+static const char *test_filter = "";
+
+#define CHECK(condition)                                                                              \
+    do {                                                                                              \
+        if (!(condition)) test_errors++, printf("  %s:%d: %s\n", __FILE__, __LINE__, #condition);      \
+    } while (0)
+
+enum { CPU, GPU };
+static tern_context *test_context[2];
+
+/* That a call on the CUDA context succeeds, or says why not. */
+#define CHECK_OK(call)                                                                                            \
+    do {                                                                                                          \
+        if ((call) != TERN_OK)                                                                                    \
+            test_errors++, printf("  %s:%d: %s: %s\n", __FILE__, __LINE__, #call, tern_last_error(test_context[GPU])->text); \
+    } while (0)
+
+static uint32_t test_seed = 1;
+static uint32_t test_random() { return (test_seed = test_seed * 1664525u + 1013904223u) >> 8; }
+static float test_uniform() { return (float)test_random() / 8388608.0f - 1.0f; } /* in [-1, 1) */
+
+/* An array in the memory of both contexts: x[CPU], x[GPU]. At first elements are made by `make`, the same in both, or zero.
+   Device memory ends with the last element. */
+template <typename T> struct mirror {
+    size_t count;
+    T *at[2];
+    std::vector<T> back;
+    explicit mirror(int64_t n) : count((size_t)n), back((size_t)n)
+    {
+        for (int i = CPU; i <= GPU; i++)
+            if (!(at[i] = (T *)tern_alloc(test_context[i], count * sizeof(T)))) abort();
+    }
+    template <typename Make> mirror(int64_t n, Make make) : mirror(n)
+    {
+        for (size_t i = 0; i < count; i++) at[CPU][i] = (T)make();
+        send();
+    }
+    mirror(const mirror &) = delete;
+    mirror &operator=(const mirror &) = delete;
+    ~mirror() { for (int i = CPU; i <= GPU; i++) tern_free(test_context[i], at[i]); }
+    T *operator[](int side) const { return at[side]; }
+    /* After a change of x[CPU][i]: the same on the device. */
+    void send() { CHECK_OK(tern_copy(test_context[GPU], at[GPU], at[CPU], count * sizeof(T), TERN_TO_DEVICE)); }
+    const std::vector<T> &fetch()
+    {
+        CHECK_OK(tern_copy(test_context[GPU], back.data(), at[GPU], count * sizeof(T), TERN_TO_HOST));
+        return back;
+    }
+    /* Whether both hold the same bytes; otherwise names the first element that differs. */
+    bool same(const char *name)
+    {
+        fetch();
+        for (size_t i = 0; i < count; i++)
+            if (memcmp(&back[i], at[CPU] + i, sizeof(T)) != 0) {
+                printf("  %s[%zu of %zu]: %.9g on the device, %.9g on the CPU\n", name, i, count, (double)back[i], (double)at[CPU][i]);
+                return false;
+            }
+        return true;
+    }
+};
+#define CHECK_SAME(array) CHECK((array).same(#array))
+
+/* Runs body(context, side) on both sides; both must succeed, with the same faults of data. */
+template <typename Body> static void test_both(Body body)
+{
+    char fault[2][256];
+    for (int side = CPU; side <= GPU; side++) {
+        tern_context *c = test_context[side];
+        fault[side][0] = 0;
+        if (body(c, side) != TERN_OK) test_errors++, printf("  %s: %s\n", tern_backend_name(c), tern_last_error(c)->text);
+        if (tern_sync(c) != TERN_OK) snprintf(fault[side], sizeof fault[side], "%s", tern_last_error(c)->text);
+    }
+    if (strcmp(fault[CPU], fault[GPU])) test_errors++, printf("  \"%s\" on the device, \"%s\" on the CPU\n", fault[GPU], fault[CPU]);
+}
+
+/* The schedules of the emulator; a device has its own. */
+#ifdef TEST_CUDA_H
+enum { TEST_SCHEDULES = 3 };
+static void test_schedule(int i) { test_cuda.schedule = (cuda_schedule)i; test_cuda.seed = 7; }
+static void test_fuse(bool fuse) { test_cuda.fuse = fuse; }
+#else
+enum { TEST_SCHEDULES = 1 };
+static void test_schedule(int) {}
+static void test_fuse(bool) {}
+#endif
+
+/* A fresh pair of contexts for each schedule. */
+static void test_run(const char *name, void (*test)())
+{
+    if (!strstr(name, test_filter)) return;
+    test_errors = 0;
+    for (int i = 0; i < TEST_SCHEDULES; i++) {
+        tern_context_desc desc = {};
+        tern_error e;
+        test_schedule(i);
+        test_seed = 1;
+        if (tern_open(&test_context[CPU], nullptr, &e) != TERN_OK) printf("%s\n", e.text), abort();
+        desc.backend = tern_cuda_backend(0);
+        if (tern_open(&test_context[GPU], &desc, &e) != TERN_OK) printf("%s\n", e.text), abort();
+        test();
+        for (int side = CPU; side <= GPU; side++) tern_close(test_context[side]);
+    }
+    test_fuse(true);
+    printf("%s %s\n", test_errors ? "FAIL" : "ok  ", name);
+    fflush(stdout);
+    (test_errors ? test_failed : test_passed)++;
+}
+#define RUN(name) test_run(#name, name)
+
+#endif
