@@ -187,7 +187,9 @@ static tern_result tern__gpu_enter(tern_run *r, int device, tern__current *curre
 static tern_result tern__gpu_leave(tern_run *r, const tern__current *current, tern_result result)
 {
     const cudaError_t error = current->changed ? cudaSetDevice(current->before) : cudaSuccess;
-    return result == TERN_OK ? tern__cuda_check(r, error, "choosing the caller's device again") : result;
+    if (result == TERN_OK) return tern__cuda_check(r, error, "choosing the caller's device again");
+    cudaGetLastError(); /* what has failed is known */
+    return result;
 }
 
 /* Blocks of threads for some items, few enough to be no burden and enough to fill the device. */

@@ -100,11 +100,11 @@ static void test_fuse(bool) {}
 #endif
 
 /* A fresh pair of contexts for each schedule. */
-static void test_run(const char *name, void (*test)())
+static void test_run(const char *name, void (*test)(), int schedules)
 {
     if (!strstr(name, test_filter)) return;
     test_errors = 0;
-    for (int i = 0; i < TEST_SCHEDULES; i++) {
+    for (int i = 0; i < schedules; i++) {
         tern_context_desc desc = {};
         tern_error e;
         test_schedule(i);
@@ -120,6 +120,7 @@ static void test_run(const char *name, void (*test)())
     fflush(stdout);
     (test_errors ? test_failed : test_passed)++;
 }
-#define RUN(name) test_run(#name, name)
+#define RUN(name) test_run(#name, name, TEST_SCHEDULES)
+#define RUN_ONCE(name) test_run(#name, name, 1) /* it chooses schedules itself */
 
 #endif
