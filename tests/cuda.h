@@ -117,7 +117,7 @@ struct cuda_copy { void *to; const void *from; unsigned group; };
 struct cuda_block { size_t bytes; int device; }; /* of device memory */
 
 /* What a test breaks, everywhere in the kernels whose names contain a word: a barrier (one place in the code, numbered as
-   they are met), waits for copies, lanes of shuffles or of mma, tern__stream16, or the shared memory of a launch. */
+   they are met), waits for copies, lanes of shuffles or of mma, reads of 16 bytes, or the shared memory of a launch. */
 enum cuda_sabotage_kind {
     CUDA_INTACT, CUDA_NO_BARRIER, CUDA_NO_WAIT, CUDA_WRONG_LANE, CUDA_WRONG_MMA, CUDA_READS_BEYOND, CUDA_LITTLE_SHARED
 };
@@ -454,7 +454,7 @@ inline void tern__cp_async16(void *shared, const void *global)
         cuda_fault("tern__cp_async16 to outside of shared memory");
     memset(shared, CUDA_POISON, 16);
     __asan_poison_memory_region(shared, 16);
-    self->copies.push_back({shared, global, self->groups});
+    self->copies.push_back({shared, static_cast<const uint4 *>(global) + cuda_sabotaged(CUDA_READS_BEYOND), self->groups});
 }
 
 inline void tern__cp_commit() { test_cuda.thread[threadIdx.x].groups++; }
