@@ -967,7 +967,8 @@ static tern_result tern__gpu_selftest(tern_run *r)
     return result;
 }
 
-static tern_result tern__gpu_open(tern_run *r)
+/* All but the known answers. */
+static tern_result tern__gpu_start(tern_run *r)
 {
     const int device = *(const int *)r->backend->data;
     int devices = 0;
@@ -983,7 +984,15 @@ static tern_result tern__gpu_open(tern_run *r)
     r->state = d;
     result = tern__gpu_enter(r, device, &current);
     if (result == TERN_OK) result = tern__gpu_leave(r, &current, tern__gpu_open_here(r, d));
-    if (0) result = tern__gpu_selftest(r); /* STUB: when every operation is there */
+    if (result != TERN_OK) tern__gpu_close(r);
+    return result;
+}
+
+static tern_result tern__gpu_open(tern_run *r)
+{
+    tern_result result;
+    TERN__TRY(tern__gpu_start(r));
+    result = tern__gpu_selftest(r);
     if (result != TERN_OK) tern__gpu_close(r);
     return result;
 }
@@ -1009,5 +1018,5 @@ extern "C" const tern_backend *tern_cuda_backend_checked(int32_t device, uint64_
 
 extern "C" void *tern_cuda_stream(const tern_context *c)
 {
-    return c && c->run.backend->open == tern__gpu_open ? (void *)tern__gpu_of(&c->run)->stream : NULL;
+    return c && c->run.backend->close == tern__gpu_close ? (void *)tern__gpu_of(&c->run)->stream : NULL;
 }

@@ -135,7 +135,7 @@ static void test_cuda_linear_fault()
 /* The layer by its parts: a table without the fused operation gives the same bits. */
 static void test_cuda_linear_by_its_parts()
 {
-    tern_backend parts = *tern_cuda_backend(0);
+    tern_backend parts = *test_backend();
     parts.linear = nullptr;
     const opened other(&parts);
     CHECK(other.result == TERN_OK && tern_cuda_stream(other.c));
