@@ -1709,22 +1709,26 @@ static float tern__mean_above(const tern__kernels *k, const tern_ternarize_args 
     return count ? tern__tree_total(&tree) / (float)count : 0.0f;
 }
 
-/* The grain over a rectangle: stores its scale at index i and returns the threshold. No weight is above
-   the threshold of a zero scale. */
+TERN__ANYWHERE float tern__twn_delta(float mean) { return 0.7f * mean; }
+
+/* Stores a grain's scale at index i, from the mean of |w| and (TWN) of those above delta, and returns the threshold;
+   a GIVEN scale is there. No weight is above the threshold of a zero scale. */
+TERN__ANYWHERE float tern__settle_grain(const tern_ternarize_args *a, int64_t i, float mean, float above)
+{
+    const float alpha = a->rule == TERN_TWN ? above : a->rule == TERN_ABSMEAN_SIGMA ? mean / 0.7978845608f : mean;
+    const float scale = a->rule == TERN_GIVEN ? tern__load_scale(a->m.scale_type, a->m.scales, i)
+                                              : tern__store_scale(a->m.scale_type, a->m.scales, i, alpha);
+    if (scale == 0.0f) return FLT_MAX;
+    return a->rule == TERN_TWN ? tern__twn_delta(mean) : 0.5f * scale;
+}
+
+/* The grain over a rectangle, whose scale lies at index i: its threshold. */
 static float tern__apply_rule(const tern__kernels *k, const tern_ternarize_args *a, int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t i)
 {
-    float mean, delta, scale;
-    if (a->rule == TERN_GIVEN) {
-        scale = tern__load_scale(a->m.scale_type, a->m.scales, i);
-        return scale == 0.0f ? FLT_MAX : 0.5f * scale;
-    }
-    mean = tern__mean_above(k, a, row, rows, col, cols, -1.0f);
-    delta = 0.7f * mean;
-    scale = a->rule == TERN_TWN ? tern__mean_above(k, a, row, rows, col, cols, delta)
-          : a->rule == TERN_ABSMEAN_SIGMA ? mean / 0.7978845608f : mean;
-    scale = tern__store_scale(a->m.scale_type, a->m.scales, i, scale);
-    if (scale == 0.0f) return FLT_MAX;
-    return a->rule == TERN_TWN ? delta : 0.5f * scale;
+    float mean = 0.0f, above = 0.0f;
+    if (a->rule != TERN_GIVEN) mean = tern__mean_above(k, a, row, rows, col, cols, -1.0f);
+    if (a->rule == TERN_TWN) above = tern__mean_above(k, a, row, rows, col, cols, tern__twn_delta(mean));
+    return tern__settle_grain(a, i, mean, above);
 }
 
 /* ------------------------------------------------------------------------------------------------

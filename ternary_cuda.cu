@@ -363,9 +363,369 @@ static void tern__gpu_total(const tern__gpu *d, int kind, int64_t n, const float
    What enters: floats or trits. What leaves: scales, and panels in the layout of [TERN-8].
    ------------------------------------------------------------------------------------------------ */
 
-static tern_result tern__gpu_ternarize(tern_run *r, tern__gpu *d, const tern_ternarize_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: ternarize is missing"); } /* STUB */
-static tern_result tern__gpu_pack(tern_run *r, tern__gpu *d, const tern_pack_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: pack is missing"); } /* STUB */
-static tern_result tern__gpu_unpack(tern_run *r, tern__gpu *d, const tern_unpack_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: unpack is missing"); } /* STUB */
+/* Ternarize goes patch by patch: some rows of a panel and some of its groups, few enough that the weights, read once for
+   the sums, are still in the L1 and L2 caches when they are read again for the trits. */
+enum { TERN__PATCH_THREADS = 512, TERN__PATCH_WARPS = TERN__PATCH_THREADS / 32, TERN__PATCH_SUMS = 256, TERN__PATCH_BYTES = 1 << 16 };
+
+typedef struct tern__patches {
+    tern_ternarize_args a;
+    tern__shape s;
+    int32_t rows, groups;   /* of a patch: a power of two up to 16; more than one only beside 16 rows */
+    int32_t blocks, units;  /* of a group, at most: sums of 1024 weights, and inputs */
+    int64_t across, count;  /* patches beside each other, and all */
+    tern__blame weight, scale;
+} tern__patches;
+
+/* Grains of a patch lie row by row, group after group; a block's sum follows its neighbour's. */
+typedef struct tern__patch {
+    float sum[TERN__PATCH_SUMS], total[TERN__PATCH_SUMS], delta[TERN__PATCH_SUMS];
+    int32_t above[TERN__PATCH_SUMS], count[TERN__PATCH_SUMS];
+} tern__patch;
+
+/* The statistics of a grain that is the tensor. */
+typedef struct tern__tensor { float total, delta, mean, threshold; unsigned long long count; } tern__tensor;
+
+static tern__patches tern__patches_of(const tern__gpu *d, const tern_ternarize_args *a)
+{
+    tern__patches p;
+    p.a = *a;
+    p.s = tern__shape_of(&a->m);
+    const int64_t cols = tern__group_cols(&a->m, &p.s, 0), bytes = cols * tern__type_bytes(a->type);
+    p.blocks = (int32_t)tern__ceil_div(cols, TERN__BLOCK);
+    p.units = (int32_t)tern__group_run(&a->m, &p.s, 0);
+    p.rows = TERN__ROWS;
+    while (p.rows > 1 && (p.rows * p.blocks > TERN__PATCH_SUMS || p.rows * bytes > TERN__PATCH_BYTES)) p.rows /= 2;
+    p.groups = (int32_t)tern__min(p.s.groups, tern__min(TERN__PATCH_SUMS / (p.rows * p.blocks), TERN__PATCH_BYTES / (p.rows * bytes)));
+    if (p.rows < TERN__ROWS || p.groups < 1) p.groups = 1;
+    p.across = tern__ceil_div(p.s.groups, p.groups);
+    p.count = p.s.panels * (TERN__ROWS / p.rows) * p.across;
+    p.weight = tern__blame_of(d, TERN__REFUSED_WEIGHT);
+    p.scale = tern__blame_of(d, TERN__REFUSED_SCALE);
+    return p;
+}
+
+static __device__ int64_t tern__patch_row(const tern__patches &p, int64_t patch, int grain) { return patch / p.across * p.rows + grain % p.rows; }
+static __device__ int64_t tern__patch_group(const tern__patches &p, int64_t patch, int grain) { return patch % p.across * p.groups + grain / p.rows; }
+
+static __device__ int tern__warp_count(int n)
+{
+    for (int half = 16; half > 0; half /= 2) n += __shfl_xor_sync(TERN__ALL_LANES, n, half);
+    return n;
+}
+
+/* The bad ones of n weights from a row and column. */
+template <tern_type Type> static __device__ void tern__report_weights(const tern__patches &p, int64_t row, int64_t col, int n)
+{
+    for (int j = (int)(threadIdx.x % 32); j < n; j += 32)
+        if (!tern__weight_ok(tern__load_float(Type, p.a.w, row * p.a.m.cols + col + j))) tern__report_at(p.weight, row, col + j);
+}
+
+/* Canonical sum, by a warp, of up to 1024 |w| above delta, counted; NaN where a weight is bad. */
+template <tern_type Type>
+static __device__ float tern__sum_weights(const tern__patches &p, int64_t row, int64_t col, int n, float delta, int *above)
+{
+    const int64_t first = row * p.a.m.cols + col;
+    int count = 0;
+    const float sum = tern__warp_sum(n, [&](int j) {
+        const float w = tern__load_float(Type, p.a.w, first + j);
+        const bool larger = tern__abs(w) > delta;
+        count += larger;
+        return !tern__weight_ok(w) ? tern__float(0x7FC00000u) : larger ? tern__abs(w) : 0.0f;
+    });
+    *above = tern__warp_count(count);
+    if (sum != sum) tern__report_weights<Type>(p, row, col, n);
+    return sum;
+}
+
+/* Fills total and count from delta. Beyond the matrix there are zeros. */
+template <tern_type Type> static __device__ void tern__patch_totals(const tern__patches &p, int64_t patch, tern__patch *my)
+{
+    const int grains = p.rows * p.groups, warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    for (int i = warp; i < grains * p.blocks; i += TERN__PATCH_WARPS) {
+        const int grain = i / p.blocks;
+        const int64_t row = tern__patch_row(p, patch, grain), g = tern__patch_group(p, patch, grain), col = (int64_t)(i % p.blocks) * TERN__BLOCK;
+        const int64_t left = row < p.a.m.rows && g < p.s.groups ? tern__group_cols(&p.a.m, &p.s, g) - col : 0;
+        int above = 0;
+        const float sum = left <= 0 ? 0.0f
+                        : tern__sum_weights<Type>(p, row, g * p.s.group + col, (int)tern__min(TERN__BLOCK, left), my->delta[grain], &above);
+        if (lane == 0) {
+            my->sum[i] = sum;
+            my->above[i] = above;
+        }
+    }
+    __syncthreads();
+    for (int grain = warp; grain < grains; grain += TERN__PATCH_WARPS) {
+        const float *sum = my->sum + grain * p.blocks;
+        const float total = p.blocks == 1 ? *sum : tern__warp_sum(p.blocks, [&](int i) { return sum[i]; });
+        int count = 0;
+        for (int i = lane; i < p.blocks; i += 32) count += my->above[grain * p.blocks + i];
+        count = tern__warp_count(count);
+        if (lane == 0) {
+            my->total[grain] = total;
+            my->count[grain] = count;
+        }
+    }
+    __syncthreads();
+}
+
+static __device__ float tern__mean_of(float total, int64_t count) { return count ? total / (float)count : 0.0f; }
+
+/* The threshold of a grain. One with a bad weight or scale has scale 0, as padding has, and no trits. */
+static __device__ float tern__patch_settle(const tern__patches &p, int64_t row, int64_t g, float mean, float above)
+{
+    const tern_matrix *m = &p.a.m;
+    const int64_t at = tern__scale_index(m, &p.s, row, g);
+    const float given = p.a.rule == TERN_GIVEN ? tern__load_scale(m->scale_type, m->scales, at) : 0.0f;
+    const bool good = tern__weight_ok(given) && given >= 0.0f;
+    if (!good) tern__report(p.scale, at);
+    if (good && mean == mean && row < m->rows) return tern__settle_grain(&p.a, at, mean, above);
+    tern__store_scale(m->scale_type, m->scales, at, 0.0f);
+    return tern__float(0x7F800000u);
+}
+
+/* Scales of a patch, and thresholds in place of delta. */
+template <tern_type Type> static __device__ void tern__patch_thresholds(const tern__patches &p, int64_t patch, tern__patch *my)
+{
+    const int grain = (int)threadIdx.x;
+    const int64_t row = tern__patch_row(p, patch, grain), g = tern__patch_group(p, patch, grain);
+    const bool mine = grain < p.rows * p.groups && g < p.s.groups;
+    float mean = 0.0f, above = 0.0f;
+    if (mine) my->delta[grain] = -1.0f;
+    __syncthreads();
+    tern__patch_totals<Type>(p, patch, my);
+    if (mine) mean = tern__mean_of(my->total[grain], my->count[grain]);
+    if (p.a.rule == TERN_TWN) {
+        if (mine) my->delta[grain] = tern__twn_delta(mean);
+        __syncthreads();
+        tern__patch_totals<Type>(p, patch, my);
+        if (mine) above = tern__mean_of(my->total[grain], my->count[grain]);
+    }
+    if (mine) my->delta[grain] = tern__patch_settle(p, row, g, mean, above);
+    __syncthreads();
+}
+
+/* Four weights from element i, of which n are there; where they lie together, in one load. */
+template <tern_type Type> static __device__ void tern__load_four(const void *w, int64_t i, int64_t n, float x[4])
+{
+    const uint8_t *at = (const uint8_t *)w + i * tern__type_bytes(Type);
+    if (n < 4 || (uintptr_t)at % (uintptr_t)(4 * tern__type_bytes(Type)) != 0)
+        for (int j = 0; j < 4; j++) x[j] = j < n ? tern__load_float(Type, w, i + j) : 0.0f;
+    else if (Type == TERN_F32) {
+        const float4 v = *(const float4 *)at;
+        x[0] = v.x; x[1] = v.y; x[2] = v.z; x[3] = v.w;
+    } else {
+        const uint2 v = *(const uint2 *)at;
+        const uint16_t half[4] = {(uint16_t)v.x, (uint16_t)(v.x >> 16), (uint16_t)v.y, (uint16_t)(v.y >> 16)};
+        for (int j = 0; j < 4; j++) x[j] = tern__load_float(Type, half, j);
+    }
+}
+
+/* A row's word of a unit; four(i, t) gives the trits of inputs i to i + 3. */
+template <typename Four> static __device__ uint32_t tern__pack_word(tern_type encoding, Four four)
+{
+    int8_t t[20];
+    uint32_t word = 0;
+    for (int i = 0; i < 20; i += 4) four(i, t + i);
+    for (int j = 0; j < 4; j++) word |= (uint32_t)tern__pack_byte(encoding, t + j) << 8 * j;
+    return word;
+}
+
+static __device__ uint32_t *tern__word_of(const tern_matrix *m, const tern__shape *s, int64_t row, int64_t unit)
+{
+    return (uint32_t *)((uint8_t *)m->trits + row / TERN__ROWS * s->panel_bytes + unit * TERN__UNIT) + row % TERN__ROWS;
+}
+
+/* Trits from the thresholds in delta: a thread to a row of a unit. */
+template <tern_type Type> static __device__ void tern__patch_pack(const tern__patches &p, int64_t patch, const tern__patch *my)
+{
+    const tern_matrix *m = &p.a.m;
+    for (int i = (int)threadIdx.x; i < p.rows * p.groups * p.units; i += TERN__PATCH_THREADS) {
+        const int u = i / p.rows % p.units, grain = i / p.rows / p.units * p.rows + i % p.rows;
+        const int64_t row = tern__patch_row(p, patch, grain), g = tern__patch_group(p, patch, grain);
+        const int64_t in = u * p.s.unit, left = g < p.s.groups ? tern__group_cols(m, &p.s, g) - in : 0;
+        const int64_t n = row < m->rows ? tern__min(left, p.s.unit) : 0, first = row * m->cols + g * p.s.group + in;
+        const float threshold = my->delta[grain];
+        if (left <= 0) continue;
+        *tern__word_of(m, &p.s, row, g * p.s.group_units + u) = tern__pack_word(m->encoding, [&](int j, int8_t *t) {
+            float x[4];
+            tern__load_four<Type>(p.a.w, first + j, n - j, x);
+            for (int k = 0; k < 4; k++) t[k] = (int8_t)((x[k] > threshold) - (x[k] < -threshold));
+        });
+    }
+}
+
+/* tensor: its threshold is known. */
+template <tern_type Type> static __global__ void __launch_bounds__(TERN__PATCH_THREADS, 2) tern__ternarize_patches(tern__patches p, const tern__tensor *tensor)
+{
+    TERN__SHARED(tern__patch, my);
+    for (int64_t patch = blockIdx.x; patch < p.count; patch += gridDim.x) {
+        if (!tensor) tern__patch_thresholds<Type>(p, patch, my);
+        else if (threadIdx.x < TERN__ROWS) my->delta[threadIdx.x] = tensor->threshold;
+        __syncthreads();
+        tern__patch_pack<Type>(p, patch, my);
+        __syncthreads(); /* my may be written again */
+    }
+}
+
+/* Row sums above the tensor's delta, and their count. */
+template <tern_type Type> static __global__ void __launch_bounds__(TERN__PATCH_THREADS, 2) tern__tensor_rows(tern__patches p, tern__tensor *tensor, float *sums)
+{
+    TERN__SHARED(tern__patch, my);
+    for (int64_t patch = blockIdx.x; patch < p.count; patch += gridDim.x) {
+        const int grain = (int)threadIdx.x;
+        const int64_t row = tern__patch_row(p, patch, grain);
+        if (grain < p.rows) my->delta[grain] = tensor->delta;
+        __syncthreads();
+        tern__patch_totals<Type>(p, patch, my);
+        if (grain < p.rows && row < p.a.m.rows) {
+            sums[row] = my->total[grain];
+            atomicAdd(&tensor->count, (unsigned long long)my->count[grain]);
+        }
+        __syncthreads(); /* my may be written again */
+    }
+}
+
+/* What lies between two passes over a tensor: before the first, between mean and TWN's mean, after the last. */
+enum { TERN__TENSOR_BEGIN, TERN__TENSOR_MEAN, TERN__TENSOR_END };
+static __global__ void tern__tensor_step(tern__patches p, tern__tensor *t, int step)
+{
+    const float mean = step == TERN__TENSOR_BEGIN ? 0.0f : tern__mean_of(t->total, (int64_t)t->count);
+    if (step == TERN__TENSOR_END) t->threshold = tern__patch_settle(p, 0, 0, p.a.rule == TERN_TWN ? t->mean : mean, mean);
+    t->delta = step == TERN__TENSOR_BEGIN ? -1.0f : tern__twn_delta(mean);
+    t->mean = mean;
+    t->count = 0;
+}
+
+template <tern_type Type> static void tern__tensor_total(const tern__gpu *d, const tern__patches &p, tern__tensor *t)
+{
+    TERN__LAUNCH((tern__tensor_rows<Type>), tern__grid(d, p.count, 1), TERN__PATCH_THREADS, sizeof(tern__patch), d->stream, p, t, d->work);
+    tern__gpu_total(d, TERN_SUM, p.a.m.rows, d->work, d->work + TERN__WORK, &t->total, 0);
+}
+
+template <tern_type Type> static void tern__ternarize_as(const tern__gpu *d, const tern__patches &p)
+{
+    tern__tensor *tensor = NULL;
+    if (p.a.m.grain == TERN_PER_TENSOR) {
+        tensor = (tern__tensor *)(d->work + TERN__WORK + TERN__WORK_LEVELS / 2);
+        TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_BEGIN);
+        tern__tensor_total<Type>(d, p, tensor);
+        if (p.a.rule == TERN_TWN) {
+            TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_MEAN);
+            tern__tensor_total<Type>(d, p, tensor);
+        }
+        TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_END);
+    }
+    TERN__LAUNCH((tern__ternarize_patches<Type>), tern__grid(d, p.count, 1), TERN__PATCH_THREADS, sizeof(tern__patch), d->stream, p, tensor);
+}
+
+static tern_result tern__gpu_ternarize(tern_run *r, tern__gpu *d, const tern_ternarize_args *a)
+{
+    const tern__patches p = tern__patches_of(d, a);
+    TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
+    TERN__REQUIRE(r, a->m.grain != TERN_PER_TENSOR || a->m.rows <= TERN__WORK, TERN_E_UNSUPPORTED,
+                  "cuda: ternarize: a grain of %d rows; %d is the most", a->m.rows, (int64_t)TERN__WORK);
+    if (a->type == TERN_F16) tern__ternarize_as<TERN_F16>(d, p);
+    else if (a->type == TERN_BF16) tern__ternarize_as<TERN_BF16>(d, p);
+    else tern__ternarize_as<TERN_F32>(d, p);
+    return TERN_OK;
+}
+
+/* A block of threads to a panel, a thread to a row of a unit; group is the unit's, in its first input there. */
+#define TERN__EACH_WORD(i, s) for (int i = (int)threadIdx.x; i < (int)((s).units * TERN__ROWS); i += TERN__THREADS)
+
+typedef struct tern__word { int64_t row, unit, group, col, inputs; } tern__word;
+
+static __device__ tern__word tern__word_at(const tern_matrix *m, const tern__shape *s, int64_t panel, int i)
+{
+    tern__word w;
+    w.unit = i / TERN__ROWS;
+    w.row = panel * TERN__ROWS + i % TERN__ROWS;
+    w.group = (int)w.unit / (int)s->group_units;
+    const int64_t in = (w.unit - w.group * s->group_units) * s->unit;
+    w.col = w.group * s->group + in;
+    w.inputs = tern__min(s->unit, tern__group_cols(m, s, w.group) - in);
+    return w;
+}
+
+static __global__ void tern__pack_panels(tern_pack_args a, tern__shape s, tern__blame blame)
+{
+    for (int64_t panel = blockIdx.x; panel < s.panels; panel += gridDim.x)
+        TERN__EACH_WORD(i, s) {
+            const tern__word w = tern__word_at(&a.m, &s, panel, i);
+            const int64_t n = w.row < a.m.rows ? w.inputs : 0;
+            const int8_t *from = a.trits + w.row * a.m.cols + w.col;
+            *tern__word_of(&a.m, &s, w.row, w.unit) = tern__pack_word(a.m.encoding, [&](int j, int8_t *t) {
+                uint32_t four = 0;
+                if (n >= j + 4 && (uintptr_t)(from + j) % 4 == 0) four = *(const uint32_t *)(from + j);
+                else for (int k = 0; k < 4 && j + k < n; k++) four |= (uint32_t)(uint8_t)from[j + k] << 8 * k;
+                for (int k = 0; k < 4; k++) {
+                    const int8_t trit = (int8_t)(four >> 8 * k);
+                    const bool good = trit >= -1 && trit <= 1;
+                    if (!good) tern__report_at(blame, w.row, w.col + j + k);
+                    t[k] = good ? trit : 0;
+                }
+            });
+        }
+}
+
+static tern_result tern__gpu_pack(tern_run *r, tern__gpu *d, const tern_pack_args *a)
+{
+    const tern__shape s = tern__shape_of(&a->m);
+    TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
+    TERN__LAUNCH(tern__pack_panels, tern__grid(d, s.panels, 1), TERN__THREADS, 0, d->stream, *a, s, tern__blame_of(d, TERN__REFUSED_TRIT));
+    return TERN_OK;
+}
+
+/* n trits, at most 20, and their values, in fours where they lie together. */
+static __device__ void tern__store_word(const int8_t t[20], int64_t n, float scale, int8_t *trits, float *values)
+{
+    for (int i = 0; i < 20; i += 4) {
+        const float v[4] = {(float)t[i] * scale, (float)t[i + 1] * scale, (float)t[i + 2] * scale, (float)t[i + 3] * scale};
+        const bool full = i + 4 <= n;
+        if (trits && full && (uintptr_t)(trits + i) % 4 == 0) memcpy(__builtin_assume_aligned(trits + i, 4), t + i, 4);
+        else for (int j = 0; trits && j < 4 && i + j < n; j++) trits[i + j] = t[i + j];
+        if (values && full && (uintptr_t)(values + i) % 16 == 0) *(float4 *)(values + i) = make_float4(v[0], v[1], v[2], v[3]);
+        else for (int j = 0; values && j < 4 && i + j < n; j++) values[i + j] = v[j];
+    }
+}
+
+/* Rows of a panel that are asked for: first their codes, then the trits and values of those whose codes are valid. */
+static __global__ void tern__unpack_panels(tern_unpack_args a, tern__shape s, tern__blame blame)
+{
+    TERN__SHARED(int, invalid);
+    const int64_t first = a.row / TERN__ROWS, last = (a.row + a.count - 1) / TERN__ROWS;
+    for (int64_t panel = first + blockIdx.x; panel <= last; panel += gridDim.x) {
+        int8_t t[20] = {0};
+        if (threadIdx.x < TERN__ROWS) invalid[threadIdx.x] = 0;
+        __syncthreads();
+        TERN__EACH_WORD(i, s)
+            if (!tern__unpack_unit(a.m.encoding, (const uint8_t *)a.m.trits + panel * s.panel_bytes + i / TERN__ROWS * TERN__UNIT, i % TERN__ROWS, t))
+                invalid[i % TERN__ROWS] = 1;
+        __syncthreads();
+        TERN__EACH_WORD(i, s) {
+            const tern__word w = tern__word_at(&a.m, &s, panel, i);
+            const int64_t to = (w.row - a.row) * a.m.cols + w.col;
+            float scale = 0.0f;
+            if (w.row < a.row || w.row >= a.row + a.count) continue;
+            tern__unpack_unit(a.m.encoding, (const uint8_t *)a.m.trits + panel * s.panel_bytes + w.unit * TERN__UNIT, i % TERN__ROWS, t);
+            if (invalid[i % TERN__ROWS]) {
+                memset(t, 0, sizeof t);
+                if (w.unit == 0) tern__report(blame, w.row);
+            } else if (a.values) scale = tern__load_scale(a.m.scale_type, a.m.scales, tern__scale_index(&a.m, &s, w.row, w.group));
+            tern__store_word(t, w.inputs, scale, a.trits ? a.trits + to : NULL, a.values ? a.values + to : NULL);
+        }
+        __syncthreads(); /* invalid may be written again */
+    }
+}
+
+static tern_result tern__gpu_unpack(tern_run *r, tern__gpu *d, const tern_unpack_args *a)
+{
+    const int64_t panels = (a->row + a->count - 1) / TERN__ROWS - a->row / TERN__ROWS + 1;
+    TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
+    TERN__LAUNCH(tern__unpack_panels, tern__grid(d, panels, 1), TERN__THREADS, TERN__ROWS * sizeof(int), d->stream, *a, tern__shape_of(&a->m),
+                 tern__blame_of(d, TERN__REFUSED_CODE));
+    return TERN_OK;
+}
 
 /* ------------------------------------------------------------------------------------------------
    [CUDA-5] Activations and products of trits with int8
@@ -391,7 +751,120 @@ static tern_result tern__gpu_attention(tern_run *r, tern__gpu *d, const tern_att
    What enters: int8 matrices with strides. What leaves: int32, exact.
    ------------------------------------------------------------------------------------------------ */
 
-static tern_result tern__gpu_dense_i8(tern_run *r, tern__gpu *d, const tern_dense_i8_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: dense_i8 is missing"); } /* STUB */
+/* Tiles of a and b lie in shared memory by rows (of a) and columns (of b) of 64 inputs. Four pieces of 16 make a row; their
+   places change with the row, so that eight lanes meet no bank twice, whether along a row or across rows. */
+enum { TERN__I8_THREADS = 256, TERN__I8_WARP_ROWS = 2, TERN__I8_WARP_COLS = 4, TERN__I8_CHUNK = 64, TERN__I8_PIECE = 16, TERN__I8_STAGES = 3 };
+
+static __device__ int8_t *tern__i8_place(int8_t *tile, int row, int piece)
+{
+    return tile + row * TERN__I8_CHUNK + (piece ^ (row >> 1 & 3)) * TERN__I8_PIECE;
+}
+
+/* An operand from the first row of a tile on; inputs lie `input` apart. */
+typedef struct tern__i8_operand { const int8_t *p; int64_t row, input; int rows; } tern__i8_operand;
+
+/* 16 inputs from k on, zero beyond the end. */
+static __device__ uint4 tern__i8_gather(const int8_t *p, int64_t input, int n)
+{
+    uint32_t word[4] = {0, 0, 0, 0};
+    for (int i = 0; i < TERN__I8_PIECE; i++, p += input)
+        if (i < n) word[i / 4] |= (uint32_t)(uint8_t)*p << 8 * (i % 4);
+    return make_uint4(word[0], word[1], word[2], word[3]);
+}
+
+/* Inputs from k on of all rows of a tile. Neighbouring lanes follow the smaller stride. */
+template <int Rows> static __device__ void tern__i8_load(const tern__i8_operand &o, int k, int inputs, int8_t *tile)
+{
+    enum { PIECES = TERN__I8_CHUNK / TERN__I8_PIECE };
+    const bool along = o.input == 1;
+    for (int i = (int)threadIdx.x; i < Rows * PIECES; i += TERN__I8_THREADS) {
+        const int row = along ? i / PIECES : i % Rows, piece = along ? i % PIECES : i / Rows;
+        const int from = k + piece * TERN__I8_PIECE, n = row < o.rows ? inputs - from : 0;
+        const int8_t *p = o.p + row * o.row + from * o.input;
+        int8_t *to = tern__i8_place(tile, row, piece);
+        if (along && n >= TERN__I8_PIECE && (uintptr_t)p % 16 == 0) tern__cp_async16(to, p);
+        else *(uint4 *)to = tern__i8_gather(p, o.input, n);
+    }
+}
+
+/* A warp's product of 64 inputs: 16 Tall rows and 8 Wide columns. The order of inputs is free, so that a lane takes 16
+   that lie together: its parts of two products. */
+template <int Tall, int Wide> static __device__ void tern__i8_multiply(int8_t *a, int8_t *b, int d[Tall][Wide][4])
+{
+    const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
+    uint4 right[Wide];
+    for (int j = 0; j < Wide; j++) right[j] = *(const uint4 *)tern__i8_place(b, 8 * j + g, t);
+    for (int i = 0; i < Tall; i++) {
+        const uint4 low = *(const uint4 *)tern__i8_place(a, 16 * i + g, t), high = *(const uint4 *)tern__i8_place(a, 16 * i + 8 + g, t);
+        const uint32_t left[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
+        for (int j = 0; j < Wide; j++) {
+            const uint32_t two[2][2] = {{right[j].x, right[j].y}, {right[j].z, right[j].w}};
+            tern__mma_s8(d[i][j], left[0], two[0]);
+            tern__mma_s8(d[i][j], left[1], two[1]);
+        }
+    }
+}
+
+/* A warp's sums, from row m and column n on. */
+template <int Tall, int Wide> static __device__ void tern__i8_store(const tern_dense_i8_args &a, int64_t m, int64_t n, int d[Tall][Wide][4])
+{
+    const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
+    for (int i = 0; i < Tall * Wide * 4; i++) {
+        const int tall = i / 4 / Wide, wide = i / 4 % Wide, at = i % 4;
+        const int64_t row = m + 16 * tall + g + 8 * (at / 2), col = n + 8 * wide + 2 * t + at % 2;
+        if (row >= a.m || col >= a.n) continue;
+        int32_t *c = a.c + row * a.c_row + col;
+        *c = (int32_t)((a.add ? (uint32_t)*c : 0) + (uint32_t)d[tall][wide][at]);
+    }
+}
+
+/* A tile of c to a block of threads; tiles of the same columns follow each other. Three chunks of inputs are in shared memory:
+   the one that is multiplied and two under way. */
+template <int Tall, int Wide> static __global__ void __launch_bounds__(TERN__I8_THREADS, 2) tern__i8_tiles(tern_dense_i8_args a, unsigned down)
+{
+    enum { ROWS = 16 * Tall * TERN__I8_WARP_ROWS, COLS = 8 * Wide * TERN__I8_WARP_COLS, STAGE = (ROWS + COLS) * TERN__I8_CHUNK };
+    TERN__SHARED(int8_t, tiles);
+    const int64_t m = (int64_t)(blockIdx.x % down) * ROWS, n = (int64_t)(blockIdx.x / down) * COLS;
+    const int inputs = (int)a.k, chunks = (inputs + TERN__I8_CHUNK - 1) / TERN__I8_CHUNK;
+    const int warp = (int)threadIdx.x / 32, row = warp / TERN__I8_WARP_COLS * 16 * Tall, col = warp % TERN__I8_WARP_COLS * 8 * Wide;
+    const tern__i8_operand left = {a.a + m * a.a_row, a.a_row, a.a_col, (int)tern__min(ROWS, a.m - m)};
+    const tern__i8_operand right = {a.b + n * a.b_col, a.b_col, a.b_row, (int)tern__min(COLS, a.n - n)};
+    int d[Tall][Wide][4] = {};
+    for (int i = 1 - TERN__I8_STAGES; i < chunks; i++) {
+        const int next = i + TERN__I8_STAGES - 1;
+        int8_t *to = tiles + next % TERN__I8_STAGES * STAGE, *from = tiles + (next + 1) % TERN__I8_STAGES * STAGE;
+        if (i >= 0) {
+            tern__cp_wait<TERN__I8_STAGES - 2>();
+            __syncthreads(); /* chunk i is there for all, and all are done with chunk i - 1, where the next goes */
+        }
+        if (next < chunks) {
+            tern__i8_load<ROWS>(left, next * TERN__I8_CHUNK, inputs, to);
+            tern__i8_load<COLS>(right, next * TERN__I8_CHUNK, inputs, to + ROWS * TERN__I8_CHUNK);
+        }
+        tern__cp_commit();
+        if (i >= 0) tern__i8_multiply<Tall, Wide>(from + row * TERN__I8_CHUNK, from + (ROWS + col) * TERN__I8_CHUNK, d);
+    }
+    tern__i8_store<Tall, Wide>(a, m + row, n + col, d);
+}
+
+static int64_t tern__i8_count(const tern_dense_i8_args *a, int64_t tile) { return tern__mul(tern__ceil_div(a->m, tile), tern__ceil_div(a->n, tile)); }
+
+template <int Tall, int Wide> static tern_result tern__i8_launch(tern_run *r, const tern__gpu *d, const tern_dense_i8_args *a)
+{
+    enum { TILE = 16 * Tall * TERN__I8_WARP_ROWS, SHARED = 2 * TILE * TERN__I8_CHUNK * TERN__I8_STAGES };
+    static_assert(TILE == 8 * Wide * TERN__I8_WARP_COLS && SHARED <= 48 * 1024, "tiles are square and fit");
+    const int64_t tiles = tern__i8_count(a, TILE);
+    TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: dense_i8: [%d x %d] has %d tiles of %d; %d is the most", a->m, a->n, tiles,
+                  (int64_t)TILE, (int64_t)INT32_MAX);
+    TERN__LAUNCH((tern__i8_tiles<Tall, Wide>), (unsigned)tiles, TERN__I8_THREADS, SHARED, d->stream, *a, (unsigned)tern__ceil_div(a->m, TILE));
+    return TERN_OK;
+}
+
+/* The larger tile reads each operand half as often, where there are enough of them for every processor. */
+static tern_result tern__gpu_dense_i8(tern_run *r, tern__gpu *d, const tern_dense_i8_args *a)
+{
+    return tern__i8_count(a, 128) >= d->processors ? tern__i8_launch<4, 4>(r, d, a) : tern__i8_launch<2, 2>(r, d, a);
+}
 
 /* ------------------------------------------------------------------------------------------------
    [CUDA-8] Rows and elements

@@ -467,6 +467,7 @@ inline void __threadfence() {}
 CUDA_ATOMIC(atomicAdd, int, old + x)
 CUDA_ATOMIC(atomicAdd, unsigned, old + x)
 CUDA_ATOMIC(atomicAdd, float, old + x)
+CUDA_ATOMIC(atomicAdd, unsigned long long, old + x)
 CUDA_ATOMIC(atomicMin, int, std::min(old, x))
 CUDA_ATOMIC(atomicMin, unsigned, std::min(old, x))
 CUDA_ATOMIC(atomicMin, unsigned long long, std::min(old, x))
