@@ -44,7 +44,7 @@ struct pack_weights {
     mirror<uint8_t> bytes;
     pack_weights(tern_type of, int64_t rows, int64_t cols) : type(of), bytes(rows * cols * tern__type_bytes(of))
     {
-        for (int64_t i = 0; i < rows * cols; i++) set(i, i / cols % 7 == 1 ? 0.0f : test_uniform()); /* rows of zeros too */
+        for (int64_t i = 0; i < rows * cols; i++) set(i, i % 11 == 4 || i / cols % 7 == 1 ? 0.0f : test_uniform()); /* zeros, and rows of them */
         bytes.send();
     }
     void set(int64_t i, float w) { tern__store_float(type, bytes[CPU], i, w); }
@@ -92,7 +92,8 @@ static void test_cuda_ternarize_every()
                         if (i++ % TEST_SCHEDULES == 0) pack_check(pack_shape(18, 45, grain, encoding, scale_type), rule, type);
 }
 
-/* Rows of several blocks, patches of every height, many groups to a patch, and groups of several blocks. */
+/* Rows of several blocks, patches of every height, many groups to a patch, groups of several blocks, and more patches than
+   blocks of threads. */
 static void test_cuda_ternarize_shapes()
 {
     const struct { int64_t rows, cols; int32_t grain; tern_type type; } shapes[] = {
@@ -100,8 +101,8 @@ static void test_cuda_ternarize_shapes()
         {5, 2049, TERN_PER_ROW, TERN_F32},  {5, 2049, TERN_PER_ROW, TERN_BF16},     {3, 4097, TERN_PER_ROW, TERN_F32},
         {2, 8200, TERN_PER_ROW, TERN_F16},  {1, 17000, TERN_PER_ROW, TERN_F32},     {33, 127, 1, TERN_F32},
         {17, 600, 16, TERN_F32},            {17, 1100, 128, TERN_F32},              {3, 3001, 1500, TERN_F32},
-        {15, 300, 1000, TERN_BF16},         {2, 4097, 4096, TERN_F16},              {1030, 5, TERN_PER_TENSOR, TERN_F32},
-        {3, 3000, TERN_PER_TENSOR, TERN_F32}
+        {15, 300, 1000, TERN_BF16},         {2, 4097, 4096, TERN_F16},              {2100, 5, TERN_PER_TENSOR, TERN_F32},
+        {3, 3000, TERN_PER_TENSOR, TERN_F32}, {2100, 20, TERN_PER_ROW, TERN_F32}
     };
     int i = 0;
     for (const auto &s : shapes) {
@@ -307,23 +308,24 @@ static void test_cuda_unpack()
         }
 }
 
-/* A row with an invalid code becomes zeros, whole; rows that are not asked for do not matter. The first one is reported. */
+/* A row with an invalid code becomes zeros, whole; rows that are not asked for do not matter. The first one is reported.
+   A block of threads has more than one panel. */
 static void test_cuda_unpack_bad_codes()
 {
     for (tern_type encoding : pack_encodings) {
-        const tern_matrix shape = pack_shape(40, 70, 30, encoding, TERN_F32);
+        const tern_matrix shape = pack_shape(2100, 35, 30, encoding, TERN_F32);
         const tern__shape s = tern__shape_of(&shape);
-        const int64_t bad[] = {1, 34, 21, 39};
+        const int64_t bad[] = {1, 34, 21, 2069, 2099};
         packed p(shape);
-        mirror<int8_t> trits(30 * 70, pack_trit);
-        mirror<float> values(30 * 70, test_uniform);
+        mirror<int8_t> trits(2090 * 35, pack_trit);
+        mirror<float> values(2090 * 35, test_uniform);
         pack_random(&p);
         for (int64_t row : bad) p.trits[CPU][row / 16 * s.panel_bytes + (s.units - 1) * 64 + row % 16 * 4 + 3] = encoding == TERN_BASE3 ? 243 : 0xC0;
         p.trits.send();
         for (int64_t row : bad)
             for (int64_t u = 0; u < s.units; u++) memset(p.trits[CPU] + row / 16 * s.panel_bytes + u * 64 + row % 16 * 4, encoding == TERN_BASE3 ? 121 : 85, 4);
         for (int side = CPU; side <= GPU; side++)
-            CHECK(pack_unpack(test_context[side], p.m[side], 5, 30, trits[side], values[side]) == TERN_OK);
+            CHECK(pack_unpack(test_context[side], p.m[side], 5, 2090, trits[side], values[side]) == TERN_OK);
         CHECK(tern_sync(test_context[GPU]) == TERN_E_TRIT);
         CHECK(!strncmp(tern_last_error(test_context[GPU])->text, "unpack: row 21 has an invalid code", 34));
         CHECK_SAME(trits);
