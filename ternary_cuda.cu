@@ -281,11 +281,21 @@ static tern_result tern__gpu_sync(tern_run *r)
 
 enum { TERN__THREADS = 256, TERN__WARPS = TERN__THREADS / 32 }; /* of a block, where nothing else decides */
 
-/* Up to 1024 terms, by a warp: lanes i and i + 32 of the rule are one thread's, the rest of the tree is a butterfly. */
+/* Up to 1024 terms, by a warp: lanes i and i + 32 of the rule are one thread's, the rest of the tree is a butterfly. Where
+   there are eight more terms no branch parts them, so that their loads are under way together. */
 template <typename Term> static __device__ float tern__warp_sum(int n, Term term)
 {
     float low = 0.0f, high = 0.0f;
-    for (int i = (int)(threadIdx.x % 32); i < n; i += 64) {
+    int i = (int)(threadIdx.x % 32);
+    for (; i + 7 * 32 < n; i += 8 * 32) {
+        float x[8];
+        for (int j = 0; j < 8; j++) x[j] = term(i + 32 * j);
+        for (int j = 0; j < 8; j += 2) {
+            low = low + x[j];
+            high = high + x[j + 1];
+        }
+    }
+    for (; i < n; i += 64) {
         low = low + term(i);
         if (i + 32 < n) high = high + term(i + 32);
     }
@@ -489,16 +499,14 @@ template <tern_type Type> static __device__ void tern__patch_thresholds(const te
     const int grain = (int)threadIdx.x;
     const int64_t row = tern__patch_row(p, patch, grain), g = tern__patch_group(p, patch, grain);
     const bool mine = grain < p.rows * p.groups && g < p.s.groups;
+    const int passes = p.a.rule == TERN_TWN ? 2 : 1;
     float mean = 0.0f, above = 0.0f;
-    if (mine) my->delta[grain] = -1.0f;
-    __syncthreads();
-    tern__patch_totals<Type>(p, patch, my);
-    if (mine) mean = tern__mean_of(my->total[grain], my->count[grain]);
-    if (p.a.rule == TERN_TWN) {
-        if (mine) my->delta[grain] = tern__twn_delta(mean);
+    for (int pass = 0; pass < passes; pass++) {
+        if (mine) my->delta[grain] = pass ? tern__twn_delta(mean) : -1.0f;
         __syncthreads();
         tern__patch_totals<Type>(p, patch, my);
         if (mine) above = tern__mean_of(my->total[grain], my->count[grain]);
+        if (pass == 0) mean = above;
     }
     if (mine) my->delta[grain] = tern__patch_settle(p, row, g, mean, above);
     __syncthreads();
@@ -630,7 +638,7 @@ static tern_result tern__gpu_ternarize(tern_run *r, tern__gpu *d, const tern_ter
     return TERN_OK;
 }
 
-/* A block of threads to a panel, a thread to a row of a unit; group is the unit's, in its first input there. */
+/* A block of threads to a panel, a thread to a row of a unit: its word of four bytes, from a column on. */
 #define TERN__EACH_WORD(i, s) for (int i = (int)threadIdx.x; i < (int)((s).units * TERN__ROWS); i += TERN__THREADS)
 
 typedef struct tern__word { int64_t row, unit, group, col, inputs; } tern__word;
