@@ -414,8 +414,14 @@ static tern__patches tern__patches_of(const tern__gpu *d, const tern_ternarize_a
     return p;
 }
 
-static __device__ int64_t tern__patch_row(const tern__patches &p, int64_t patch, int grain) { return patch / p.across * p.rows + grain % p.rows; }
-static __device__ int64_t tern__patch_group(const tern__patches &p, int64_t patch, int grain) { return patch % p.across * p.groups + grain / p.rows; }
+static __device__ int64_t tern__patch_row(const tern__patches &p, int64_t patch, int grain)
+{
+    return patch / p.across * p.rows + grain % p.rows;
+}
+static __device__ int64_t tern__patch_group(const tern__patches &p, int64_t patch, int grain)
+{
+    return patch % p.across * p.groups + grain / p.rows;
+}
 
 static __device__ int tern__warp_count(int n)
 {
@@ -453,11 +459,12 @@ template <tern_type Type> static __device__ void tern__patch_totals(const tern__
     const int grains = p.rows * p.groups, warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
     for (int i = warp; i < grains * p.blocks; i += TERN__PATCH_WARPS) {
         const int grain = i / p.blocks;
-        const int64_t row = tern__patch_row(p, patch, grain), g = tern__patch_group(p, patch, grain), col = (int64_t)(i % p.blocks) * TERN__BLOCK;
-        const int64_t left = row < p.a.m.rows && g < p.s.groups ? tern__group_cols(&p.a.m, &p.s, g) - col : 0;
+        const int64_t row = tern__patch_row(p, patch, grain), g = tern__patch_group(p, patch, grain);
+        const int64_t in = (int64_t)(i % p.blocks) * TERN__BLOCK, col = g * p.s.group + in;
+        const int64_t left = row < p.a.m.rows && g < p.s.groups ? tern__group_cols(&p.a.m, &p.s, g) - in : 0;
         int above = 0;
-        const float sum = left <= 0 ? 0.0f
-                        : tern__sum_weights<Type>(p, row, g * p.s.group + col, (int)tern__min(TERN__BLOCK, left), my->delta[grain], &above);
+        float sum = 0.0f;
+        if (left > 0) sum = tern__sum_weights<Type>(p, row, col, (int)tern__min(TERN__BLOCK, left), my->delta[grain], &above);
         if (lane == 0) {
             my->sum[i] = sum;
             my->above[i] = above;
@@ -563,7 +570,8 @@ template <tern_type Type> static __device__ void tern__patch_pack(const tern__pa
 }
 
 /* tensor: its threshold is known. */
-template <tern_type Type> static __global__ void __launch_bounds__(TERN__PATCH_THREADS, 2) tern__ternarize_patches(tern__patches p, const tern__tensor *tensor)
+template <tern_type Type>
+static __global__ void __launch_bounds__(TERN__PATCH_THREADS, 2) tern__ternarize_patches(tern__patches p, const tern__tensor *tensor)
 {
     TERN__SHARED(tern__patch, my);
     for (int64_t patch = blockIdx.x; patch < p.count; patch += gridDim.x) {
@@ -576,7 +584,8 @@ template <tern_type Type> static __global__ void __launch_bounds__(TERN__PATCH_T
 }
 
 /* Row sums above the tensor's delta, and their count. */
-template <tern_type Type> static __global__ void __launch_bounds__(TERN__PATCH_THREADS, 2) tern__tensor_rows(tern__patches p, tern__tensor *tensor, float *sums)
+template <tern_type Type>
+static __global__ void __launch_bounds__(TERN__PATCH_THREADS, 2) tern__tensor_rows(tern__patches p, tern__tensor *tensor, float *sums)
 {
     TERN__SHARED(tern__patch, my);
     for (int64_t patch = blockIdx.x; patch < p.count; patch += gridDim.x) {
@@ -606,7 +615,8 @@ static __global__ void tern__tensor_step(tern__patches p, tern__tensor *t, int s
 
 template <tern_type Type> static void tern__tensor_total(const tern__gpu *d, const tern__patches &p, tern__tensor *t)
 {
-    TERN__LAUNCH((tern__tensor_rows<Type>), tern__grid(d, p.count, 1), TERN__PATCH_THREADS, sizeof(tern__patch), d->stream, p, t, d->work);
+    TERN__LAUNCH((tern__tensor_rows<Type>), tern__grid(d, p.count, 1), TERN__PATCH_THREADS, sizeof(tern__patch), d->stream,
+                 p, t, d->work);
     tern__gpu_total(d, TERN_SUM, p.a.m.rows, d->work, d->work + TERN__WORK, &t->total, 0);
 }
 
@@ -623,7 +633,8 @@ template <tern_type Type> static void tern__ternarize_as(const tern__gpu *d, con
         }
         TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_END);
     }
-    TERN__LAUNCH((tern__ternarize_patches<Type>), tern__grid(d, p.count, 1), TERN__PATCH_THREADS, sizeof(tern__patch), d->stream, p, tensor);
+    TERN__LAUNCH((tern__ternarize_patches<Type>), tern__grid(d, p.count, 1), TERN__PATCH_THREADS, sizeof(tern__patch), d->stream,
+                 p, tensor);
 }
 
 static tern_result tern__gpu_ternarize(tern_run *r, tern__gpu *d, const tern_ternarize_args *a)
@@ -680,7 +691,8 @@ static tern_result tern__gpu_pack(tern_run *r, tern__gpu *d, const tern_pack_arg
 {
     const tern__shape s = tern__shape_of(&a->m);
     TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
-    TERN__LAUNCH(tern__pack_panels, tern__grid(d, s.panels, 1), TERN__THREADS, 0, d->stream, *a, s, tern__blame_of(d, TERN__REFUSED_TRIT));
+    TERN__LAUNCH(tern__pack_panels, tern__grid(d, s.panels, 1), TERN__THREADS, 0, d->stream, *a, s,
+                 tern__blame_of(d, TERN__REFUSED_TRIT));
     return TERN_OK;
 }
 
@@ -703,11 +715,12 @@ static __global__ void tern__unpack_panels(tern_unpack_args a, tern__shape s, te
     TERN__SHARED(int, invalid);
     const int64_t first = a.row / TERN__ROWS, last = (a.row + a.count - 1) / TERN__ROWS;
     for (int64_t panel = first + blockIdx.x; panel <= last; panel += gridDim.x) {
+        const uint8_t *at = (const uint8_t *)a.m.trits + panel * s.panel_bytes;
         int8_t t[20] = {0};
         if (threadIdx.x < TERN__ROWS) invalid[threadIdx.x] = 0;
         __syncthreads();
         TERN__EACH_WORD(i, s)
-            if (!tern__unpack_unit(a.m.encoding, (const uint8_t *)a.m.trits + panel * s.panel_bytes + i / TERN__ROWS * TERN__UNIT, i % TERN__ROWS, t))
+            if (!tern__unpack_unit(a.m.encoding, at + i / TERN__ROWS * TERN__UNIT, i % TERN__ROWS, t))
                 invalid[i % TERN__ROWS] = 1;
         __syncthreads();
         TERN__EACH_WORD(i, s) {
@@ -715,7 +728,7 @@ static __global__ void tern__unpack_panels(tern_unpack_args a, tern__shape s, te
             const int64_t to = (w.row - a.row) * a.m.cols + w.col;
             float scale = 0.0f;
             if (w.row < a.row || w.row >= a.row + a.count) continue;
-            tern__unpack_unit(a.m.encoding, (const uint8_t *)a.m.trits + panel * s.panel_bytes + w.unit * TERN__UNIT, i % TERN__ROWS, t);
+            tern__unpack_unit(a.m.encoding, at + w.unit * TERN__UNIT, i % TERN__ROWS, t);
             if (invalid[i % TERN__ROWS]) {
                 memset(t, 0, sizeof t);
                 if (w.unit == 0) tern__report(blame, w.row);
@@ -730,8 +743,8 @@ static tern_result tern__gpu_unpack(tern_run *r, tern__gpu *d, const tern_unpack
 {
     const int64_t panels = (a->row + a->count - 1) / TERN__ROWS - a->row / TERN__ROWS + 1;
     TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
-    TERN__LAUNCH(tern__unpack_panels, tern__grid(d, panels, 1), TERN__THREADS, TERN__ROWS * sizeof(int), d->stream, *a, tern__shape_of(&a->m),
-                 tern__blame_of(d, TERN__REFUSED_CODE));
+    TERN__LAUNCH(tern__unpack_panels, tern__grid(d, panels, 1), TERN__THREADS, TERN__ROWS * sizeof(int), d->stream, *a,
+                 tern__shape_of(&a->m), tern__blame_of(d, TERN__REFUSED_CODE));
     return TERN_OK;
 }
 
@@ -761,7 +774,10 @@ static tern_result tern__gpu_attention(tern_run *r, tern__gpu *d, const tern_att
 
 /* Tiles of a and b lie in shared memory by rows (of a) and columns (of b) of 64 inputs. Four pieces of 16 make a row; their
    places change with the row, so that eight lanes meet no bank twice, whether along a row or across rows. */
-enum { TERN__I8_THREADS = 256, TERN__I8_WARP_ROWS = 2, TERN__I8_WARP_COLS = 4, TERN__I8_CHUNK = 64, TERN__I8_PIECE = 16, TERN__I8_STAGES = 3 };
+enum {
+    TERN__I8_THREADS = 256, TERN__I8_WARP_ROWS = 2, TERN__I8_WARP_COLS = 4, /* warps of a block */
+    TERN__I8_CHUNK = 64, TERN__I8_PIECE = 16, TERN__I8_STAGES = 3
+};
 
 static __device__ int8_t *tern__i8_place(int8_t *tile, int row, int piece)
 {
@@ -803,7 +819,8 @@ template <int Tall, int Wide> static __device__ void tern__i8_multiply(int8_t *a
     uint4 right[Wide];
     for (int j = 0; j < Wide; j++) right[j] = *(const uint4 *)tern__i8_place(b, 8 * j + g, t);
     for (int i = 0; i < Tall; i++) {
-        const uint4 low = *(const uint4 *)tern__i8_place(a, 16 * i + g, t), high = *(const uint4 *)tern__i8_place(a, 16 * i + 8 + g, t);
+        const uint4 low = *(const uint4 *)tern__i8_place(a, 16 * i + g, t);
+        const uint4 high = *(const uint4 *)tern__i8_place(a, 16 * i + 8 + g, t);
         const uint32_t left[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
         for (int j = 0; j < Wide; j++) {
             const uint32_t two[2][2] = {{right[j].x, right[j].y}, {right[j].z, right[j].w}};
@@ -814,7 +831,8 @@ template <int Tall, int Wide> static __device__ void tern__i8_multiply(int8_t *a
 }
 
 /* A warp's sums, from row m and column n on. */
-template <int Tall, int Wide> static __device__ void tern__i8_store(const tern_dense_i8_args &a, int64_t m, int64_t n, int d[Tall][Wide][4])
+template <int Tall, int Wide>
+static __device__ void tern__i8_store(const tern_dense_i8_args &a, int64_t m, int64_t n, int d[Tall][Wide][4])
 {
     const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
     for (int i = 0; i < Tall * Wide * 4; i++) {
@@ -828,7 +846,8 @@ template <int Tall, int Wide> static __device__ void tern__i8_store(const tern_d
 
 /* A tile of c to a block of threads; tiles of the same columns follow each other. Three chunks of inputs are in shared memory:
    the one that is multiplied and two under way. */
-template <int Tall, int Wide> static __global__ void __launch_bounds__(TERN__I8_THREADS, 2) tern__i8_tiles(tern_dense_i8_args a, unsigned down)
+template <int Tall, int Wide>
+static __global__ void __launch_bounds__(TERN__I8_THREADS, 2) tern__i8_tiles(tern_dense_i8_args a, unsigned down)
 {
     enum { ROWS = 16 * Tall * TERN__I8_WARP_ROWS, COLS = 8 * Wide * TERN__I8_WARP_COLS, STAGE = (ROWS + COLS) * TERN__I8_CHUNK };
     TERN__SHARED(int8_t, tiles);
@@ -855,16 +874,20 @@ template <int Tall, int Wide> static __global__ void __launch_bounds__(TERN__I8_
     tern__i8_store<Tall, Wide>(a, m + row, n + col, d);
 }
 
-static int64_t tern__i8_count(const tern_dense_i8_args *a, int64_t tile) { return tern__mul(tern__ceil_div(a->m, tile), tern__ceil_div(a->n, tile)); }
+static int64_t tern__i8_count(const tern_dense_i8_args *a, int64_t tile)
+{
+    return tern__mul(tern__ceil_div(a->m, tile), tern__ceil_div(a->n, tile));
+}
 
 template <int Tall, int Wide> static tern_result tern__i8_launch(tern_run *r, const tern__gpu *d, const tern_dense_i8_args *a)
 {
     enum { TILE = 16 * Tall * TERN__I8_WARP_ROWS, SHARED = 2 * TILE * TERN__I8_CHUNK * TERN__I8_STAGES };
     static_assert(TILE == 8 * Wide * TERN__I8_WARP_COLS && SHARED <= 48 * 1024, "tiles are square and fit");
     const int64_t tiles = tern__i8_count(a, TILE);
-    TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: dense_i8: [%d x %d] has %d tiles of %d; %d is the most", a->m, a->n, tiles,
-                  (int64_t)TILE, (int64_t)INT32_MAX);
-    TERN__LAUNCH((tern__i8_tiles<Tall, Wide>), (unsigned)tiles, TERN__I8_THREADS, SHARED, d->stream, *a, (unsigned)tern__ceil_div(a->m, TILE));
+    TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: dense_i8: [%d x %d] has %d tiles of %d; %d is the most",
+                  a->m, a->n, tiles, (int64_t)TILE, (int64_t)INT32_MAX);
+    TERN__LAUNCH((tern__i8_tiles<Tall, Wide>), (unsigned)tiles, TERN__I8_THREADS, SHARED, d->stream, *a,
+                 (unsigned)tern__ceil_div(a->m, TILE));
     return TERN_OK;
 }
 

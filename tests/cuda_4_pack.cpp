@@ -44,7 +44,7 @@ struct pack_weights {
     mirror<uint8_t> bytes;
     pack_weights(tern_type of, int64_t rows, int64_t cols) : type(of), bytes(rows * cols * tern__type_bytes(of))
     {
-        for (int64_t i = 0; i < rows * cols; i++) set(i, i % 11 == 4 || i / cols % 7 == 1 ? 0.0f : test_uniform()); /* zeros, and rows of them */
+        for (int64_t i = 0; i < rows * cols; i++) set(i, i % 11 == 4 || i / cols % 7 == 1 ? 0.0f : test_uniform());
         bytes.send();
     }
     void set(int64_t i, float w) { tern__store_float(type, bytes[CPU], i, w); }
@@ -140,7 +140,7 @@ static void test_cuda_ternarize_extremes()
 /* Grains of bad weights become zero, as if their weights were (and, given, their scales); the first one is reported. */
 static void pack_check_bad(const tern_matrix &shape, tern_rule rule, tern_type type)
 {
-    const float bad[] = {tern__float(0x7FC00000u), tern__float(0xFF800000u), type == TERN_F16 ? tern__float(0x7F800000u) : tern__float(0x6F800000u)};
+    const float bad[] = {tern__float(0x7FC00000u), tern__float(0xFF800000u), tern__float(type == TERN_F16 ? 0x7F800000u : 0x6F800000u)};
     const int64_t at[][2] = {{3, 45}, {18, 2}, {3, 41}}; /* columns within 40 of each other share a group or do not */
     const tern__shape s = tern__shape_of(&shape);
     packed p(shape);
@@ -158,7 +158,8 @@ static void pack_check_bad(const tern_matrix &shape, tern_rule rule, tern_type t
     for (int side = CPU; side <= GPU; side++)
         CHECK(pack_ternarize(test_context[side], p.m[side], rule, type, w.bytes[side]) == TERN_OK);
     CHECK(tern_sync(test_context[GPU]) == TERN_E_NONFINITE);
-    CHECK(!strcmp(tern_last_error(test_context[GPU])->text, "ternarize: weights[3][41] is not a finite number below 2^96; its grain was taken as zero"));
+    CHECK(!strcmp(tern_last_error(test_context[GPU])->text,
+                  "ternarize: weights[3][41] is not a finite number below 2^96; its grain was taken as zero"));
     CHECK(tern_sync(test_context[GPU]) == TERN_OK);
     CHECK_SAME(p.trits);
     CHECK_SAME(p.scales);
@@ -167,7 +168,8 @@ static void pack_check_bad(const tern_matrix &shape, tern_rule rule, tern_type t
 static void test_cuda_ternarize_bad_weights()
 {
     for (int32_t grain : {(int32_t)TERN_PER_TENSOR, (int32_t)TERN_PER_ROW, 20})
-        for (tern_rule rule : pack_rules) pack_check_bad(pack_shape(19, 50, grain, TERN_BASE3, TERN_F32), rule, pack_types[(int)rule % 3]);
+        for (tern_rule rule : pack_rules)
+            pack_check_bad(pack_shape(19, 50, grain, TERN_BASE3, TERN_F32), rule, pack_types[(int)rule % 3]);
 }
 
 /* A scale that is bad, in the matrix or in its padding, is reported and taken as zero. */
@@ -320,10 +322,11 @@ static void test_cuda_unpack_bad_codes()
         mirror<int8_t> trits(2090 * 35, pack_trit);
         mirror<float> values(2090 * 35, test_uniform);
         pack_random(&p);
-        for (int64_t row : bad) p.trits[CPU][row / 16 * s.panel_bytes + (s.units - 1) * 64 + row % 16 * 4 + 3] = encoding == TERN_BASE3 ? 243 : 0xC0;
+        const auto word = [&](int64_t row, int64_t u) { return p.trits[CPU] + row / 16 * s.panel_bytes + u * 64 + row % 16 * 4; };
+        for (int64_t row : bad) word(row, s.units - 1)[3] = encoding == TERN_BASE3 ? 243 : 0xC0;
         p.trits.send();
         for (int64_t row : bad)
-            for (int64_t u = 0; u < s.units; u++) memset(p.trits[CPU] + row / 16 * s.panel_bytes + u * 64 + row % 16 * 4, encoding == TERN_BASE3 ? 121 : 85, 4);
+            for (int64_t u = 0; u < s.units; u++) memset(word(row, u), encoding == TERN_BASE3 ? 121 : 85, 4);
         for (int side = CPU; side <= GPU; side++)
             CHECK(pack_unpack(test_context[side], p.m[side], 5, 2090, trits[side], values[side]) == TERN_OK);
         CHECK(tern_sync(test_context[GPU]) == TERN_E_TRIT);

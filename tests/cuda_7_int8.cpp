@@ -18,7 +18,8 @@ static void int8_check(int64_t m, int64_t n, int64_t k, int a_layout, int b_layo
     int64_t a_stride[2], b_stride[2];
     int8_strides(a_layout, m, k, a_stride);
     int8_strides(b_layout, n, k, b_stride);
-    mirror<int8_t> a((m - 1) * a_stride[0] + (k - 1) * a_stride[1] + 1, int8_byte), b((n - 1) * b_stride[0] + (k - 1) * b_stride[1] + 1, int8_byte);
+    mirror<int8_t> a((m - 1) * a_stride[0] + (k - 1) * a_stride[1] + 1, int8_byte);
+    mirror<int8_t> b((n - 1) * b_stride[0] + (k - 1) * b_stride[1] + 1, int8_byte);
     mirror<int32_t> c(m * (n + 3), int8_any);
     const int before = test_errors;
     test_both([&](tern_context *context, int side) {
