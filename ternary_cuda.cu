@@ -1242,11 +1242,557 @@ static tern_result tern__gpu_linear(tern_run *r, tern__gpu *d, const tern_linear
    What enters: float matrices, packed panels, int8 activations. What leaves: sums in the order of [TERN-14].
    ------------------------------------------------------------------------------------------------ */
 
-static tern_result tern__gpu_matmul(tern_run *r, tern__gpu *d, const tern_matmul_args *a) { return tern__gpu_matmul_int8(r, d, a); } /* STUB */
-static tern_result tern__gpu_matmul_dx(tern_run *r, tern__gpu *d, const tern_matmul_dx_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: matmul_dx is missing"); } /* STUB */
-static tern_result tern__gpu_matmul_dw(tern_run *r, tern__gpu *d, const tern_matmul_dw_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: matmul_dw is missing"); } /* STUB */
-static tern_result tern__gpu_dense(tern_run *r, tern__gpu *d, const tern_dense_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: dense is missing"); } /* STUB */
-static tern_result tern__gpu_attention(tern_run *r, tern__gpu *d, const tern_attention_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: attention is missing"); } /* STUB */
+
+/* -- products: tiles of 64 columns and 64 or 16 rows, a block of threads to each; a thread has 4 x 4 sums, or 1 x 4 -- */
+
+enum {
+    TERN__SIDE = 64, TERN__ROW_THREADS = 16,                /* columns of a tile; threads across its rows */
+    TERN__DEPTH = 16,                                       /* terms of a chunk, which divide a segment and a panel's rows */
+    TERN__PITCH = TERN__SIDE + 4,                           /* floats from term to term in shared memory: its stores meet all banks */
+    TERN__CHUNK = 2 * TERN__DEPTH * TERN__PITCH,            /* a's and b's */
+    TERN__TILE_BYTES = 2 * TERN__CHUNK * (int)sizeof(float), /* one is filled while the other is read */
+    TERN__ITEMS = 1024                                      /* of a batch, that have blocks of their own */
+};
+
+/* Steps in floats from sequence to sequence of a batch and from head to head, of which some may share one. */
+typedef struct tern__steps { int64_t sequence, head, shared; } tern__steps;
+
+/* Terms k and lines (rows of a, columns of b) of a float matrix. */
+typedef struct tern__strided { const float *p; int64_t k_step, line_step; tern__steps steps; } tern__strided;
+
+/* Right operands: strided floats, packed weights as trit * scale with their rows as terms, packed weights as trits
+   with their inputs as terms, int8 activations times their token's scale with tokens as terms. */
+struct tern__b_floats { enum { GROUPED = 0 }; tern__strided x; };
+struct tern__b_weights { enum { GROUPED = 0 }; tern_matrix m; tern__shape s; };
+struct tern__b_trits { enum { GROUPED = 1 }; tern_matrix m; tern__shape s; };
+struct tern__b_bytes { enum { GROUPED = 0 }; const int8_t *q; const float *scale; tern__shape s; };
+
+/* c [m, n] = a [m, k] * b [k, n] (+ c) (+ bias) for each item, a head of a sequence. The terms may lie in groups. With
+   delta, one to a row, c = c * (a * b - delta) * factor. Columns from visible + row on need no result. */
+typedef struct tern__product {
+    int64_t m, n, k, group;
+    tern__strided a;
+    float *c; int64_t c_row; tern__steps c_steps;
+    const float *bias;
+    const float *delta; int64_t delta_row; tern__steps delta_steps;
+    float factor;
+    int32_t add;
+    int64_t visible;
+    int64_t items, heads, first_head, head_step; /* of an item: head first_head + item % heads * head_step */
+} tern__product;
+
+/* The item of a block. */
+typedef struct tern__which { int64_t sequence, head; } tern__which;
+
+static __device__ tern__which tern__item(const tern__product &g, int64_t item)
+{
+    tern__which w;
+    w.sequence = item / g.heads;
+    w.head = g.first_head + item % g.heads * g.head_step;
+    return w;
+}
+static __device__ int64_t tern__offset(const tern__steps &s, tern__which w) { return w.sequence * s.sequence + w.head / s.shared * s.head; }
+
+/* Up to 16 terms of a group, and the first one's index among all. */
+typedef struct tern__chunk { int group, at, k, len; } tern__chunk;
+
+static __device__ tern__chunk tern__chunk_of(const tern__product &g, int group, int at)
+{
+    tern__chunk c;
+    c.group = group;
+    c.at = at;
+    c.k = group * (int)g.group + at;
+    c.len = (int)tern__min(tern__min(TERN__DEPTH, g.group - at), g.k - c.k);
+    return c;
+}
+
+/* The one after it; of length 0 after the last. */
+static __device__ tern__chunk tern__next_chunk(const tern__product &g, const tern__chunk &c)
+{
+    const bool ends = c.at + c.len == g.group || c.k + c.len == g.k;
+    return tern__chunk_of(g, c.group + ends, ends ? 0 : c.at + c.len);
+}
+
+/* The elements of a chunk that a thread moves: 4 of 64 lines, or 1 of 16. Neighbours in a warp take neighbouring terms
+   or neighbouring lines, whichever are neighbours in memory. */
+typedef struct tern__place { int k, line, near_k, far_k, far_line; } tern__place;
+
+template <int Lines> static __device__ tern__place tern__place_of(bool along_k)
+{
+    const int thread = (int)threadIdx.x, run = !along_k ? Lines : Lines == TERN__SIDE ? TERN__DEPTH / 2 : TERN__DEPTH;
+    tern__place p;
+    p.k = along_k ? thread % run : thread / run;
+    p.line = along_k ? thread / run : thread % run;
+    p.near_k = along_k ? TERN__DEPTH / 2 : TERN__DEPTH / 4;
+    p.far_k = along_k ? 0 : TERN__DEPTH / 2;
+    p.far_line = along_k ? TERN__SIDE / 2 : 0;
+    return p;
+}
+static __device__ int tern__place_k(const tern__place &p, int i) { return p.k + i % 2 * p.near_k + i / 2 * p.far_k; }
+static __device__ int tern__place_line(const tern__place &p, int i) { return p.line + i / 2 * p.far_line; }
+
+/* Where a thread finds its elements of any chunk: */
+typedef struct tern__float_lines { tern__place place; const float *p; int64_t near, far; int lines; } tern__float_lines;
+typedef struct tern__code_lines { tern__place place; const uint8_t *p; int64_t group; int digit; bool inside; } tern__code_lines;
+
+template <int Lines> static __device__ tern__float_lines tern__lines_of(const tern__strided &x, tern__which w, int64_t first, int64_t end)
+{
+    tern__float_lines l;
+    l.place = tern__place_of<Lines>(x.k_step < x.line_step);
+    l.p = x.p + tern__offset(x.steps, w) + (first + l.place.line) * x.line_step + l.place.k * x.k_step;
+    l.near = l.place.near_k * x.k_step;
+    l.far = l.place.far_k * x.k_step + l.place.far_line * x.line_step;
+    l.lines = (int)tern__min(Lines, end - first);
+    return l;
+}
+template <int Lines> static __device__ tern__float_lines tern__lines_of(const tern__b_floats &b, tern__which w, int64_t first, int64_t end)
+{
+    return tern__lines_of<Lines>(b.x, w, first, end);
+}
+
+/* Packed weights, line by line: the byte of an input in row 0 of panel 0, and its digit. */
+template <int Lines> static __device__ tern__code_lines tern__lines_of(const tern__b_weights &b, tern__which, int64_t first, int64_t end)
+{
+    tern__code_lines l;
+    l.place = tern__place_of<Lines>(false);
+    const int64_t input = first + l.place.line, in_group = input % b.s.group, in_unit = in_group % b.s.unit;
+    l.inside = input < end;
+    l.group = input / b.s.group;
+    l.p = (const uint8_t *)b.m.trits + (l.group * b.s.group_units + in_group / b.s.unit) * TERN__UNIT + in_unit % 4;
+    l.digit = (int)(in_unit / 4);
+    return l;
+}
+
+/* A thread's terms are 4 apart: they share a byte of the row, or the same byte of units that follow. */
+template <int Lines> static __device__ tern__code_lines tern__lines_of(const tern__b_trits &b, tern__which, int64_t first, int64_t end)
+{
+    tern__code_lines l;
+    l.place = tern__place_of<Lines>(false);
+    const int64_t row = first + l.place.line;
+    l.inside = row < end;
+    l.p = (const uint8_t *)b.m.trits + row / TERN__ROWS * b.s.panel_bytes + row % TERN__ROWS * 4 + l.place.k;
+    return l;
+}
+
+template <int Lines> static __device__ tern__code_lines tern__lines_of(const tern__b_bytes &b, tern__which, int64_t first, int64_t end)
+{
+    tern__code_lines l;
+    l.place = tern__place_of<Lines>(false);
+    const int64_t input = first + l.place.line;
+    l.inside = input < end;
+    l.p = (const uint8_t *)b.q + input / b.s.group * b.s.group_units * b.s.unit + input % b.s.group;
+    return l;
+}
+
+/* A digit of a byte of codes, as a trit. Of base 3: byte / 3^digit, as (byte * ceil(2^16 / 3^digit)) / 2^16, exact for bytes. */
+static __device__ float tern__digit(tern_type encoding, uint32_t byte, int digit)
+{
+    if (encoding != TERN_BASE3) return (float)((int)(byte >> 2 * digit & 3) - 1);
+    const uint32_t inverse = digit < 2 ? digit == 0 ? 65536 : 21846 : digit == 2 ? 7282 : digit == 3 ? 2428 : 810;
+    return (float)((int)((byte * inverse >> 16) % 3) - 1);
+}
+
+/* From memory to registers; zero where the matrix ends, which adds nothing. */
+template <int Count, typename Element> static __device__ void tern__read_each(const tern__place &p, const tern__chunk &c, int lines, float (&v)[Count], Element element)
+{
+    for (int i = 0; i < Count; i++)
+        v[i] = tern__place_k(p, i) < c.len && tern__place_line(p, i) < lines ? element(i) : 0.0f;
+}
+template <int Count> static __device__ void tern__read(const tern__strided &x, const tern__float_lines &l, const tern__chunk &c, float (&v)[Count])
+{
+    const float *p = l.p + (int64_t)c.k * x.k_step;
+    tern__read_each(l.place, c, l.lines, v, [&](int i) { return p[i % 2 * l.near + i / 2 * l.far]; });
+}
+static __device__ void tern__read(const tern__b_floats &b, const tern__float_lines &l, const tern__chunk &c, float (&v)[4]) { tern__read(b.x, l, c, v); }
+
+static __device__ void tern__read(const tern__b_weights &b, const tern__code_lines &l, const tern__chunk &c, float (&v)[4])
+{
+    const uint8_t *p = l.p + c.k / TERN__ROWS * b.s.panel_bytes;
+    tern__read_each(l.place, c, l.inside ? TERN__SIDE : 0, v, [&](int i) {
+        const int64_t row = tern__place_k(l.place, i);
+        return tern__digit(b.m.encoding, p[4 * row], l.digit) *
+               tern__load_scale(b.m.scale_type, b.m.scales, tern__scale_index(&b.m, &b.s, c.k + row, l.group));
+    });
+}
+
+static __device__ void tern__read(const tern__b_trits &b, const tern__code_lines &l, const tern__chunk &c, float (&v)[4])
+{
+    const uint8_t *p = l.p + c.group * b.s.group_units * TERN__UNIT;
+    const unsigned digits = (unsigned)b.s.unit / 4, first = (unsigned)c.at / 4;
+    tern__read_each(l.place, c, l.inside ? TERN__SIDE : 0, v, [&](int i) {
+        const unsigned at = first + (unsigned)i;
+        return tern__digit(b.m.encoding, p[at / digits * TERN__UNIT], (int)(at % digits));
+    });
+}
+
+static __device__ void tern__read(const tern__b_bytes &b, const tern__code_lines &l, const tern__chunk &c, float (&v)[4])
+{
+    const int8_t *q = (const int8_t *)l.p + (int64_t)c.k * b.s.stride;
+    tern__read_each(l.place, c, l.inside ? TERN__SIDE : 0, v, [&](int i) {
+        const int64_t token = tern__place_k(l.place, i);
+        return (float)q[token * b.s.stride] * b.scale[c.k + token];
+    });
+}
+
+/* From registers to shared memory, [term][line]. */
+template <int Count> static __device__ void tern__put(const tern__place &p, const float (&v)[Count], float *shared)
+{
+    for (int i = 0; i < Count; i++) shared[tern__place_k(p, i) * TERN__PITCH + tern__place_line(p, i)] = v[i];
+}
+
+/* Floats that one instruction loads. */
+template <int Count> struct alignas(Count * sizeof(float)) tern__vector { float v[Count]; };
+
+/* A chunk's terms, in order, added to a thread's sums. */
+template <bool Fused, int Rows> static __device__ void tern__multiply(const float *a, const float *b, float (&sum)[Rows][4])
+{
+    const float *row = a + threadIdx.x / TERN__ROW_THREADS * Rows, *column = b + threadIdx.x % TERN__ROW_THREADS * 4;
+    for (int k = 0; k < TERN__DEPTH; k++) {
+        const tern__vector<Rows> x = *(const tern__vector<Rows> *)(row + k * TERN__PITCH);
+        const tern__vector<4> y = *(const tern__vector<4> *)(column + k * TERN__PITCH);
+        for (int i = 0; i < Rows; i++)
+            for (int j = 0; j < 4; j++)
+                sum[i][j] = Fused ? __fmaf_rn(x.v[i], y.v[j], sum[i][j]) : sum[i][j] + x.v[i] * y.v[j];
+    }
+}
+
+template <int Rows, typename Each> static __device__ void tern__each_sum(Each each)
+{
+    for (int i = 0; i < Rows; i++)
+        for (int j = 0; j < 4; j++) each(i, j);
+}
+
+/* The end of a segment: its sums are added to those before it. */
+template <int Rows> static __device__ void tern__end_segment(bool first, float (&part)[Rows][4], float (&whole)[Rows][4])
+{
+    tern__each_sum<Rows>([&](int i, int j) {
+        whole[i][j] = first ? part[i][j] : whole[i][j] + part[i][j];
+        part[i][j] = 0.0f;
+    });
+}
+
+/* The end of a group: its sums times their row's scale are added to those before it. */
+template <typename B, int Rows> static __device__ void tern__end_group(const B &, int, int64_t, int64_t, const float (&)[Rows][4], float (&)[Rows][4]) {}
+template <int Rows> static __device__ void tern__end_group(const tern__b_trits &b, int group, int64_t column, int64_t n, const float (&whole)[Rows][4], float (&total)[Rows][4])
+{
+    const int64_t at = tern__scale_index(&b.m, &b.s, column, group); /* four columns are of one panel */
+    float scale[4];
+    for (int j = 0; j < 4; j++)
+        scale[j] = column + j < n ? tern__load_scale(b.m.scale_type, b.m.scales, b.m.grain == TERN_PER_TENSOR ? 0 : at + j) : 0.0f;
+    tern__each_sum<Rows>([&](int i, int j) {
+        const float product = whole[i][j] * scale[j];
+        total[i][j] = group == 0 ? product : total[i][j] + product;
+    });
+}
+
+template <int Rows> static __device__ void tern__store(const tern__product &g, tern__which w, int64_t row, int64_t column, const float (&sum)[Rows][4])
+{
+    float *c = g.c + tern__offset(g.c_steps, w) + row * g.c_row + column;
+    const float *delta = g.delta ? g.delta + tern__offset(g.delta_steps, w) + row * g.delta_row : NULL;
+    tern__each_sum<Rows>([&](int i, int j) {
+        if (row + i >= g.m || column + j >= g.n) return;
+        float *y = c + i * g.c_row + j, v = sum[i][j];
+        if (delta) v = *y * (v - delta[i * g.delta_row]) * g.factor;
+        if (g.add) v = *y + v;
+        if (g.bias) v = v + g.bias[column + j];
+        *y = v;
+    });
+}
+
+/* One tile: while a chunk in shared memory is multiplied, the next one is on its way to registers. */
+template <typename B, bool Fused, int Rows>
+static __device__ void tern__product_tile(const tern__product &g, const B &b, tern__which w, int64_t m0, int64_t n0, float *shared)
+{
+    const int64_t row = m0 + threadIdx.x / TERN__ROW_THREADS * Rows, column = n0 + threadIdx.x % TERN__ROW_THREADS * 4;
+    const auto a_lines = tern__lines_of<TERN__ROW_THREADS * Rows>(g.a, w, m0, g.m);
+    const auto b_lines = tern__lines_of<TERN__SIDE>(b, w, n0, g.n);
+    float a_next[Rows], b_next[4], part[Rows][4] = {}, whole[Rows][4], total[Rows][4];
+    tern__chunk next = tern__chunk_of(g, 0, 0);
+    tern__read(g.a, a_lines, next, a_next);
+    tern__read(b, b_lines, next, b_next);
+    for (int half = 0; next.len > 0; half ^= 1) {
+        const tern__chunk now = next;
+        float *a_now = shared + half * TERN__CHUNK, *b_now = a_now + TERN__CHUNK / 2;
+        tern__put(a_lines.place, a_next, a_now);
+        tern__put(b_lines.place, b_next, b_now);
+        __syncthreads(); /* also: all have read what the next round overwrites */
+        next = tern__next_chunk(g, now);
+        if (next.len > 0) {
+            tern__read(g.a, a_lines, next, a_next);
+            tern__read(b, b_lines, next, b_next);
+        }
+        tern__multiply<Fused>(a_now, b_now, part);
+        if (next.at % TERN__SEGMENT == 0) tern__end_segment(now.at < TERN__SEGMENT, part, whole);
+        if (next.at == 0) tern__end_group(b, now.group, column, g.n, whole, total);
+    }
+    tern__store(g, w, row, column, B::GROUPED ? total : whole);
+    __syncthreads(); /* shared memory is free again */
+}
+
+template <typename B, bool Fused, int Rows> static __global__ void __launch_bounds__(TERN__THREADS, B::GROUPED ? 2 : 1) tern__product_tiles(tern__product g, B b)
+{
+    TERN__SHARED(float, shared);
+    const int64_t rows = TERN__ROW_THREADS * Rows, strips = tern__ceil_div(g.m, rows);
+    const int64_t m0 = blockIdx.x % strips * rows, n0 = blockIdx.x / strips * TERN__SIDE;
+    for (int64_t item = blockIdx.y; item < g.items; item += gridDim.y)
+        if (n0 < g.visible + m0 + rows - 1) tern__product_tile<B, Fused, Rows>(g, b, tern__item(g, item), m0, n0, shared);
+}
+
+static tern__steps tern__steps_of(int64_t sequence, int64_t head, int64_t shared)
+{
+    tern__steps s;
+    s.sequence = sequence;
+    s.head = head;
+    s.shared = shared;
+    return s;
+}
+static tern__strided tern__strided_of(const float *p, int64_t k_step, int64_t line_step, tern__steps steps)
+{
+    tern__strided x;
+    x.p = p;
+    x.k_step = k_step;
+    x.line_step = line_step;
+    x.steps = steps;
+    return x;
+}
+static tern__b_floats tern__b_floats_of(const float *p, int64_t k_step, int64_t line_step, tern__steps steps)
+{
+    tern__b_floats b;
+    b.x = tern__strided_of(p, k_step, line_step, steps);
+    return b;
+}
+static tern__steps tern__no_steps() { return tern__steps_of(0, 0, 1); }
+
+/* One item, one group. */
+static tern__product tern__product_of(int64_t m, int64_t n, int64_t k, tern__strided a, float *c, int64_t c_row, tern__steps c_steps)
+{
+    tern__product g;
+    memset(&g, 0, sizeof g);
+    g.m = m; g.n = n; g.k = g.group = k;
+    g.a = a;
+    g.c = c; g.c_row = c_row; g.c_steps = c_steps;
+    g.visible = (int64_t)1 << 62;
+    g.items = g.heads = 1;
+    return g;
+}
+
+/* Low tiles where high ones would be mostly empty, or leave processors without work. */
+template <bool Fused, typename B> static tern_result tern__gpu_product(tern_run *r, const tern__gpu *d, const char *op, const tern__product &g, const B &b)
+{
+    const int64_t columns = tern__ceil_div(g.n, TERN__SIDE), high = tern__mul(tern__ceil_div(g.m, TERN__SIDE), columns);
+    const bool low = g.m <= TERN__ROW_THREADS || tern__mul(high, g.items) < d->processors;
+    const int64_t tiles = low ? tern__mul(tern__ceil_div(g.m, TERN__ROW_THREADS), columns) : high;
+    TERN__REQUIRE(r, g.k <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: %s: sums of %d terms; %d is the most", op, g.k, (int64_t)INT32_MAX);
+    TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: %s: a result of %d x %d has %d tiles; %d is the most", op, g.m, g.n, tiles, (int64_t)INT32_MAX);
+    const dim3 grid((unsigned)tiles, (unsigned)tern__min(g.items, TERN__ITEMS));
+    if (low) TERN__LAUNCH((tern__product_tiles<B, Fused, 1>), grid, TERN__THREADS, TERN__TILE_BYTES, d->stream, g, b);
+    else TERN__LAUNCH((tern__product_tiles<B, Fused, 4>), grid, TERN__THREADS, TERN__TILE_BYTES, d->stream, g, b);
+    return TERN_OK;
+}
+
+static tern_result tern__gpu_dense(tern_run *r, tern__gpu *d, const tern_dense_args *a)
+{
+    const tern__steps none = tern__no_steps();
+    const tern__b_floats b = tern__b_floats_of(a->b, a->b_row, a->b_col, none);
+    tern__product g = tern__product_of(a->m, a->n, a->k, tern__strided_of(a->a, a->a_col, a->a_row, none), a->c, a->c_row, none);
+    g.bias = a->bias;
+    g.add = a->add;
+    return a->fused ? tern__gpu_product<true>(r, d, "dense", g, b) : tern__gpu_product<false>(r, d, "dense", g, b);
+}
+
+/* -- ternary matmul on float activations, and its backward -- */
+
+/* A row with NaN or Inf counts as zero: its outputs become the bias. */
+static __global__ void tern__matmul_rows(tern_matmul_args a, tern__blame blame)
+{
+    TERN__SHARED(uint32_t, seen);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        uint32_t largest = 0;
+        for (int64_t i = threadIdx.x; i < a.m.cols; i += blockDim.x) {
+            const uint32_t bits = tern__bits(a.x[t * a.m.cols + i]) & 0x7FFFFFFFu;
+            largest = bits > largest ? bits : largest;
+        }
+        if (tern__finite(tern__float(tern__block_max(largest, seen)))) continue;
+        if (threadIdx.x == 0) tern__report(blame, t);
+        for (int64_t i = threadIdx.x; i < a.m.rows; i += blockDim.x) a.y[t * a.m.rows + i] = a.bias ? a.bias[i] : 0.0f;
+    }
+}
+
+/* A product with a trit is exact, so that fusing it with the sum changes nothing. */
+static tern_result tern__gpu_matmul_floats(tern_run *r, tern__gpu *d, const tern_matmul_args *a)
+{
+    const tern__steps none = tern__no_steps();
+    tern__product g = tern__product_of(a->n, a->m.rows, a->m.cols, tern__strided_of(a->x, 1, a->m.cols, none), a->y, a->m.rows, none);
+    tern__b_trits b;
+    b.m = a->m;
+    b.s = tern__shape_of(&a->m);
+    g.group = b.s.group;
+    g.bias = a->bias;
+    TERN__TRY(tern__gpu_product<true>(r, d, "matmul", g, b));
+    TERN__LAUNCH(tern__matmul_rows, tern__grid(d, a->n, 1), TERN__THREADS, TERN__WARPS * sizeof(uint32_t), d->stream, *a,
+                 tern__blame_of(d, TERN__FAULT_MATMUL));
+    return TERN_OK;
+}
+
+static tern_result tern__gpu_matmul(tern_run *r, tern__gpu *d, const tern_matmul_args *a)
+{
+    return a->q ? tern__gpu_matmul_int8(r, d, a) : tern__gpu_matmul_floats(r, d, a);
+}
+
+static tern_result tern__gpu_matmul_dx(tern_run *r, tern__gpu *d, const tern_matmul_dx_args *a)
+{
+    const tern__steps none = tern__no_steps();
+    const tern__product g = tern__product_of(a->n, a->m.cols, a->m.rows, tern__strided_of(a->dy, 1, a->m.rows, none), a->dx, a->m.cols, none);
+    tern__b_weights b;
+    b.m = a->m;
+    b.s = tern__shape_of(&a->m);
+    return tern__gpu_product<true>(r, d, "matmul_dx", g, b);
+}
+
+/* Column sums in order of the tokens. */
+static __global__ void tern__bias_columns(int64_t n, int64_t rows, const float *dy, float *dbias)
+{
+    TERN__EACH(i, rows) {
+        float sum = dbias[i];
+        for (int64_t t = 0; t < n; t++) sum = sum + dy[t * rows + i];
+        dbias[i] = sum;
+    }
+}
+
+static tern_result tern__gpu_matmul_dw(tern_run *r, tern__gpu *d, const tern_matmul_dw_args *a)
+{
+    const tern__steps none = tern__no_steps();
+    tern__product g = tern__product_of(a->m.rows, a->m.cols, a->n, tern__strided_of(a->dy, a->m.rows, 1, none), a->dw, a->m.cols, none);
+    tern__b_bytes b;
+    b.q = a->q;
+    b.scale = a->scale;
+    b.s = tern__shape_of(&a->m);
+    g.add = 1;
+    if (a->dw && a->q) TERN__TRY(tern__gpu_product<true>(r, d, "matmul_dw", g, b));
+    if (a->dw && !a->q) TERN__TRY(tern__gpu_product<true>(r, d, "matmul_dw", g, tern__b_floats_of(a->x, a->m.cols, 1, none)));
+    if (a->dbias) TERN__LAUNCH(tern__bias_columns, tern__grid(d, a->m.rows, TERN__THREADS), TERN__THREADS, 0, d->stream, a->n, a->m.rows, a->dy, a->dbias);
+    return TERN_OK;
+}
+
+/* -- attention -- */
+
+/* Floats as integers of the same order, for the largest; NaN are among the ends. */
+static __device__ uint32_t tern__ordered(float x) { return tern__bits(x) >> 31 ? ~tern__bits(x) : tern__bits(x) | 0x80000000u; }
+static __device__ float tern__unordered(uint32_t u) { return tern__float(u >> 31 ? u & 0x7FFFFFFFu : ~u); }
+
+/* Rows of p, a block to each: softmax of the visible scores, zeros behind them. */
+static __global__ void tern__softmax_rows(int64_t rows, int64_t queries, int64_t keys, float *p, float scale)
+{
+    TERN__SHARED(float, sums);
+    for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+        const int64_t visible = keys - queries + row % queries + 1;
+        float *score = p + row * keys;
+        uint32_t seen = 0;
+        for (int64_t j = threadIdx.x; j < visible; j += blockDim.x) {
+            const uint32_t u = tern__ordered(score[j] * scale);
+            seen = u > seen ? u : seen;
+        }
+        const float largest = tern__unordered(tern__block_max(seen, (uint32_t *)sums));
+        const auto power = [&](int64_t j) { return tern__exp(score[j] * scale - largest); };
+        const float sum = tern__block_sum(visible, power, sums);
+        for (int64_t j = threadIdx.x; j < keys; j += blockDim.x) score[j] = j < visible ? power(j) / sum : 0.0f;
+    }
+}
+
+/* <dy, y> of every query and head, in the first column of its dq, which is written later. */
+static __global__ void tern__attention_deltas(tern_attention_args a)
+{
+    TERN__EACH(i, a.batch * a.queries * a.heads) {
+        float delta = 0.0f;
+        for (int64_t j = i * a.dim; j < (i + 1) * a.dim; j++) delta = delta + a.dy[j] * a.y[j];
+        a.dq[i / a.heads * a.q_stride + i % a.heads * a.dim] = delta;
+    }
+}
+
+/* The matrices of an attention, whose items are all heads of all sequences. Key heads are shared. */
+typedef struct tern__attention { int64_t width, shared; tern__steps q, k, v, y, p; float scale; } tern__attention;
+
+static tern__attention tern__attention_of(const tern_attention_args *a)
+{
+    tern__attention t;
+    t.width = (int64_t)a->heads * a->dim;
+    t.shared = a->heads / a->kv_heads;
+    t.q = tern__steps_of(a->queries * a->q_stride, a->dim, 1);
+    t.k = tern__steps_of(a->keys * a->k_stride, a->dim, t.shared);
+    t.v = tern__steps_of(a->keys * a->v_stride, a->dim, t.shared);
+    t.y = tern__steps_of(a->queries * t.width, a->dim, 1);
+    t.p = tern__steps_of(a->heads * a->queries * a->keys, a->queries * a->keys, 1);
+    t.scale = 1.0f / tern__sqrt((float)a->dim);
+    return t;
+}
+
+/* Every head of every sequence, or one of those that share a key head. */
+static void tern__all_heads(const tern_attention_args *a, tern__product *g)
+{
+    g->heads = a->heads;
+    g->items = a->batch * a->heads;
+    g->head_step = 1;
+}
+static void tern__one_head_each(const tern_attention_args *a, const tern__attention *t, int64_t head, tern__product *g)
+{
+    g->heads = a->kv_heads;
+    g->items = a->batch * a->kv_heads;
+    g->head_step = t->shared;
+    g->first_head = head;
+    g->add = head > 0;
+}
+
+static tern_result tern__attention_run(tern_run *r, const tern__gpu *d, const tern_attention_args *a, const tern__attention *t)
+{
+    tern__product g = tern__product_of(a->queries, a->keys, a->dim, tern__strided_of(a->q, 1, a->q_stride, t->q), a->p, a->keys, t->p);
+    const int64_t rows = a->batch * a->heads * a->queries;
+    const int threads = a->keys <= TERN__BLOCK ? 32 : TERN__THREADS;
+    tern__all_heads(a, &g);
+    g.visible = a->keys - a->queries + 1;
+    TERN__TRY(tern__gpu_product<false>(r, d, "attention", g, tern__b_floats_of(a->k, 1, a->k_stride, t->k)));
+    TERN__LAUNCH(tern__softmax_rows, tern__grid(d, rows, 1), threads, TERN__BLOCK * sizeof(float), d->stream, rows, a->queries, a->keys, a->p, t->scale);
+    g = tern__product_of(a->queries, a->dim, a->keys, tern__strided_of(a->p, 1, a->keys, t->p), a->y, t->width, t->y);
+    tern__all_heads(a, &g);
+    return tern__gpu_product<false>(r, d, "attention", g, tern__b_floats_of(a->v, a->v_stride, 1, t->v));
+}
+
+/* dk = dS^T q, or dv = P^T dy: heads that share a key head add to it in order. */
+static tern_result tern__attention_keys(tern_run *r, const tern__gpu *d, const tern_attention_args *a, const tern__attention *t, const tern__b_floats &b,
+                                        float *c, int64_t c_row, tern__steps c_steps)
+{
+    for (int64_t head = 0; head < t->shared; head++) {
+        tern__product g = tern__product_of(a->keys, a->dim, a->queries, tern__strided_of(a->p, a->keys, 1, t->p), c, c_row, c_steps);
+        tern__one_head_each(a, t, head, &g);
+        TERN__TRY(tern__gpu_product<true>(r, d, "attention", g, b));
+    }
+    return TERN_OK;
+}
+
+/* dV = P^T dY; dS = P (dY V^T - <dy, y>) / sqrt(dim), in place of P; dQ = dS K; dK = dS^T Q. */
+static tern_result tern__attention_back(tern_run *r, const tern__gpu *d, const tern_attention_args *a, const tern__attention *t)
+{
+    tern__product g = tern__product_of(a->queries, a->keys, a->dim, tern__strided_of(a->dy, 1, t->width, t->y), a->p, a->keys, t->p);
+    const int64_t deltas = a->batch * a->queries * a->heads;
+    tern__all_heads(a, &g);
+    g.delta = a->dq;
+    g.delta_row = a->q_stride;
+    g.delta_steps = t->q;
+    g.factor = t->scale;
+    TERN__TRY(tern__attention_keys(r, d, a, t, tern__b_floats_of(a->dy, t->width, 1, t->y), a->dv, a->v_stride, t->v));
+    TERN__LAUNCH(tern__attention_deltas, tern__grid(d, deltas, TERN__THREADS), TERN__THREADS, 0, d->stream, *a);
+    TERN__TRY(tern__gpu_product<true>(r, d, "attention", g, tern__b_floats_of(a->v, 1, a->v_stride, t->v)));
+    g = tern__product_of(a->queries, a->dim, a->keys, tern__strided_of(a->p, 1, a->keys, t->p), a->dq, a->q_stride, t->q);
+    tern__all_heads(a, &g);
+    TERN__TRY(tern__gpu_product<true>(r, d, "attention", g, tern__b_floats_of(a->k, a->k_stride, 1, t->k)));
+    return tern__attention_keys(r, d, a, t, tern__b_floats_of(a->q, a->q_stride, 1, t->q), a->dk, a->k_stride, t->k);
+}
+
+static tern_result tern__gpu_attention(tern_run *r, tern__gpu *d, const tern_attention_args *a)
+{
+    const tern__attention t = tern__attention_of(a);
+    TERN__TRY(tern__check_row(r, "attention", a->keys));
+    return a->dy ? tern__attention_back(r, d, a, &t) : tern__attention_run(r, d, a, &t);
+}
 
 /* ------------------------------------------------------------------------------------------------
    [CUDA-7] Products of int8 with int8
