@@ -4542,8 +4542,8 @@ TERN__ANYWHERE float tern__clip_factor(float clip, const float *norm2)
 /* A weight and its state. Without momentum moment1 is not used, without AdamW moment2 is not. */
 typedef struct tern__trained { float w, grad, moment1, moment2; } tern__trained;
 
-/* One of them; random: 16 bits, for the rounding of BF16. */
-TERN__ANYWHERE void tern__optimize_one(const tern_optimize_args *a, float factor, float correct1, float correct2, uint32_t random, tern__trained *e)
+/* One of them, not yet rounded to its type. */
+TERN__ANYWHERE void tern__optimize_one(const tern_optimize_args *a, float factor, float correct1, float correct2, tern__trained *e)
 {
     const float g = e->grad * factor;
     float step = g;
@@ -4553,7 +4553,6 @@ TERN__ANYWHERE void tern__optimize_one(const tern_optimize_args *a, float factor
         step = e->moment1 * correct1 / (tern__sqrt(e->moment2 * correct2) + a->eps);
     } else if (a->moment1) step = e->moment1 = a->beta1 * e->moment1 + g;
     e->w = e->w - a->rate * (step + a->decay * e->w);
-    if (a->type == TERN_BF16) e->w = tern__from_bf16(tern__to_bf16_with(e->w, random));
     e->grad = 0.0f;
 }
 
@@ -4571,8 +4570,9 @@ static void tern__optimize_body(tern__job *job, int64_t begin, int64_t end, int6
         e.grad = a->grad[i];
         e.moment1 = a->moment1 ? a->moment1[i] : 0.0f;
         e.moment2 = a->kind == TERN_ADAMW ? a->moment2[i] : 0.0f;
-        tern__optimize_one(a, work->factor, work->correct1, work->correct2, random[i & 3] & 0xFFFF, &e);
-        tern__store_float(a->type, a->w, i, e.w);
+        tern__optimize_one(a, work->factor, work->correct1, work->correct2, &e);
+        if (a->type == TERN_BF16) ((uint16_t *)a->w)[i] = tern__to_bf16_with(e.w, random[i & 3] & 0xFFFF);
+        else ((float *)a->w)[i] = e.w;
         a->grad[i] = e.grad;
         if (a->moment1) a->moment1[i] = e.moment1;
         if (a->kind == TERN_ADAMW) a->moment2[i] = e.moment2;

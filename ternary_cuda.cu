@@ -508,18 +508,18 @@ static __device__ int tern__ones(uint32_t word)
    in list, and their number. By the whole block; votes: shared memory for a word to each warp and four. */
 static __device__ int tern__find(const int32_t *ids, int64_t from, int64_t end, int32_t id, uint32_t *votes, int32_t *list)
 {
-    const int lane = (int)(threadIdx.x % 32), warp = (int)(threadIdx.x / 32), words = (int)blockDim.x / 8;
+    const int lane = (int)(threadIdx.x % 32), warp = (int)(threadIdx.x / 32), warps = (int)blockDim.x / 32;
     int found[4], at = 0;
     for (int k = 0; k < 4; k++) {
         const int64_t j = from + k * (int)blockDim.x + (int)threadIdx.x;
         found[k] = j < end && ids[j] == id;
         const uint32_t vote = __ballot_sync(TERN__ALL_LANES, found[k]);
-        if (lane == 0) votes[k * words / 4 + warp] = vote;
+        if (lane == 0) votes[k * warps + warp] = vote;
     }
     __syncthreads();
-    for (int i = 0; i < words; i++) {
+    for (int i = 0; i < 4 * warps; i++) {
         for (int k = 0; k < 4; k++)
-            if (found[k] && i == k * words / 4 + warp)
+            if (found[k] && i == k * warps + warp)
                 list[at + tern__ones(votes[i] & ((1u << lane) - 1))] = k * (int)blockDim.x + (int)threadIdx.x;
         at += tern__ones(votes[i]);
     }
@@ -891,8 +891,8 @@ static __device__ __forceinline__ void tern__optimize4(const tern_optimize_args 
     if (a->type == TERN_BF16) tern__philox(a->seed, (uint64_t)(i >> 2), a->step, a->stream, random);
     for (int k = 0; k < 4; k++) {
         tern__trained e = {w[k], grad[k], moment1[k], moment2[k]};
-        tern__optimize_one(a, factor, correct1, correct2, random[k] & 0xFFFF, &e);
-        w[k] = e.w;
+        tern__optimize_one(a, factor, correct1, correct2, &e);
+        w[k] = a->type == TERN_BF16 ? tern__from_bf16(tern__to_bf16_with(e.w, random[k] & 0xFFFF)) : e.w;
         grad[k] = e.grad;
         moment1[k] = e.moment1;
         moment2[k] = e.moment2;

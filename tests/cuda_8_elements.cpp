@@ -317,6 +317,7 @@ static void test_cuda_norm()
     const int64_t columns[] = {1, 15, 16, 17, 127, 1024, 1025, 2052, 4097};
     for (int64_t cols : columns)
         for (int variant = 0; variant < NORM_VARIANTS; variant += cols < 100 ? 1 : 3) test_normed(5, cols, cols % 2, variant);
+    test_normed(2, 5, 0, NORM_DGAIN | NORM_BAD); /* no row can be used */
     test_normed(150, 3, 0, NORM_DGAIN | NORM_BAD);
     test_normed(257, 33, 0, NORM_DGAIN | NORM_GAIN);
     test_normed(1, 35000, 0, NORM_GAIN); /* more blocks of 1024 than warps */
