@@ -448,22 +448,21 @@ static size_t tern__row_shared(int64_t cols) { return sizeof(float) * (size_t)te
 
 /* -- rows by id -- */
 
-/* A packed row as values, a unit to a thread. */
+/* A packed row as values. A thread decodes a unit for four of its inputs, so that neighbours write side by side. */
 static __device__ void tern__gather_packed(const tern_matrix *m, const tern__shape *s, int64_t row, int wide, float *y)
 {
     const uint8_t *panel = (const uint8_t *)m->trits + row / TERN__ROWS * s->panel_bytes;
-    const int units = (int)s->units, group_units = (int)s->group_units;
-    for (int u = (int)threadIdx.x; u < units; u += (int)blockDim.x) {
-        const int64_t g = u / group_units, in_group = u % group_units * s->unit;
-        const int n = (int)tern__min(s->unit, tern__group_cols(m, s, g) - in_group);
+    const int fours = (int)s->unit / 4, all = (int)s->units * fours, group_units = (int)s->group_units;
+    for (int four = (int)threadIdx.x; four < all; four += (int)blockDim.x) {
+        const int u = four / fours, digit = four % fours;
+        const int64_t g = u / group_units, in_group = u % group_units * s->unit + 4 * digit;
         const float scale = tern__load_scale(m->scale_type, m->scales, tern__scale_index(m, s, row, g));
+        float value[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         int8_t t[20] = {};
         tern__unpack_unit(m->encoding, panel + (int64_t)u * TERN__UNIT, row % TERN__ROWS, t);
-        for (int j = 0; j < 20; j += 4) {
-            float value[4];
-            for (int k = 0; k < 4; k++) value[k] = (float)t[j + k] * scale;
-            tern__store4(TERN_F32, y, g * s->group + in_group + j, n - j < 4 ? n - j : 4, wide, value);
-        }
+        for (int i = 0; i < 20; i++) /* not t[4 * digit + k]: registers have no index */
+            if (i / 4 == digit) value[i % 4] = (float)t[i] * scale;
+        tern__store4(TERN_F32, y, g * s->group + in_group, (int)tern__min(4, tern__group_cols(m, s, g) - in_group), wide, value);
     }
 }
 
