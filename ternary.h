@@ -4543,20 +4543,21 @@ TERN__ANYWHERE float tern__clip_factor(float clip, const float *norm2)
     return norm > clip ? clip / norm : 1.0f;
 }
 
-/* Element i; random: 16 bits, for the rounding of BF16. */
-TERN__ANYWHERE void tern__optimize_one(const tern_optimize_args *a, float factor, float correct1, float correct2, uint32_t random, int64_t i)
+/* A weight and its state. Without momentum moment1 is not used, without AdamW moment2 is not. */
+typedef struct tern__trained { float w, grad, moment1, moment2; } tern__trained;
+
+/* One of them, not yet rounded to its type. */
+TERN__ANYWHERE void tern__optimize_one(const tern_optimize_args *a, float factor, float correct1, float correct2, tern__trained *e)
 {
-    const float g = a->grad[i] * factor;
-    float w = tern__load_float(a->type, a->w, i), step = g;
+    const float g = e->grad * factor;
+    float step = g;
     if (a->kind == TERN_ADAMW) {
-        a->moment1[i] = a->beta1 * a->moment1[i] + (1.0f - a->beta1) * g;
-        a->moment2[i] = a->beta2 * a->moment2[i] + (1.0f - a->beta2) * g * g;
-        step = a->moment1[i] * correct1 / (tern__sqrt(a->moment2[i] * correct2) + a->eps);
-    } else if (a->moment1) step = a->moment1[i] = a->beta1 * a->moment1[i] + g;
-    w = w - a->rate * (step + a->decay * w);
-    a->grad[i] = 0.0f;
-    if (a->type == TERN_BF16) ((uint16_t *)a->w)[i] = tern__to_bf16_with(w, random);
-    else ((float *)a->w)[i] = w;
+        e->moment1 = a->beta1 * e->moment1 + (1.0f - a->beta1) * g;
+        e->moment2 = a->beta2 * e->moment2 + (1.0f - a->beta2) * g * g;
+        step = e->moment1 * correct1 / (tern__sqrt(e->moment2 * correct2) + a->eps);
+    } else if (a->moment1) step = e->moment1 = a->beta1 * e->moment1 + g;
+    e->w = e->w - a->rate * (step + a->decay * e->w);
+    e->grad = 0.0f;
 }
 
 static void tern__optimize_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
@@ -4567,8 +4568,18 @@ static void tern__optimize_body(tern__job *job, int64_t begin, int64_t end, int6
     int64_t i;
     (void)bad;
     for (i = begin; i < end; i++) { /* element i takes word i % 4 of block i / 4 */
+        tern__trained e;
         if (a->type == TERN_BF16 && (i == begin || (i & 3) == 0)) tern__philox(a->seed, (uint64_t)(i >> 2), a->step, a->stream, random);
-        tern__optimize_one(a, work->factor, work->correct1, work->correct2, random[i & 3] & 0xFFFF, i);
+        e.w = tern__load_float(a->type, a->w, i);
+        e.grad = a->grad[i];
+        e.moment1 = a->moment1 ? a->moment1[i] : 0.0f;
+        e.moment2 = a->kind == TERN_ADAMW ? a->moment2[i] : 0.0f;
+        tern__optimize_one(a, work->factor, work->correct1, work->correct2, &e);
+        if (a->type == TERN_BF16) ((uint16_t *)a->w)[i] = tern__to_bf16_with(e.w, random[i & 3] & 0xFFFF);
+        else ((float *)a->w)[i] = e.w;
+        a->grad[i] = e.grad;
+        if (a->moment1) a->moment1[i] = e.moment1;
+        if (a->kind == TERN_ADAMW) a->moment2[i] = e.moment2;
     }
 }
 

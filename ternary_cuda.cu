@@ -1930,16 +1930,528 @@ static tern_result tern__gpu_dense_i8(tern_run *r, tern__gpu *d, const tern_dens
    element or one block to a row.
    ------------------------------------------------------------------------------------------------ */
 
-static tern_result tern__gpu_gather(tern_run *r, tern__gpu *d, const tern_gather_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: gather is missing"); } /* STUB */
-static tern_result tern__gpu_scatter(tern_run *r, tern__gpu *d, const tern_scatter_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: scatter is missing"); } /* STUB */
-static tern_result tern__gpu_fill(tern_run *r, tern__gpu *d, const tern_fill_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: fill is missing"); } /* STUB */
-static tern_result tern__gpu_cast(tern_run *r, tern__gpu *d, const tern_cast_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: cast is missing"); } /* STUB */
-static tern_result tern__gpu_map(tern_run *r, tern__gpu *d, const tern_map_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: map is missing"); } /* STUB */
-static tern_result tern__gpu_norm(tern_run *r, tern__gpu *d, const tern_norm_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: norm is missing"); } /* STUB */
-static tern_result tern__gpu_rope(tern_run *r, tern__gpu *d, const tern_rope_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: rope is missing"); } /* STUB */
-static tern_result tern__gpu_loss(tern_run *r, tern__gpu *d, const tern_loss_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: loss is missing"); } /* STUB */
-static tern_result tern__gpu_sum(tern_run *r, tern__gpu *d, const tern_sum_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: sum is missing"); } /* STUB */
-static tern_result tern__gpu_optimize(tern_run *r, tern__gpu *d, const tern_optimize_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: optimize is missing"); } /* STUB */
+/* Whether pointers, and the bytes from row to row, allow accesses of 16 bytes. */
+template <typename... Each> static int tern__wide(Each... each) { return ((... | (uintptr_t)each) & 15) == 0; }
+
+/* Elements [i, i + n) of an array, n <= 4, as floats; zeros after them. A whole four is one access where it may be wide. */
+static __device__ __forceinline__ void tern__load4(tern_type type, const void *p, int64_t i, int n, int wide, float x[4])
+{
+    if (wide && n == 4 && tern__type_bytes(type) == 4) {
+        const float4 v = *(const float4 *)((const float *)p + i);
+        x[0] = v.x; x[1] = v.y; x[2] = v.z; x[3] = v.w;
+    } else if (wide && n == 4) {
+        const uint2 v = *(const uint2 *)((const uint16_t *)p + i);
+        const uint16_t half[4] = {(uint16_t)v.x, (uint16_t)(v.x >> 16), (uint16_t)v.y, (uint16_t)(v.y >> 16)};
+        for (int k = 0; k < 4; k++) x[k] = tern__load_float(type, half, k);
+    } else
+        for (int k = 0; k < 4; k++) x[k] = k < n ? tern__load_float(type, p, i + k) : 0.0f;
+}
+
+/* The inverse, rounded to nearest even. */
+static __device__ __forceinline__ void tern__store4(tern_type type, void *p, int64_t i, int n, int wide, const float x[4])
+{
+    if (wide && n == 4 && tern__type_bytes(type) == 4) *(float4 *)((float *)p + i) = make_float4(x[0], x[1], x[2], x[3]);
+    else if (wide && n == 4) {
+        uint16_t half[4];
+        uint2 v;
+        for (int k = 0; k < 4; k++) tern__store_float(type, half, k, x[k]);
+        v.x = half[0] | (uint32_t)half[1] << 16;
+        v.y = half[2] | (uint32_t)half[3] << 16;
+        *(uint2 *)((uint16_t *)p + i) = v;
+    } else
+        for (int k = 0; k < 4; k++) if (k < n) tern__store_float(type, p, i + k, x[k]);
+}
+
+/* body(i, n) for every four elements of an array, shared out among the threads of the grid, or of a row, among a block's. */
+template <typename Body> static __device__ __forceinline__ void tern__each4(int64_t count, Body body)
+{
+    TERN__EACH(four, tern__ceil_div(count, 4)) body(4 * four, (int)tern__min(4, count - 4 * four));
+}
+template <typename Body> static __device__ __forceinline__ void tern__each4_of_row(int64_t cols, Body body)
+{
+    for (int64_t i = 4 * (int64_t)threadIdx.x; i < cols; i += 4 * (int64_t)blockDim.x) body(i, (int)tern__min(4, cols - i));
+}
+static unsigned tern__grid4(const tern__gpu *d, int64_t count) { return tern__grid(d, tern__ceil_div(count, 4), TERN__THREADS); }
+
+/* A block for a row that is summed: a warp to each 1024 terms, and shared memory for their sums. */
+static int tern__row_threads(int64_t cols) { return 32 * (int)tern__min(32, tern__ceil_div(cols, TERN__BLOCK)); }
+static size_t tern__row_shared(int64_t cols) { return sizeof(float) * (size_t)tern__ceil_div(cols, TERN__BLOCK); }
+
+/* -- rows by id -- */
+
+/* A packed row as values. A thread decodes a unit for four of its inputs, so that neighbours write side by side. */
+static __device__ void tern__gather_packed(const tern_matrix *m, const tern__shape *s, int64_t row, int wide, float *y)
+{
+    const uint8_t *panel = (const uint8_t *)m->trits + row / TERN__ROWS * s->panel_bytes;
+    const int fours = (int)s->unit / 4, all = (int)s->units * fours, group_units = (int)s->group_units;
+    for (int four = (int)threadIdx.x; four < all; four += (int)blockDim.x) {
+        const int u = four / fours, digit = four % fours;
+        const int64_t g = u / group_units, in_group = u % group_units * s->unit + 4 * digit;
+        const float scale = tern__load_scale(m->scale_type, m->scales, tern__scale_index(m, s, row, g));
+        float value[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        int8_t t[20] = {};
+        tern__unpack_unit(m->encoding, panel + (int64_t)u * TERN__UNIT, row % TERN__ROWS, t);
+        for (int i = 0; i < 20; i++) /* not t[4 * digit + k]: registers have no index */
+            if (i / 4 == digit) value[i % 4] = (float)t[i] * scale;
+        tern__store4(TERN_F32, y, g * s->group + in_group, (int)tern__min(4, tern__group_cols(m, s, g) - in_group), wide, value);
+    }
+}
+
+static __device__ void tern__gather_dense(const float *w, int64_t cols, int wide, float *y)
+{
+    tern__each4_of_row(cols, [&](int64_t i, int n) {
+        float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (w) tern__load4(TERN_F32, w, i, n, wide, x);
+        tern__store4(TERN_F32, y, i, n, wide, x);
+    });
+}
+
+static __global__ void tern__gather_rows(tern_gather_args a, tern__shape s, int wide, tern__blame blame)
+{
+    for (int64_t i = blockIdx.x; i < a.n; i += gridDim.x) {
+        const int64_t id = a.ids[i];
+        const int usable = id >= 0 && id < a.m.rows;
+        float *y = a.y + i * a.m.cols;
+        if (!usable && threadIdx.x == 0) tern__report(blame, i);
+        if (usable && a.m.trits) tern__gather_packed(&a.m, &s, id, wide, y);
+        else tern__gather_dense(usable ? a.w + id * a.m.cols : NULL, a.m.cols, wide, y);
+    }
+}
+
+static tern_result tern__gpu_gather(tern_run *r, tern__gpu *d, const tern_gather_args *a)
+{
+    const tern__shape s = tern__shape_of(&a->m);
+    const int wide = tern__wide(a->w, a->y, 4 * a->m.cols, 4 * s.group);
+    (void)r;
+    TERN__LAUNCH(tern__gather_rows, tern__grid(d, a->n, 1), TERN__THREADS, 0, d->stream, *a, s, wide, tern__blame_of(d, TERN__FAULT_GATHER));
+    return TERN_OK;
+}
+
+static __device__ int tern__ones(uint32_t word)
+{
+    int n = 0;
+    for (; word; word &= word - 1) n++;
+    return n;
+}
+
+/* Of the four ids to a thread from ids[from] on, those below `end` that are `id`: their places after `from`, in order,
+   in list, and their number. By the whole block; votes: shared memory for a word to each warp and four. */
+static __device__ int tern__find(const int32_t *ids, int64_t from, int64_t end, int32_t id, uint32_t *votes, int32_t *list)
+{
+    const int lane = (int)(threadIdx.x % 32), warp = (int)(threadIdx.x / 32), warps = (int)blockDim.x / 32;
+    int found[4], at = 0;
+    for (int k = 0; k < 4; k++) {
+        const int64_t j = from + k * (int)blockDim.x + (int)threadIdx.x;
+        found[k] = j < end && ids[j] == id;
+        const uint32_t vote = __ballot_sync(TERN__ALL_LANES, found[k]);
+        if (lane == 0) votes[k * warps + warp] = vote;
+    }
+    __syncthreads();
+    for (int i = 0; i < 4 * warps; i++) {
+        for (int k = 0; k < 4; k++)
+            if (found[k] && i == k * warps + warp)
+                list[at + tern__ones(votes[i] & ((1u << lane) - 1))] = k * (int)blockDim.x + (int)threadIdx.x;
+        at += tern__ones(votes[i]);
+    }
+    __syncthreads();
+    return at;
+}
+
+/* The block of the first token with an id adds the rows of all of them, in order; a thread keeps four columns' sums. */
+static __global__ void tern__scatter_rows(tern_scatter_args a, int wide)
+{
+    TERN__SHARED(int32_t, list);
+    const int span = 4 * (int)blockDim.x;
+    uint32_t *votes = (uint32_t *)(list + span);
+    const int64_t col = 4 * ((int64_t)blockIdx.y * blockDim.x + threadIdx.x);
+    const int n = (int)tern__min(4, a.cols - col);
+    for (int64_t i = blockIdx.x; i < a.n; i += gridDim.x) {
+        const int32_t id = a.ids[i];
+        int first = id >= 0 && id < a.rows;
+        float sum[4], x[4];
+        for (int64_t from = 0; first && from < i; from += span) first = tern__find(a.ids, from, i, id, votes, list) == 0;
+        if (first) tern__load4(TERN_F32, a.dw, id * a.cols + col, n, wide, sum);
+        for (int64_t from = i; first && from < a.n; from += span) {
+            const int found = tern__find(a.ids, from, a.n, id, votes, list);
+            for (int f = 0; f < found; f++) {
+                tern__load4(TERN_F32, a.dy, (from + list[f]) * a.cols + col, n, wide, x);
+                for (int k = 0; k < 4; k++) sum[k] = sum[k] + x[k];
+            }
+        }
+        if (first) tern__store4(TERN_F32, a.dw, id * a.cols + col, n, wide, sum);
+    }
+}
+
+static tern_result tern__gpu_scatter(tern_run *r, tern__gpu *d, const tern_scatter_args *a)
+{
+    const int threads = 32 * (int)tern__min(TERN__WARPS, tern__ceil_div(a->cols, 128));
+    const dim3 grid(tern__grid(d, a->n, 1), (unsigned)tern__ceil_div(a->cols, 4 * threads));
+    TERN__TRY(tern__check_row(r, "scatter", a->cols));
+    TERN__LAUNCH(tern__scatter_rows, grid, threads, sizeof(int32_t) * (4 * threads + threads / 8), d->stream, *a,
+                 tern__wide(a->dy, a->dw, 4 * a->cols));
+    return TERN_OK;
+}
+
+/* -- element by element -- */
+
+static __global__ void tern__fill_fours(tern_fill_args a, int wide)
+{
+    tern__each4(a.count, [&](int64_t i, int n) {
+        float x[4];
+        for (int k = 0; k < 4; k++) x[k] = a.deviation == 0.0f ? 0.0f : a.deviation * tern__normal(a.seed, (uint64_t)(i + k), a.stream);
+        tern__store4(TERN_F32, a.x, i, n, wide, x);
+    });
+}
+
+static tern_result tern__gpu_fill(tern_run *r, tern__gpu *d, const tern_fill_args *a)
+{
+    (void)r;
+    TERN__LAUNCH(tern__fill_fours, tern__grid4(d, a->count), TERN__THREADS, 0, d->stream, *a, tern__wide(a->x));
+    return TERN_OK;
+}
+
+static __global__ void tern__cast_fours(tern_cast_args a, int wide, tern__blame blame)
+{
+    tern__each4(a.count, [&](int64_t i, int n) {
+        float x[4];
+        tern__load4(a.from, a.src, i, n, wide, x);
+        for (int k = 0; k < 4; k++)
+            if (a.finite && !tern__finite(x[k])) {
+                tern__report(blame, i + k);
+                x[k] = 0.0f;
+            }
+        tern__store4(a.to, a.dst, i, n, wide, x);
+    });
+}
+
+static tern_result tern__gpu_cast(tern_run *r, tern__gpu *d, const tern_cast_args *a)
+{
+    (void)r;
+    TERN__LAUNCH(tern__cast_fours, tern__grid4(d, a->count), TERN__THREADS, 0, d->stream, *a, tern__wide(a->src, a->dst),
+                 tern__blame_of(d, TERN__REFUSED_CAST));
+    return TERN_OK;
+}
+
+/* Four elements of a map, each value from its x and z, or the derivatives times dy. */
+static __device__ __forceinline__ void tern__map4(tern_map_fn fn, float alpha, const float xs[4], const float zs[4], float y[4])
+{
+    switch (fn) {
+#define TERN__MAP(FN, Y, DA, DB)                                           \
+    case TERN_MAP_##FN:                                                    \
+        for (int k = 0; k < 4; k++) {                                      \
+            const float x = xs[k], z = zs[k];                              \
+            (void)z;                                                       \
+            y[k] = Y;                                                      \
+        }                                                                  \
+        break;
+    TERN__MAPS(TERN__MAP)
+#undef TERN__MAP
+    }
+}
+static __device__ __forceinline__ void tern__map4_back(tern_map_fn fn, float alpha, const float xs[4], const float zs[4], const float dys[4],
+                                                       float da[4], float db[4])
+{
+    switch (fn) {
+#define TERN__MAP(FN, Y, DA, DB)                                           \
+    case TERN_MAP_##FN:                                                    \
+        for (int k = 0; k < 4; k++) {                                      \
+            const float x = xs[k], z = zs[k], dy = dys[k];                 \
+            (void)x; (void)z; (void)dy;                                    \
+            da[k] = DA;                                                    \
+            db[k] = DB;                                                    \
+        }                                                                  \
+        break;
+    TERN__MAPS(TERN__MAP)
+#undef TERN__MAP
+    }
+}
+
+/* What is NULL is not used. */
+static __global__ void tern__map_fours(tern_map_args a, int wide)
+{
+    tern__each4(a.count, [&](int64_t i, int n) {
+        float x[4], z[4] = {0.0f, 0.0f, 0.0f, 0.0f}, y[4];
+        tern__load4(TERN_F32, a.a, i, n, wide, x);
+        if (a.b) tern__load4(TERN_F32, a.b, i, n, wide, z);
+        tern__map4(a.fn, a.alpha, x, z, y);
+        tern__store4(TERN_F32, a.y, i, n, wide, y);
+    });
+}
+static __global__ void tern__map_fours_back(tern_map_args a, int wide)
+{
+    tern__each4(a.count, [&](int64_t i, int n) {
+        float x[4] = {0.0f, 0.0f, 0.0f, 0.0f}, z[4] = {0.0f, 0.0f, 0.0f, 0.0f}, dy[4], da[4], db[4];
+        if (a.a) tern__load4(TERN_F32, a.a, i, n, wide, x);
+        if (a.b) tern__load4(TERN_F32, a.b, i, n, wide, z);
+        tern__load4(TERN_F32, a.dy, i, n, wide, dy);
+        tern__map4_back(a.fn, a.alpha, x, z, dy, da, db);
+        if (a.da) tern__store4(TERN_F32, a.da, i, n, wide, da);
+        if (a.db) tern__store4(TERN_F32, a.db, i, n, wide, db);
+    });
+}
+
+static tern_result tern__gpu_map(tern_run *r, tern__gpu *d, const tern_map_args *a)
+{
+    tern_map_args used = *a;
+    (void)r;
+    if (a->fn != TERN_MAP_ADD && a->fn != TERN_MAP_MUL) used.b = used.db = NULL;
+    if (a->dy && (a->fn == TERN_MAP_ADD || a->fn == TERN_MAP_SCALE)) used.a = used.b = NULL; /* linear: dy is all it takes */
+    TERN__LAUNCH((a->dy ? tern__map_fours_back : tern__map_fours), tern__grid4(d, a->count), TERN__THREADS, 0, d->stream, used,
+                 tern__wide(used.a, used.b, a->y, a->dy, a->da, used.db));
+    return TERN_OK;
+}
+
+/* -- norm: one block to a row -- */
+
+/* 1/sqrt(mean(x^2) + eps), or 0, in every thread of the block. */
+static __device__ float tern__norm_factor(const tern_norm_args *a, const float *x, float *sums)
+{
+    const float mean = tern__block_sum(a->cols, [&](int64_t i) { return x[i] * x[i]; }, sums) / (float)a->cols;
+    return tern__finite(mean) ? 1.0f / tern__sqrt(mean + a->eps) : 0.0f;
+}
+
+/* y = x g r */
+static __device__ void tern__norm_row(const tern_norm_args *a, int64_t t, float r, int wide)
+{
+    tern__each4_of_row(a->cols, [&](int64_t i, int n) {
+        float x[4], gain[4];
+        tern__load4(TERN_F32, a->x + t * a->cols, i, n, wide, x);
+        if (a->gain) tern__load4(TERN_F32, a->gain, i, n, wide, gain);
+        for (int k = 0; k < 4; k++) x[k] = r > 0.0f ? (a->gain ? x[k] * gain[k] : x[k]) * r : 0.0f;
+        tern__store4(TERN_F32, a->y + t * a->cols, i, n, wide, x);
+    });
+}
+
+/* dx = r g dy - x r^3 mean(g dy x) */
+static __device__ void tern__norm_row_back(const tern_norm_args *a, int64_t t, float r, float *sums, int wide)
+{
+    const float *xs = a->x + t * a->cols, *dys = a->dy + t * a->cols;
+    const float dot = tern__block_sum(a->cols, [&](int64_t i) { return (a->gain ? a->gain[i] * dys[i] : dys[i]) * xs[i]; }, sums);
+    const float mean = dot / (float)a->cols * (r * r * r);
+    tern__each4_of_row(a->cols, [&](int64_t i, int n) {
+        float x[4], dy[4], gain[4], dx[4];
+        tern__load4(TERN_F32, xs, i, n, wide, x);
+        tern__load4(TERN_F32, dys, i, n, wide, dy);
+        if (a->gain) tern__load4(TERN_F32, a->gain, i, n, wide, gain);
+        if (a->add) tern__load4(TERN_F32, a->dx + t * a->cols, i, n, wide, dx);
+        for (int k = 0; k < 4; k++) {
+            const float v = r > 0.0f ? r * (a->gain ? gain[k] * dy[k] : dy[k]) - x[k] * mean : 0.0f;
+            dx[k] = a->add ? dx[k] + v : v;
+        }
+        tern__store4(TERN_F32, a->dx + t * a->cols, i, n, wide, dx);
+    });
+}
+
+static __global__ void __launch_bounds__(1024) tern__norm_rows(tern_norm_args a, int wide, tern__blame blame)
+{
+    TERN__SHARED(float, sums);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const float r = tern__norm_factor(&a, a.x + t * a.cols, sums);
+        if (!(r > 0.0f) && threadIdx.x == 0) tern__report(blame, t);
+        if (!a.dy) tern__norm_row(&a, t, r, wide);
+        else if (a.dx) tern__norm_row_back(&a, t, r, sums, wide);
+    }
+}
+
+static __global__ void __launch_bounds__(1024) tern__norm_factors(tern_norm_args a, float *factors)
+{
+    TERN__SHARED(float, sums);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const float r = tern__norm_factor(&a, a.x + t * a.cols, sums);
+        if (threadIdx.x == 0) factors[t] = r;
+    }
+}
+
+/* dgain in order of the tokens: a block has 32 columns, whose terms all its warps bring and the first one adds. -0 adds
+   nothing, to -0 neither. */
+enum { TERN__GAIN_TOKENS = 128 };
+static __global__ void tern__norm_gain_columns(tern_norm_args a, const float *factors)
+{
+    TERN__SHARED(float, terms);
+    const int lane = (int)(threadIdx.x % 32), warp = (int)(threadIdx.x / 32);
+    const int64_t col = (int64_t)blockIdx.x * 32 + lane;
+    const int inside = col < a.cols;
+    float sum = inside && warp == 0 ? a.dgain[col] : 0.0f;
+    for (int64_t from = 0; from < a.n; from += TERN__GAIN_TOKENS) {
+        for (int k = 0; k < TERN__GAIN_TOKENS / TERN__WARPS; k++) {
+            const int64_t t = from + k * TERN__WARPS + warp;
+            const int there = inside && t < a.n;
+            const float r = there ? factors[t] : 0.0f, x = there ? a.x[t * a.cols + col] : 0.0f, dy = there ? a.dy[t * a.cols + col] : 0.0f;
+            terms[(k * TERN__WARPS + warp) * 32 + lane] = r > 0.0f ? dy * (x * r) : -0.0f;
+        }
+        __syncthreads();
+        for (int k = 0; warp == 0 && k < TERN__GAIN_TOKENS; k++) sum = sum + terms[k * 32 + lane];
+        __syncthreads();
+    }
+    if (inside && warp == 0) a.dgain[col] = sum;
+}
+
+/* Some rows at a time, whose factors have room in the work memory. */
+static void tern__gpu_norm_gain(const tern__gpu *d, const tern_norm_args *a, int64_t rows)
+{
+    for (int64_t t = 0; t < a->n; t += rows) {
+        tern_norm_args piece = *a;
+        piece.n = tern__min(rows, a->n - t);
+        piece.x += t * a->cols;
+        piece.dy += t * a->cols;
+        TERN__LAUNCH(tern__norm_factors, tern__grid(d, piece.n, 1), tern__row_threads(a->cols), tern__row_shared(a->cols), d->stream, piece, d->work);
+        TERN__LAUNCH(tern__norm_gain_columns, (unsigned)tern__ceil_div(a->cols, 32), TERN__THREADS, TERN__GAIN_TOKENS * 32 * sizeof(float), d->stream,
+                     piece, d->work);
+    }
+}
+
+static tern_result tern__gpu_norm(tern_run *r, tern__gpu *d, const tern_norm_args *a)
+{
+    const int wide = tern__wide(a->x, a->gain, a->y, a->dy, a->dx, 4 * a->cols);
+    TERN__TRY(tern__check_row(r, "norm", a->cols));
+    if (a->dy && a->dgain) tern__gpu_norm_gain(d, a, TERN__WORK); /* first: dx may be dy */
+    TERN__LAUNCH(tern__norm_rows, tern__grid(d, a->n, 1), tern__row_threads(a->cols), tern__row_shared(a->cols), d->stream, *a, wide,
+                 tern__blame_of(d, TERN__FAULT_NORM));
+    return TERN_OK;
+}
+
+/* -- rotary positions: a thread turns a pair of four heads -- */
+
+static __device__ void tern__rope_four(const tern_rope_args *a, float *x, int heads, float sine, float cosine)
+{
+    float u[4], v[4];
+    for (int k = 0; k < 4; k++) {
+        u[k] = k < heads ? x[k * a->dim] : 0.0f;
+        v[k] = k < heads ? x[k * a->dim + a->dim / 2] : 0.0f;
+    }
+    for (int k = 0; k < 4; k++)
+        if (k < heads) {
+            x[k * a->dim] = u[k] * cosine - v[k] * sine;
+            x[k * a->dim + a->dim / 2] = u[k] * sine + v[k] * cosine;
+        }
+}
+
+static __global__ void tern__rope_pairs(tern_rope_args a, float step)
+{
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const float position = (float)(a.start + t % a.period);
+        for (int i = (int)threadIdx.x; i < a.dim / 2; i += (int)blockDim.x) {
+            float sine, cosine;
+            tern__sincos(position * tern__exp((float)i * step), &sine, &cosine);
+            if (a.inverse) sine = 0.0f - sine;
+            for (int64_t h = 4 * blockIdx.y; h < a.heads; h += 4 * gridDim.y)
+                tern__rope_four(&a, a.x + t * a.stride + h * a.dim + i, (int)tern__min(4, a.heads - h), sine, cosine);
+        }
+    }
+}
+
+static tern_result tern__gpu_rope(tern_run *r, tern__gpu *d, const tern_rope_args *a)
+{
+    const float step = -2.0f / (float)a->dim * tern__log(a->base > 0.0f ? a->base : 10000.0f);
+    const dim3 grid(tern__grid(d, a->n, 1), (unsigned)tern__min(65535, tern__ceil_div(a->heads, 4)));
+    (void)r;
+    TERN__LAUNCH(tern__rope_pairs, grid, 32 * (int)tern__min(TERN__WARPS, tern__ceil_div(a->dim, 64)), 0, d->stream, *a, step);
+    return TERN_OK;
+}
+
+/* -- loss and sums -- */
+
+/* Words in the order of the floats. */
+static __device__ uint32_t tern__to_rank(float x) { return tern__bits(x) >> 31 ? ~tern__bits(x) : tern__bits(x) | 0x80000000u; }
+static __device__ float tern__from_rank(uint32_t rank) { return tern__float(rank >> 31 ? rank & 0x7FFFFFFFu : ~rank); }
+
+/* The largest of a row, in every thread of the block; usable: whether all are finite. */
+static __device__ float tern__largest(int64_t n, const float *x, int *usable, uint32_t *seen)
+{
+    uint32_t rank = 0, size = 0;
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+        rank = tern__to_rank(x[i]) > rank ? tern__to_rank(x[i]) : rank;
+        size = tern__bits(tern__abs(x[i])) > size ? tern__bits(tern__abs(x[i])) : size;
+    }
+    *usable = tern__finite(tern__float(tern__block_max(size, seen)));
+    return tern__from_rank(tern__block_max(rank, seen));
+}
+
+/* Exponentials are taken twice: once more costs less than to store and load them. */
+static __global__ void __launch_bounds__(1024) tern__loss_rows(tern_loss_args a, int wide, tern__blame blame)
+{
+    TERN__SHARED(float, sums);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const float *x = a.logits + t * a.classes;
+        const int32_t target = a.targets[t];
+        int usable;
+        const float largest = tern__largest(a.classes, x, &usable, (uint32_t *)sums);
+        usable = usable && target >= 0 && target < a.classes;
+        const float at_target = usable ? x[target] : 0.0f; /* dlogits may be logits */
+        const float sum = tern__block_sum(a.classes, [&](int64_t i) { return tern__exp(x[i] - largest); }, sums);
+        if (!usable && threadIdx.x == 0) tern__report(blame, t);
+        if (threadIdx.x == 0) a.losses[t] = usable ? tern__log(sum) + (largest - at_target) : 0.0f;
+        if (a.dlogits) tern__each4_of_row(a.classes, [&](int64_t i, int n) {
+            float dx[4];
+            tern__load4(TERN_F32, x, i, n, wide, dx);
+            for (int k = 0; k < 4; k++)
+                dx[k] = usable ? (tern__exp(dx[k] - largest) / sum - (i + k == target ? 1.0f : 0.0f)) * a.scale : 0.0f;
+            tern__store4(TERN_F32, a.dlogits + t * a.classes, i, n, wide, dx);
+        });
+    }
+}
+
+static tern_result tern__gpu_loss(tern_run *r, tern__gpu *d, const tern_loss_args *a)
+{
+    TERN__TRY(tern__check_row(r, "loss", a->classes));
+    TERN__LAUNCH(tern__loss_rows, tern__grid(d, a->n, 1), tern__row_threads(a->classes), tern__row_shared(a->classes), d->stream, *a,
+                 tern__wide(a->logits, a->dlogits, 4 * a->classes), tern__blame_of(d, TERN__FAULT_LOSS));
+    return TERN_OK;
+}
+
+static tern_result tern__gpu_sum(tern_run *r, tern__gpu *d, const tern_sum_args *a)
+{
+    const int64_t most = (int64_t)TERN__WORK * TERN__BLOCK;
+    TERN__REQUIRE(r, a->count <= most, TERN_E_UNSUPPORTED, "cuda: sum: %d floats; %d is the most", a->count, most);
+    tern__gpu_total(d, (int)a->kind, a->count, a->x, d->work, a->y, a->add);
+    return TERN_OK;
+}
+
+/* -- optimizers -- */
+
+static __device__ __forceinline__ void tern__optimize4(const tern_optimize_args *a, float factor, float correct1, float correct2, int64_t i, int n, int wide)
+{
+    const int adam = a->kind == TERN_ADAMW;
+    float w[4], grad[4], moment1[4] = {0.0f, 0.0f, 0.0f, 0.0f}, moment2[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    uint32_t random[4] = {0, 0, 0, 0};
+    tern__load4(a->type, a->w, i, n, wide, w);
+    tern__load4(TERN_F32, a->grad, i, n, wide, grad);
+    if (a->moment1) tern__load4(TERN_F32, a->moment1, i, n, wide, moment1);
+    if (adam) tern__load4(TERN_F32, a->moment2, i, n, wide, moment2);
+    if (a->type == TERN_BF16) tern__philox(a->seed, (uint64_t)(i >> 2), a->step, a->stream, random);
+    for (int k = 0; k < 4; k++) {
+        tern__trained e = {w[k], grad[k], moment1[k], moment2[k]};
+        tern__optimize_one(a, factor, correct1, correct2, &e);
+        w[k] = a->type == TERN_BF16 ? tern__from_bf16(tern__to_bf16_with(e.w, random[k] & 0xFFFF)) : e.w;
+        grad[k] = e.grad;
+        moment1[k] = e.moment1;
+        moment2[k] = e.moment2;
+    }
+    tern__store4(a->type, a->w, i, n, wide, w);
+    tern__store4(TERN_F32, a->grad, i, n, wide, grad);
+    if (a->moment1) tern__store4(TERN_F32, a->moment1, i, n, wide, moment1);
+    if (adam) tern__store4(TERN_F32, a->moment2, i, n, wide, moment2);
+}
+
+static __global__ void tern__optimize_fours(tern_optimize_args a, float correct1, float correct2, int wide, tern__blame blame)
+{
+    const int usable = !a.norm2 || tern__finite(*a.norm2);
+    const float factor = tern__clip_factor(a.clip, a.norm2), zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (!usable && blockIdx.x == 0 && threadIdx.x == 0) tern__report(blame, a.step);
+    tern__each4(a.count, [&](int64_t i, int n) {
+        if (usable) tern__optimize4(&a, factor, correct1, correct2, i, n, wide);
+        else tern__store4(TERN_F32, a.grad, i, n, wide, zeros);
+    });
+}
+
+static tern_result tern__gpu_optimize(tern_run *r, tern__gpu *d, const tern_optimize_args *a)
+{
+    const float correct1 = 1.0f / (1.0f - tern__power(a->beta1, a->step)), correct2 = 1.0f / (1.0f - tern__power(a->beta2, a->step));
+    (void)r;
+    TERN__LAUNCH(tern__optimize_fours, tern__grid4(d, a->count), TERN__THREADS, 0, d->stream, *a, correct1, correct2,
+                 tern__wide(a->w, a->grad, a->moment1, a->moment2), tern__blame_of(d, TERN__FAULT_OPTIMIZE));
+    return TERN_OK;
+}
 
 /* ------------------------------------------------------------------------------------------------
    [CUDA-9] The function table
