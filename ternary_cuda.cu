@@ -2535,7 +2535,7 @@ static tern_result tern__gpu_open(tern_run *r)
         result = tern__gpu_open_here(r, d);
         tern__gpu_leave(&current);
     }
-    if (0) result = tern__gpu_selftest(r); /* STUB: when every operation is there */
+    if (result == TERN_OK) result = tern__gpu_selftest(r);
     if (result != TERN_OK) tern__gpu_close(r);
     return result;
 }
