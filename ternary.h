@@ -8,7 +8,8 @@ ternary.h - neural networks whose weights are -1, 0 or +1, in one C file
 
 It turns float matrices into trits and scales, packs them into 2 or 1.6 bits per weight, runs them with
 kernels chosen for the CPU at run time, and trains them (straight-through estimator, shadow weights).
-Inference gives the same bits on every CPU, with any number of threads and any batch.
+Inference gives the same bits on every CPU, with any number of threads and any batch. ternary_cuda.cu beside
+this file runs all of it on a GPU, with those bits too.
 
 CONTENTS (search for the tag)
 
@@ -66,8 +67,8 @@ ONE WAY THROUGH
 WHAT IT DOES NOT DO
 
     No autograd: a layer's backward is a call beside its forward. No tokenizers, no data loading. No lazy
-    global state, no hidden threads, no printing, no abort. No Arm, WebAssembly or GPU kernels yet (the
-    scalar tier runs anywhere). MSVC (untested): no SIMD tiers, no thread pool.
+    global state, no hidden threads, no printing, no abort. No Arm or WebAssembly kernels yet (the scalar
+    tier runs anywhere), and of GPUs CUDA alone. MSVC (untested): no SIMD tiers, no thread pool.
 
 OPTIONS (define before the implementation; public layouts never depend on them)
 
@@ -95,6 +96,13 @@ THREADS
     tern_parallel.run, yours or a tern_pool's; without one everything runs on the calling thread. Results
     never depend on the number of workers.
 
+CUDA
+
+    ternary_cuda.cu, compiled by nvcc, is a second table: a context opened with desc.backend =
+    tern_cuda_backend(0) has its memory and its operations on that device (compute capability 7.5 or above).
+    Data pointers are then the device's, from tern_alloc or tern_param_alloc, and tern_copy, tern_param_give and
+    tern_model_load fill them. Calls queue their work and return. Files are the same as the CPU's.
+
 PERMISSION FOR AMX
 
     On x86-64 Linux a process must ask the kernel before it may use AMX. tern_open and tern_cpu_backend ask
@@ -108,14 +116,17 @@ ERRORS
     Argument errors come back at once and nothing is written. Data faults (NaN in an activation row, a token
     id out of range) leave a zero row and are reported by the next tern_sync: one-pass kernels and queued
     devices cannot know earlier. Weights that are not finite are refused with their index.
+    On a GPU what only the data can tell (weights, scales, trits, codes, elements of a finite cast) comes with
+    the next tern_sync too, under the CPU's code, and was taken as zero. Sizes beyond the device version are
+    TERN_E_UNSUPPORTED at once. What fails while it runs is TERN_E_DEVICE from the next call that waits.
 
 NUMERICS AND DETERMINISM
 
     int8 dot products are exact in int32 (inputs per row <= 262144; tern_dense_i8: <= 131071). Float sums follow one rule: up to 1024
     terms in 64 lanes, then pairwise; more in blocks of 1024. Float dot products run in order, in segments of
     2048. No contraction, no libm; exp, log, tanh, sine and cosine are the library's own polynomials.
-    So the forward pass gives the same bits from every tier, compiler and architecture. Gradients are fused
-    where the tier can: training repeats exactly on a given tier, for any thread count. Signs and payloads of
+    So the forward pass gives the same bits from every tier, compiler and architecture, GPUs included. Gradients are
+    fused where the tier can: training repeats exactly on a given tier, for any thread count. Signs and payloads of
     NaN are not part of the promise, nor is clang's -ffp-contract=fast, which no code can see or undo.
 
 FORMATS
@@ -321,7 +332,7 @@ TERN_API tern_result tern_activation_shape(tern_context *c, const tern_matrix *m
    tern_NAME(context, &args) checks the arguments and runs the operation on the context's backend.
    Every operation overwrites its output unless it says "adds". Inputs and outputs must not overlap
    unless it says so. n counts tokens, at least 1; float buffers are float32, row-major, contiguous; pointers
-   are aligned to their elements (packed trits: to nothing). A number left at zero (alpha, scale, rate) is
+   are aligned to their elements (packed trits: to nothing; on a GPU trits and q: to 16). A number left at zero (alpha, scale, rate) is
    zero: defaults are named where there are any. An eps of a norm must be positive. */
 
 /* [rows, cols] floats -> trits and scales. Weights that are NaN, infinite or 2^96 and above are refused
@@ -603,7 +614,8 @@ TERN_API tern_result tern_param_set(tern_context *c, tern_param *p, tern_type ty
 /* Sets trits [rows, cols] and scales [rows, groups] (row-major; one for TERN_PER_TENSOR) from host memory,
    as they are: an invalid trit or scale is refused and nothing changes. A shadow, if any, becomes their product. */
 TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_t *trits, const float *scales);
-/* Reads row r into host memory: trits [cols], its scales [groups], values [cols] (each or NULL). */
+/* Reads row r into host memory: trits [cols], its scales [groups], values [cols] (each or NULL). It allocates, and
+   waits for a GPU: verify, stats and files, which read many rows at a time, are the way to read them all. */
 TERN_API tern_result tern_param_get(tern_context *c, const tern_param *p, int64_t row, int8_t *trits, float *scales, float *values);
 
 /* Statistics of a shadow under the parameter's own rule and stored scales (after Tilelli's
@@ -637,7 +649,7 @@ typedef struct tern_linear {
     tern_act act;
 } tern_linear;
 TERN_API tern_result tern_linear_need(tern_context *c, const tern_linear *l, int64_t n, tern_need *out);
-/* x [n, cols] -> y [n, rows], apart. saved: need.saved bytes, aligned to 4, for the backward, or NULL for inference. */
+/* x [n, cols] -> y [n, rows], apart. saved: need.saved bytes, aligned to 4 (on a GPU: 16), for the backward, or NULL for inference. */
 TERN_API tern_result tern_linear_forward(tern_context *c, const tern_linear *l, int64_t n, const float *x, float *y, void *saved);
 /* Straight-through: adds into the TERN_GRAD of w, bias and gain where present; dx [n, cols] (or NULL) is
    overwritten. x and saved as in the forward. No two of the pointers may overlap. */
