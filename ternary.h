@@ -5294,12 +5294,12 @@ TERN_API tern_result tern_param_set(tern_context *c, tern_param *p, tern_type ty
 
 /* -- rows cross between the host and the backend in chunks, so that a device is waited for seldom -- */
 
-enum { TERN__CHUNK = 1 << 20 }; /* bytes that cross at a time, or a panel where that is more */
+enum { TERN__TRANSFER = 1 << 20 }; /* bytes that cross at a time, or a panel where that is more */
 
 /* Rows of a chunk at so many bytes per weight: whole panels. */
 static int64_t tern__chunk_rows(const tern_param *p, int64_t width)
 {
-    const int64_t panels = tern__min(TERN__CHUNK / (TERN__ROWS * width * p->cols), tern__ceil_div(p->rows, TERN__ROWS));
+    const int64_t panels = tern__min(TERN__TRANSFER / (TERN__ROWS * width * p->cols), tern__ceil_div(p->rows, TERN__ROWS));
     return tern__max(panels, 1) * TERN__ROWS;
 }
 
@@ -6395,7 +6395,7 @@ static tern_result tern__emit_floats(tern__writer *w, const tern_param *p, int32
     uint8_t *chunk = (uint8_t *)w->reader.host;
     int64_t at, n;
     for (at = 0; at < bytes; at += n) {
-        n = tern__min(bytes - at, TERN__CHUNK);
+        n = tern__min(bytes - at, TERN__TRANSFER);
         TERN__TRY(tern_copy(w->c, chunk, (const uint8_t *)p->buffer[which].data + at, (size_t)n, TERN_TO_HOST));
         tern__little_endian(chunk, n / width, width);
         tern__emit_bytes(w, chunk, (size_t)n);
@@ -6460,7 +6460,7 @@ static tern_result tern__write(tern_context *c, const tern_model *m, int32_t mas
 {
     tern__writer w;
     tern_result result = TERN_OK;
-    int64_t host = TERN__CHUNK;
+    int64_t host = TERN__TRANSFER;
     int32_t i;
     TERN__REQUIRE(&c->run, sink && sink->write, TERN_E_ARGUMENT, "the sink or its write is NULL");
     memset(&w, 0, sizeof w);
@@ -6811,7 +6811,7 @@ static tern_result tern__prepare(tern__loader *l, const tern_model *m)
             if (tern__is_stored(p, b, TERN__ALL_BUFFERS)) TERN__TRY(tern__match_tensor(l, p, b, &l->source[i * TERN_BUFFERS + b]));
         scales = tern__max(scales, tern__buffer_count(p, TERN_SCALES));
     }
-    l->chunk = (uint8_t *)tern__host_alloc(a, (size_t)tern__max(trits, TERN__CHUNK));
+    l->chunk = (uint8_t *)tern__host_alloc(a, (size_t)tern__max(trits, TERN__TRANSFER));
     l->scales = (float *)tern__host_alloc(a, (size_t)scales * sizeof(float));
     l->ordered = tern__host_alloc(a, (size_t)scales * sizeof(float));
     l->staging = (int8_t *)tern_alloc(l->c, (size_t)(trits + 1));
@@ -6847,7 +6847,7 @@ static tern_result tern__load_floats(tern__loader *l, const tern_param *p, int32
     const int32_t width = (int32_t)tern__type_bytes(tern__buffer_type(p, which));
     int64_t at, n;
     for (at = 0; at < t.bytes; at += n) {
-        n = tern__min(t.bytes - at, TERN__CHUNK);
+        n = tern__min(t.bytes - at, TERN__TRANSFER);
         memcpy(l->chunk, source + at, (size_t)n);
         tern__little_endian(l->chunk, n / width, width);
         TERN__TRY(tern_copy(l->c, (uint8_t *)p->buffer[which].data + at, l->chunk, (size_t)n, TERN_TO_DEVICE));

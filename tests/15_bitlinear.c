@@ -400,7 +400,7 @@ static tern_context *chunk_open(tern_backend *table)
 }
 
 /* A parameter whose rows cross in three chunks: panels of 16, 16 and 3 rows. */
-enum { CHUNK_ROWS = 35, CHUNK_COLS = TERN__CHUNK / 32 + 1 };
+enum { CHUNK_ROWS = 35, CHUNK_COLS = TERN__TRANSFER / 32 + 1 };
 
 static void chunk_give(tern_context *c, tern_param *p, int8_t *trits, float *values)
 {

@@ -277,7 +277,7 @@ static void files_chunks(void)
     memset(&a, 0, sizeof a);
     file_add(&a, "small", 3, 17, TERN_ABSMEAN, TERN_PER_ROW);
     file_add(&a, "wide", CHUNK_ROWS, CHUNK_COLS, TERN_ABSMEAN, 1000);
-    file_add(&a, "long", 1, TERN__CHUNK / 4 + 3, TERN_DENSE, 0);
+    file_add(&a, "long", 1, TERN__TRANSFER / 4 + 3, TERN_DENSE, 0);
     b = a;
     b.m.items = b.items;
     for (i = 0; i < b.m.count; i++) b.items[i] = &b.p[i];
