@@ -372,15 +372,487 @@ static tern_result tern__gpu_unpack(tern_run *r, tern__gpu *d, const tern_unpack
    What enters: float rows, packed panels. What leaves: quantized rows, and products exact in int32.
    ------------------------------------------------------------------------------------------------ */
 
-static tern_result tern__gpu_quantize(tern_run *r, tern__gpu *d, const tern_quantize_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: quantize is missing"); } /* STUB */
-static tern_result tern__gpu_linear(tern_run *r, tern__gpu *d, const tern_linear_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: linear is missing"); } /* STUB */
+enum {
+    TERN__PIECE = 512,     /* inputs of a row that a warp quantizes at a time */
+    TERN__ROOM = TERN__BLOCK * 4 + 128, /* bytes of shared memory for a row's sums and maxima */
+    TERN__AHEAD = 4,       /* loads of a lane that are under way at once, 16 bytes each */
+    TERN__FEW_TOKENS = 16, /* of a product that reads the weights once */
+    TERN__FUSED_TOKENS = 4, TERN__FUSED_BYTES = 24 << 10 /* of a layer whose blocks quantize for themselves */
+};
+
+/* r = 1/sqrt(mean(x^2) + eps); 0 for a row that has no finite mean square. */
+static __device__ float tern__block_rms(int64_t n, const float *x, float eps, float *room)
+{
+    const float mean = tern__block_sum(n, [&](int64_t i) { return x[i] * x[i]; }, room) / (float)n;
+    return tern__finite(mean) ? 1.0f / tern__sqrt(mean + eps) : 0.0f;
+}
+
+/* Row t, by a block; q, scale and sum are that row's. Within a row everything fits 32 bits: at most 2^18 units. */
+static __device__ void tern__quantize_row(const tern_quantize_args &a, const tern__shape &s, int64_t t, int8_t *q, float *scale, int32_t *sum,
+                                          tern__blame blame, float *room)
+{
+    const int cols = (int)a.m.cols, group = (int)s.group, groups = (int)s.groups, run = (int)(s.group_units * s.unit), used = (int)(s.units * s.unit);
+    const int pieces = (run + TERN__PIECE - 1) / TERN__PIECE, lane = (int)threadIdx.x % 32, warps = (int)blockDim.x / 32;
+    const float *x = a.x + t * cols;
+    uint32_t bits = 0;
+    for (int i = (int)threadIdx.x; i < cols; i += (int)blockDim.x) {
+        const uint32_t mine = tern__bits(a.gain ? x[i] * a.gain[i] : x[i]) & 0x7FFFFFFFu;
+        bits = mine > bits ? mine : bits;
+    }
+    const float largest = tern__float(tern__block_max(bits, (uint32_t *)room));
+    const float r = a.norm == TERN_NORM_RMS ? tern__block_rms(cols, x, a.eps, room) : 1.0f;
+    const float inverse = 127.0f / largest;
+    const bool usable = tern__finite(largest) && r > 0.0f, zero = !usable || !tern__finite(inverse);
+    if (threadIdx.x == 0) *scale = zero ? 0.0f : largest / 127.0f * r;
+    if (threadIdx.x == 0 && !usable) tern__report(blame, t);
+    for (int g = (int)threadIdx.x; g < groups; g += (int)blockDim.x) sum[g] = 0;
+    for (int i = used + 4 * (int)threadIdx.x; i < s.stride; i += 4 * (int)blockDim.x) *(uint32_t *)(q + i) = 0;
+    __syncthreads();
+    for (int item = (int)threadIdx.x / 32; item < groups * pieces; item += warps) {
+        const int g = item / pieces, first = item % pieces * TERN__PIECE, n = min(group, cols - g * group);
+        const int end = min(first + TERN__PIECE, min(run, used - g * run));
+        int total = 0;
+        for (int i = first + 4 * lane; i < end; i += 128) {
+            uint32_t four = 0;
+            for (int j = 0; j < 4 && i + j < n && !zero; j++) {
+                const int at = g * group + i + j, v = (int)tern__round((a.gain ? x[at] * a.gain[at] : x[at]) * inverse);
+                total += v;
+                four |= (uint32_t)(v & 255) << 8 * j;
+            }
+            *(uint32_t *)(q + g * run + i) = four;
+        }
+        for (int half = 16; half > 0; half /= 2) total += __shfl_xor_sync(TERN__ALL_LANES, total, half);
+        if (lane == 0) atomicAdd(&sum[g], total);
+    }
+    __syncthreads();
+}
+
+static __global__ void tern__quantize_rows(tern_quantize_args a, tern__shape s, tern__blame blame)
+{
+    TERN__SHARED(float, room);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x)
+        tern__quantize_row(a, s, t, a.q + t * s.stride, a.scale + t, a.sum + t * s.groups, blame, room);
+}
+
+static tern_result tern__gpu_quantize(tern_run *r, tern__gpu *d, const tern_quantize_args *a)
+{
+    const int threads = a->m.cols > 2048 ? 1024 : TERN__THREADS; /* few long rows still fill a multiprocessor */
+    TERN__TRY(tern__check_aligned16(r, "quantize: q", a->q));
+    TERN__LAUNCH(tern__quantize_rows, tern__grid(d, a->n, 1), threads, TERN__ROOM, d->stream, *a, tern__shape_of(&a->m),
+                 tern__blame_of(d, TERN__FAULT_QUANTIZE));
+    return TERN_OK;
+}
+
+/* A product with trits on tensor cores. Lane 4g + t takes the 16 bytes of rows 4 (g % 4) to + 3 in panel g / 4 of a pair, of
+   unit u + t: so a warp reads 256 bytes of each panel, and a quad of inputs (4 bytes of q) is what the instruction
+   wants of a lane, if "row g" and "row g + 8" are understood as two of those four rows. */
+
+/* The codes of a row in a unit, a word for each quad of inputs. Of 2-bit units those of odd quads are four-fold: no shift. */
+template <bool Base3> static __device__ void tern__codes(uint32_t w, uint32_t code[5])
+{
+    if (Base3) {
+        uint32_t even = w & 0x00FF00FFu, odd = w >> 8 & 0x00FF00FFu;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint32_t even3 = even * 171 >> 9 & 0x007F007Fu, odd3 = odd * 171 >> 9 & 0x007F007Fu; /* thirds of bytes */
+            code[i] = (even - 3 * even3) | (odd - 3 * odd3) << 8;
+            even = even3;
+            odd = odd3;
+        }
+        code[4] = even | odd << 8;
+    } else {
+        const uint32_t high = w >> 4;
+        code[0] = w & 0x03030303u;
+        code[1] = w & 0x0C0C0C0Cu;
+        code[2] = high & 0x03030303u;
+        code[3] = high & 0x0C0C0C0Cu;
+        code[4] = 0;
+    }
+}
+
+/* The quads of q for a unit. */
+template <bool Base3> static __device__ void tern__quads(const int8_t *q, uint32_t quad[5])
+{
+    if (Base3) {
+#pragma unroll
+        for (int i = 0; i < 5; i++) quad[i] = ((const uint32_t *)q)[i];
+    } else {
+        const uint4 v = *(const uint4 *)q;
+        quad[0] = v.x; quad[1] = v.y; quad[2] = v.z; quad[3] = v.w;
+    }
+}
+
+/* even += the quads 0, 2 (and 4) of two rows, odd += 1 and 3. */
+template <bool Base3> static __device__ void tern__mma_codes(const uint32_t row0[5], const uint32_t row1[5], const uint32_t quad[5], int even[4], int odd[4])
+{
+    const uint32_t a0[4] = {row0[0], row1[0], row0[2], row1[2]}, b0[2] = {quad[0], quad[2]};
+    const uint32_t a1[4] = {row0[1], row1[1], row0[3], row1[3]}, b1[2] = {quad[1], quad[3]};
+    tern__mma_s8(even, a0, b0);
+    tern__mma_s8(odd, a1, b1);
+    if (Base3) {
+        const uint32_t a2[4] = {row0[4], row1[4], 0, 0}, b2[2] = {quad[4], 0};
+        tern__mma_s8(even, a2, b2);
+    }
+}
+
+/* Where the lane's bytes of a pair of panels begin; of a pair without a second panel it reads the first one twice. */
+static __device__ const uint8_t *tern__lane_panel(const tern_matrix &m, const tern__shape &s, int64_t pair)
+{
+    const int g = (int)threadIdx.x % 32 / 4;
+    return (const uint8_t *)m.trits + tern__min(2 * pair + g / 4, s.panels - 1) * s.panel_bytes + g % 4 * 16;
+}
+
+static __device__ float tern__scale_of(const tern_matrix &m, const tern__shape &s, int64_t row, int64_t g)
+{
+    return tern__load_scale(m.scale_type, m.scales, tern__scale_index(&m, &s, row, g));
+}
+
+/* -- few tokens: the weights stream past once; warps share out the inputs, or the groups, of a pair of panels -- */
+
+/* Sums of code * q over units [begin, end), of 32 rows and 8 Tiles tokens: dot[h][j][i] belongs to rows 2h + i / 2 of the
+   lane's four and token 8j + 2t + i % 2. q: the lane's tokens 8j + g, or NULL. A unit that is not there has codes 0. */
+template <int Tiles, bool Base3>
+static __device__ __forceinline__ void tern__warp_dot(const uint8_t *panel, const int8_t *const q[Tiles], int begin, int end, int dot[2][Tiles][4])
+{
+    const int inputs = Base3 ? 20 : 16;
+    int fours[2][Tiles][4];
+#pragma unroll
+    for (int i = 0; i < 8 * Tiles; i++) dot[i / (4 * Tiles)][i / 4 % Tiles][i % 4] = fours[i / (4 * Tiles)][i / 4 % Tiles][i % 4] = 0;
+    for (; begin < end; begin += 4 * TERN__AHEAD) {
+        const int u = begin + (int)threadIdx.x % 4;
+        uint4 w[TERN__AHEAD];
+#pragma unroll
+        for (int i = 0; i < TERN__AHEAD; i++) w[i] = u + 4 * i < end ? tern__stream16(panel + (u + 4 * i) * TERN__UNIT) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int i = 0; i < TERN__AHEAD; i++) {
+            uint32_t code[4][5];
+            tern__codes<Base3>(w[i].x, code[0]);
+            tern__codes<Base3>(w[i].y, code[1]);
+            tern__codes<Base3>(w[i].z, code[2]);
+            tern__codes<Base3>(w[i].w, code[3]);
+#pragma unroll
+            for (int j = 0; j < Tiles; j++) {
+                uint32_t quad[5] = {0, 0, 0, 0, 0};
+                if (q[j] && u + 4 * i < end) tern__quads<Base3>(q[j] + (u + 4 * i) * inputs, quad);
+                tern__mma_codes<Base3>(code[0], code[1], quad, dot[0][j], Base3 ? dot[0][j] : fours[0][j]);
+                tern__mma_codes<Base3>(code[2], code[3], quad, dot[1][j], Base3 ? dot[1][j] : fours[1][j]);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 8 * Tiles; i++) dot[i / (4 * Tiles)][i / 4 % Tiles][i % 4] += fours[i / (4 * Tiles)][i / 4 % Tiles][i % 4] >> 2;
+}
+
+/* The sums of a round as outputs: those of the warps that share a pair added up, or one group after the other into facc. */
+static __device__ void tern__fold_few(const tern_matmul_args &a, const tern__shape &s, int tokens, int pieces, int round, int rounds, const int *dots, float *facc)
+{
+    for (int slot = (int)threadIdx.x; slot < TERN__WARPS / pieces * tokens * 32; slot += TERN__THREADS) {
+        const int pair = slot / 32 / tokens, token = slot / 32 % tokens;
+        const int64_t row = ((int64_t)blockIdx.x * (TERN__WARPS / pieces) + pair) * 32 + slot % 32;
+        int total = 0;
+        if (token >= a.n || row >= a.m.rows) continue;
+        for (int p = 0; p < pieces; p++) {
+            const int sum = dots[((pair * pieces + p) * tokens + token) * 32 + slot % 32], g = round * pieces + p;
+            total += sum;
+            if (a.m.grain <= 0 || g >= s.groups) continue;
+            const float product = (float)(sum - a.sum[token * s.groups + g]) * tern__scale_of(a.m, s, row, g);
+            facc[slot] = g > 0 ? facc[slot] + product : product;
+        }
+        if (round < rounds - 1) continue;
+        const float y = a.m.grain > 0 ? facc[slot] * a.scale[token] : (float)(total - a.sum[token]) * (a.scale[token] * tern__scale_of(a.m, s, row, 0));
+        a.y[token * a.m.rows + row] = a.bias ? y + a.bias[row] : y;
+    }
+}
+
+/* Shared memory: dots[warp][token][row], and for groups facc[pair][token][row]. */
+template <int Tiles> struct tern__few_room { enum { dots = TERN__WARPS * 8 * Tiles * 32, bytes = 2 * 4 * dots }; };
+
+/* `pieces` warps to a pair of panels. */
+template <int Tiles, bool Base3>
+static __device__ __forceinline__ void tern__few_tokens(const tern_matmul_args &a, const tern__shape &s, int pieces, int *dots)
+{
+    const int warp = (int)threadIdx.x / 32, g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4, units = (int)s.units;
+    const int rounds = a.m.grain > 0 ? ((int)s.groups + pieces - 1) / pieces : 1;
+    const int share = ((units + pieces - 1) / pieces + 4 * TERN__AHEAD - 1) & ~(4 * TERN__AHEAD - 1);
+    const uint8_t *panel = tern__lane_panel(a.m, s, (int64_t)blockIdx.x * (TERN__WARPS / pieces) + warp / pieces);
+    const int8_t *q[Tiles];
+#pragma unroll
+    for (int j = 0; j < Tiles; j++) q[j] = 8 * j + g < a.n ? a.q + (8 * j + g) * s.stride : NULL;
+    for (int round = 0; round < rounds; round++) {
+        const int begin = a.m.grain > 0 ? (int)min((round * pieces + warp % pieces) * s.group_units, s.units) : warp % pieces * share;
+        const int end = min(units, begin + (a.m.grain > 0 ? (int)s.group_units : share));
+        int dot[2][Tiles][4];
+        tern__warp_dot<Tiles, Base3>(panel, q, begin, end, dot);
+#pragma unroll
+        for (int i = 0; i < 8 * Tiles; i++) {
+            const int h = i / (4 * Tiles), j = i / 4 % Tiles, k = i % 4;
+            dots[(warp * 8 * Tiles + 8 * j + 2 * t + k % 2) * 32 + 4 * g + 2 * h + k / 2] = dot[h][j][k];
+        }
+        __syncthreads();
+        tern__fold_few(a, s, 8 * Tiles, pieces, round, rounds, dots, (float *)(dots + tern__few_room<Tiles>::dots));
+        __syncthreads();
+    }
+}
+
+template <int Tiles, bool Base3>
+static __global__ void __launch_bounds__(TERN__THREADS, 4 - Tiles) tern__few_tokens_product(tern_matmul_args a, tern__shape s, int pieces)
+{
+    TERN__SHARED(int, dots);
+    tern__few_tokens<Tiles, Base3>(a, s, pieces, dots);
+}
+
+/* A whole layer: every block quantizes all tokens for itself, the first one for the caller too. */
+template <bool Base3>
+static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__few_tokens_layer(tern_matmul_args a, tern_quantize_args quantize, tern__shape s, int pieces, tern__blame blame)
+{
+    TERN__SHARED(int, dots);
+    int8_t *q = (int8_t *)dots + tern__few_room<1>::bytes;
+    float *scale = (float *)(q + a.n * s.stride);
+    int32_t *sum = (int32_t *)(scale + a.n);
+    for (int64_t t = 0; t < a.n; t++) tern__quantize_row(quantize, s, t, q + t * s.stride, scale + t, sum + t * s.groups, blame, (float *)dots);
+    if (blockIdx.x == 0) {
+        for (int64_t i = threadIdx.x; i < a.n * s.stride / 4; i += TERN__THREADS) ((uint32_t *)quantize.q)[i] = ((const uint32_t *)q)[i];
+        for (int64_t i = threadIdx.x; i < a.n; i += TERN__THREADS) quantize.scale[i] = scale[i];
+        for (int64_t i = threadIdx.x; i < a.n * s.groups; i += TERN__THREADS) quantize.sum[i] = sum[i];
+    }
+    a.q = q;
+    a.scale = scale;
+    a.sum = sum;
+    tern__few_tokens<1, Base3>(a, s, pieces, dots);
+}
+
+/* More tokens make it worth that warps share what they read of q; few panels, that more warps share a panel. */
+static int tern__pieces(const tern__gpu *d, const tern__shape &s, int64_t n)
+{
+    const int64_t pairs = tern__ceil_div(s.panels, 2);
+    int pieces = n > 8 ? 2 : n > 2 ? 4 : 8;
+    while (pieces < 8 && pairs * pieces / TERN__WARPS < 2 * d->processors) pieces *= 2;
+    return pieces;
+}
+static unsigned tern__few_tokens_grid(const tern__shape &s, int pieces)
+{
+    return (unsigned)tern__ceil_div(tern__ceil_div(s.panels, 2), TERN__WARPS / pieces);
+}
+
+/* -- many tokens: tiles of 128 rows by 16 Tiles tokens, four warps along the rows by two along the tokens; q goes through shared
+   memory, a stage ahead, weights come straight from global memory, a stage ahead too -- */
+
+template <bool Base3> struct tern__stage {
+    enum {
+        inputs = Base3 ? 20 : 16,
+        units = Base3 ? 8 : 12,
+        bytes = Base3 ? 176 : 192 /* of a token; 16 more than base-3 units for a start off alignment; no two lanes share a bank */
+    };
+};
+
+/* What a step multiplies: units [begin, end) of a group, to which they are the last or not. */
+typedef struct tern__step { int group, begin, end; bool last; } tern__step;
+
+static __device__ tern__step tern__step_of(const tern__shape &s, int units, int i)
+{
+    const int each = ((int)s.group_units + units - 1) / units;
+    tern__step step;
+    step.group = i / each;
+    const int first = step.group * (int)s.group_units, stop = min(first + (int)s.group_units, (int)s.units);
+    step.begin = first + i % each * units;
+    step.end = min(step.begin + units, stop);
+    step.last = step.end == stop;
+    return step;
+}
+
+template <bool Base3>
+static __device__ void tern__stage_tokens(const tern_matmul_args &a, const tern__shape &s, int64_t token0, int tokens, const tern__step &step, int8_t *to)
+{
+    typedef tern__stage<Base3> stage;
+    const int from = step.begin * stage::inputs & ~15;
+    for (int i = (int)threadIdx.x; i < tokens * (stage::bytes / 16); i += TERN__THREADS) {
+        const int token = i / (stage::bytes / 16), at = i % (stage::bytes / 16) * 16;
+        if (token0 + token < a.n && from + at < s.stride) tern__cp_async16(to + token * stage::bytes + at, a.q + (token0 + token) * s.stride + from + at);
+    }
+    tern__cp_commit();
+}
+
+template <bool Base3> static __device__ void tern__stage_weights(const uint8_t *panel, const tern__step &step, uint4 w[tern__stage<Base3>::units / 4])
+{
+    const int u = step.begin + (int)threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < tern__stage<Base3>::units / 4; i++)
+        w[i] = u + 4 * i < step.end ? *(const uint4 *)(panel + (u + 4 * i) * TERN__UNIT) : make_uint4(0, 0, 0, 0);
+}
+
+/* dot += a stage; q: the stage's bytes for the lane's first token. */
+template <int Tiles, bool Base3>
+static __device__ void tern__stage_dot(const uint4 w[tern__stage<Base3>::units / 4], const int8_t *q, int dot[2][Tiles][4])
+{
+    typedef tern__stage<Base3> stage;
+#pragma unroll
+    for (int i = 0; i < stage::units / 4; i++) {
+        const uint32_t row[4] = {w[i].x, w[i].y, w[i].z, w[i].w};
+        uint32_t code[4][5];
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            tern__codes<Base3>(row[k], code[k]);
+            if (!Base3) code[k][1] >>= 2, code[k][3] >>= 2;
+        }
+#pragma unroll
+        for (int j = 0; j < Tiles; j++) {
+            uint32_t quad[5];
+            tern__quads<Base3>(q + 8 * j * stage::bytes + (4 * i + threadIdx.x % 4) * stage::inputs, quad);
+            tern__mma_codes<Base3>(code[0], code[1], quad, dot[0][j], dot[0][j]);
+            tern__mma_codes<Base3>(code[2], code[3], quad, dot[1][j], dot[1][j]);
+        }
+    }
+}
+
+/* Outputs of a token in up to four rows from `row` on. */
+static __device__ void tern__store_rows(const tern_matmul_args &a, int64_t token, int64_t row, const float v[4])
+{
+    float *y = a.y + token * a.m.rows + row;
+    if (row + 4 <= a.m.rows && ((uintptr_t)y & 15) == 0) *(float4 *)y = make_float4(v[0], v[1], v[2], v[3]);
+    else for (int i = 0; i < 4 && row + i < a.m.rows; i++) y[i] = v[i];
+}
+
+/* facc of a token's rows (+)= dot * scale; dot begins anew. */
+template <int Tiles> static __device__ void tern__fold_many(const tern_matmul_args &a, const tern__shape &s, int group, int64_t row, int64_t token,
+                                                           int dot[2][Tiles][4], float facc[2][Tiles][4])
+{
+    float scale[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) scale[i] = row + i < a.m.rows ? tern__scale_of(a.m, s, row + i, group) : 0.0f;
+#pragma unroll
+    for (int k = 0; k < 2 * Tiles; k++) {
+        const int64_t x = token + k / 2 * 8 + k % 2;
+        const int sum = x < a.n ? a.sum[x * s.groups + group] : 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int *d = &dot[i / 2][k / 2][i % 2 * 2 + k % 2];
+            float *f = &facc[i / 2][k / 2][i % 2 * 2 + k % 2];
+            const float product = (float)(*d - sum) * scale[i];
+            *f = group > 0 ? *f + product : product;
+            *d = 0;
+        }
+    }
+}
+
+template <int Tiles, bool Base3, bool Grouped>
+static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__many_tokens_product(tern_matmul_args a, tern__shape s, unsigned row_tiles)
+{
+    typedef tern__stage<Base3> stage;
+    TERN__SHARED(int8_t, shared);
+    const int warp = (int)threadIdx.x / 32, g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4, stage_bytes = 16 * Tiles * stage::bytes;
+    const int64_t pair = (int64_t)(blockIdx.x % row_tiles) * 4 + warp % 4, token0 = (int64_t)(blockIdx.x / row_tiles) * 16 * Tiles;
+    const int64_t row = pair * 32 + 4 * g, token = token0 + warp / 4 * 8 * Tiles + 2 * t; /* of the lane's first output */
+    const int steps = ((int)s.groups - 1) * (((int)s.group_units + stage::units - 1) / stage::units) +
+                      ((int)(s.units - (s.groups - 1) * s.group_units) + stage::units - 1) / stage::units;
+    const uint8_t *panel = tern__lane_panel(a.m, s, pair);
+    const int8_t *q = shared + (warp / 4 * 8 * Tiles + g) * stage::bytes;
+    uint4 w[stage::units / 4], next[stage::units / 4];
+    int dot[2][Tiles][4];
+    float facc[2][Tiles][4];
+    tern__step step = tern__step_of(s, stage::units, 0);
+#pragma unroll
+    for (int i = 0; i < 8 * Tiles; i++) dot[i / (4 * Tiles)][i / 4 % Tiles][i % 4] = 0;
+    tern__stage_tokens<Base3>(a, s, token0, 16 * Tiles, step, shared);
+    tern__stage_weights<Base3>(panel, step, next);
+    for (int i = 0; i < steps; i++) {
+        const int side = i % 2 * stage_bytes;
+        const tern__step here = step;
+#pragma unroll
+        for (int k = 0; k < stage::units / 4; k++) w[k] = next[k];
+        if (i + 1 < steps) {
+            step = tern__step_of(s, stage::units, i + 1);
+            tern__stage_tokens<Base3>(a, s, token0, 16 * Tiles, step, shared + stage_bytes - side);
+            tern__stage_weights<Base3>(panel, step, next);
+            tern__cp_wait<1>();
+        } else tern__cp_wait<0>();
+        __syncthreads();
+        tern__stage_dot<Tiles, Base3>(w, q + side + (here.begin * stage::inputs & 15), dot);
+        __syncthreads();
+        if (Grouped && here.last) tern__fold_many<Tiles>(a, s, here.group, row, token, dot, facc);
+    }
+#pragma unroll
+    for (int k = 0; k < 2 * Tiles; k++) {
+        const int64_t x = token + k / 2 * 8 + k % 2;
+        float y[4];
+        if (x >= a.n) continue;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int h = i / 2, j = k / 2, e = i % 2 * 2 + k % 2;
+            if (row + i >= a.m.rows) continue;
+            y[i] = Grouped ? facc[h][j][e] * a.scale[x] : (float)(dot[h][j][e] - a.sum[x]) * (a.scale[x] * tern__scale_of(a.m, s, row + i, 0));
+            if (a.bias) y[i] = y[i] + a.bias[row + i];
+        }
+        tern__store_rows(a, x, row, y);
+    }
+}
+
+/* -- the operations -- */
+
+typedef void tern__few_kernel(tern_matmul_args, tern__shape, int);
+typedef void tern__many_kernel(tern_matmul_args, tern__shape, unsigned);
+
+static tern_result tern__gpu_matmul_few(tern__gpu *d, const tern_matmul_args *a, const tern__shape &s)
+{
+    static tern__few_kernel *const kernels[2][2] = {
+        {tern__few_tokens_product<1, false>, tern__few_tokens_product<1, true>},
+        {tern__few_tokens_product<2, false>, tern__few_tokens_product<2, true>}
+    };
+    const int pieces = tern__pieces(d, s, a->n), tiles = a->n > 8 ? 2 : 1;
+    tern__few_kernel *const kernel = kernels[tiles - 1][a->m.encoding == TERN_BASE3];
+    TERN__LAUNCH(kernel, tern__few_tokens_grid(s, pieces), TERN__THREADS, tiles * tern__few_room<1>::bytes, d->stream, *a, s, pieces);
+    return TERN_OK;
+}
+
+static tern_result tern__gpu_matmul_many(tern_run *r, tern__gpu *d, const tern_matmul_args *a, const tern__shape &s)
+{
+#define TERN__MANY(tiles, grouped) {tern__many_tokens_product<tiles, false, grouped>, tern__many_tokens_product<tiles, true, grouped>}
+    static tern__many_kernel *const kernels[2][3][2] = {
+        {TERN__MANY(2, false), TERN__MANY(4, false), TERN__MANY(8, false)},
+        {TERN__MANY(2, true), TERN__MANY(4, true), {NULL, NULL}} /* float sums of groups leave room for 64 tokens */
+    };
+#undef TERN__MANY
+    const int base3 = a->m.encoding == TERN_BASE3, grouped = a->m.grain > 0, size = a->n <= 32 ? 0 : a->n <= 64 || grouped ? 1 : 2, tokens = 32 << size;
+    const int64_t row_tiles = tern__ceil_div(s.panels, 8), tiles = tern__mul(row_tiles, tern__ceil_div(a->n, tokens));
+    tern__many_kernel *const kernel = kernels[grouped][size][base3];
+    TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: matmul: %d tiles of 128 rows by %d tokens; %d are the most", tiles, (int64_t)tokens, (int64_t)INT32_MAX);
+    TERN__LAUNCH(kernel, (unsigned)tiles, TERN__THREADS, 2 * tokens * (base3 ? (int)tern__stage<true>::bytes : (int)tern__stage<false>::bytes), d->stream,
+                 *a, s, (unsigned)row_tiles);
+    return TERN_OK;
+}
+
+static tern_result tern__gpu_matmul_int8(tern_run *r, tern__gpu *d, const tern_matmul_args *a)
+{
+    const tern__shape s = tern__shape_of(&a->m);
+    TERN__TRY(tern__check_aligned16(r, "matmul: m.trits", a->m.trits));
+    TERN__TRY(tern__check_aligned16(r, "matmul: q", a->q));
+    return a->n <= TERN__FEW_TOKENS ? tern__gpu_matmul_few(d, a, s) : tern__gpu_matmul_many(r, d, a, s);
+}
+
+/* In one launch where quantizing again in every block costs less than a launch of its own. */
+static tern_result tern__gpu_linear(tern_run *r, tern__gpu *d, const tern_linear_args *a)
+{
+    const tern_matmul_args m = tern__linear_product(a);
+    const tern__shape s = tern__shape_of(&m.m);
+    const int64_t bytes = tern__mul(m.n, s.stride + 4 + 4 * s.groups);
+    const int pieces = tern__pieces(d, s, m.n);
+    if (m.n > TERN__FUSED_TOKENS || bytes > TERN__FUSED_BYTES || tern__few_tokens_grid(s, pieces) > 2 * (unsigned)d->processors) {
+        TERN__TRY(tern__gpu_quantize(r, d, &a->quantize));
+        return tern__gpu_matmul_int8(r, d, &m);
+    }
+    TERN__TRY(tern__check_aligned16(r, "linear: m.trits", m.m.trits));
+    TERN__TRY(tern__check_aligned16(r, "linear: q", m.q));
+    TERN__LAUNCH((m.m.encoding == TERN_BASE3 ? tern__few_tokens_layer<true> : tern__few_tokens_layer<false>), tern__few_tokens_grid(s, pieces),
+                 TERN__THREADS, tern__few_room<1>::bytes + (size_t)bytes, d->stream, m, a->quantize, s, pieces,
+                 tern__blame_of(d, TERN__FAULT_QUANTIZE));
+    return TERN_OK;
+}
 
 /* ------------------------------------------------------------------------------------------------
    [CUDA-6] Float products and attention
    What enters: float matrices, packed panels, int8 activations. What leaves: sums in the order of [TERN-14].
    ------------------------------------------------------------------------------------------------ */
 
-static tern_result tern__gpu_matmul(tern_run *r, tern__gpu *d, const tern_matmul_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: matmul is missing"); } /* STUB */
+static tern_result tern__gpu_matmul(tern_run *r, tern__gpu *d, const tern_matmul_args *a) { return tern__gpu_matmul_int8(r, d, a); } /* STUB */
 static tern_result tern__gpu_matmul_dx(tern_run *r, tern__gpu *d, const tern_matmul_dx_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: matmul_dx is missing"); } /* STUB */
 static tern_result tern__gpu_matmul_dw(tern_run *r, tern__gpu *d, const tern_matmul_dw_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: matmul_dw is missing"); } /* STUB */
 static tern_result tern__gpu_dense(tern_run *r, tern__gpu *d, const tern_dense_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: dense is missing"); } /* STUB */

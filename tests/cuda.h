@@ -462,6 +462,7 @@ inline int __dp4a(int a, int b, int c)
     return c;
 }
 
+using std::min;
 template <typename T> inline T __ldg(const T *p) { return *p; }
 inline void __threadfence() {}
 
