@@ -97,8 +97,8 @@ template <typename Queue> static double seconds_of(Queue queue)
 
 static cudaGraphExec_t record(int64_t calls, const operation &call)
 {
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
+    cudaGraph_t graph = NULL;
+    cudaGraphExec_t exec = NULL;
     must_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
     for (int64_t i = 0; i < calls; i++) must(call());
     must_cuda(cudaStreamEndCapture(stream, &graph), "the end of a capture");
@@ -121,7 +121,8 @@ static bool find_symbol(void *library, const char *name, void *pointer)
 static void print_clocks(const char *when)
 {
     static int (*ours_nvmlInit_v2)(), (*ours_nvmlDeviceGetHandleByPciBusId_v2)(const char *, void **);
-    static int (*ours_nvmlDeviceGetClockInfo)(void *, int, unsigned *), (*ours_nvmlDeviceGetMaxClockInfo)(void *, int, unsigned *);
+    static int (*ours_nvmlDeviceGetClockInfo)(void *, int, unsigned *);
+    static int (*ours_nvmlDeviceGetMaxClockInfo)(void *, int, unsigned *);
     enum { SM_CLOCK = 1, MEMORY_CLOCK };
     void *library = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL), *handle;
     unsigned now[2], most[2];
@@ -131,8 +132,10 @@ static void print_clocks(const char *when)
     if (cudaDeviceGetPCIBusId(bus, sizeof bus, 0) != cudaSuccess) return;
     if (ours_nvmlInit_v2() || ours_nvmlDeviceGetHandleByPciBusId_v2(bus, &handle)) return;
     for (int i = SM_CLOCK; i <= MEMORY_CLOCK; i++)
-        if (ours_nvmlDeviceGetClockInfo(handle, i, &now[i - 1]) || ours_nvmlDeviceGetMaxClockInfo(handle, i, &most[i - 1])) return;
-    fprintf(option.csv ? stderr : stdout, "clocks %s: %u of %u MHz, memory %u of %u MHz\n", when, now[0], most[0], now[1], most[1]);
+        if (ours_nvmlDeviceGetClockInfo(handle, i, &now[i - 1]) ||
+            ours_nvmlDeviceGetMaxClockInfo(handle, i, &most[i - 1])) return;
+    fprintf(option.csv ? stderr : stdout, "clocks %s: %u of %u MHz, memory %u of %u MHz\n", when, now[0], most[0], now[1],
+            most[1]);
 }
 #else
 static void print_clocks(const char *) {}
@@ -144,8 +147,8 @@ static void print_device()
     int runtime = 0;
     must_cuda(cudaRuntimeGetVersion(&runtime), "the version of the runtime");
     fprintf(option.csv ? stderr : stdout,
-            "ternary.h on %s%s: compute capability %d.%d, %d processors, %.1f GB of memory, L2 of %ld MiB, CUDA %d.%d\n", device.name,
-            option.quick ? " (quick run)" : "", device.major, device.minor, processors, 1e-9 * (double)device.totalGlobalMem,
+            "ternary.h on %s%s: compute capability %d.%d, %d processors, %.1f GB of memory, L2 of %ld MiB, CUDA %d.%d\n",
+            device.name, option.quick ? " (quick run)" : "", device.major, device.minor, processors, 1e-9 * (double)device.totalGlobalMem,
             (long)(device.l2CacheSize / MIB), runtime / 1000, runtime % 1000 / 10);
     print_clocks("at the start");
 }
@@ -212,7 +215,9 @@ struct memory {
         bytes += words * 4;
         held += words * 4;
         most_held = std::max(most_held, held);
-        if (kind != ZEROS) TERN__LAUNCH(random_words, processors * 8, 256, 0, stream, kind, (uint32_t)limit, words, seed += 1u << 30, (uint32_t *)p);
+        seed += 1u << 30;
+        if (kind != ZEROS)
+            TERN__LAUNCH(random_words, processors * 8, 256, 0, stream, kind, (uint32_t)limit, words, seed, (uint32_t *)p);
         return (T *)p;
     }
 };
@@ -316,7 +321,7 @@ static void find_ways(memory &m)
 
 /* -- limits: arithmetic in registers -- */
 
-enum { SUMS = 16 };
+enum { SUMS = 16, TILES = 8 }; /* of a thread, of a warp: enough to hide the latency */
 
 template <bool Fused> static __global__ void spin_floats(int rounds, float x, float y, float *out)
 {
@@ -335,7 +340,6 @@ template <bool Fused> static __global__ void spin_floats(int rounds, float x, fl
 /* Products as the backend's kernels do them, by warps. */
 static __global__ void spin_mma(int rounds, int *out)
 {
-    enum { TILES = 8 };
     int d[TILES][4] = {}, sum = 0;
     uint32_t a[4], b[2];
     for (int i = 0; i < 4; i++) a[i] = random_bits(6 * threadIdx.x + i);
@@ -351,7 +355,7 @@ static __global__ void spin_mma(int rounds, int *out)
 /* -- limits: products by cuBLASLt -- */
 
 enum { LT_INT8, LT_BF16, LT_KINDS };
-static bool lt_here; /* cuBLASLt is */
+static bool lt_here[LT_KINDS]; /* cuBLASLt is, and has a way */
 
 #ifdef WITH_CUBLAS
 #define LT_FUNCTIONS(X)                                                                                                      \
@@ -375,8 +379,8 @@ static void must_lt(cublasStatus_t status, const char *what)
     exit(1);
 }
 
-/* c = a^T b, all of one size, with the inputs of each sum side by side. */
-static void open_lt_kind(int kind)
+/* c = a^T b, all of one size, with the inputs of each sum side by side. Says whether there is a way. */
+static bool open_lt_kind(int kind)
 {
     auto &k = lt.kind[kind];
     const bool int8 = kind == LT_INT8;
@@ -384,13 +388,17 @@ static void open_lt_kind(int kind)
     const size_t work = LT_WORK;
     cublasLtMatmulPreference_t preference;
     int found = 0;
-    must_lt(ours_cublasLtMatmulDescCreate(&k.desc, int8 ? CUBLAS_COMPUTE_32I : CUBLAS_COMPUTE_32F, int8 ? CUDA_R_32I : CUDA_R_32F), "a product");
-    must_lt(ours_cublasLtMatmulDescSetAttribute(k.desc, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed), "transposed");
+    must_lt(ours_cublasLtMatmulDescCreate(&k.desc, int8 ? CUBLAS_COMPUTE_32I : CUBLAS_COMPUTE_32F,
+                                          int8 ? CUDA_R_32I : CUDA_R_32F), "a product");
+    must_lt(ours_cublasLtMatmulDescSetAttribute(k.desc, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed),
+            "transposed");
     must_lt(ours_cublasLtMatrixLayoutCreate(&k.in, int8 ? CUDA_R_8I : CUDA_R_16BF, LT_SIZE, LT_SIZE, LT_SIZE), "a layout");
     must_lt(ours_cublasLtMatrixLayoutCreate(&k.out, int8 ? CUDA_R_32I : CUDA_R_16BF, LT_SIZE, LT_SIZE, LT_SIZE), "a layout");
     must_lt(ours_cublasLtMatmulPreferenceCreate(&preference), "a preference");
-    must_lt(ours_cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &work, sizeof work), "a preference");
-    must_lt(ours_cublasLtMatmulAlgoGetHeuristic(lt.handle, k.desc, k.in, k.in, k.out, k.out, preference, 1, &k.way, &found), "choosing");
+    must_lt(ours_cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &work,
+                                                      sizeof work), "a preference");
+    return ours_cublasLtMatmulAlgoGetHeuristic(lt.handle, k.desc, k.in, k.in, k.out, k.out, preference, 1, &k.way, &found) ==
+           CUBLAS_STATUS_SUCCESS && found > 0;
 }
 
 static void open_lt(memory &m)
@@ -400,25 +408,26 @@ static void open_lt(memory &m)
     for (const char *name : names)
         if (!library) library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
 #define LT_FOUND(name) && FOUND(library, name)
-    lt_here = !option.quick && library LT_FUNCTIONS(LT_FOUND);
-    if (!lt_here && !option.quick) fprintf(stderr, "bench: no cuBLASLt: %s\n", dlerror());
-    if (!lt_here) return;
+    if (!(library LT_FUNCTIONS(LT_FOUND))) {
+        fprintf(stderr, "bench: no cuBLASLt: %s\n", dlerror());
+        return;
+    }
     lt.a = m.get<char>(2ll * LT_SIZE * LT_SIZE, BF16S); /* as int8 random enough too */
     lt.b = m.get<char>(2ll * LT_SIZE * LT_SIZE, BF16S);
     lt.c = m.get<char>(4ll * LT_SIZE * LT_SIZE);
     lt.work = m.get<char>(LT_WORK);
     must_lt(ours_cublasLtCreate(&lt.handle), "opening");
-    for (int kind = 0; kind < LT_KINDS; kind++) open_lt_kind(kind);
+    for (int kind = 0; kind < LT_KINDS; kind++) lt_here[kind] = open_lt_kind(kind);
 }
 
 static double queue_lt(int kind)
 {
-    static const int one = 1, none = 0;
-    static const float float_one = 1.0f, float_none = 0.0f;
+    static const int one = 1, none = 0; /* zero in float too */
+    static const float float_one = 1.0f;
     const auto &k = lt.kind[kind];
-    const bool int8 = kind == LT_INT8;
-    must_lt(ours_cublasLtMatmul(lt.handle, k.desc, int8 ? (const void *)&one : &float_one, lt.a, k.in, lt.b, k.in,
-                                int8 ? (const void *)&none : &float_none, lt.c, k.out, lt.c, k.out, &k.way.algo, lt.work, LT_WORK, stream), "product");
+    const void *alpha = kind == LT_INT8 ? (const void *)&one : &float_one;
+    must_lt(ours_cublasLtMatmul(lt.handle, k.desc, alpha, lt.a, k.in, lt.b, k.in, &none, lt.c, k.out, lt.c, k.out,
+                                &k.way.algo, lt.work, LT_WORK, stream), "product");
     return (double)LT_SIZE * LT_SIZE * LT_SIZE;
 }
 #else
@@ -435,8 +444,8 @@ static const char *limit_name(limit l)
     static const char *const names[] = {"read", "copy", "FMA", "mul+add", "mma.sync s8", "cublasLt s8", "cublasLt bf16", "none"};
     return names[l];
 }
-static bool limit_here(limit l) { return l < INT8 || (l < NONE && lt_here); }
-static limit int8_limit() { return lt_here ? INT8 : MMA; }
+static bool limit_here(limit l) { return l < INT8 || (l < NONE && lt_here[l - INT8]); }
+static limit int8_limit() { return limit_here(INT8) ? INT8 : MMA; }
 
 /* Queues it once; returns its work in bytes or multiply-adds. */
 static double queue_limit(limit l)
@@ -445,14 +454,20 @@ static double queue_limit(limit l)
     switch (l) {
     case READ: queue_read(traffic.read); return (double)traffic.bytes;
     case COPY: queue_copy(traffic.copy); return 2.0 * (double)traffic.bytes;
-    case FMA: TERN__LAUNCH((spin_floats<true>), blocks, threads, 0, stream, rounds, 0.75f, 0.3f, (float *)traffic.to); break;
-    case MULADD: TERN__LAUNCH((spin_floats<false>), blocks, threads, 0, stream, rounds, 0.75f, 0.3f, (float *)traffic.to); break;
-    case MMA: TERN__LAUNCH(spin_mma, blocks, threads, 0, stream, rounds / 4, (int *)traffic.to); return (double)blocks * (threads / 32) * (rounds / 4) * 8 * (16 * 8 * 32);
+    case FMA:
+        TERN__LAUNCH((spin_floats<true>), blocks, threads, 0, stream, rounds, 0.75f, 0.3f, (float *)traffic.to);
+        return (double)blocks * threads * rounds * SUMS;
+    case MULADD:
+        TERN__LAUNCH((spin_floats<false>), blocks, threads, 0, stream, rounds, 0.75f, 0.3f, (float *)traffic.to);
+        return (double)blocks * threads * rounds * SUMS;
+    case MMA:
+        TERN__LAUNCH(spin_mma, blocks, threads, 0, stream, rounds, (int *)traffic.to);
+        return (double)blocks * (threads / 32) * rounds * TILES * (16 * 8 * 32);
     case INT8: return queue_lt(LT_INT8);
     case BF16: return queue_lt(LT_BF16);
-    case NONE: return 0;
+    case NONE: break;
     }
-    return (double)blocks * threads * rounds * SUMS;
+    return 0;
 }
 
 /* Work a second over about `span` seconds. */
@@ -497,8 +512,8 @@ static double scale_of(metric m) { return m == BYTES ? 1e-9 : m == MACS ? 1e-12 
 static void print_title()
 {
     if (pending_title && !option.csv)
-        printf("\n%s\n  %-26s %-22s %10s %-6s %10s %6s  %-13s %11s %11s\n", pending_title, "op", "shape", "value", "", "limit", "",
-               "limit is", "us in graph", "us plain");
+        printf("\n%s\n  %-26s %-22s %10s %-6s %10s %6s  %-13s %11s %11s\n", pending_title, "op", "shape", "value", "",
+               "limit", "", "limit is", "us in graph", "us plain");
     pending_title = NULL;
 }
 
@@ -509,7 +524,8 @@ static void print_missing(const std::string &op, const std::string &shape)
     else printf("  %-26s %-22s %s\n", op.c_str(), shape.c_str(), tern_last_error(gpu)->text);
 }
 
-static void print_row(metric m, const std::string &op, const std::string &shape, limit l, double work, double graph, double plain, double rate)
+static void print_row(metric m, const std::string &op, const std::string &shape, limit l, double work, double graph, double plain,
+                      double rate)
 {
     const double value = scale_of(m) * (m == LATENCY ? graph : work / graph);
     const double fraction = rate > 0 ? work / graph / rate : 0;
@@ -564,7 +580,8 @@ static int64_t calls_of_turn(int64_t round, const operation &call)
 
 /* Runs an operation, which does `work` bytes or multiply-adds and goes through its data once in `round` calls, in a graph
    and plainly, taking turns with its limit until the time of a case is used up. */
-static void measure(metric m, const std::string &op, const std::string &shape, limit l, double work, int64_t round, const operation &call)
+static void measure(metric m, const std::string &op, const std::string &shape, limit l, double work, int64_t round,
+                    const operation &call)
 {
     const double case_s = option.quick ? 0 : 0.3;
     double graph = 1e9, plain = 1e9, rate = 0;
@@ -671,7 +688,8 @@ static void bench_tokens(product &p, const format &f, int64_t n)
     p.tokens(n);
     const double work = few ? p.bytes() : p.macs();
     measure(m, std::string("matmul ") + f.name, shape, l, work, p.trits.count, p.matmul());
-    if (f.encoding == TERN_2BIT && f.grain < 0) measure(m, std::string("linear ") + f.name, shape, l, work, p.trits.count, p.linear());
+    if (f.encoding == TERN_2BIT && f.grain < 0)
+        measure(m, std::string("linear ") + f.name, shape, l, work, p.trits.count, p.linear());
 }
 
 static void bench_products(int64_t rows, int64_t cols)
@@ -693,8 +711,9 @@ static void bench_float_activations(int64_t size)
     product p(m, size, size, formats[0], 256);
     for (int64_t n : tokens) {
         if (option.quick && n > 16) continue;
+        const std::string shape = text("%ldx%ld N=%ld", (long)size, (long)size, (long)n);
         p.tokens(n);
-        measure(MACS, "float act 2-bit row", text("%ldx%ld N=%ld", (long)size, (long)size, (long)n), MULADD, p.macs(), p.trits.count, p.float_matmul());
+        measure(MACS, "float act 2-bit row", shape, MULADD, p.macs(), p.trits.count, p.float_matmul());
     }
 }
 
@@ -796,7 +815,8 @@ static void bench_ternarize(int64_t size, tern_rule rule, int32_t grain, tern_ty
     a.m.trits = m.get<char>((int64_t)trits);
     a.m.scales = m.get<char>((int64_t)scales);
     copies w = make_copies(m, bytes, copies_of(bytes), type == TERN_F32 ? FLOATS : BF16S);
-    measure(BYTES, name, text("%ldx%ld", (long)size, (long)size), COPY, passes * (double)bytes + (double)(trits + scales), w.count, [&] {
+    const double work = passes * (double)bytes + (double)(trits + scales);
+    measure(BYTES, name, text("%ldx%ld", (long)size, (long)size), COPY, work, w.count, [&] {
         a.w = w.next();
         return tern_ternarize(gpu, &a);
     });
@@ -1001,7 +1021,10 @@ static void bench_small(int64_t size)
     map.y = norm.y = y;
     norm.n = 1;
     norm.eps = 1e-6f;
-    measure(LATENCY, "an empty kernel", "1 block", NONE, 0, 1, [] { TERN__LAUNCH(nothing, 1, 32, 0, stream, 0); return TERN_OK; });
+    measure(LATENCY, "an empty kernel", "1 block", NONE, 0, 1, [] {
+        TERN__LAUNCH(nothing, 1, 32, 0, stream, 0);
+        return TERN_OK;
+    });
     measure(LATENCY, "add", vector, NONE, 0, 1, [&] { return tern_map(gpu, &map); });
     measure(LATENCY, "norm", vector, NONE, 0, 1, [&] { return tern_norm(gpu, &norm); });
     measure(LATENCY, "quantize", vector, NONE, 0, 1, [&] { return tern_quantize(gpu, &quantize); });
@@ -1020,8 +1043,9 @@ static const result *find_result(const std::string &op, const std::string &shape
 
 static void print_target(const std::string &name, double aim, double reached)
 {
-    if (reached > 0) printf("  %-66s %4.0f%%   reached %5.1f%%  %s\n", name.c_str(), 100 * aim, 100 * reached, reached >= aim ? "yes" : "NO");
-    else printf("  %-66s %4.0f%%   not measured\n", name.c_str(), 100 * aim);
+    printf("  %-66s %4.0f%%   ", name.c_str(), 100 * aim);
+    if (reached > 0) printf("reached %5.1f%%  %s\n", 100 * reached, reached >= aim ? "yes" : "NO");
+    else printf("not measured\n");
 }
 
 static void target(const std::string &op, const std::string &shape, const char *of, double aim)
@@ -1056,12 +1080,12 @@ static void targets_table()
 static void legend()
 {
     printf("Best of at least %d turns; each limit measured in turn with its row. Values are those of calls in a CUDA graph.\n"
-           "  GB/s     1e9 bytes a second: packed weights and scales of a matrix with up to 16 tokens; elsewhere all bytes read and\n"
-           "           written (weights that are ternarized per tensor: read twice)\n"
+           "  GB/s     1e9 bytes a second: packed weights and scales of a matrix with up to 16 tokens; elsewhere all bytes read\n"
+           "           and written (weights that are ternarized per tensor: read twice)\n"
            "  TMAC/s   1e12 multiply-adds a second, one for each weight and token; attention: of the visible pairs\n"
            "  us       microseconds a call, in a graph and by plain launches\n"
            "  group    scales in f16, one for each 128 inputs of a row; row: one f32 scale for each row\n"
-           "  matmul   activations quantized beforehand; linear: the whole layer, with its int8 quantizer; float act: float activations\n"
+           "  matmul   activations quantized beforehand; linear: the whole layer, with its int8 quantizer; float act: float ones\n"
            "  N        tokens; h16x64: 16 heads of 64; L2: one matrix again and again, other weights rotate through %ld MiB\n",
            option.quick ? 1 : 4, (long)(rotation / MIB));
 }

@@ -1,6 +1,9 @@
 /* Tests of [CUDA-1] and [CUDA-3] in ternary_cuda.cu, and of the arithmetic of [TERN-6] in kernels: what all else stands on.
    On a device these are the first to run: every instruction against what its comment says, in plain C++ on the host. */
 
+static cudaStream_t test_stream() { return tern__gpu_of(&test_context[GPU]->run)->stream; }
+static uint32_t test_word() { return test_random() << 8 ^ test_random(); }
+
 /* -- 16 x 32 by 32 x 8 int8, a product to a warp -- */
 
 static __global__ void test_mma_kernel(const uint32_t *a, const uint32_t *b, int *d)
@@ -16,15 +19,27 @@ static __global__ void test_mma_kernel(const uint32_t *a, const uint32_t *b, int
 }
 
 /* Where the fragments of all lanes, bytes or words in the order of lanes and registers, hold an element of a, b and d. */
-static int test_mma_a(int row, int input) { return (4 * (row % 8) + input % 16 / 4) * 16 + (row / 8 + 2 * (input / 16)) * 4 + input % 4; }
-static int test_mma_b(int input, int column) { return (4 * column + input % 16 / 4) * 8 + input / 16 * 4 + input % 4; }
-static int test_mma_d(int row, int column) { return (4 * (row % 8) + column / 2) * 4 + 2 * (row / 8) + column % 2; }
+static int test_mma_a(int row, int input)
+{
+    const int lane = 4 * (row % 8) + input % 16 / 4, word = row / 8 + 2 * (input / 16);
+    return (4 * lane + word) * 4 + input % 4;
+}
+static int test_mma_b(int input, int column)
+{
+    const int lane = 4 * column + input % 16 / 4, word = input / 16;
+    return (2 * lane + word) * 4 + input % 4;
+}
+static int test_mma_d(int row, int column)
+{
+    const int lane = 4 * (row % 8) + column / 2, word = 2 * (row / 8) + column % 2;
+    return 4 * lane + word;
+}
 
 static void test_cuda_mma_s8()
 {
     const int products = 12, warps = 4;
-    mirror<uint32_t> a(products * 128, [] { return test_random() << 8 ^ test_random(); });
-    mirror<uint32_t> b(products * 64, [] { return test_random() << 8 ^ test_random(); });
+    mirror<uint32_t> a(products * 128, test_word);
+    mirror<uint32_t> b(products * 64, test_word);
     mirror<int> d(products * 128, [] { return (int)test_random() - (1 << 23); });
     for (int i = 0; i < 128; i++) a[CPU][i] = 0x80808080u; /* -128 throughout */
     for (int i = 0; i < 64; i++) b[CPU][i] = 0x80808080u;
@@ -34,9 +49,10 @@ static void test_cuda_mma_s8()
         const int8_t *rows = (const int8_t *)(a[CPU] + p * 128), *columns = (const int8_t *)(b[CPU] + p * 64);
         for (int r = 0; r < 16; r++)
             for (int c = 0; c < 8; c++)
-                for (int k = 0; k < 32; k++) d[CPU][p * 128 + test_mma_d(r, c)] += rows[test_mma_a(r, k)] * columns[test_mma_b(k, c)];
+                for (int k = 0; k < 32; k++)
+                    d[CPU][p * 128 + test_mma_d(r, c)] += rows[test_mma_a(r, k)] * columns[test_mma_b(k, c)];
     }
-    TERN__LAUNCH(test_mma_kernel, products / warps, 32 * warps, 0, tern__gpu_of(&test_context[GPU]->run)->stream, a[GPU], b[GPU], d[GPU]);
+    TERN__LAUNCH(test_mma_kernel, products / warps, 32 * warps, 0, test_stream(), a[GPU], b[GPU], d[GPU]);
     CHECK_SAME(d);
 }
 
@@ -53,7 +69,7 @@ static void test_cuda_stream16()
     for (int64_t n : counts) {
         mirror<uint32_t> x(4 * n, test_random), y(4 * n);
         memcpy(y[CPU], x[CPU], (size_t)n * 16);
-        TERN__LAUNCH(test_stream_kernel, 3, 96, 0, tern__gpu_of(&test_context[GPU]->run)->stream, n, (const uint4 *)x[GPU], (uint4 *)y[GPU]);
+        TERN__LAUNCH(test_stream_kernel, 3, 96, 0, test_stream(), n, (const uint4 *)x[GPU], (uint4 *)y[GPU]);
         CHECK_SAME(y);
     }
 }
@@ -83,8 +99,9 @@ template <int Stages> static void test_async(int chunks, int threads)
 {
     mirror<uint32_t> x(4 * chunks * threads, test_random), y(4 * chunks * threads);
     for (int i = 0; i < chunks; i++)
-        for (int t = 0; t < threads; t++) memcpy(y[CPU] + 4 * (i * threads + t), x[CPU] + 4 * (i * threads + threads - 1 - t), 16);
-    TERN__LAUNCH((test_async_kernel<Stages>), 1, threads, (size_t)Stages * threads * 16, tern__gpu_of(&test_context[GPU]->run)->stream,
+        for (int t = 0; t < threads; t++)
+            memcpy(y[CPU] + 4 * (i * threads + t), x[CPU] + 4 * (i * threads + threads - 1 - t), 16);
+    TERN__LAUNCH((test_async_kernel<Stages>), 1, threads, (size_t)Stages * threads * 16, test_stream(),
                  chunks, (const uint4 *)x[GPU], (uint4 *)y[GPU]);
     CHECK_SAME(y);
 }
@@ -144,29 +161,38 @@ TERN__ANYWHERE uint32_t test_philox(uint32_t a, uint32_t b)
     return words[0] ^ words[1] * 3 ^ words[2] * 5 ^ words[3] * 7;
 }
 
-#define TEST_FUNCTION(name, value) \
-    struct test_fn_##name { TERN__ANYWHERE uint32_t of(uint32_t a, uint32_t b) { (void)a; (void)b; return (uint32_t)(value); } };
+#define TEST_FUNCTION(name, value)                                   \
+    struct test_fn_##name {                                          \
+        TERN__ANYWHERE uint32_t of(uint32_t a, uint32_t b)           \
+        {                                                            \
+            (void)a; (void)b;                                        \
+            return (uint32_t)(value);                                \
+        }                                                            \
+    };
 TEST_ARITHMETIC(TEST_FUNCTION)
 #undef TEST_FUNCTION
 
-template <typename Function> static __global__ void test_arithmetic_kernel(int64_t n, const uint32_t *a, const uint32_t *b, uint32_t *y)
+template <typename Function>
+static __global__ void test_arithmetic_kernel(int64_t n, const uint32_t *a, const uint32_t *b, uint32_t *y)
 {
     TERN__EACH(i, n) y[i] = Function::of(a[i], b[i]);
 }
 
-template <typename Function> static void test_arithmetic(const char *name, mirror<uint32_t> &a, mirror<uint32_t> &b, mirror<uint32_t> &y)
+template <typename Function>
+static void test_arithmetic(const char *name, mirror<uint32_t> &a, mirror<uint32_t> &b, mirror<uint32_t> &y)
 {
-    const tern__gpu *d = tern__gpu_of(&test_context[GPU]->run);
-    for (size_t i = 0; i < y.count; i++) y[CPU][i] = Function::of(a[CPU][i], b[CPU][i]);
-    TERN__LAUNCH((test_arithmetic_kernel<Function>), tern__grid(d, (int64_t)y.count, 4096), TERN__THREADS, 0, d->stream, (int64_t)y.count, a[GPU], b[GPU], y[GPU]);
+    const int64_t n = (int64_t)y.count;
+    for (int64_t i = 0; i < n; i++) y[CPU][i] = Function::of(a[CPU][i], b[CPU][i]);
+    TERN__LAUNCH((test_arithmetic_kernel<Function>), 24, TERN__THREADS, 0, test_stream(), n, a[GPU], b[GPU], y[GPU]);
     CHECK(y.same(name));
 }
 
 static void test_cuda_arithmetic()
 {
     const int64_t n = 100003;
-    mirror<uint32_t> a(n, [] { return test_random() << 8 ^ test_random(); }), b(n, [] { return test_random() << 8 ^ test_random(); }), y(n);
-    const uint32_t corners[] = {0, 0x80000000u, 1, 0x007FFFFFu, 0x00800000u, 0x7F7FFFFFu, 0x7F800000u, 0xFF800000u, 0x7FC00000u, 0x3F800000u};
+    mirror<uint32_t> a(n, test_word), b(n, test_word), y(n);
+    const uint32_t corners[] = {0, 0x80000000u, 1, 0x007FFFFFu, 0x00800000u,
+                                0x7F7FFFFFu, 0x7F800000u, 0xFF800000u, 0x7FC00000u, 0x3F800000u};
     for (int i = 0; i < 10; i++)
         for (int j = 0; j < 10; j++) a[CPU][10 * i + j] = corners[i], b[CPU][10 * i + j] = corners[j];
     a.send();
@@ -201,8 +227,9 @@ static __global__ void test_warp_sum_kernel(const float *x, float *y)
 static void test_cuda_warp_sum()
 {
     mirror<float> x(1536, test_uniform), y(512 * 32); /* 1, 3, ... 1023 terms */
-    for (int i = 0; i < 512 * 32; i++) y[CPU][i] = i % 32 ? y[CPU][i - 1] : test_sum(TERN_SUM, i / 16 + 1, x[CPU] + i / 32);
-    TERN__LAUNCH(test_warp_sum_kernel, 128, 128, 0, tern__gpu_of(&test_context[GPU]->run)->stream, x[GPU], y[GPU]);
+    for (int i = 0; i < 512 * 32; i++)
+        y[CPU][i] = i % 32 ? y[CPU][i - 1] : test_sum(TERN_SUM, i / 16 + 1, x[CPU] + i / 32);
+    TERN__LAUNCH(test_warp_sum_kernel, 128, 128, 0, test_stream(), x[GPU], y[GPU]);
     CHECK_SAME(y);
 }
 
@@ -220,7 +247,7 @@ static void test_block_sum(int64_t n, int threads)
     mirror<float> x(n, test_uniform), y(2 * threads);
     const float sums[] = {test_sum(TERN_SUM, n, x[CPU]), test_sum(TERN_SUM_ABS, n, x[CPU])};
     for (int i = 0; i < 2 * threads; i++) y[CPU][i] = sums[i / threads];
-    TERN__LAUNCH(test_block_sum_kernel, 1, threads, TERN__BLOCK * sizeof(float), tern__gpu_of(&test_context[GPU]->run)->stream, n, x[GPU], y[GPU]);
+    TERN__LAUNCH(test_block_sum_kernel, 1, threads, TERN__BLOCK * sizeof(float), test_stream(), n, x[GPU], y[GPU]);
     CHECK_SAME(y);
 }
 
@@ -251,7 +278,7 @@ static void test_cuda_block_max()
                 const uint32_t *half = x[CPU] + i / threads * threads;
                 for (int j = 0; j < threads; j++) y[CPU][i] = half[j] > y[CPU][i] ? half[j] : y[CPU][i];
             }
-            TERN__LAUNCH(test_block_max_kernel, 1, threads, TERN__WARPS * sizeof(uint32_t), tern__gpu_of(&test_context[GPU]->run)->stream, x[GPU], y[GPU]);
+            TERN__LAUNCH(test_block_max_kernel, 1, threads, TERN__WARPS * sizeof(uint32_t), test_stream(), x[GPU], y[GPU]);
             CHECK_SAME(y);
         }
 }
@@ -269,7 +296,8 @@ static void test_total(int64_t n, tern_sum_kind kind, int add)
 static void test_cuda_total()
 {
     for (int64_t n = 1; n <= 4097; n += n < 67 ? 6 : 62) test_total(n, (tern_sum_kind)(n / 2 % 3), n % 5 == 0);
-    for (int kind = TERN_SUM; kind <= TERN_SUM_SQUARES; kind++) test_total((1 << 20) + 1, (tern_sum_kind)kind, kind == TERN_SUM_ABS);
+    for (int kind = TERN_SUM; kind <= TERN_SUM_SQUARES; kind++)
+        test_total((1 << 20) + 1, (tern_sum_kind)kind, kind == TERN_SUM_ABS);
 }
 
 static void suite_cuda_wrappers()
