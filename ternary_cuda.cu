@@ -375,7 +375,7 @@ static tern_result tern__gpu_unpack(tern_run *r, tern__gpu *d, const tern_unpack
 enum {
     TERN__PIECE = 512,     /* inputs of a row that a warp quantizes at a time */
     TERN__ROOM = TERN__BLOCK * 4 + 128, /* bytes of shared memory for a row's sums and maxima */
-    TERN__AHEAD = 4,       /* loads of a lane that are under way at once, 16 bytes each */
+    TERN__AHEAD = 4,       /* loads of a lane, 16 bytes each, that are under way while as many are multiplied */
     TERN__FEW_TOKENS = 16, /* of a product that reads the weights once */
     TERN__FUSED_TOKENS = 4, TERN__FUSED_BYTES = 24 << 10 /* of a layer whose blocks quantize for themselves */
 };
@@ -509,6 +509,13 @@ static __device__ float tern__scale_of(const tern_matrix &m, const tern__shape &
 
 /* -- few tokens: the weights stream past once; warps share out the inputs, or the groups, of a pair of panels -- */
 
+static __device__ __forceinline__ void tern__load_ahead(const uint8_t *panel, int begin, int end, uint4 w[TERN__AHEAD])
+{
+    const int u = begin + (int)threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < TERN__AHEAD; i++) w[i] = u + 4 * i < end ? tern__stream16(panel + (u + 4 * i) * TERN__UNIT) : make_uint4(0, 0, 0, 0);
+}
+
 /* Sums of code * q over units [begin, end), of 32 rows and 8 Tiles tokens: dot[h][j][i] belongs to rows 2h + i / 2 of the
    lane's four and token 8j + 2t + i % 2. q: the lane's tokens 8j + g, or NULL. A unit that is not there has codes 0. */
 template <int Tiles, bool Base3>
@@ -516,13 +523,15 @@ static __device__ __forceinline__ void tern__warp_dot(const uint8_t *panel, cons
 {
     const int inputs = Base3 ? 20 : 16;
     int fours[2][Tiles][4];
+    uint4 w[TERN__AHEAD], next[TERN__AHEAD];
 #pragma unroll
     for (int i = 0; i < 8 * Tiles; i++) dot[i / (4 * Tiles)][i / 4 % Tiles][i % 4] = fours[i / (4 * Tiles)][i / 4 % Tiles][i % 4] = 0;
+    tern__load_ahead(panel, begin, end, next);
     for (; begin < end; begin += 4 * TERN__AHEAD) {
         const int u = begin + (int)threadIdx.x % 4;
-        uint4 w[TERN__AHEAD];
 #pragma unroll
-        for (int i = 0; i < TERN__AHEAD; i++) w[i] = u + 4 * i < end ? tern__stream16(panel + (u + 4 * i) * TERN__UNIT) : make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < TERN__AHEAD; i++) w[i] = next[i];
+        tern__load_ahead(panel, begin + 4 * TERN__AHEAD, end, next);
 #pragma unroll
         for (int i = 0; i < TERN__AHEAD; i++) {
             uint32_t code[4][5];
@@ -595,7 +604,7 @@ static __device__ __forceinline__ void tern__few_tokens(const tern_matmul_args &
 }
 
 template <int Tiles, bool Base3>
-static __global__ void __launch_bounds__(TERN__THREADS, 4 - Tiles) tern__few_tokens_product(tern_matmul_args a, tern__shape s, int pieces)
+static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__few_tokens_product(tern_matmul_args a, tern__shape s, int pieces)
 {
     TERN__SHARED(int, dots);
     tern__few_tokens<Tiles, Base3>(a, s, pieces, dots);
