@@ -148,8 +148,8 @@ static void print_device()
     must_cuda(cudaRuntimeGetVersion(&runtime), "the version of the runtime");
     fprintf(option.csv ? stderr : stdout,
             "ternary.h on %s%s: compute capability %d.%d, %d processors, %.1f GB of memory, L2 of %ld MiB, CUDA %d.%d\n",
-            device.name, option.quick ? " (quick run)" : "", device.major, device.minor, processors, 1e-9 * (double)device.totalGlobalMem,
-            (long)(device.l2CacheSize / MIB), runtime / 1000, runtime % 1000 / 10);
+            device.name, option.quick ? " (quick run)" : "", device.major, device.minor, processors,
+            1e-9 * (double)device.totalGlobalMem, (long)(device.l2CacheSize / MIB), runtime / 1000, runtime % 1000 / 10);
     print_clocks("at the start");
 }
 
