@@ -18,6 +18,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <chrono>
 #include <functional>
 #include <map>
 #include <tuple>
@@ -111,6 +112,7 @@ enum cudaError_t {
 typedef std::vector<std::function<void()>> cuda_operations;
 typedef struct cuda_stream { cuda_operations *capture; } *cudaStream_t;
 typedef cuda_operations *cudaGraph_t, *cudaGraphExec_t;
+typedef double *cudaEvent_t; /* when it came, in seconds */
 
 struct cuda_copy { void *to; const void *from; unsigned group; };
 
@@ -485,6 +487,7 @@ enum cudaDeviceAttr {
     cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+struct cudaDeviceProp { char name[256]; size_t totalGlobalMem; int major, minor, multiProcessorCount, l2CacheSize; };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
 enum { cudaStreamDefault, cudaStreamNonBlocking };
 
@@ -670,5 +673,31 @@ inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream)
 }
 inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { delete graph; return cudaSuccess; }
 inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { delete graph; return cudaSuccess; }
+
+/* -- for the benchmark -- */
+
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int /* device */)
+{
+    return cuda_call([&] {
+        *p = {"the emulator", 0, test_cuda.capability / 10, test_cuda.capability % 10, test_cuda.processors, 0};
+        return cudaSuccess;
+    });
+}
+inline cudaError_t cudaRuntimeGetVersion(int *version) { return cuda_call([&] { *version = 0; return cudaSuccess; }); }
+
+inline cudaError_t cudaEventCreate(cudaEvent_t *out) { return cuda_call([&] { *out = new double(0); return cudaSuccess; }); }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) { delete event; return cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
+{
+    return cuda_call([&] {
+        cuda_submit(stream, [=] { *event = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); });
+        return cudaSuccess;
+    });
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cuda_waiting_call([] { return cudaSuccess; }); }
+inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)
+{
+    return cuda_call([&] { *ms = static_cast<float>(1e3 * (*to - *from)); return cudaSuccess; });
+}
 
 #endif

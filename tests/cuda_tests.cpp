@@ -4,6 +4,7 @@
    A word on the command line selects tests by their names. */
 #include "cuda_test.h"
 
+#include "cuda_1_wrappers.cpp"
 #include "cuda_2_device.cpp"
 #include "cuda_4_pack.cpp"
 #include "cuda_5_trits.cpp"
@@ -15,6 +16,7 @@
 int main(int argc, char **argv)
 {
     if (argc > 1) test_filter = argv[1];
+    suite_cuda_wrappers();
     suite_cuda_device();
     suite_cuda_pack();
     suite_cuda_trits();
