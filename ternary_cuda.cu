@@ -160,9 +160,10 @@ static __device__ void tern__report_at(tern__blame b, int64_t row, int64_t col)
                     tern__min(col, ((int64_t)1 << TERN__COLUMN_BITS) - 1));
 }
 
-/* The runtime's own words, with what was asked for. */
+/* The runtime's own words, with what was asked for. The runtime forgets the error: the next launch is not to blame. */
 static tern_result tern__cuda_check(tern_run *r, cudaError_t error, const char *what)
 {
+    if (error != cudaSuccess) cudaGetLastError();
     TERN__REQUIRE(r, error == cudaSuccess, error == cudaErrorMemoryAllocation ? TERN_E_MEMORY : TERN_E_DEVICE,
                   "cuda: %s: %s", what, cudaGetErrorString(error));
     return TERN_OK;
@@ -183,7 +184,13 @@ static tern_result tern__gpu_enter(tern_run *r, int device, tern__current *curre
     current->changed = 1;
     return TERN_OK;
 }
-static void tern__gpu_leave(const tern__current *current) { if (current->changed) cudaSetDevice(current->before); }
+static tern_result tern__gpu_leave(tern_run *r, const tern__current *current, tern_result result)
+{
+    const cudaError_t error = current->changed ? cudaSetDevice(current->before) : cudaSuccess;
+    if (result == TERN_OK) return tern__cuda_check(r, error, "choosing the caller's device again");
+    cudaGetLastError(); /* what has failed is known */
+    return result;
+}
 
 /* Blocks of threads for some items, few enough to be no burden and enough to fill the device. */
 static unsigned tern__grid(const tern__gpu *d, int64_t items, int64_t each)
@@ -204,28 +211,36 @@ static tern_result tern__check_row(tern_run *r, const char *op, int64_t cols)
     return TERN_OK;
 }
 
-static void *tern__gpu_alloc(tern_run *r, size_t bytes)
-{
-    const tern__gpu *d = tern__gpu_of(r);
-    tern__current current;
-    void *p = NULL;
-    if (tern__gpu_enter(r, d->device, &current) != TERN_OK) return NULL;
-    if (cudaMalloc(&p, bytes > 0 ? bytes : 1) != cudaSuccess) p = NULL;
-    if (p && (cudaMemsetAsync(p, 0, bytes, d->stream) != cudaSuccess || cudaStreamSynchronize(d->stream) != cudaSuccess)) {
-        cudaFree(p);
-        p = NULL;
-    }
-    if (!p) cudaGetLastError(); /* the caller reports it */
-    tern__gpu_leave(&current);
-    return p;
-}
-
+/* Quiet, and even where the device cannot be chosen: memory knows its own. */
 static void tern__gpu_free(tern_run *r, void *p)
 {
+    const tern_error kept = r->error;
     tern__current current;
-    if (tern__gpu_enter(r, tern__gpu_of(r)->device, &current) != TERN_OK) return;
+    tern__gpu_enter(r, tern__gpu_of(r)->device, &current);
     cudaFree(p);
-    tern__gpu_leave(&current);
+    tern__gpu_leave(r, &current, TERN_OK);
+    r->error = kept;
+}
+
+static tern_result tern__gpu_alloc_here(tern_run *r, size_t bytes, void **out)
+{
+    const tern__gpu *d = tern__gpu_of(r);
+    TERN__CUDA(r, cudaMalloc(out, bytes > 0 ? bytes : 1), "memory");
+    TERN__CUDA(r, cudaMemsetAsync(*out, 0, bytes, d->stream), "clearing memory");
+    TERN__CUDA(r, cudaStreamSynchronize(d->stream), "clearing memory");
+    return TERN_OK;
+}
+
+static void *tern__gpu_alloc(tern_run *r, size_t bytes)
+{
+    tern__current current;
+    tern_result result;
+    void *p = NULL;
+    if (tern__gpu_enter(r, tern__gpu_of(r)->device, &current) != TERN_OK) return NULL;
+    result = tern__gpu_leave(r, &current, tern__gpu_alloc_here(r, bytes, &p));
+    if (result == TERN_OK) return p;
+    if (p) tern__gpu_free(r, p);
+    return NULL;
 }
 
 static tern_result tern__gpu_copy_here(tern_run *r, void *dst, const void *src, size_t bytes, tern_direction direction)
@@ -240,11 +255,8 @@ static tern_result tern__gpu_copy_here(tern_run *r, void *dst, const void *src, 
 static tern_result tern__gpu_copy(tern_run *r, void *dst, const void *src, size_t bytes, tern_direction direction)
 {
     tern__current current;
-    tern_result result;
     TERN__TRY(tern__gpu_enter(r, tern__gpu_of(r)->device, &current));
-    result = tern__gpu_copy_here(r, dst, src, bytes, direction);
-    tern__gpu_leave(&current);
-    return result;
+    return tern__gpu_leave(r, &current, tern__gpu_copy_here(r, dst, src, bytes, direction));
 }
 
 /* From a key of the device to the words of the fault. */
@@ -2458,19 +2470,19 @@ static tern_result tern__gpu_optimize(tern_run *r, tern__gpu *d, const tern_opti
    What enters: tern__gpu_NAME for every operation. What leaves: tern_cuda_backend.
    ------------------------------------------------------------------------------------------------ */
 
-/* Every operation on its device, its launches checked. */
-#define TERN__OP(op)                                                                             \
+/* Every operation on its device, its launches checked; errors of before are told apart. */
+#define TERN__OP(op)                                                                              \
     static tern_result tern__cuda_##op(tern_run *r, const tern_##op##_args *a)                    \
-    {                                                                                            \
-        tern__gpu *d = tern__gpu_of(r);                                                          \
-        tern__current current;                                                                   \
-        tern_result result;                                                                      \
-        TERN__TRY(tern__gpu_enter(r, d->device, &current));                                      \
-        d->order++;                                                                              \
-        result = tern__gpu_##op(r, d, a);                                                        \
+    {                                                                                             \
+        tern__gpu *d = tern__gpu_of(r);                                                           \
+        tern__current current;                                                                    \
+        tern_result result;                                                                       \
+        TERN__CUDA(r, cudaGetLastError(), "before " #op);                                         \
+        TERN__TRY(tern__gpu_enter(r, d->device, &current));                                       \
+        d->order++;                                                                               \
+        result = tern__gpu_##op(r, d, a);                                                         \
         if (result == TERN_OK) result = tern__cuda_check(r, cudaGetLastError(), "launching " #op); \
-        tern__gpu_leave(&current);                                                               \
-        return result;                                                                           \
+        return tern__gpu_leave(r, &current, result);                                              \
     }
 TERN_OPS(TERN__OP)
 TERN_FUSED(TERN__OP)
@@ -2485,23 +2497,24 @@ static tern_result tern__gpu_open_here(tern_run *r, tern__gpu *d)
                   "cuda: device %d has compute capability %d.%d; 7.5 is the least", (int64_t)d->device, (int64_t)major, (int64_t)minor);
     TERN__CUDA(r, cudaDeviceGetAttribute(&d->processors, cudaDevAttrMultiProcessorCount, d->device), "processors");
     TERN__CUDA(r, cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking), "a stream");
-    TERN__CUDA(r, cudaMalloc(&d->fault, sizeof *d->fault), "memory");
-    TERN__CUDA(r, cudaMalloc(&d->work, (TERN__WORK + TERN__WORK_LEVELS) * sizeof(float)), "memory");
-    TERN__CUDA(r, cudaMemsetAsync(d->fault, 0xFF, sizeof *d->fault, d->stream), "memory");
+    TERN__CUDA(r, cudaMalloc(&d->fault, sizeof *d->fault), "memory for faults");
+    TERN__CUDA(r, cudaMalloc(&d->work, (TERN__WORK + TERN__WORK_LEVELS) * sizeof(float)), "work memory");
+    TERN__CUDA(r, cudaMemsetAsync(d->fault, 0xFF, sizeof *d->fault, d->stream), "clearing faults");
     return TERN_OK;
 }
 
 static void tern__gpu_close(tern_run *r)
 {
+    const tern_error kept = r->error;
     tern__gpu *d = tern__gpu_of(r);
     tern__current current;
-    if (tern__gpu_enter(r, d->device, &current) == TERN_OK) {
-        cudaFree(d->work);
-        cudaFree(d->fault);
-        if (d->stream) cudaStreamDestroy(d->stream);
-        tern__gpu_leave(&current);
-    }
+    tern__gpu_enter(r, d->device, &current);
+    if (d->work) cudaFree(d->work);
+    if (d->fault) cudaFree(d->fault);
+    if (d->stream) cudaStreamDestroy(d->stream);
+    tern__gpu_leave(r, &current, TERN_OK);
     tern__host_free(&r->allocator, d);
+    r->error = kept;
 }
 
 /* The known answers, on a context that is not quite open yet. */
@@ -2516,7 +2529,8 @@ static tern_result tern__gpu_selftest(tern_run *r)
     return result;
 }
 
-static tern_result tern__gpu_open(tern_run *r)
+/* All but the known answers. */
+static tern_result tern__gpu_start(tern_run *r)
 {
     const int device = *(const int *)r->backend->data;
     int devices = 0;
@@ -2531,11 +2545,16 @@ static tern_result tern__gpu_open(tern_run *r)
     d->device = device;
     r->state = d;
     result = tern__gpu_enter(r, device, &current);
-    if (result == TERN_OK) {
-        result = tern__gpu_open_here(r, d);
-        tern__gpu_leave(&current);
-    }
-    if (result == TERN_OK) result = tern__gpu_selftest(r);
+    if (result == TERN_OK) result = tern__gpu_leave(r, &current, tern__gpu_open_here(r, d));
+    if (result != TERN_OK) tern__gpu_close(r);
+    return result;
+}
+
+static tern_result tern__gpu_open(tern_run *r)
+{
+    tern_result result;
+    TERN__TRY(tern__gpu_start(r));
+    result = tern__gpu_selftest(r);
     if (result != TERN_OK) tern__gpu_close(r);
     return result;
 }
@@ -2561,5 +2580,5 @@ extern "C" const tern_backend *tern_cuda_backend_checked(int32_t device, uint64_
 
 extern "C" void *tern_cuda_stream(const tern_context *c)
 {
-    return c && c->run.backend->open == tern__gpu_open ? (void *)tern__gpu_of(&c->run)->stream : NULL;
+    return c && c->run.backend->close == tern__gpu_close ? (void *)tern__gpu_of(&c->run)->stream : NULL;
 }

@@ -12,6 +12,7 @@
 #include "cuda_7_int8.cpp"
 #include "cuda_8_elements.cpp"
 #include "cuda_9_layers.cpp"
+#include "cuda_faults.cpp"
 
 int main(int argc, char **argv)
 {
@@ -24,6 +25,7 @@ int main(int argc, char **argv)
     suite_cuda_int8();
     suite_cuda_elements();
     suite_cuda_layers();
+    suite_cuda_faults();
     printf("%d passed, %d failed\n", test_passed, test_failed);
     return test_failed != 0;
 }
