@@ -2215,13 +2215,6 @@ static tern_result tern__gpu_map(tern_run *r, tern__gpu *d, const tern_map_args 
 
 /* -- norm: one block to a row -- */
 
-/* 1/sqrt(mean(x^2) + eps), or 0, in every thread of the block. */
-static __device__ float tern__norm_factor(const tern_norm_args *a, const float *x, float *sums)
-{
-    const float mean = tern__block_sum(a->cols, [&](int64_t i) { return x[i] * x[i]; }, sums) / (float)a->cols;
-    return tern__finite(mean) ? 1.0f / tern__sqrt(mean + a->eps) : 0.0f;
-}
-
 /* y = x g r */
 static __device__ void tern__norm_row(const tern_norm_args *a, int64_t t, float r, int wide)
 {
@@ -2258,7 +2251,7 @@ static __global__ void __launch_bounds__(1024) tern__norm_rows(tern_norm_args a,
 {
     TERN__SHARED(float, sums);
     for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
-        const float r = tern__norm_factor(&a, a.x + t * a.cols, sums);
+        const float r = tern__block_rms(a.cols, a.x + t * a.cols, a.eps, sums);
         if (!(r > 0.0f) && threadIdx.x == 0) tern__report(blame, t);
         if (!a.dy) tern__norm_row(&a, t, r, wide);
         else if (a.dx) tern__norm_row_back(&a, t, r, sums, wide);
@@ -2269,7 +2262,7 @@ static __global__ void __launch_bounds__(1024) tern__norm_factors(tern_norm_args
 {
     TERN__SHARED(float, sums);
     for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
-        const float r = tern__norm_factor(&a, a.x + t * a.cols, sums);
+        const float r = tern__block_rms(a.cols, a.x + t * a.cols, a.eps, sums);
         if (threadIdx.x == 0) factors[t] = r;
     }
 }

@@ -19,10 +19,10 @@ static int64_t pack_bytes(const tern_matrix &m, bool of_scales)
 }
 
 /* A matrix in both memories, full of what an operation has to overwrite. */
-struct packed {
+struct pack_pair {
     mirror<uint8_t> trits, scales;
     tern_matrix m[2];
-    explicit packed(const tern_matrix &shape)
+    explicit pack_pair(const tern_matrix &shape)
         : trits(pack_bytes(shape, false), [] { return 0xFE; }), scales(pack_bytes(shape, true), [] { return 0x3A; })
     {
         for (int side = CPU; side <= GPU; side++) {
@@ -62,7 +62,7 @@ static tern_result pack_ternarize(tern_context *c, const tern_matrix &m, tern_ru
 
 static void pack_check(const tern_matrix &shape, tern_rule rule, tern_type type)
 {
-    packed p(shape);
+    pack_pair p(shape);
     pack_weights w(type, shape.rows, shape.cols);
     const int before = test_errors;
     if (rule == TERN_GIVEN) p.random_scales();
@@ -122,7 +122,7 @@ static void test_cuda_ternarize_longest()
 static void test_cuda_ternarize_extremes()
 {
     const float good = tern__float(0x6F7FFFFFu);
-    packed p(pack_shape(4, 40, TERN_PER_ROW, TERN_2BIT, TERN_F16));
+    pack_pair p(pack_shape(4, 40, TERN_PER_ROW, TERN_2BIT, TERN_F16));
     mirror<float> w(1 + 4 * 40, test_uniform);
     for (int j = 0; j < 40; j++) {
         w[CPU][1 + j] = j % 3 ? good : -good;
@@ -143,7 +143,7 @@ static void pack_check_bad(const tern_matrix &shape, tern_rule rule, tern_type t
     const float bad[] = {tern__float(0x7FC00000u), tern__float(0xFF800000u), tern__float(type == TERN_F16 ? 0x7F800000u : 0x6F800000u)};
     const int64_t at[][2] = {{3, 45}, {18, 2}, {3, 41}}; /* columns within 40 of each other share a group or do not */
     const tern__shape s = tern__shape_of(&shape);
-    packed p(shape);
+    pack_pair p(shape);
     pack_weights w(type, shape.rows, shape.cols);
     if (rule == TERN_GIVEN) p.random_scales();
     for (int i = 0; i < 3; i++) w.set(at[i][0] * shape.cols + at[i][1], bad[i]);
@@ -179,7 +179,7 @@ static void test_cuda_ternarize_bad_scales()
     for (int i = 0; i < 4; i++)
         for (int64_t at : {5, 19, 31}) {
             char text[128];
-            packed p(pack_shape(18, 45, TERN_PER_ROW, TERN_2BIT, TERN_F32));
+            pack_pair p(pack_shape(18, 45, TERN_PER_ROW, TERN_2BIT, TERN_F32));
             pack_weights w(TERN_F32, 18, 45);
             p.random_scales();
             p.set_scale(at, bad[i]);
@@ -201,7 +201,7 @@ static void test_cuda_ternarize_bad_scales()
 static void test_cuda_pack_limits()
 {
     tern_context *c = test_context[GPU];
-    packed p(pack_shape(16, 32, TERN_PER_TENSOR, TERN_2BIT, TERN_F32));
+    pack_pair p(pack_shape(16, 32, TERN_PER_TENSOR, TERN_2BIT, TERN_F32));
     mirror<float> w(16 * 32);
     tern_matrix m = p.m[GPU];
     m.rows = TERN__WORK + 1;
@@ -232,7 +232,7 @@ static void test_cuda_pack_trits()
 {
     for (const auto &s : pack_shapes)
         for (tern_type encoding : pack_encodings) {
-            packed p(pack_shape(s.rows, s.cols, s.grain, encoding, TERN_F32));
+            pack_pair p(pack_shape(s.rows, s.cols, s.grain, encoding, TERN_F32));
             mirror<int8_t> trits(s.rows * s.cols, pack_trit);
             test_both([&](tern_context *c, int side) {
                 tern_pack_args a = {};
@@ -249,7 +249,7 @@ static void test_cuda_pack_bad_trits()
 {
     for (tern_type encoding : pack_encodings)
         for (int bad : {2, -2, 127, -128}) {
-            packed p(pack_shape(35, 70, 30, encoding, TERN_F32));
+            pack_pair p(pack_shape(35, 70, 30, encoding, TERN_F32));
             mirror<int8_t> trits(35 * 70, pack_trit);
             const int64_t at[] = {20 * 70 + 69, 20 * 70 + 29, 34 * 70};
             for (int64_t i : at) trits[CPU][i] = (int8_t)bad;
@@ -268,7 +268,7 @@ static void test_cuda_pack_bad_trits()
 }
 
 /* Random trits and scales, packed by the CPU. */
-static void pack_random(packed *p)
+static void pack_random(pack_pair *p)
 {
     const tern_matrix &m = p->m[CPU];
     mirror<int8_t> trits(m.rows * m.cols, pack_trit);
@@ -297,7 +297,7 @@ static void test_cuda_unpack()
     for (const auto &s : pack_shapes)
         for (tern_type encoding : pack_encodings) {
             const int64_t row = s.rows / 3, count = tern__min(s.rows - row, 18);
-            packed p(pack_shape(s.rows, s.cols, s.grain, encoding, pack_scale_types[i % 3]));
+            pack_pair p(pack_shape(s.rows, s.cols, s.grain, encoding, pack_scale_types[i % 3]));
             mirror<int8_t> trits(count * s.cols);
             mirror<float> values(count * s.cols);
             pack_random(&p);
@@ -318,7 +318,7 @@ static void test_cuda_unpack_bad_codes()
         const tern_matrix shape = pack_shape(2100, 35, 30, encoding, TERN_F32);
         const tern__shape s = tern__shape_of(&shape);
         const int64_t bad[] = {1, 34, 21, 2069, 2099};
-        packed p(shape);
+        pack_pair p(shape);
         mirror<int8_t> trits(2090 * 35, pack_trit);
         mirror<float> values(2090 * 35, test_uniform);
         pack_random(&p);
