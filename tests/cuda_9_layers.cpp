@@ -63,7 +63,8 @@ static tern_result test_reserve_for(tern_context *c, const tern_linear *l, int64
 
 /* -- BitLinear -- */
 
-static void test_linear(const both_params &w, const both_params *bias, const both_params *gain, tern_norm_kind norm, tern_act act, int64_t n, bool keep)
+static void test_linear(const both_params &w, const both_params *bias, const both_params *gain, tern_norm_kind norm, tern_act act,
+                        int64_t n, bool keep)
 {
     const int64_t rows = w.at[CPU].rows, cols = w.at[CPU].cols;
     mirror<float> x(n * cols, test_uniform), y(n * rows), dy(n * rows, test_uniform), dx(n * cols);
@@ -230,7 +231,8 @@ static void test_cuda_parameters()
 /* -- a small network: one transformer block of every kind of layer, and its training -- */
 
 struct network {
-    enum { BATCH = 2, LENGTH = 5, TOKENS = BATCH * LENGTH, HEADS = 2, DIM = 12, WIDTH = HEADS * DIM, QKV = WIDTH + 2 * DIM, HIDDEN = 40, CLASSES = 37 };
+    enum { BATCH = 2, LENGTH = 5, TOKENS = BATCH * LENGTH, HEADS = 2, DIM = 12, WIDTH = HEADS * DIM, QKV = WIDTH + 2 * DIM };
+    enum { HIDDEN = 40, CLASSES = 37 };
     enum { TABLE, ATTEND, OUT, UP, DOWN, HEAD, GAIN, BIAS, PARAMS };
     tern_context *c;
     tern_param *p[PARAMS];
@@ -319,7 +321,10 @@ struct network {
         return tern_map(c, &m);
     }
     tern_result forward(int i, const float *x, float *y) { return tern_linear_forward(c, &layer[i], TOKENS, x, y, saved[i]); }
-    tern_result backward(int i, const float *x, const float *dy, float *dx) { return tern_linear_backward(c, &layer[i], TOKENS, x, saved[i], dy, dx); }
+    tern_result backward(int i, const float *x, const float *dy, float *dx)
+    {
+        return tern_linear_backward(c, &layer[i], TOKENS, x, saved[i], dy, dx);
+    }
     tern_result forward()
     {
         const tern_embedding e = {p[TABLE]};
