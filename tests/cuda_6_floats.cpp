@@ -150,6 +150,21 @@ static void test_cuda_dense_no_strides()
     CHECK_SAME(c);
 }
 
+/* More than the device's version takes, which writes nothing. */
+static void test_cuda_dense_too_large()
+{
+    mirror<float> x(1, test_uniform), c(1, test_uniform);
+    tern_dense_args d = {};
+    d.m = d.n = d.c_row = 1; d.k = (int64_t)INT32_MAX + 1;
+    d.a = x[GPU]; d.b = x[GPU]; d.c = c[GPU];
+    CHECK(tern_dense(test_context[GPU], &d) == TERN_E_UNSUPPORTED);
+    CHECK(strstr(tern_last_error(test_context[GPU])->text, "sums of 2147483648 terms"));
+    d.m = (int64_t)1 << 38; d.k = 1;
+    CHECK(tern_dense(test_context[GPU], &d) == TERN_E_UNSUPPORTED);
+    CHECK(strstr(tern_last_error(test_context[GPU])->text, "4294967296 tiles"));
+    CHECK_SAME(c);
+}
+
 /* -- ternary matmul on floats -- */
 
 struct matmul_case { int64_t n, rows, cols; int grain; tern_type encoding, scales; bool bias; };
@@ -398,6 +413,7 @@ static void suite_cuda_floats()
     RUN(test_cuda_dense_segments);
     RUN(test_cuda_dense_fused);
     RUN(test_cuda_dense_no_strides);
+    RUN(test_cuda_dense_too_large);
     RUN(test_cuda_matmul_floats);
     RUN(test_cuda_matmul_faults);
     RUN(test_cuda_matmul_dx);
