@@ -5,6 +5,16 @@ LDLIBS  = -pthread -lm
 PREFIX  = /usr/local
 HEADERS = ternary.h tests/test.h tests/amx.h
 
+# CUDA: of CUDA_ARCHS what this nvcc knows, and PTX of the newest for GPUs to come. make cuda CUDA_ARCHS=90 NVCC=path
+NVCC       = $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+NVCCFLAGS  = -O3 -std=c++17 -fmad=false
+CUDA_ARCHS = 75 80 86 89 90 90a 100 120
+known      = $(if $(NVCC),$(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code)))
+archs      = $(filter $(CUDA_ARCHS),$(known) $(addsuffix a,$(filter 90,$(known))))
+newest     = $(lastword $(filter-out %a,$(archs)))
+fat        = -t 0 $(foreach arch,$(archs),-gencode arch=compute_$(arch),code=sm_$(arch)) -gencode arch=compute_$(newest),code=compute_$(newest)
+sanitizer  = $(firstword $(shell command -v compute-sanitizer) $(wildcard $(dir $(NVCC))compute-sanitizer))
+
 examples: build/quickstart build/image_classifier build/language_model
 demo: build/language_model          # trains a language model on TEXT (default: ternary.h), packs it, lets it write
 	build/language_model $(if $(TEXT),--text "$(TEXT)") --out build
@@ -12,10 +22,18 @@ test:                               # all tests; the last line is "N passed, M f
 	@CC="$(CC)" CFLAGS="$(CFLAGS)" LDLIBS="$(LDLIBS)" sh tests/run.sh $(ONLY)
 bench: build/bench                  # the machine's limits, then each operation as a fraction of them
 	build/bench
-install:                            # the header alone
-	mkdir -p "$(DESTDIR)$(PREFIX)/include" && cp ternary.h "$(DESTDIR)$(PREFIX)/include/"
+install:                            # the header and the source beside it
+	mkdir -p "$(DESTDIR)$(PREFIX)/include" && cp ternary.h ternary_cuda.cu "$(DESTDIR)$(PREFIX)/include/"
 clean:
 	rm -rf build
+
+cuda: build/ternary_cuda.o          # the CUDA backend for programs to link, for every architecture in one object
+test-cuda: build/tests-cuda         # its tests on a GPU, then under compute-sanitizer where there is one
+	build/tests-cuda $(ONLY)
+	$(if $(sanitizer),$(sanitizer) --tool memcheck --error-exitcode 1 build/tests-cuda $(ONLY),@echo "skipped: no compute-sanitizer")
+	$(if $(sanitizer),$(sanitizer) --tool racecheck --error-exitcode 1 build/tests-cuda $(ONLY))
+bench-cuda: build/bench-cuda        # the GPU's limits, then each operation as a fraction of them
+	build/bench-cuda
 
 # The stricter checks. ONLY=part, here and for test, runs the tests whose names contain it.
 sanitize: build/tests-asan build/tests-amx          # addresses and undefined behaviour; amx-int8 in software
@@ -39,6 +57,16 @@ build/%: examples/%.c ternary.h | build
 	$(CC) $(CFLAGS) -I. $< -o $@ $(LDLIBS)
 build/bench: bench/bench.c ternary.h | build
 	$(CC) $(CFLAGS) -I. $< -o $@ $(LDLIBS) -ldl
+build/ternary_cuda.o: ternary_cuda.cu ternary.h | build nvcc
+	$(NVCC) $(NVCCFLAGS) $(fat) -c $< -o $@
+build/tests-cuda: tests/cuda_tests.cpp $(wildcard tests/cuda*) ternary_cuda.cu ternary.h | build nvcc
+	$(NVCC) $(NVCCFLAGS) -arch=native -lineinfo -x cu $< -o $@
+build/bench-cuda: bench/cuda.cu ternary_cuda.cu ternary.h | build nvcc
+	$(NVCC) $(NVCCFLAGS) -arch=native $< -o $@ -ldl
+build/language_model_cuda: examples/language_model.c build/ternary_cuda.o
+	$(CC) $(CFLAGS) -I. -DUSE_CUDA $^ -o $@ -L$(dir $(NVCC))../lib64 -lcudart_static -ldl -lrt -lstdc++ $(LDLIBS)
+nvcc:
+	@test -n "$(NVCC)" || { echo "no nvcc: install the CUDA Toolkit (12 or newer) and put its bin on the PATH, or say make NVCC=path"; exit 1; }
 build/tests-plain:   TEST_CC = $(CC) $(CFLAGS) -g
 build/tests-asan:    TEST_CC = $(CC) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 build/tests-amx:     TEST_CC = $(CC) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -DTEST_AMX
@@ -51,4 +79,4 @@ build/tests-%: tests/tests.c $(wildcard tests/*.c) $(HEADERS) | build
 build/fuzz: tests/fuzz.c ternary.h | build
 	clang -DFUZZER -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. $< -o $@ $(LDLIBS)
 
-.PHONY: examples demo test bench install clean sanitize tsan msan valgrind cross matrix fuzz
+.PHONY: examples demo test bench install clean cuda test-cuda bench-cuda nvcc sanitize tsan msan valgrind cross matrix fuzz

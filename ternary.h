@@ -8,7 +8,8 @@ ternary.h - neural networks whose weights are -1, 0 or +1, in one C file
 
 It turns float matrices into trits and scales, packs them into 2 or 1.6 bits per weight, runs them with
 kernels chosen for the CPU at run time, and trains them (straight-through estimator, shadow weights).
-Inference gives the same bits on every CPU, with any number of threads and any batch.
+Inference gives the same bits on every CPU, with any number of threads and any batch. ternary_cuda.cu beside
+this file runs all of it on a GPU, with those bits too.
 
 CONTENTS (search for the tag)
 
@@ -66,8 +67,8 @@ ONE WAY THROUGH
 WHAT IT DOES NOT DO
 
     No autograd: a layer's backward is a call beside its forward. No tokenizers, no data loading. No lazy
-    global state, no hidden threads, no printing, no abort. No Arm, WebAssembly or GPU kernels yet (the
-    scalar tier runs anywhere). MSVC (untested): no SIMD tiers, no thread pool.
+    global state, no hidden threads, no printing, no abort. No Arm or WebAssembly kernels yet (the scalar
+    tier runs anywhere), and of GPUs CUDA alone. MSVC (untested): no SIMD tiers, no thread pool.
 
 OPTIONS (define before the implementation; public layouts never depend on them)
 
@@ -95,6 +96,13 @@ THREADS
     tern_parallel.run, yours or a tern_pool's; without one everything runs on the calling thread. Results
     never depend on the number of workers.
 
+CUDA
+
+    ternary_cuda.cu, compiled by nvcc, is a second table: a context opened with desc.backend =
+    tern_cuda_backend(0) has its memory and its operations on that device (compute capability 7.5 or above).
+    Data pointers are then the device's, from tern_alloc or tern_param_alloc, and tern_copy, tern_param_give and
+    tern_model_load fill them. Calls queue their work and return. Files are the same as the CPU's.
+
 PERMISSION FOR AMX
 
     On x86-64 Linux a process must ask the kernel before it may use AMX. tern_open and tern_cpu_backend ask
@@ -108,14 +116,17 @@ ERRORS
     Argument errors come back at once and nothing is written. Data faults (NaN in an activation row, a token
     id out of range) leave a zero row and are reported by the next tern_sync: one-pass kernels and queued
     devices cannot know earlier. Weights that are not finite are refused with their index.
+    On a GPU what only the data can tell (weights, scales, trits, codes, elements of a finite cast) comes with
+    the next tern_sync too, under the CPU's code, and was taken as zero. Sizes beyond the device version are
+    TERN_E_UNSUPPORTED at once. What fails while it runs is TERN_E_DEVICE from the next call that waits.
 
 NUMERICS AND DETERMINISM
 
     int8 dot products are exact in int32 (inputs per row <= 262144; tern_dense_i8: <= 131071). Float sums follow one rule: up to 1024
     terms in 64 lanes, then pairwise; more in blocks of 1024. Float dot products run in order, in segments of
     2048. No contraction, no libm; exp, log, tanh, sine and cosine are the library's own polynomials.
-    So the forward pass gives the same bits from every tier, compiler and architecture. Gradients are fused
-    where the tier can: training repeats exactly on a given tier, for any thread count. Signs and payloads of
+    So the forward pass gives the same bits from every tier, compiler and architecture, GPUs included. Gradients are
+    fused where the tier can: training repeats exactly on a given tier, for any thread count. Signs and payloads of
     NaN are not part of the promise, nor is clang's -ffp-contract=fast, which no code can see or undo.
 
 FORMATS
@@ -321,7 +332,7 @@ TERN_API tern_result tern_activation_shape(tern_context *c, const tern_matrix *m
    tern_NAME(context, &args) checks the arguments and runs the operation on the context's backend.
    Every operation overwrites its output unless it says "adds". Inputs and outputs must not overlap
    unless it says so. n counts tokens, at least 1; float buffers are float32, row-major, contiguous; pointers
-   are aligned to their elements (packed trits: to nothing). A number left at zero (alpha, scale, rate) is
+   are aligned to their elements (packed trits: to nothing; on a GPU trits and q: to 16). A number left at zero (alpha, scale, rate) is
    zero: defaults are named where there are any. An eps of a norm must be positive. */
 
 /* [rows, cols] floats -> trits and scales. Weights that are NaN, infinite or 2^96 and above are refused
@@ -603,7 +614,8 @@ TERN_API tern_result tern_param_set(tern_context *c, tern_param *p, tern_type ty
 /* Sets trits [rows, cols] and scales [rows, groups] (row-major; one for TERN_PER_TENSOR) from host memory,
    as they are: an invalid trit or scale is refused and nothing changes. A shadow, if any, becomes their product. */
 TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_t *trits, const float *scales);
-/* Reads row r into host memory: trits [cols], its scales [groups], values [cols] (each or NULL). */
+/* Reads row r into host memory: trits [cols], its scales [groups], values [cols] (each or NULL). It allocates, and
+   waits for a GPU: verify, stats and files, which read many rows at a time, are the way to read them all. */
 TERN_API tern_result tern_param_get(tern_context *c, const tern_param *p, int64_t row, int8_t *trits, float *scales, float *values);
 
 /* Statistics of a shadow under the parameter's own rule and stored scales (after Tilelli's
@@ -637,7 +649,7 @@ typedef struct tern_linear {
     tern_act act;
 } tern_linear;
 TERN_API tern_result tern_linear_need(tern_context *c, const tern_linear *l, int64_t n, tern_need *out);
-/* x [n, cols] -> y [n, rows], apart. saved: need.saved bytes, aligned to 4, for the backward, or NULL for inference. */
+/* x [n, cols] -> y [n, rows], apart. saved: need.saved bytes, aligned to 4 (on a GPU: 16), for the backward, or NULL for inference. */
 TERN_API tern_result tern_linear_forward(tern_context *c, const tern_linear *l, int64_t n, const float *x, float *y, void *saved);
 /* Straight-through: adds into the TERN_GRAD of w, bias and gain where present; dx [n, cols] (or NULL) is
    overwritten. x and saved as in the forward. No two of the pointers may overlap. */
@@ -1156,6 +1168,7 @@ static int64_t tern__mul(int64_t a, int64_t b)
 }
 static int64_t tern__add(int64_t a, int64_t b) { return a > ((int64_t)1 << 62) - b ? INT64_MAX : a + b; }
 TERN__ANYWHERE int64_t tern__min(int64_t a, int64_t b) { return a < b ? a : b; }
+TERN__ANYWHERE int64_t tern__max(int64_t a, int64_t b) { return a > b ? a : b; }
 TERN__ANYWHERE int64_t tern__ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 static int32_t tern__fits(int64_t bytes) { return bytes >= 0 && bytes <= ((int64_t)1 << 62) && (uint64_t)bytes <= (uint64_t)PTRDIFF_MAX; }
 
@@ -1709,22 +1722,26 @@ static float tern__mean_above(const tern__kernels *k, const tern_ternarize_args 
     return count ? tern__tree_total(&tree) / (float)count : 0.0f;
 }
 
-/* The grain over a rectangle: stores its scale at index i and returns the threshold. No weight is above
-   the threshold of a zero scale. */
+TERN__ANYWHERE float tern__twn_delta(float mean) { return 0.7f * mean; }
+
+/* Stores a grain's scale at index i, from the mean of |w| and (TWN) of those above delta, and returns the threshold;
+   a GIVEN scale is there. No weight is above the threshold of a zero scale. */
+TERN__ANYWHERE float tern__settle_grain(const tern_ternarize_args *a, int64_t i, float mean, float above)
+{
+    const float alpha = a->rule == TERN_TWN ? above : a->rule == TERN_ABSMEAN_SIGMA ? mean / 0.7978845608f : mean;
+    const float scale = a->rule == TERN_GIVEN ? tern__load_scale(a->m.scale_type, a->m.scales, i)
+                                              : tern__store_scale(a->m.scale_type, a->m.scales, i, alpha);
+    if (scale == 0.0f) return FLT_MAX;
+    return a->rule == TERN_TWN ? tern__twn_delta(mean) : 0.5f * scale;
+}
+
+/* The grain over a rectangle, whose scale lies at index i: its threshold. */
 static float tern__apply_rule(const tern__kernels *k, const tern_ternarize_args *a, int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t i)
 {
-    float mean, delta, scale;
-    if (a->rule == TERN_GIVEN) {
-        scale = tern__load_scale(a->m.scale_type, a->m.scales, i);
-        return scale == 0.0f ? FLT_MAX : 0.5f * scale;
-    }
-    mean = tern__mean_above(k, a, row, rows, col, cols, -1.0f);
-    delta = 0.7f * mean;
-    scale = a->rule == TERN_TWN ? tern__mean_above(k, a, row, rows, col, cols, delta)
-          : a->rule == TERN_ABSMEAN_SIGMA ? mean / 0.7978845608f : mean;
-    scale = tern__store_scale(a->m.scale_type, a->m.scales, i, scale);
-    if (scale == 0.0f) return FLT_MAX;
-    return a->rule == TERN_TWN ? delta : 0.5f * scale;
+    float mean = 0.0f, above = 0.0f;
+    if (a->rule != TERN_GIVEN) mean = tern__mean_above(k, a, row, rows, col, cols, -1.0f);
+    if (a->rule == TERN_TWN) above = tern__mean_above(k, a, row, rows, col, cols, tern__twn_delta(mean));
+    return tern__settle_grain(a, i, mean, above);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -4539,20 +4556,21 @@ TERN__ANYWHERE float tern__clip_factor(float clip, const float *norm2)
     return norm > clip ? clip / norm : 1.0f;
 }
 
-/* Element i; random: 16 bits, for the rounding of BF16. */
-TERN__ANYWHERE void tern__optimize_one(const tern_optimize_args *a, float factor, float correct1, float correct2, uint32_t random, int64_t i)
+/* A weight and its state. Without momentum moment1 is not used, without AdamW moment2 is not. */
+typedef struct tern__trained { float w, grad, moment1, moment2; } tern__trained;
+
+/* One of them, not yet rounded to its type. */
+TERN__ANYWHERE void tern__optimize_one(const tern_optimize_args *a, float factor, float correct1, float correct2, tern__trained *e)
 {
-    const float g = a->grad[i] * factor;
-    float w = tern__load_float(a->type, a->w, i), step = g;
+    const float g = e->grad * factor;
+    float step = g;
     if (a->kind == TERN_ADAMW) {
-        a->moment1[i] = a->beta1 * a->moment1[i] + (1.0f - a->beta1) * g;
-        a->moment2[i] = a->beta2 * a->moment2[i] + (1.0f - a->beta2) * g * g;
-        step = a->moment1[i] * correct1 / (tern__sqrt(a->moment2[i] * correct2) + a->eps);
-    } else if (a->moment1) step = a->moment1[i] = a->beta1 * a->moment1[i] + g;
-    w = w - a->rate * (step + a->decay * w);
-    a->grad[i] = 0.0f;
-    if (a->type == TERN_BF16) ((uint16_t *)a->w)[i] = tern__to_bf16_with(w, random);
-    else ((float *)a->w)[i] = w;
+        e->moment1 = a->beta1 * e->moment1 + (1.0f - a->beta1) * g;
+        e->moment2 = a->beta2 * e->moment2 + (1.0f - a->beta2) * g * g;
+        step = e->moment1 * correct1 / (tern__sqrt(e->moment2 * correct2) + a->eps);
+    } else if (a->moment1) step = e->moment1 = a->beta1 * e->moment1 + g;
+    e->w = e->w - a->rate * (step + a->decay * e->w);
+    e->grad = 0.0f;
 }
 
 static void tern__optimize_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
@@ -4563,8 +4581,18 @@ static void tern__optimize_body(tern__job *job, int64_t begin, int64_t end, int6
     int64_t i;
     (void)bad;
     for (i = begin; i < end; i++) { /* element i takes word i % 4 of block i / 4 */
+        tern__trained e;
         if (a->type == TERN_BF16 && (i == begin || (i & 3) == 0)) tern__philox(a->seed, (uint64_t)(i >> 2), a->step, a->stream, random);
-        tern__optimize_one(a, work->factor, work->correct1, work->correct2, random[i & 3] & 0xFFFF, i);
+        e.w = tern__load_float(a->type, a->w, i);
+        e.grad = a->grad[i];
+        e.moment1 = a->moment1 ? a->moment1[i] : 0.0f;
+        e.moment2 = a->kind == TERN_ADAMW ? a->moment2[i] : 0.0f;
+        tern__optimize_one(a, work->factor, work->correct1, work->correct2, &e);
+        if (a->type == TERN_BF16) ((uint16_t *)a->w)[i] = tern__to_bf16_with(e.w, random[i & 3] & 0xFFFF);
+        else ((float *)a->w)[i] = e.w;
+        a->grad[i] = e.grad;
+        if (a->moment1) a->moment1[i] = e.moment1;
+        if (a->kind == TERN_ADAMW) a->moment2[i] = e.moment2;
     }
 }
 
@@ -5279,16 +5307,26 @@ TERN_API tern_result tern_param_set(tern_context *c, tern_param *p, tern_type ty
     return tern__param_ternarize(c, p, tern__buffer_type(p, TERN_SHADOW), shadow);
 }
 
-/* Packs rows given by the host, panel by panel through a staging buffer of the backend. */
-static tern_result tern__upload_panel(tern_context *c, const tern_param *p, int64_t panel, const int8_t *trits, int8_t *staging)
+/* -- rows cross between the host and the backend in chunks, so that a device is waited for seldom -- */
+
+enum { TERN__TRANSFER = 1 << 20 }; /* bytes that cross at a time, or a panel where that is more */
+
+/* Rows of a chunk at so many bytes per weight: whole panels. */
+static int64_t tern__chunk_rows(const tern_param *p, int64_t width)
+{
+    const int64_t panels = tern__min(TERN__TRANSFER / (TERN__ROWS * width * p->cols), tern__ceil_div(p->rows, TERN__ROWS));
+    return tern__max(panels, 1) * TERN__ROWS;
+}
+
+/* Packs rows given by the host, from a panel's first row on, through staging memory of the backend. */
+static tern_result tern__upload_rows(tern_context *c, const tern_param *p, int64_t row, int64_t rows, const int8_t *trits, int8_t *staging)
 {
     tern_pack_args a;
-    const int64_t panel_bytes = tern__buffer_count(p, TERN_TRITS) / tern__ceil_div(p->rows, TERN__ROWS);
     a.m = tern_param_matrix(p);
-    a.m.rows = tern__min(TERN__ROWS, p->rows - panel * TERN__ROWS);
-    a.m.trits = (uint8_t *)a.m.trits + panel * panel_bytes;
+    a.m.rows = rows;
+    a.m.trits = (uint8_t *)a.m.trits + row / TERN__ROWS * tern__shape_of(&a.m).panel_bytes;
     a.trits = staging;
-    TERN__TRY(tern_copy(c, staging, trits, (size_t)(a.m.rows * p->cols), TERN_TO_DEVICE));
+    TERN__TRY(tern_copy(c, staging, trits, (size_t)(rows * p->cols), TERN_TO_DEVICE));
     return tern_pack(c, &a);
 }
 
@@ -5305,7 +5343,7 @@ static tern_result tern__upload_scales(tern_context *c, const tern_param *p, con
     return tern_copy(c, m.scales, ordered, (size_t)(s.scales * tern__type_bytes(m.scale_type)), TERN_TO_DEVICE);
 }
 
-/* The shadow becomes trit times scale; staging holds a row of floats. */
+/* The shadow becomes trit times scale; staging holds a chunk of floats. */
 static tern_result tern__shadow_from_packed(tern_context *c, const tern_param *p, float *staging)
 {
     const tern_type type = tern__buffer_type(p, TERN_SHADOW);
@@ -5313,14 +5351,14 @@ static tern_result tern__shadow_from_packed(tern_context *c, const tern_param *p
     tern_cast_args a;
     memset(&u, 0, sizeof u);
     u.m = tern_param_matrix(p);
-    u.count = 1;
     u.values = staging;
     memset(&a, 0, sizeof a);
-    a.count = p->cols;
     a.from = TERN_F32;
     a.to = type;
     a.src = staging;
-    for (; u.row < p->rows; u.row++) {
+    for (; u.row < p->rows; u.row += u.count) {
+        u.count = tern__min(tern__chunk_rows(p, sizeof(float)), p->rows - u.row);
+        a.count = u.count * p->cols;
         a.dst = (uint8_t *)p->buffer[TERN_SHADOW].data + u.row * p->cols * tern__type_bytes(type);
         TERN__TRY(tern_unpack(c, &u));
         TERN__TRY(tern_cast(c, &a));
@@ -5335,7 +5373,7 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
     tern_matrix m;
     tern__shape s;
     tern__any_scale one;
-    int64_t i, panel, stored;
+    int64_t i, width, row, rows, stored;
     int8_t *staging;
     void *ordered;
     TERN__TRY(tern__check_ready(c, p));
@@ -5355,11 +5393,14 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
         TERN__REQUIRE(r, tern__store_scale(m.scale_type, &one, 0, scales[i]) == scales[i], TERN_E_ARGUMENT,
                       "%s: scales[%d] is not %s", p->name, i, m.scale_type == TERN_POW2 ? "a power of two" : "an f16");
     }
-    staging = (int8_t *)tern_alloc(c, (size_t)(TERN__ROWS * m.cols));
+    width = p->buffer[TERN_SHADOW].data ? (int64_t)sizeof(float) : 1;
+    staging = (int8_t *)tern_alloc(c, (size_t)(tern__chunk_rows(p, width) * m.cols * width));
     ordered = tern__host_alloc(&r->allocator, (size_t)(s.scales * tern__type_bytes(m.scale_type)));
     if (!staging || !ordered) result = tern__set_error(&r->error, TERN_E_MEMORY, "%s: no memory to pack", p->name);
-    for (panel = 0; result == TERN_OK && panel < s.panels; panel++)
-        result = tern__upload_panel(c, p, panel, trits + panel * TERN__ROWS * m.cols, staging);
+    for (row = 0; result == TERN_OK && row < m.rows; row += rows) {
+        rows = tern__min(tern__chunk_rows(p, width), m.rows - row);
+        result = tern__upload_rows(c, p, row, rows, trits + row * m.cols, staging);
+    }
     if (result == TERN_OK) result = tern__upload_scales(c, p, scales, ordered);
     if (result == TERN_OK && p->buffer[TERN_SHADOW].data) result = tern__shadow_from_packed(c, p, (float *)(void *)staging);
     if (staging) tern_free(c, staging);
@@ -5367,73 +5408,165 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
     return result;
 }
 
+/* Rows of a ternary parameter on the host: trits [cols] and scales [groups] of each, its shadow [cols] as it is stored, and
+   the scales in panel order. */
+typedef struct tern__rows { int8_t *trits; float *scales; uint8_t *shadow, *stored; int64_t bytes; } tern__rows;
+
+/* Stored scales of rows that begin a panel, or of one row: its panel's. */
+static int64_t tern__stored_scales(const tern__shape *s, int64_t rows) { return tern__min(s->scales, tern__ceil_div(rows, TERN__ROWS) * TERN__ROWS * s->groups); }
+
+/* As they lie in memory; what: of 1 << TERN_TRITS, TERN_SCALES and TERN_SHADOW. */
+static tern__rows tern__rows_at(const tern_param *p, int64_t rows, int32_t what, void *base)
+{
+    const tern_matrix m = tern_param_matrix(p);
+    const tern__shape s = tern__shape_of(&m);
+    const int64_t width = what >> TERN_SHADOW & 1 ? tern__type_bytes(tern__buffer_type(p, TERN_SHADOW)) : 0;
+    const int64_t scales = what >> TERN_SCALES & 1 ? tern__scratch_piece(rows * s.groups * (int64_t)sizeof(float)) : 0;
+    const int64_t stored = scales ? tern__scratch_piece(tern__stored_scales(&s, rows) * tern__type_bytes(m.scale_type)) : 0;
+    const int64_t shadow = tern__scratch_piece(rows * p->cols * width);
+    unsigned char *at = (unsigned char *)base;
+    tern__rows r = {NULL, NULL, NULL, NULL, 0};
+    r.bytes = scales + stored + shadow + (what >> TERN_TRITS & 1 ? rows * p->cols : 0);
+    if (!at) return r;
+    r.scales = (float *)(void *)at;
+    r.stored = at + scales;
+    r.shadow = r.stored + stored;
+    r.trits = (int8_t *)r.shadow + shadow;
+    return r;
+}
+
+/* Reads rows of one parameter after the other, chunk by chunk. */
+typedef struct tern__reader {
+    tern_context *c;
+    const tern_param *p;
+    int32_t what;
+    int64_t most, first, count; /* rows of a chunk; those that are here */
+    void *host;
+    int8_t *staging;            /* of the backend, for the trits of a chunk */
+} tern__reader;
+
+static int32_t tern__reader_open(tern__reader *r, tern_context *c, int64_t host_bytes, int64_t staging_bytes)
+{
+    memset(r, 0, sizeof *r);
+    r->c = c;
+    r->host = tern__host_alloc(&c->run.allocator, (size_t)host_bytes);
+    r->staging = staging_bytes > 0 ? (int8_t *)tern_alloc(c, (size_t)staging_bytes) : NULL;
+    return r->host && (r->staging || staging_bytes == 0);
+}
+
+static void tern__reader_close(tern__reader *r)
+{
+    tern_free(r->c, r->staging);
+    tern__host_free(&r->c->run.allocator, r->host);
+}
+
+/* The rows that are read next are those of p. */
+static void tern__reader_turn(tern__reader *r, const tern_param *p, int64_t most, int32_t what)
+{
+    r->p = p;
+    r->most = most;
+    r->what = what;
+    r->count = 0;
+}
+
+static tern_result tern__reader_of(tern__reader *r, tern_context *c, const tern_param *p, int64_t most, int32_t what)
+{
+    if (!tern__reader_open(r, c, tern__rows_at(p, most, what, NULL).bytes, what >> TERN_TRITS & 1 ? most * p->cols : 0)) {
+        tern__reader_close(r);
+        TERN__FAIL(&c->run, TERN_E_MEMORY, "%s: no memory for a row", p->name);
+    }
+    tern__reader_turn(r, p, most, what);
+    return TERN_OK;
+}
+
+static tern_result tern__read_trits(tern__reader *r, int8_t *trits)
+{
+    tern_unpack_args a;
+    a.m = tern_param_matrix(r->p);
+    a.row = r->first;
+    a.count = r->count;
+    a.trits = r->staging;
+    a.values = NULL;
+    TERN__TRY(tern_unpack(r->c, &a));
+    return tern_copy(r->c, trits, a.trits, (size_t)(a.count * a.m.cols), TERN_TO_HOST);
+}
+
+/* Panels as they lie, then row by row. */
+static tern_result tern__read_scales(tern__reader *r, const tern__rows *to)
+{
+    const tern_matrix m = tern_param_matrix(r->p);
+    const tern__shape s = tern__shape_of(&m);
+    const int64_t width = tern__type_bytes(m.scale_type), from = tern__scale_index(&m, &s, r->first / TERN__ROWS * TERN__ROWS, 0);
+    int64_t i, g;
+    TERN__TRY(tern_copy(r->c, to->stored, (const uint8_t *)m.scales + from * width, (size_t)(tern__stored_scales(&s, r->count) * width), TERN_TO_HOST));
+    for (i = 0; i < r->count; i++)
+        for (g = 0; g < s.groups; g++)
+            to->scales[i * s.groups + g] = tern__load_scale(m.scale_type, to->stored, tern__scale_index(&m, &s, r->first + i, g) - from);
+    return TERN_OK;
+}
+
+static tern_result tern__read_shadow(tern__reader *r, uint8_t *shadow)
+{
+    const int64_t width = r->p->cols * tern__type_bytes(tern__buffer_type(r->p, TERN_SHADOW));
+    return tern_copy(r->c, shadow, (const uint8_t *)r->p->buffer[TERN_SHADOW].data + r->first * width, (size_t)(r->count * width), TERN_TO_HOST);
+}
+
+/* A row, with its chunk where that is not here yet. */
+static tern_result tern__read_row(tern__reader *r, int64_t row, tern__rows *out)
+{
+    const tern_param *p = r->p;
+    const tern_matrix m = tern_param_matrix(p);
+    *out = tern__rows_at(p, r->most, r->what, r->host);
+    if (row < r->first || row >= r->first + r->count) {
+        r->first = row;
+        r->count = tern__min(r->most, p->rows - row);
+        if (r->what >> TERN_TRITS & 1) TERN__TRY(tern__read_trits(r, out->trits));
+        if (r->what >> TERN_SCALES & 1) TERN__TRY(tern__read_scales(r, out));
+        if (r->what >> TERN_SHADOW & 1) TERN__TRY(tern__read_shadow(r, out->shadow));
+    }
+    row -= r->first;
+    if (r->what >> TERN_TRITS & 1) out->trits += row * p->cols;
+    if (r->what >> TERN_SCALES & 1) out->scales += row * tern__shape_of(&m).groups;
+    if (r->what >> TERN_SHADOW & 1) out->shadow += row * p->cols * tern__type_bytes(tern__buffer_type(p, TERN_SHADOW));
+    return TERN_OK;
+}
+
+/* Value j of a row. */
+static float tern__row_value(const tern_param *p, const tern__rows *row, int64_t j)
+{
+    return (float)row->trits[j] * row->scales[p->grain > 0 ? j / p->grain : 0];
+}
+
 TERN_API tern_result tern_param_get(tern_context *c, const tern_param *p, int64_t row, int8_t *trits, float *scales, float *values)
 {
-    tern_result result = TERN_OK;
-    tern_run *r;
+    const int32_t what = (trits || values) << TERN_TRITS | (scales || values) << TERN_SCALES;
+    tern_result result;
     tern_matrix m;
-    tern__shape s;
-    tern_unpack_args a;
-    int64_t g;
+    tern__reader r;
+    tern__rows here;
+    int64_t j;
     TERN__TRY(tern__check_ready(c, p));
-    r = &c->run;
-    TERN__REQUIRE(r, row >= 0 && row < p->rows, TERN_E_SHAPE, "%s: row %d of %d", p->name, row, p->rows);
+    TERN__REQUIRE(&c->run, row >= 0 && row < p->rows, TERN_E_SHAPE, "%s: row %d of %d", p->name, row, p->rows);
     if (p->rule == TERN_DENSE) {
-        TERN__REQUIRE(r, !trits && !scales, TERN_E_ARGUMENT, "%s is dense and has no trits", p->name);
+        TERN__REQUIRE(&c->run, !trits && !scales, TERN_E_ARGUMENT, "%s is dense and has no trits", p->name);
         return values ? tern_copy(c, values, tern__floats(p, TERN_SHADOW) + row * p->cols, (size_t)p->cols * 4, TERN_TO_HOST) : TERN_OK;
     }
     m = tern_param_matrix(p);
-    s = tern__shape_of(&m);
-    for (g = 0; scales && g < s.groups; g++) {
-        tern__any_scale stored;
-        const size_t width = (size_t)tern__type_bytes(m.scale_type);
-        TERN__TRY(tern_copy(c, &stored, (const uint8_t *)m.scales + (size_t)tern__scale_index(&m, &s, row, g) * width, width, TERN_TO_HOST));
-        scales[g] = tern__load_scale(m.scale_type, &stored, 0);
-    }
-    if (!trits && !values) return TERN_OK;
-    a.m = m;
-    a.row = row;
-    a.count = 1;
-    a.values = (float *)tern_alloc(c, (size_t)m.cols * 5);
-    TERN__REQUIRE(r, a.values, TERN_E_MEMORY, "%s: no memory for a row", p->name);
-    a.trits = (int8_t *)(a.values + m.cols);
-    result = tern_unpack(c, &a);
-    if (result == TERN_OK && trits) result = tern_copy(c, trits, a.trits, (size_t)m.cols, TERN_TO_HOST);
-    if (result == TERN_OK && values) result = tern_copy(c, values, a.values, (size_t)m.cols * 4, TERN_TO_HOST);
-    tern_free(c, a.values);
+    TERN__TRY(tern__reader_of(&r, c, p, 1, what));
+    result = tern__read_row(&r, row, &here);
+    if (result == TERN_OK && trits) memcpy(trits, here.trits, (size_t)p->cols);
+    if (result == TERN_OK && scales) memcpy(scales, here.scales, (size_t)tern__shape_of(&m).groups * sizeof(float));
+    for (j = 0; result == TERN_OK && values && j < p->cols; j++) values[j] = tern__row_value(p, &here, j);
+    tern__reader_close(&r);
     return result;
 }
 
 /* -- diagnostics, on the host, row by row -- */
 
-/* One row of everything the diagnostics read: trits, values, scales and the shadow's own bits. */
-typedef struct tern__row { int8_t *trits; float *values, *scales, *shadow; void *memory; } tern__row;
-
-static tern_result tern__row_open(tern_context *c, const tern_param *p, tern__row *row)
-{
-    const size_t cols = (size_t)p->cols;
-    memset(row, 0, sizeof *row); /* gcc -O3 does not see that a failure returns */
-    row->memory = tern__host_alloc(&c->run.allocator, cols * (3 * sizeof(float) + 1));
-    TERN__REQUIRE(&c->run, row->memory, TERN_E_MEMORY, "%s: no memory for a row", p->name);
-    row->values = (float *)row->memory;
-    row->scales = row->values + cols;
-    row->shadow = row->scales + cols;
-    row->trits = (int8_t *)(row->shadow + cols);
-    return TERN_OK;
-}
-
-static tern_result tern__row_read(tern_context *c, const tern_param *p, int64_t i, tern__row *row)
-{
-    const size_t width = (size_t)(p->cols * tern__type_bytes(tern__buffer_type(p, TERN_SHADOW)));
-    TERN__TRY(tern_param_get(c, p, i, row->trits, row->scales, row->values));
-    if (!p->buffer[TERN_SHADOW].data) return TERN_OK;
-    return tern_copy(c, row->shadow, (const uint8_t *)p->buffer[TERN_SHADOW].data + (size_t)i * width, width, TERN_TO_HOST);
-}
-
 /* Counts of one row. The threshold is the rule's own: alpha/2, or 0.7 mean|w| for TWN. */
 typedef struct tern__tally { int64_t neg, pos, boundary, inner, scales; float alpha; } tern__tally;
 
-static void tern__tally_row(const tern_param *p, const tern__row *row, float band, float tensor_mean, tern__tally *n)
+static void tern__tally_row(const tern_param *p, const tern__rows *row, float band, float tensor_mean, tern__tally *n)
 {
     tern_ternarize_args a;
     tern__shape s;
@@ -5464,24 +5597,25 @@ TERN_API tern_result tern_param_stats(tern_context *c, const tern_param *p, floa
 {
     tern_result result = TERN_OK;
     tern__tally n = {0, 0, 0, 0, 0, 0.0f};
-    tern__row row;
+    tern__reader reader;
+    tern__rows row;
     float all, tensor_mean = 0.0f;
     int64_t i, j;
     TERN__TRY(tern__check_ready(c, p));
     TERN__REQUIRE(&c->run, out && band >= 0, TERN_E_ARGUMENT, "%s: stats: out is NULL or band is negative", p->name);
     TERN__REQUIRE(&c->run, p->rule != TERN_DENSE, TERN_E_ARGUMENT, "%s is dense and has no dead zone", p->name);
     TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
-    TERN__TRY(tern__row_open(c, p, &row));
+    TERN__TRY(tern__reader_of(&reader, c, p, tern__chunk_rows(p, 1), 1 << TERN_TRITS | 1 << TERN_SCALES | 1 << TERN_SHADOW));
     all = (float)(p->rows * p->cols);
     for (i = 0; p->rule == TERN_TWN && p->grain == TERN_PER_TENSOR && result == TERN_OK && i < p->rows; i++) {
-        result = tern__row_read(c, p, i, &row);
-        for (j = 0; j < p->cols; j++) tensor_mean += tern__abs(tern__load_float(tern__buffer_type(p, TERN_SHADOW), row.shadow, j)) / all;
+        result = tern__read_row(&reader, i, &row);
+        for (j = 0; result == TERN_OK && j < p->cols; j++) tensor_mean += tern__abs(tern__load_float(tern__buffer_type(p, TERN_SHADOW), row.shadow, j)) / all;
     }
     for (i = 0; result == TERN_OK && i < p->rows; i++) {
-        result = tern__row_read(c, p, i, &row);
+        result = tern__read_row(&reader, i, &row);
         if (result == TERN_OK) tern__tally_row(p, &row, band, tensor_mean, &n);
     }
-    tern__host_free(&c->run.allocator, row.memory);
+    tern__reader_close(&reader);
     if (result != TERN_OK) return result;
     out->alpha = n.alpha / (float)n.scales;
     out->frac_neg = (float)n.neg / all;
@@ -5496,22 +5630,23 @@ TERN_API tern_result tern_param_verify(tern_context *c, const tern_param *p, con
 {
     tern_result result = TERN_OK;
     tern_verdict v = {0, -1, 0.0f};
-    tern__row row;
+    tern__reader reader;
+    tern__rows row;
     int64_t i, j;
     TERN__TRY(tern__check_ready(c, p));
     TERN__REQUIRE(&c->run, values && out, TERN_E_ARGUMENT, "%s: verify: values or out is NULL", p->name);
     TERN__REQUIRE(&c->run, p->rule != TERN_DENSE, TERN_E_ARGUMENT, "%s is dense; there is nothing to verify", p->name);
-    TERN__TRY(tern__row_open(c, p, &row));
+    TERN__TRY(tern__reader_of(&reader, c, p, tern__chunk_rows(p, 1), 1 << TERN_TRITS | 1 << TERN_SCALES));
     for (i = 0; result == TERN_OK && i < p->rows; i++) {
-        result = tern_param_get(c, p, i, NULL, NULL, row.values);
+        result = tern__read_row(&reader, i, &row);
         for (j = 0; result == TERN_OK && j < p->cols; j++) {
-            const float error = tern__abs(values[i * p->cols + j] - row.values[j]);
+            const float error = tern__abs(values[i * p->cols + j] - tern__row_value(p, &row, j));
             if (error == 0.0f) continue;
             if (v.wrong++ == 0) v.first_wrong = i * p->cols + j;
             if (v.max_error == v.max_error && !(error <= v.max_error)) v.max_error = error; /* a NaN stays */
         }
     }
-    tern__host_free(&c->run.allocator, row.memory);
+    tern__reader_close(&reader);
     if (result == TERN_OK) *out = v;
     return result;
 }
@@ -5908,13 +6043,10 @@ enum {
     TERN__HASH_AT = 48,     /* the header's 24 bytes, then length, text and type of the first key */
     TERN__MAX_NAME = 55,    /* GGUF allows a tensor 63 bytes; ".moment1" takes 8 of them */
     TERN__MAX_BYTE = 242,   /* five trits of 1 in base 3 */
-    TERN__CHUNK = 1 << 16,  /* bytes of float tensors that cross to the host at a time */
     TERN__ALL_BUFFERS = (1 << TERN_BUFFERS) - 1
 };
 
 static const char *const tern__rule_names[] = {"absmean", "absmean_sigma", "twn", "given", "dense"};
-
-static int64_t tern__max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static void tern__put_number(uint8_t *p, uint64_t value, int32_t bytes)
 {
@@ -6079,14 +6211,14 @@ static tern_result tern__check_file_model(tern_context *c, const tern_model *m, 
     return TERN_OK;
 }
 
-/* The widest ternary parameter; 0 where all are dense. */
-static int64_t tern__widest(const tern_model *m)
+/* The most trits in a chunk of rows; 0 where all parameters are dense. */
+static int64_t tern__chunk_trits(const tern_model *m)
 {
-    int64_t cols = 0;
+    int64_t trits = 0;
     int32_t i;
     for (i = 0; i < m->count; i++)
-        if (m->items[i]->rule != TERN_DENSE) cols = tern__max(cols, m->items[i]->cols);
-    return cols;
+        if (m->items[i]->rule != TERN_DENSE) trits = tern__max(trits, tern__chunk_rows(m->items[i], 1) * m->items[i]->cols);
+    return trits;
 }
 
 /* -- writing: the same emitter runs twice, first for the hash and the checks, then into the sink -- */
@@ -6100,9 +6232,7 @@ typedef struct tern__writer {
     uint64_t hash;
     int64_t at;
     float max_error;
-    uint8_t *chunk;           /* memory of both kinds of data, one at a time: a piece of floats, ... */
-    int8_t *trits;            /* ... or a row of trits and its scales */
-    float *scales;
+    tern__reader reader;      /* its host memory also takes chunks of floats */
     size_t used;
     uint8_t out[1024];
 } tern__writer;
@@ -6226,10 +6356,12 @@ static tern_result tern__emit_trits(tern__writer *w, const tern_param *p)
 {
     uint64_t byte = 0, weight = 1;
     int64_t i, j;
+    tern__rows row;
+    tern__reader_turn(&w->reader, p, tern__chunk_rows(p, 1), 1 << TERN_TRITS);
     for (i = 0; i < p->rows; i++) {
-        TERN__TRY(tern_param_get(w->c, p, i, w->trits, NULL, NULL));
+        TERN__TRY(tern__read_row(&w->reader, i, &row));
         for (j = 0; j < p->cols; j++) {
-            byte += weight * (uint64_t)(w->trits[j] + 1);
+            byte += weight * (uint64_t)(row.trits[j] + 1);
             weight *= 3;
             if (weight < 243) continue;
             tern__emit_number(w, byte, 1);
@@ -6243,13 +6375,14 @@ static tern_result tern__emit_trits(tern__writer *w, const tern_param *p)
     return TERN_OK;
 }
 
-/* Reads the scales of a row and refuses what load would refuse. */
-static tern_result tern__read_scales(tern__writer *w, const tern_param *p, int64_t row, int64_t groups)
+/* Reads a row and refuses scales that load would refuse. */
+static tern_result tern__read_checked(tern__writer *w, const tern_param *p, int64_t i, tern__rows *row)
 {
+    const tern_matrix m = tern_param_matrix(p);
     int64_t g;
-    TERN__TRY(tern_param_get(w->c, p, row, NULL, w->scales, NULL));
-    for (g = 0; g < groups; g++)
-        TERN__REQUIRE(&w->c->run, tern__scale_ok(w->scales[g]), TERN_E_NONFINITE, "%s: scales[%d][%d] is negative or not finite", p->name, row, g);
+    TERN__TRY(tern__read_row(&w->reader, i, row));
+    for (g = 0; g < tern__shape_of(&m).groups; g++)
+        TERN__REQUIRE(&w->c->run, tern__scale_ok(row->scales[g]), TERN_E_NONFINITE, "%s: scales[%d][%d] is negative or not finite", p->name, i, g);
     return TERN_OK;
 }
 
@@ -6257,12 +6390,14 @@ static tern_result tern__emit_scales(tern__writer *w, const tern_param *p)
 {
     const tern__tensor t = tern__tensor_of(p, TERN_SCALES);
     int64_t i, g;
+    tern__rows row;
+    tern__reader_turn(&w->reader, p, tern__chunk_rows(p, 1), 1 << TERN_SCALES);
     for (i = 0; i < t.dims[1]; i++) {
-        TERN__TRY(tern__read_scales(w, p, i, t.dims[0]));
+        TERN__TRY(tern__read_checked(w, p, i, &row));
         for (g = 0; g < t.dims[0]; g++) {
-            if (t.type == TERN__GGML_I8) tern__emit_number(w, (uint64_t)(int64_t)tern__to_pow2(w->scales[g]), 1);
-            else if (t.type == TERN__GGML_F16) tern__emit_number(w, tern__to_f16(w->scales[g]), 2);
-            else tern__emit_number(w, tern__bits(w->scales[g]), 4);
+            if (t.type == TERN__GGML_I8) tern__emit_number(w, (uint64_t)(int64_t)tern__to_pow2(row.scales[g]), 1);
+            else if (t.type == TERN__GGML_F16) tern__emit_number(w, tern__to_f16(row.scales[g]), 2);
+            else tern__emit_number(w, tern__bits(row.scales[g]), 4);
         }
     }
     return TERN_OK;
@@ -6272,12 +6407,13 @@ static tern_result tern__emit_floats(tern__writer *w, const tern_param *p, int32
 {
     const int32_t width = (int32_t)tern__type_bytes(tern__buffer_type(p, which));
     const int64_t bytes = p->rows * p->cols * width;
+    uint8_t *chunk = (uint8_t *)w->reader.host;
     int64_t at, n;
     for (at = 0; at < bytes; at += n) {
-        n = tern__min(bytes - at, TERN__CHUNK);
-        TERN__TRY(tern_copy(w->c, w->chunk, (const uint8_t *)p->buffer[which].data + at, (size_t)n, TERN_TO_HOST));
-        tern__little_endian(w->chunk, n / width, width);
-        tern__emit_bytes(w, w->chunk, (size_t)n);
+        n = tern__min(bytes - at, TERN__TRANSFER);
+        TERN__TRY(tern_copy(w->c, chunk, (const uint8_t *)p->buffer[which].data + at, (size_t)n, TERN_TO_HOST));
+        tern__little_endian(chunk, n / width, width);
+        tern__emit_bytes(w, chunk, (size_t)n);
     }
     return TERN_OK;
 }
@@ -6300,12 +6436,13 @@ static tern_result tern__emit_blocks(tern__writer *w, const tern_param *p)
     uint8_t out[TERN__BLOCK_BYTES];
     uint16_t half;
     int64_t i, j;
+    tern__rows row;
+    tern__reader_turn(&w->reader, p, tern__chunk_rows(p, 1), 1 << TERN_TRITS | 1 << TERN_SCALES);
     for (i = 0; i < p->rows; i++) {
-        TERN__TRY(tern__read_scales(w, p, i, tern__ceil_div(p->cols, group)));
-        TERN__TRY(tern_param_get(w->c, p, i, w->trits, NULL, NULL));
+        TERN__TRY(tern__read_checked(w, p, i, &row));
         for (j = 0; j < p->cols; j += b->weights) {
-            TERN__TRY(tern__half_scale(w, p, w->scales[j / group], &half));
-            b->encode(w->trits + j, half, out);
+            TERN__TRY(tern__half_scale(w, p, row.scales[j / group], &half));
+            b->encode(row.trits + j, half, out);
             tern__emit_bytes(w, out, (size_t)b->bytes);
         }
     }
@@ -6337,23 +6474,25 @@ static tern_result tern__emit_file(tern__writer *w, uint64_t hash)
 static tern_result tern__write(tern_context *c, const tern_model *m, int32_t mask, const tern__block *block, const tern_sink *sink, float *max_error)
 {
     tern__writer w;
-    tern_result result;
-    const int64_t cols = tern__widest(m);
+    tern_result result = TERN_OK;
+    int64_t host = TERN__TRANSFER;
+    int32_t i;
     TERN__REQUIRE(&c->run, sink && sink->write, TERN_E_ARGUMENT, "the sink or its write is NULL");
     memset(&w, 0, sizeof w);
     w.c = c;
     w.m = m;
     w.block = block;
     w.mask = mask;
-    w.chunk = (uint8_t *)tern__host_alloc(&c->run.allocator, (size_t)tern__max(5 * cols, TERN__CHUNK));
-    TERN__REQUIRE(&c->run, w.chunk, TERN_E_MEMORY, "no memory to write a model");
-    w.scales = (float *)(void *)w.chunk;
-    w.trits = (int8_t *)(w.scales + cols);
-    result = tern__emit_file(&w, 0);
+    for (i = 0; i < m->count; i++)
+        if (m->items[i]->rule != TERN_DENSE)
+            host = tern__max(host, tern__rows_at(m->items[i], tern__chunk_rows(m->items[i], 1), 1 << TERN_TRITS | 1 << TERN_SCALES, NULL).bytes);
+    if (!tern__reader_open(&w.reader, c, host, tern__chunk_trits(m)))
+        result = tern__set_error(&c->run.error, TERN_E_MEMORY, "no memory to write a model");
+    if (result == TERN_OK) result = tern__emit_file(&w, 0);
     w.sink = sink;
     if (result == TERN_OK) result = tern__emit_file(&w, w.hash);
     if (result == TERN_OK && max_error) *max_error = w.max_error;
-    tern__host_free(&c->run.allocator, w.chunk);
+    tern__reader_close(&w.reader);
     return result;
 }
 
@@ -6582,8 +6721,8 @@ typedef struct tern__loader {
     tern_context *c;
     tern__file file;
     const uint8_t **source; /* [TERN_BUFFERS] of each parameter: where its tensors lie; NULL: not loaded */
-    uint8_t *chunk;         /* trits of a panel, or floats */
-    int8_t *staging;        /* trits of a panel on the backend */
+    uint8_t *chunk;         /* trits of some rows, or floats */
+    int8_t *staging;        /* trits of some rows on the backend */
     float *scales;          /* scales of a parameter, row-major ... */
     void *ordered;          /* ... and in panel order */
 } tern__loader;
@@ -6675,7 +6814,7 @@ static tern_result tern__match_tensor(tern__loader *l, const tern_param *p, int3
 static tern_result tern__prepare(tern__loader *l, const tern_model *m)
 {
     const tern_allocator *a = &l->c->run.allocator;
-    const int64_t panel = TERN__ROWS * tern__widest(m);
+    const int64_t trits = tern__chunk_trits(m);
     int64_t scales = 1;
     int32_t i, b;
     l->source = (const uint8_t **)tern__host_alloc(a, (size_t)m->count * TERN_BUFFERS * sizeof *l->source);
@@ -6687,12 +6826,12 @@ static tern_result tern__prepare(tern__loader *l, const tern_model *m)
             if (tern__is_stored(p, b, TERN__ALL_BUFFERS)) TERN__TRY(tern__match_tensor(l, p, b, &l->source[i * TERN_BUFFERS + b]));
         scales = tern__max(scales, tern__buffer_count(p, TERN_SCALES));
     }
-    l->chunk = (uint8_t *)tern__host_alloc(a, (size_t)tern__max(panel, TERN__CHUNK));
+    l->chunk = (uint8_t *)tern__host_alloc(a, (size_t)tern__max(trits, TERN__TRANSFER));
     l->scales = (float *)tern__host_alloc(a, (size_t)scales * sizeof(float));
     l->ordered = tern__host_alloc(a, (size_t)scales * sizeof(float));
-    l->staging = (int8_t *)tern_alloc(l->c, (size_t)(panel + 1));
+    l->staging = (int8_t *)tern_alloc(l->c, (size_t)(trits + 1));
     TERN__REQUIRE(&l->c->run, l->chunk && l->scales && l->ordered && l->staging, TERN_E_MEMORY,
-                  "load: no memory for panels of %d bytes and %d scales", panel, scales);
+                  "load: no memory for panels of %d bytes and %d scales", trits, scales);
     return TERN_OK;
 }
 
@@ -6702,9 +6841,9 @@ static tern_result tern__load_trits(tern__loader *l, const tern_param *p, const 
     int64_t row, rows, i;
     for (row = 0; row < p->rows; row += rows) {
         int8_t *trits = (int8_t *)l->chunk;
-        rows = tern__min(TERN__ROWS, p->rows - row);
+        rows = tern__min(tern__chunk_rows(p, 1), p->rows - row);
         for (i = row * p->cols; i < (row + rows) * p->cols; i++) *trits++ = (int8_t)(source[i / 5] / power[i % 5] % 3 - 1);
-        TERN__TRY(tern__upload_panel(l->c, p, row / TERN__ROWS, (const int8_t *)l->chunk, l->staging));
+        TERN__TRY(tern__upload_rows(l->c, p, row, rows, (const int8_t *)l->chunk, l->staging));
     }
     return TERN_OK;
 }
@@ -6723,7 +6862,7 @@ static tern_result tern__load_floats(tern__loader *l, const tern_param *p, int32
     const int32_t width = (int32_t)tern__type_bytes(tern__buffer_type(p, which));
     int64_t at, n;
     for (at = 0; at < t.bytes; at += n) {
-        n = tern__min(t.bytes - at, TERN__CHUNK);
+        n = tern__min(t.bytes - at, TERN__TRANSFER);
         memcpy(l->chunk, source + at, (size_t)n);
         tern__little_endian(l->chunk, n / width, width);
         TERN__TRY(tern_copy(l->c, (uint8_t *)p->buffer[which].data + at, l->chunk, (size_t)n, TERN_TO_DEVICE));

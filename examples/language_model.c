@@ -4,10 +4,15 @@
        cc -O2 -I. examples/language_model.c -o build/language_model -pthread
        build/language_model --text book.txt
 
+   With an NVIDIA GPU, after `make cuda`, and with the library's folder as -L/usr/local/cuda/lib64 where it needs one:
+
+       cc -O2 -I. -DUSE_CUDA examples/language_model.c build/ternary_cuda.o -o build/language_model_cuda -lcudart -lstdc++ -pthread
+       build/language_model_cuda --cuda --text book.txt
+
    A transformer: rotary positions, RMSNorm of queries and keys, squared ReLU; every linear layer is a
    BitLinear with an RMSNorm without gain before it, int8 activations and one scale per row. --float
    trains the same network with float weights. Everything is computed by the operations of ternary.h on
-   memory of its backend. */
+   memory of its backend: --cuda trains and talks on the first GPU, and the CPU then finds the same bits in the file. */
 #define _POSIX_C_SOURCE 200809L /* clock_gettime, isatty */
 #define TERNARY_IMPLEMENTATION
 #include "ternary.h"
@@ -50,8 +55,18 @@ typedef struct options {
     const char *text, *out;
     int64_t layers, heads, width, context, batch, steps, seed, threads, generate;
     double rate;
-    int dense, float_shadows;
+    int dense, float_shadows, cuda;
 } options;
+
+/* The table of the first GPU; NULL in a program without ternary_cuda.o. */
+static const tern_backend *gpu(void)
+{
+#ifdef USE_CUDA
+    return tern_cuda_backend(0);
+#else
+    return NULL;
+#endif
+}
 
 static const char usage[] =
     "usage: language_model [options]\n"
@@ -63,11 +78,12 @@ static const char usage[] =
     "  --float          float weights instead of ternary ones\n"
     "  --float-shadows  32-bit shadow weights instead of bfloat16\n"
     "  --threads N      0: one per CPU\n"
+    "  --cuda           on the first GPU (of CUDA_VISIBLE_DEVICES)\n"
     "  --generate N     bytes to generate\n";
 
 static options parse(int count, char **words)
 {
-    options o = {"ternary.h", "build", 4, 4, 128, 64, 12, 600, 1, 0, 400, 0.0, 0, 0};
+    options o = {"ternary.h", "build", 4, 4, 128, 64, 12, 600, 1, 0, 400, 0.0, 0, 0, 0};
     const struct { const char *name; int64_t *value, least, most; } numbers[] = {
         {"--layers", &o.layers, 1, 128},     {"--heads", &o.heads, 1, 256},   {"--width", &o.width, 2, 16384},
         {"--context", &o.context, 2, 65536}, {"--batch", &o.batch, 1, 4096},  {"--steps", &o.steps, 10, 100000000},
@@ -80,6 +96,7 @@ static options parse(int count, char **words)
         if (!strcmp(name, "--help")) { fputs(usage, stdout); exit(0); }
         if (!strcmp(name, "--float")) { o.dense = 1; continue; }
         if (!strcmp(name, "--float-shadows")) { o.float_shadows = 1; continue; }
+        if (!strcmp(name, "--cuda")) { o.cuda = 1; continue; }
         for (k = 0; k < known && strcmp(name, numbers[k].name); k++) {}
         if (k == known && strcmp(name, "--text") && strcmp(name, "--out") && strcmp(name, "--lr")) die("unknown option %s\n%s", name, usage);
         if (++i == count) die("%s needs a value", name);
@@ -95,6 +112,7 @@ static options parse(int count, char **words)
                 die("%s %s is not a whole number from %lld to %lld", name, value, (long long)numbers[k].least, (long long)numbers[k].most);
         }
     }
+    if (o.cuda && !gpu()) die("--cuda: this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/language_model_cuda");
     if (o.width % (2 * o.heads)) die("--width %lld does not divide into %lld heads of even size", (long long)o.width, (long long)o.heads);
     if (o.rate == 0) o.rate = o.dense ? 3e-3 : 7e-3; /* ternary weights want two to three times the rate */
     return o;
@@ -252,8 +270,9 @@ static lm *lm_open(const options *o, tern_isa isa, int64_t threads, int training
     int64_t i;
     m->o = *o;
     m->training = training;
-    d.isa_max = isa;
-    if (threads != 1) {
+    if (o->cuda) d.backend = gpu();
+    else d.isa_max = isa;
+    if (threads != 1 && !o->cuda) {
         if (!(m->pool = tern_pool_create((int32_t)threads))) die("cannot start %lld threads", (long long)threads);
         d.parallel = tern_pool_parallel(m->pool);
     }
@@ -721,7 +740,10 @@ static speed measure(lm *m, const text *t)
     double start;
     int64_t i, tokens = 0;
     for (i = 0; i < batch; i++) set_window(m, i, window + i * context);
-    for (start = seconds(); tokens == 0 || seconds() - start < 0.3; tokens += batch * context) lm_forward(m, batch, 0, context);
+    for (start = seconds(); tokens == 0 || seconds() - start < 0.3; tokens += batch * context) {
+        lm_forward(m, batch, 0, context);
+        ok(m, tern_sync(m->c));
+    }
     s.batched = (double)tokens / (seconds() - start);
     s.hash = hash_logits(m, s.hash, context);
     start = seconds();
@@ -748,27 +770,47 @@ static speed print_speed(const options *o, const text *t, tern_isa isa, int thre
     return s;
 }
 
-/* Runs the file on every tier up to `best`, with one and two threads; 1 if all logits have the same bits. */
-static int compare_tiers(const options *o, const text *t, const char *path, const char *best)
+/* A line with its hash; 1 if the logits have the bits of the line before, of which the hash is in `last`. */
+static int compare(const options *o, const text *t, tern_isa isa, int threads, const char *path, uint64_t *last)
 {
-    uint64_t first = 0;
+    const speed s = print_speed(o, t, isa, threads, path);
+    const int same = s.same && (*last == 0 || s.hash == *last);
+    *last = s.hash;
+    printf("%016llx%s\n", (unsigned long long)s.hash, same ? "" : " DIFFERENT");
+    return same;
+}
+
+/* The best tier of this CPU that the environment allows. */
+static const char *best_tier(void)
+{
+    tern_context *c;
+    tern_error e;
+    const char *name;
+    if (tern_open(&c, NULL, &e) != TERN_OK) die("%s", e.text);
+    name = tern_backend_name(c);
+    tern_close(c);
+    return name;
+}
+
+/* Runs the file on the GPU, if it was trained there, and on every tier of the CPU, with one and two threads; 1 if all
+   logits have the same bits. */
+static int compare_tiers(const options *o, const text *t, const char *path)
+{
+    const char *best = best_tier();
+    options cpu = *o;
+    uint64_t hash = 0;
     int all = 1, isa, threads, last = 0;
+    cpu.cuda = 0;
     printf("weights  tier         threads  tokens/s in batches  one by one  hash of the logits\n");
+    if (o->cuda) all = compare(o, t, TERN_ISA_BEST, 1, path, &hash);
     for (isa = TERN_ISA_SCALAR; !last; isa++) {
         const tern_backend *tier = tern_cpu_backend((tern_isa)isa);
         last = tier && !strcmp(tier->name, best);
-        for (threads = 1; tier && threads <= 2; threads++) {
-            const speed s = print_speed(o, t, (tern_isa)isa, threads, path);
-            const int same = s.same && (first == 0 || s.hash == first);
-            first = s.hash;
-            all = all && same;
-            printf("%016llx%s\n", (unsigned long long)s.hash, same ? "" : " DIFFERENT");
-        }
+        for (threads = 1; tier && threads <= 2; threads++) all &= compare(&cpu, t, (tern_isa)isa, threads, path, &hash);
     }
     if (!o->dense) {
-        options dense = *o;
-        dense.dense = 1;
-        print_speed(&dense, t, TERN_ISA_BEST, 2, NULL);
+        cpu.dense = 1;
+        print_speed(&cpu, t, TERN_ISA_BEST, 2, NULL);
         printf("(untrained, for its speed)\n");
     }
     return all;
@@ -805,7 +847,6 @@ int main(int count, char **words)
     const text t = read_text(&o);
     FILE *svg = create(&o, "loss.svg");
     lm *m = lm_open(&o, TERN_ISA_BEST, o.threads, 1);
-    const char *tier = tern_backend_name(m->c);
     tern_audit trained, packed, running;
     char path[1024];
     curve c;
@@ -813,7 +854,7 @@ int main(int count, char **words)
     int same;
 
     printf("%s: %lld bytes to learn from, %lld windows of %lld to validate; tier %s, seed %lld\n", o.text, (long long)t.train, (long long)t.windows,
-           (long long)o.context, tier, (long long)o.seed);
+           (long long)o.context, tern_backend_name(m->c), (long long)o.seed);
     lm_initialise(m);
     c = train(m, &t);
     draw_curve(svg, &o, &c);
@@ -833,7 +874,7 @@ int main(int count, char **words)
     same = memcmp(&loss, &c.validation[VALIDATIONS], sizeof loss) == 0;
     printf("validation loss  %.4f nats per byte in training (%a), %.4f reloaded (%a): %s\n\n", c.validation[VALIDATIONS], c.validation[VALIDATIONS],
            loss, loss, same ? "equal" : "DIFFERENT");
-    same &= compare_tiers(&o, &t, path, tier);
+    same &= compare_tiers(&o, &t, path);
     printf("%s\n", same ? "All the same bits." : "The bits are DIFFERENT.");
     free(t.bytes);
     return !same;

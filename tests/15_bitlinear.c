@@ -379,6 +379,90 @@ static void test_param_verify(void)
     test_close(&t);
 }
 
+/* A table whose copies are counted. */
+static long chunk_copies;
+static tern_result chunk_copy(tern_run *r, void *dst, const void *src, size_t bytes, tern_direction direction)
+{
+    chunk_copies++;
+    return tern_cpu_backend(TERN_ISA_BEST)->copy(r, dst, src, bytes, direction);
+}
+
+static tern_context *chunk_open(tern_backend *table)
+{
+    tern_context_desc d = TERN_ZERO;
+    tern_context *c;
+    *table = *tern_cpu_backend(TERN_ISA_BEST);
+    table->copy = chunk_copy;
+    d.backend = table;
+    d.allocator.alloc = test_malloc;
+    d.allocator.free = test_free;
+    return tern_open(&c, &d, NULL) == TERN_OK ? c : NULL;
+}
+
+/* A parameter whose rows cross in three chunks: panels of 16, 16 and 3 rows. */
+enum { CHUNK_ROWS = 35, CHUNK_COLS = TERN__TRANSFER / 32 + 1 };
+
+static void chunk_give(tern_context *c, tern_param *p, int8_t *trits, float *values)
+{
+    const int64_t group = p->grain > 0 ? p->grain : CHUNK_COLS, groups = (CHUNK_COLS + group - 1) / group;
+    float *scales = (float *)malloc((size_t)(CHUNK_ROWS * groups) * sizeof(float));
+    int64_t i;
+    for (i = 0; i < CHUNK_ROWS * groups; i++) scales[i] = i % 5 ? (float)(1 << i % 7) : 0.0f;
+    for (i = 0; i < CHUNK_ROWS * CHUNK_COLS; i++) {
+        trits[i] = (int8_t)(test_random() % 3) - 1;
+        values[i] = (float)trits[i] * scales[p->grain == TERN_PER_TENSOR ? 0 : i / CHUNK_COLS * groups + i % CHUNK_COLS / group];
+    }
+    CHECK_OK(c, tern_param_give(c, p, trits, scales));
+    free(scales);
+}
+
+/* Chunks meet without a seam, and few copies bring them. */
+static void test_param_chunks(void)
+{
+    static const int32_t grains[] = {TERN_PER_TENSOR, 1000};
+    static const int64_t rows[] = {0, 15, 16, 31, 32, 34};
+    tern_backend table;
+    tern_context *c = chunk_open(&table);
+    int8_t *trits = (int8_t *)malloc(CHUNK_ROWS * CHUNK_COLS), *row = (int8_t *)malloc(CHUNK_COLS);
+    float *values = (float *)malloc(CHUNK_ROWS * CHUNK_COLS * sizeof(float)), *read = (float *)malloc(CHUNK_COLS * sizeof(float));
+    int g;
+    for (g = 0; g < 2; g++) {
+        tern_param p = param_of("w", CHUNK_ROWS, CHUNK_COLS, TERN_GIVEN, grains[g]);
+        tern_verdict v = TERN_ZERO;
+        tern_stats s = TERN_ZERO;
+        int64_t i, neg = 0;
+        p.buffer[TERN_SCALES].type = TERN_POW2;
+        p.buffer[TERN_SHADOW].type = TERN_BF16;
+        CHECK_OK(c, tern_param_alloc(c, &p, TERN_FOR_GRADIENT));
+        chunk_copies = 0;
+        chunk_give(c, &p, trits, values);
+        CHECK(chunk_copies == 4, "%ld copies for 3 chunks and scales", chunk_copies); /* with a shadow, of 4 bytes per weight */
+        for (i = 0; i < 6; i++) {
+            CHECK_OK(c, tern_param_get(c, &p, rows[i], row, NULL, read));
+            CHECK(memcmp(row, trits + rows[i] * CHUNK_COLS, CHUNK_COLS) == 0, "trits of row %d", (int)rows[i]);
+            CHECK(memcmp(read, values + rows[i] * CHUNK_COLS, CHUNK_COLS * sizeof(float)) == 0, "values of row %d", (int)rows[i]);
+        }
+        for (i = 0; i < CHUNK_ROWS * CHUNK_COLS; i++) {
+            CHECK(tern__from_bf16(((const uint16_t *)p.buffer[TERN_SHADOW].data)[i]) == values[i], "shadow %d", (int)i);
+            neg += trits[i] < 0;
+        }
+        chunk_copies = 0;
+        CHECK_OK(c, tern_param_verify(c, &p, values, &v));
+        CHECK(chunk_copies == 6 && v.wrong == 0, "%ld copies, %d wrong", chunk_copies, (int)v.wrong);
+        CHECK_OK(c, tern_param_stats(c, &p, 0.1f, &s));
+        CHECK(chunk_copies == 15 && s.frac_neg == (float)neg / (float)(CHUNK_ROWS * CHUNK_COLS), "%ld copies, %g negative", chunk_copies, s.frac_neg);
+        for (i = 0; i < 6; i++) values[rows[i] * CHUNK_COLS + i] += 1.0f;
+        CHECK_OK(c, tern_param_verify(c, &p, values, &v));
+        CHECK(v.wrong == 6 && v.first_wrong == 0, "%d wrong, the first %d", (int)v.wrong, (int)v.first_wrong);
+        tern_param_free(c, &p, -1);
+    }
+    free(trits);
+    free(row);
+    free(values);
+    free(read);
+    tern_close(c);
+}
+
 static void test_model_audit(void)
 {
     test_context t = test_open(TERN_ISA_BEST, 1);
@@ -774,6 +858,7 @@ static void suite_bitlinear(void)
     RUN(test_param_give_refusals);
     RUN(test_param_stats);
     RUN(test_param_verify);
+    RUN(test_param_chunks);
     RUN(test_model_audit);
     RUN(test_linear_forward);
     RUN(test_linear_fused);

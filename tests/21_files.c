@@ -266,6 +266,36 @@ static void files_golden(void)
     test_close(&t);
 }
 
+/* A parameter that crosses in three chunks, between others; saved twice over few copies. */
+static void files_chunks(void)
+{
+    tern_backend table;
+    tern_context *c = chunk_open(&table);
+    file_model a, b;
+    file_bytes f;
+    int i;
+    memset(&a, 0, sizeof a);
+    file_add(&a, "small", 3, 17, TERN_ABSMEAN, TERN_PER_ROW);
+    file_add(&a, "wide", CHUNK_ROWS, CHUNK_COLS, TERN_ABSMEAN, 1000);
+    file_add(&a, "long", 1, TERN__TRANSFER / 4 + 3, TERN_DENSE, 0);
+    b = a;
+    b.m.items = b.items;
+    for (i = 0; i < b.m.count; i++) b.items[i] = &b.p[i];
+    file_alloc(c, &a, TERN_FOR_INFERENCE);
+    file_alloc(c, &b, TERN_FOR_INFERENCE);
+    file_fill(c, &a);
+    chunk_copies = 0;
+    file_save(c, &a, 0, &f);
+    CHECK(chunk_copies == 2 * (2 + 6 + 2), "%ld copies to save", chunk_copies);
+    CHECK_OK(c, tern_model_load(c, &b.m, f.data, f.size));
+    CHECK(chunk_copies == 20 + 2 + 4 + 2, "%ld copies to save and load", chunk_copies);
+    CHECK(file_hash(&a) == file_hash(&b), "the model that comes back is another");
+    free(f.data);
+    file_free(c, &a);
+    file_free(c, &b);
+    tern_close(c);
+}
+
 /* -- refusals -- */
 
 /* Loads a changed file. With its hash stated right a change may go unnoticed, but then all of it loads. */
@@ -810,6 +840,7 @@ static void files_export(void)
 static void suite_files(void)
 {
     RUN(files_round_trip);
+    RUN(files_chunks);
     RUN(files_subsets);
     RUN(files_golden);
     RUN(files_damaged);

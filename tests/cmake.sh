@@ -33,4 +33,41 @@ for way in add_subdirectory FetchContent find_package; do
     "$work/$way/scratch"
     passed=$((passed + 1))
 done
+
+# The CUDA backend, where there is an nvcc: a program in C finds its library, and a GPU or an error that says there is none.
+nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2> /dev/null || true)
+if [ -n "$nvcc" ]; then
+    CUDACXX=$nvcc cmake -S "$root" -B "$work/library_cuda" -DTERNARY_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=80 -DCMAKE_INSTALL_PREFIX="$work/prefix_cuda"
+    cmake --build "$work/library_cuda"
+    cmake --install "$work/library_cuda"
+    mkdir "$work/project_cuda"
+    cat > "$work/project_cuda/CMakeLists.txt" <<EOF
+cmake_minimum_required(VERSION 3.14)
+project(scratch LANGUAGES C)
+find_package(ternary $version EXACT REQUIRED)
+add_executable(scratch scratch.c)
+target_link_libraries(scratch PRIVATE ternary::cuda)
+EOF
+    cat > "$work/project_cuda/scratch.c" <<'EOF'
+#define TERNARY_IMPLEMENTATION
+#include <ternary.h>
+#include <stdio.h>
+int main(void)
+{
+    tern_context_desc desc = {.backend = tern_cuda_backend(0)};
+    tern_context *c = NULL;
+    tern_error e;
+    const tern_result result = tern_open(&c, &desc, &e);
+    puts(result == TERN_OK ? tern_backend_name(c) : e.text);
+    tern_close(c);
+    return result != TERN_OK && result != TERN_E_DEVICE;
+}
+EOF
+    cmake -S "$work/project_cuda" -B "$work/find_cuda" -DCMAKE_PREFIX_PATH="$work/prefix_cuda"
+    cmake --build "$work/find_cuda"
+    "$work/find_cuda/scratch"
+    passed=$((passed + 1))
+else
+    echo "skipped: no nvcc"
+fi
 echo "$passed passed, 0 failed"

@@ -1,5 +1,241 @@
 /* Tests of [CUDA-5] in ternary_cuda.cu. */
 
+/* A matrix with random trits and scales, packed by the CPU. */
+struct trits_matrix {
+    mirror<uint8_t> trits, scales;
+    tern_matrix m;
+    static int64_t bytes_of(const tern_matrix &m, int which)
+    {
+        size_t bytes[2];
+        if (tern_matrix_bytes(test_context[CPU], &m, &bytes[0], &bytes[1]) != TERN_OK) abort();
+        return (int64_t)bytes[which];
+    }
+    explicit trits_matrix(const tern_matrix &shape) : trits(bytes_of(shape, 0)), scales(bytes_of(shape, 1)), m(shape)
+    {
+        const tern_pack_args a = {in(CPU), random_trits(m.rows * m.cols)};
+        const int64_t each = tern__type_bytes(m.scale_type);
+        if (tern_pack(test_context[CPU], &a) != TERN_OK) abort();
+        for (int64_t i = 0; i < (int64_t)scales.count / each; i++) tern__store_scale(m.scale_type, scales[CPU], i, 0.1f + 0.05f * test_uniform());
+        trits.send();
+        scales.send();
+    }
+    tern_matrix in(int side) const
+    {
+        tern_matrix here = m;
+        here.trits = trits[side];
+        here.scales = scales[side];
+        return here;
+    }
+    static const int8_t *random_trits(int64_t n)
+    {
+        static std::vector<int8_t> t;
+        t.resize((size_t)n);
+        for (int8_t &v : t) v = (int8_t)((int)(test_random() % 3) - 1);
+        return t.data();
+    }
+};
+
+static tern_matrix shape_of(int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_type scales)
+{
+    tern_matrix m = {};
+    m.rows = rows; m.cols = cols; m.grain = grain; m.encoding = encoding; m.scale_type = scales;
+    return m;
+}
+
+/* Activations of both sides. Memory behind the padding is what it was. */
+struct quantized {
+    tern__shape s;
+    mirror<int8_t> q;
+    mirror<float> scale;
+    mirror<int32_t> sum;
+    quantized(const tern_matrix &m, int64_t n) : s(tern__shape_of(&m)), q(n * s.stride), scale(n), sum(n * s.groups) {}
+    void into(tern_quantize_args *a, int side) const { a->q = q[side]; a->scale = scale[side]; a->sum = sum[side]; }
+    void into(tern_matmul_args *a, int side) const { a->q = q[side]; a->scale = scale[side]; a->sum = sum[side]; }
+};
+
+static void check_quantize(int64_t n, int64_t cols, int32_t grain, tern_type encoding, bool norm, bool gain, bool poison)
+{
+    const tern_matrix m = shape_of(1, cols, grain, encoding, TERN_F32);
+    mirror<float> x(n * cols, test_uniform), g(cols, test_uniform);
+    quantized out(m, n);
+    if (poison) {
+        x[CPU][(n / 2) * cols + cols / 2] = tern__float(0x7FC00000u);
+        x[CPU][(n - 1) * cols] = tern__float(0x7F800000u);
+        for (int64_t i = 0; i < cols && n > 2; i++) x[CPU][i] = 0.0f;
+        x.send();
+    }
+    test_both([&](tern_context *c, int side) {
+        tern_quantize_args a = {};
+        a.m = m;
+        a.n = n;
+        a.x = x[side];
+        a.norm = norm ? TERN_NORM_RMS : TERN_NORM_NONE;
+        a.gain = gain ? g[side] : NULL;
+        a.eps = 1e-5f;
+        out.into(&a, side);
+        return tern_quantize(c, &a);
+    });
+    CHECK_SAME(out.q);
+    CHECK_SAME(out.scale);
+    CHECK_SAME(out.sum);
+}
+
+static void test_cuda_quantize()
+{
+    const int64_t cols[] = {1, 15, 16, 17, 127, 1024, 1025, 2049, 4097};
+    for (int64_t k : cols) {
+        check_quantize(3, k, TERN_PER_ROW, TERN_2BIT, true, false, false);
+        check_quantize(1, k, TERN_PER_TENSOR, TERN_BASE3, false, true, false);
+    }
+    check_quantize(5, 300, 64, TERN_2BIT, true, true, false);
+    check_quantize(5, 300, 50, TERN_BASE3, false, false, false);
+    check_quantize(2, 37, 1, TERN_2BIT, true, false, false);
+    check_quantize(2, 1300, 1100, TERN_BASE3, true, false, false);
+}
+
+static void test_cuda_quantize_bad_rows()
+{
+    check_quantize(7, 130, TERN_PER_ROW, TERN_2BIT, true, false, true);
+    check_quantize(7, 130, 32, TERN_BASE3, false, true, true);
+    check_quantize(1, 5, TERN_PER_ROW, TERN_2BIT, false, false, true);
+}
+
+/* Activations quantized by the CPU; products by both. Outputs lie between what must stay as it is. */
+static void check_product(const tern_matrix &shape, int64_t n, bool with_bias)
+{
+    trits_matrix w(shape);
+    mirror<float> x(n * shape.cols, test_uniform), bias(shape.rows, test_uniform), y(n * shape.rows);
+    quantized act(shape, n);
+    tern_quantize_args quantize = {};
+    quantize.m = shape;
+    quantize.n = n;
+    quantize.x = x[CPU];
+    act.into(&quantize, CPU);
+    CHECK(tern_quantize(test_context[CPU], &quantize) == TERN_OK);
+    act.q.send();
+    act.scale.send();
+    act.sum.send();
+    test_both([&](tern_context *c, int side) {
+        tern_matmul_args a = {};
+        a.m = w.in(side);
+        a.n = n;
+        act.into(&a, side);
+        a.bias = with_bias ? bias[side] : NULL;
+        a.y = y[side];
+        return tern_matmul(c, &a);
+    });
+    if (!y.same("y")) {
+        test_errors++;
+        printf("  in %d x %d, grain %d, %s, n = %d\n", (int)shape.rows, (int)shape.cols, (int)shape.grain, shape.encoding == TERN_BASE3 ? "base 3" : "2-bit", (int)n);
+    }
+}
+
+/* Each grain beside each type of scale, both encodings. */
+static void check_products(int64_t rows, int64_t cols, int64_t n)
+{
+    const tern_type encodings[] = {TERN_2BIT, TERN_BASE3};
+    for (tern_type encoding : encodings) {
+        check_product(shape_of(rows, cols, TERN_PER_ROW, encoding, TERN_F32), n, true);
+        check_product(shape_of(rows, cols, TERN_PER_TENSOR, encoding, TERN_POW2), n, false);
+        check_product(shape_of(rows, cols, 64, encoding, TERN_F16), n, true);
+        check_product(shape_of(rows, cols, 50, encoding, TERN_POW2), n, false);
+    }
+}
+
+static void test_cuda_product_few_tokens()
+{
+    const int64_t rows[] = {1, 15, 17, 32, 33, 100}, cols[] = {1, 15, 16, 17, 127, 1030}, tokens[] = {1, 2, 7, 8, 9, 16};
+    for (int i = 0; i < 6; i++) check_products(rows[i], cols[(i + 2) % 6], tokens[i]);
+    check_products(130, 70, 3);
+    check_product(shape_of(33, 4097, TERN_PER_ROW, TERN_2BIT, TERN_F32), 1, true);
+    check_product(shape_of(33, 4097, 128, TERN_BASE3, TERN_F32), 2, true);
+    check_product(shape_of(17, 40, 1, TERN_2BIT, TERN_F32), 5, false);
+}
+
+static void test_cuda_product_many_tokens()
+{
+    check_products(33, 127, 17);
+    check_products(130, 300, 40);
+    check_products(36, 200, 70);
+    check_product(shape_of(129, 500, TERN_PER_ROW, TERN_2BIT, TERN_F32), 131, true);
+    check_product(shape_of(20, 500, TERN_PER_ROW, TERN_BASE3, TERN_F32), 129, false);
+    check_product(shape_of(20, 17, 1, TERN_BASE3, TERN_F16), 33, false);
+}
+
+/* The largest dots: all trits and all activations the same. */
+static void test_cuda_product_extremes()
+{
+    const tern_type encodings[] = {TERN_2BIT, TERN_BASE3};
+    for (tern_type encoding : encodings)
+        for (int64_t n : {1, 17}) {
+            const int64_t cols = n == 1 ? 1 << 18 : 1 << 14;
+            tern_matrix m = shape_of(1, cols, TERN_PER_ROW, encoding, TERN_F32);
+            trits_matrix w(m);
+            mirror<float> x(n * cols), y(n);
+            quantized act(m, n);
+            for (size_t i = 0; i < w.trits.count; i++) w.trits[CPU][i] = encoding == TERN_BASE3 ? 242 : 0xAA;
+            for (size_t i = 0; i < x.count; i++) x[CPU][i] = 1.0f;
+            w.trits.send();
+            x.send();
+            test_both([&](tern_context *c, int side) {
+                tern_linear_args a = {};
+                tern_matmul_args product = {};
+                a.quantize.m = product.m = w.in(side);
+                a.quantize.n = product.n = n;
+                a.quantize.x = x[side];
+                act.into(&a.quantize, side);
+                act.into(&product, side);
+                product.y = y[side];
+                const tern_result result = tern_quantize(c, &a.quantize);
+                return result == TERN_OK ? tern_matmul(c, &product) : result;
+            });
+            CHECK_SAME(y);
+        }
+}
+
+static void check_layer(int64_t rows, int64_t cols, int32_t grain, tern_type encoding, int64_t n, bool poison)
+{
+    const tern_matrix shape = shape_of(rows, cols, grain, encoding, TERN_F32);
+    trits_matrix w(shape);
+    mirror<float> x(n * cols, test_uniform), gain(cols, test_uniform), bias(rows, test_uniform), y(n * rows);
+    quantized act(shape, n);
+    if (poison) x[CPU][(n - 1) * cols] = tern__float(0x7FC00000u), x.send();
+    test_both([&](tern_context *c, int side) {
+        tern_linear_args a = {};
+        a.quantize.m = w.in(side);
+        a.quantize.n = n;
+        a.quantize.x = x[side];
+        a.quantize.norm = TERN_NORM_RMS;
+        a.quantize.gain = gain[side];
+        a.quantize.eps = 1e-6f;
+        act.into(&a.quantize, side);
+        a.bias = bias[side];
+        a.y = y[side];
+        return tern__run_linear(c, &a);
+    });
+    CHECK_SAME(act.q);
+    CHECK_SAME(act.scale);
+    CHECK_SAME(act.sum);
+    CHECK_SAME(y);
+}
+
+static void test_cuda_fused_layer()
+{
+    const tern_type encodings[] = {TERN_2BIT, TERN_BASE3};
+    for (tern_type encoding : encodings)
+        for (int64_t n : {1, 3, 4, 5, 18}) {
+            check_layer(40, 133, TERN_PER_ROW, encoding, n, false);
+            check_layer(17, 260, 64, encoding, n, n == 3);
+        }
+    check_layer(33, 1500, TERN_PER_TENSOR, TERN_2BIT, 2, true);
+}
+
 static void suite_cuda_trits()
 {
+    RUN(test_cuda_quantize);
+    RUN(test_cuda_quantize_bad_rows);
+    RUN(test_cuda_product_few_tokens);
+    RUN(test_cuda_product_many_tokens);
+    RUN(test_cuda_product_extremes);
+    RUN(test_cuda_fused_layer);
 }
