@@ -118,17 +118,15 @@ typedef double *cudaEvent_t; /* when it came, in seconds */
 struct cuda_copy { void *to; const void *from; unsigned group; };
 struct cuda_block { size_t bytes; int device; }; /* of device memory */
 
-/* What a test breaks, everywhere in the kernels whose names contain a word: a barrier (one place in the code, numbered as
-   they are met), waits for copies, lanes of shuffles or of mma, reads of 16 bytes, or the shared memory of a launch. */
+/* What a test breaks: a barrier (that of one line of code, numbered as they are met), waits for copies, lanes of shuffles or of mma, reads of 16 bytes, or the shared memory of a launch. */
 enum cuda_sabotage_kind {
     CUDA_INTACT, CUDA_NO_BARRIER, CUDA_NO_WAIT, CUDA_WRONG_LANE, CUDA_WRONG_MMA, CUDA_READS_BEYOND, CUDA_LITTLE_SHARED
 };
 struct cuda_sabotage {
     cuda_sabotage_kind kind = CUDA_INTACT;
-    const char *kernel = "";
     size_t barrier = 0;
-    long done = 0;                     /* how often */
-    std::vector<const void *> barriers; /* met */
+    long done = 0;             /* how often */
+    std::vector<int> barriers; /* the lines that were met */
 };
 
 /* A place in the block. Its fiber and stack stay for the blocks and launches that follow. */
@@ -190,7 +188,7 @@ inline cuda_emulator test_cuda;
 
 inline bool cuda_sabotaged(cuda_sabotage_kind kind)
 {
-    if (test_cuda.sabotage.kind != kind || !strstr(test_cuda.kernel, test_cuda.sabotage.kernel)) return false;
+    if (test_cuda.sabotage.kind != kind) return false;
     test_cuda.sabotage.done++;
     return true;
 }
@@ -319,21 +317,21 @@ inline void cuda_run_grid(const char *kernel, dim3 grid, dim3 block, size_t shar
 
 /* -- barriers and warp collectives -- */
 
-/* Whether the barrier that is called from here is to be left out. */
-inline bool cuda_no_barrier(const void *caller)
+/* Whether the barrier of this line is to be left out. */
+inline bool cuda_no_barrier(int line)
 {
     cuda_sabotage *s = &test_cuda.sabotage;
-    if (s->kind != CUDA_NO_BARRIER || !strstr(test_cuda.kernel, s->kernel)) return false;
-    const auto found = std::find(s->barriers.begin(), s->barriers.end(), caller);
+    if (s->kind != CUDA_NO_BARRIER) return false;
+    const auto found = std::find(s->barriers.begin(), s->barriers.end(), line);
     const size_t index = static_cast<size_t>(found - s->barriers.begin());
-    if (found == s->barriers.end()) s->barriers.push_back(caller);
+    if (found == s->barriers.end()) s->barriers.push_back(line);
     return index == s->barrier && cuda_sabotaged(CUDA_NO_BARRIER);
 }
 
-__attribute__((noinline)) inline void __syncthreads()
+inline void __syncthreads(int line = __builtin_LINE())
 {
     cuda_thread *self = &test_cuda.thread[threadIdx.x];
-    if (cuda_no_barrier(__builtin_return_address(0))) return;
+    if (cuda_no_barrier(line)) return;
     self->state = CUDA_AT_BARRIER;
     self->waits_at = "__syncthreads";
     cuda_yield();

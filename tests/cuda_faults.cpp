@@ -37,14 +37,43 @@ static void check_fault(const scenario &s, cuda_sabotage_kind kind)
     if (seen != FAULT_SEEN) test_errors++, printf("  %s: %s\n", s.name, seen == FAULT_UNSEEN ? "unseen" : "nothing to break");
 }
 
+/* More rows than blocks, on a device of one processor: blocks that take more than one find what the one before left. */
 static const scenario products[] = {
-    {"quantize", [] { check_quantize(3, 1300, TERN_PER_ROW, TERN_2BIT, true, true, false); }, {4, 6}}, /* of sums, before the next; of rows, the same */
+    {"quantize", [] { check_quantize(40, 1100, TERN_PER_ROW, TERN_2BIT, true, true, false); }, {4, 6}}, /* of sums, before the next; of rows, the same */
     {"few tokens", [] { check_product(shape_of(33, 300, TERN_PER_ROW, TERN_2BIT, TERN_F32), 3, true); }, {2}}, /* before the next group */
     {"few tokens, groups", [] { check_product(shape_of(33, 300, 20, TERN_BASE3, TERN_F32), 12, true); }, {}},
-    {"many tokens", [] { check_product(shape_of(33, 900, TERN_PER_ROW, TERN_2BIT, TERN_F32), 40, true); }, {}},
-    {"many tokens, groups", [] { check_product(shape_of(33, 900, 300, TERN_BASE3, TERN_F32), 20, true); }, {}},
+    {"many tokens", [] { check_product(shape_of(33, 500, TERN_PER_ROW, TERN_2BIT, TERN_F32), 40, true); }, {}},
+    {"many tokens, groups", [] { check_product(shape_of(33, 500, 250, TERN_BASE3, TERN_F32), 20, true); }, {}},
     {"layer", [] { check_layer(40, 1300, 100, TERN_BASE3, 3, false); }, {4}}, /* of sums, before the next */
+    {"int8", [] { int8_check(70, 65, 300, INT8_PLAIN, INT8_TRANSPOSED, 0); }, {}},
 };
+
+static void check_attention()
+{
+    static const attention_case t = {2, 9, 1100, 2, 1, 8, 0};
+    attention_data d(t);
+    d.both(false);
+    CHECK_SAME(d.p);
+    CHECK_SAME(d.y);
+}
+
+/* What makes a barrier spare: one block of 1024 or one warp to a sum, one patch, panel or tile to a block, another barrier
+   right behind. */
+static const scenario others[] = {
+    {"ternarize rows", [] { pack_check(pack_shape(40, 1030, TERN_PER_ROW, TERN_2BIT, TERN_F32), TERN_TWN, TERN_F32); }, {4, 5, 6}},
+    {"ternarize groups", [] { pack_check(pack_shape(560, 70, 35, TERN_BASE3, TERN_F16), TERN_ABSMEAN, TERN_BF16); }, {2, 4, 5}},
+    {"ternarize a tensor", [] { pack_check(pack_shape(40, 70, TERN_PER_TENSOR, TERN_2BIT, TERN_F32), TERN_TWN, TERN_F32); }, {2, 4, 6}},
+    {"unpack", [] { test_cuda_unpack_bad_codes(); }, {}},
+    {"dense", [] { dense_both({20, 65, 70, false, true, 1, true, true, false}); }, {2}},
+    {"matmul", [] { matmul_both({40, 70, 20, 20, TERN_BASE3, TERN_F32, true}, "3"); }, {2}},
+    {"attention", check_attention, {2}},
+    {"scatter", [] { test_scattered(700, 5, 8, 0); }, {}},
+    {"norm", [] { test_normed(40, 1030, 0, NORM_DGAIN | NORM_GAIN); }, {4}},
+    {"norm, many tokens", [] { test_normed(150, 33, 0, NORM_DGAIN); }, {2}},
+    {"loss", [] { test_lost(40, 1030, 0, 1); }, {}},
+};
+
+static void one_processor() { tern__gpu_of(&test_context[GPU]->run)->processors = 1; }
 
 /* Every barrier but the spare ones is needed, and its absence is seen. */
 static void check_barriers(const scenario &s)
@@ -52,40 +81,44 @@ static void check_barriers(const scenario &s)
     test_cuda.sabotage.kind = CUDA_NO_BARRIER;
     test_cuda.sabotage.barrier = SIZE_MAX;
     s.test();
-    const size_t barriers = test_cuda.sabotage.barriers.size();
+    const std::vector<int> lines = test_cuda.sabotage.barriers;
     test_cuda.sabotage = {};
-    CHECK(barriers > 0);
-    for (size_t i = 1; i <= barriers; i++) {
+    CHECK(!lines.empty());
+    for (size_t i = 1; i <= lines.size(); i++) {
         const bool seen = fault_seen(s, CUDA_NO_BARRIER, i - 1) == FAULT_SEEN, spare = std::count(s.spare.begin(), s.spare.end(), i) > 0;
-        if (seen == spare) test_errors++, printf("  %s: barrier %zu of %zu is %s\n", s.name, i, barriers, seen ? "not spare" : "not missed");
+        if (seen == spare) test_errors++, printf("  %s: barrier %zu, line %d, is %s\n", s.name, i, lines[i - 1], seen ? "not spare" : "not missed");
     }
 }
 
 static void test_cuda_fault_barrier()
 {
+    one_processor();
     for (const scenario &s : products) check_barriers(s);
+    for (const scenario &s : others) check_barriers(s);
 }
 
 static void test_cuda_fault_wait()
 {
     check_fault(products[3], CUDA_NO_WAIT);
     check_fault(products[4], CUDA_NO_WAIT);
+    check_fault(products[6], CUDA_NO_WAIT);
 }
 
 static void test_cuda_fault_shuffle()
 {
     check_fault(products[0], CUDA_WRONG_LANE);
     check_fault(products[5], CUDA_WRONG_LANE);
+    for (int i : {0, 1, 2, 6, 8, 10}) check_fault(others[i], CUDA_WRONG_LANE);
 }
 
 static void test_cuda_fault_mma()
 {
-    for (int i = 1; i <= 5; i++) check_fault(products[i], CUDA_WRONG_MMA);
+    for (int i = 1; i <= 6; i++) check_fault(products[i], CUDA_WRONG_MMA);
 }
 
 static void test_cuda_fault_reads_beyond()
 {
-    for (int i = 1; i <= 5; i++) check_fault(products[i], CUDA_READS_BEYOND); /* weights, and what is copied of q */
+    for (int i = 1; i <= 6; i++) check_fault(products[i], CUDA_READS_BEYOND); /* weights, and what is copied of q */
 }
 
 #ifdef CUDA_ASAN

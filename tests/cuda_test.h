@@ -10,6 +10,19 @@
 
 #include <vector>
 
+/* On a device too, tests can do without fused products, which the scalar tier of the CPU has not. */
+#ifndef TEST_CUDA_H
+static __device__ int test_fused = 1;
+static __device__ __forceinline__ float test_fma(float a, float b, float c) { return test_fused ? __fmaf_rn(a, b, c) : __fadd_rn(__fmul_rn(a, b), c); }
+#define __fmaf_rn(a, b, c) test_fma(a, b, c)
+static void test_fuse(int fuse)
+{
+    if (cudaMemcpyToSymbol(test_fused, &fuse, sizeof fuse) != cudaSuccess) abort();
+}
+#else
+static void test_fuse(bool fuse) { test_cuda.fuse = fuse; }
+#endif
+
 #include "../ternary_cuda.cu"
 
 static int test_errors, test_passed, test_failed;
@@ -92,11 +105,9 @@ template <typename Body> static void test_both(Body body)
 #ifdef TEST_CUDA_H
 enum { TEST_SCHEDULES = 3 };
 static void test_schedule(int i) { test_cuda.schedule = (cuda_schedule)i; test_cuda.seed = 7; }
-static void test_fuse(bool fuse) { test_cuda.fuse = fuse; }
 #else
 enum { TEST_SCHEDULES = 1 };
 static void test_schedule(int) {}
-static void test_fuse(bool) {}
 #endif
 
 /* The table of device 0. On the emulator its contexts open without the self-test, which would take most of the time. */
