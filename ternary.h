@@ -1722,22 +1722,26 @@ static float tern__mean_above(const tern__kernels *k, const tern_ternarize_args 
     return count ? tern__tree_total(&tree) / (float)count : 0.0f;
 }
 
-/* The grain over a rectangle: stores its scale at index i and returns the threshold. No weight is above
-   the threshold of a zero scale. */
+TERN__ANYWHERE float tern__twn_delta(float mean) { return 0.7f * mean; }
+
+/* Stores a grain's scale at index i, from the mean of |w| and (TWN) of those above delta, and returns the threshold;
+   a GIVEN scale is there. No weight is above the threshold of a zero scale. */
+TERN__ANYWHERE float tern__settle_grain(const tern_ternarize_args *a, int64_t i, float mean, float above)
+{
+    const float alpha = a->rule == TERN_TWN ? above : a->rule == TERN_ABSMEAN_SIGMA ? mean / 0.7978845608f : mean;
+    const float scale = a->rule == TERN_GIVEN ? tern__load_scale(a->m.scale_type, a->m.scales, i)
+                                              : tern__store_scale(a->m.scale_type, a->m.scales, i, alpha);
+    if (scale == 0.0f) return FLT_MAX;
+    return a->rule == TERN_TWN ? tern__twn_delta(mean) : 0.5f * scale;
+}
+
+/* The grain over a rectangle, whose scale lies at index i: its threshold. */
 static float tern__apply_rule(const tern__kernels *k, const tern_ternarize_args *a, int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t i)
 {
-    float mean, delta, scale;
-    if (a->rule == TERN_GIVEN) {
-        scale = tern__load_scale(a->m.scale_type, a->m.scales, i);
-        return scale == 0.0f ? FLT_MAX : 0.5f * scale;
-    }
-    mean = tern__mean_above(k, a, row, rows, col, cols, -1.0f);
-    delta = 0.7f * mean;
-    scale = a->rule == TERN_TWN ? tern__mean_above(k, a, row, rows, col, cols, delta)
-          : a->rule == TERN_ABSMEAN_SIGMA ? mean / 0.7978845608f : mean;
-    scale = tern__store_scale(a->m.scale_type, a->m.scales, i, scale);
-    if (scale == 0.0f) return FLT_MAX;
-    return a->rule == TERN_TWN ? delta : 0.5f * scale;
+    float mean = 0.0f, above = 0.0f;
+    if (a->rule != TERN_GIVEN) mean = tern__mean_above(k, a, row, rows, col, cols, -1.0f);
+    if (a->rule == TERN_TWN) above = tern__mean_above(k, a, row, rows, col, cols, tern__twn_delta(mean));
+    return tern__settle_grain(a, i, mean, above);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -4552,20 +4556,21 @@ TERN__ANYWHERE float tern__clip_factor(float clip, const float *norm2)
     return norm > clip ? clip / norm : 1.0f;
 }
 
-/* Element i; random: 16 bits, for the rounding of BF16. */
-TERN__ANYWHERE void tern__optimize_one(const tern_optimize_args *a, float factor, float correct1, float correct2, uint32_t random, int64_t i)
+/* A weight and its state. Without momentum moment1 is not used, without AdamW moment2 is not. */
+typedef struct tern__trained { float w, grad, moment1, moment2; } tern__trained;
+
+/* One of them, not yet rounded to its type. */
+TERN__ANYWHERE void tern__optimize_one(const tern_optimize_args *a, float factor, float correct1, float correct2, tern__trained *e)
 {
-    const float g = a->grad[i] * factor;
-    float w = tern__load_float(a->type, a->w, i), step = g;
+    const float g = e->grad * factor;
+    float step = g;
     if (a->kind == TERN_ADAMW) {
-        a->moment1[i] = a->beta1 * a->moment1[i] + (1.0f - a->beta1) * g;
-        a->moment2[i] = a->beta2 * a->moment2[i] + (1.0f - a->beta2) * g * g;
-        step = a->moment1[i] * correct1 / (tern__sqrt(a->moment2[i] * correct2) + a->eps);
-    } else if (a->moment1) step = a->moment1[i] = a->beta1 * a->moment1[i] + g;
-    w = w - a->rate * (step + a->decay * w);
-    a->grad[i] = 0.0f;
-    if (a->type == TERN_BF16) ((uint16_t *)a->w)[i] = tern__to_bf16_with(w, random);
-    else ((float *)a->w)[i] = w;
+        e->moment1 = a->beta1 * e->moment1 + (1.0f - a->beta1) * g;
+        e->moment2 = a->beta2 * e->moment2 + (1.0f - a->beta2) * g * g;
+        step = e->moment1 * correct1 / (tern__sqrt(e->moment2 * correct2) + a->eps);
+    } else if (a->moment1) step = e->moment1 = a->beta1 * e->moment1 + g;
+    e->w = e->w - a->rate * (step + a->decay * e->w);
+    e->grad = 0.0f;
 }
 
 static void tern__optimize_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
@@ -4576,8 +4581,18 @@ static void tern__optimize_body(tern__job *job, int64_t begin, int64_t end, int6
     int64_t i;
     (void)bad;
     for (i = begin; i < end; i++) { /* element i takes word i % 4 of block i / 4 */
+        tern__trained e;
         if (a->type == TERN_BF16 && (i == begin || (i & 3) == 0)) tern__philox(a->seed, (uint64_t)(i >> 2), a->step, a->stream, random);
-        tern__optimize_one(a, work->factor, work->correct1, work->correct2, random[i & 3] & 0xFFFF, i);
+        e.w = tern__load_float(a->type, a->w, i);
+        e.grad = a->grad[i];
+        e.moment1 = a->moment1 ? a->moment1[i] : 0.0f;
+        e.moment2 = a->kind == TERN_ADAMW ? a->moment2[i] : 0.0f;
+        tern__optimize_one(a, work->factor, work->correct1, work->correct2, &e);
+        if (a->type == TERN_BF16) ((uint16_t *)a->w)[i] = tern__to_bf16_with(e.w, random[i & 3] & 0xFFFF);
+        else ((float *)a->w)[i] = e.w;
+        a->grad[i] = e.grad;
+        if (a->moment1) a->moment1[i] = e.moment1;
+        if (a->kind == TERN_ADAMW) a->moment2[i] = e.moment2;
     }
 }
 

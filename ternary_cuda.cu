@@ -160,9 +160,10 @@ static __device__ void tern__report_at(tern__blame b, int64_t row, int64_t col)
                     tern__min(col, ((int64_t)1 << TERN__COLUMN_BITS) - 1));
 }
 
-/* The runtime's own words, with what was asked for. */
+/* The runtime's own words, with what was asked for. The runtime forgets the error: the next launch is not to blame. */
 static tern_result tern__cuda_check(tern_run *r, cudaError_t error, const char *what)
 {
+    if (error != cudaSuccess) cudaGetLastError();
     TERN__REQUIRE(r, error == cudaSuccess, error == cudaErrorMemoryAllocation ? TERN_E_MEMORY : TERN_E_DEVICE,
                   "cuda: %s: %s", what, cudaGetErrorString(error));
     return TERN_OK;
@@ -183,7 +184,13 @@ static tern_result tern__gpu_enter(tern_run *r, int device, tern__current *curre
     current->changed = 1;
     return TERN_OK;
 }
-static void tern__gpu_leave(const tern__current *current) { if (current->changed) cudaSetDevice(current->before); }
+static tern_result tern__gpu_leave(tern_run *r, const tern__current *current, tern_result result)
+{
+    const cudaError_t error = current->changed ? cudaSetDevice(current->before) : cudaSuccess;
+    if (result == TERN_OK) return tern__cuda_check(r, error, "choosing the caller's device again");
+    cudaGetLastError(); /* what has failed is known */
+    return result;
+}
 
 /* Blocks of threads for some items, few enough to be no burden and enough to fill the device. */
 static unsigned tern__grid(const tern__gpu *d, int64_t items, int64_t each)
@@ -204,28 +211,36 @@ static tern_result tern__check_row(tern_run *r, const char *op, int64_t cols)
     return TERN_OK;
 }
 
-static void *tern__gpu_alloc(tern_run *r, size_t bytes)
-{
-    const tern__gpu *d = tern__gpu_of(r);
-    tern__current current;
-    void *p = NULL;
-    if (tern__gpu_enter(r, d->device, &current) != TERN_OK) return NULL;
-    if (cudaMalloc(&p, bytes > 0 ? bytes : 1) != cudaSuccess) p = NULL;
-    if (p && (cudaMemsetAsync(p, 0, bytes, d->stream) != cudaSuccess || cudaStreamSynchronize(d->stream) != cudaSuccess)) {
-        cudaFree(p);
-        p = NULL;
-    }
-    if (!p) cudaGetLastError(); /* the caller reports it */
-    tern__gpu_leave(&current);
-    return p;
-}
-
+/* Quiet, and even where the device cannot be chosen: memory knows its own. */
 static void tern__gpu_free(tern_run *r, void *p)
 {
+    const tern_error kept = r->error;
     tern__current current;
-    if (tern__gpu_enter(r, tern__gpu_of(r)->device, &current) != TERN_OK) return;
+    tern__gpu_enter(r, tern__gpu_of(r)->device, &current);
     cudaFree(p);
-    tern__gpu_leave(&current);
+    tern__gpu_leave(r, &current, TERN_OK);
+    r->error = kept;
+}
+
+static tern_result tern__gpu_alloc_here(tern_run *r, size_t bytes, void **out)
+{
+    const tern__gpu *d = tern__gpu_of(r);
+    TERN__CUDA(r, cudaMalloc(out, bytes > 0 ? bytes : 1), "memory");
+    TERN__CUDA(r, cudaMemsetAsync(*out, 0, bytes, d->stream), "clearing memory");
+    TERN__CUDA(r, cudaStreamSynchronize(d->stream), "clearing memory");
+    return TERN_OK;
+}
+
+static void *tern__gpu_alloc(tern_run *r, size_t bytes)
+{
+    tern__current current;
+    tern_result result;
+    void *p = NULL;
+    if (tern__gpu_enter(r, tern__gpu_of(r)->device, &current) != TERN_OK) return NULL;
+    result = tern__gpu_leave(r, &current, tern__gpu_alloc_here(r, bytes, &p));
+    if (result == TERN_OK) return p;
+    if (p) tern__gpu_free(r, p);
+    return NULL;
 }
 
 static tern_result tern__gpu_copy_here(tern_run *r, void *dst, const void *src, size_t bytes, tern_direction direction)
@@ -240,11 +255,8 @@ static tern_result tern__gpu_copy_here(tern_run *r, void *dst, const void *src, 
 static tern_result tern__gpu_copy(tern_run *r, void *dst, const void *src, size_t bytes, tern_direction direction)
 {
     tern__current current;
-    tern_result result;
     TERN__TRY(tern__gpu_enter(r, tern__gpu_of(r)->device, &current));
-    result = tern__gpu_copy_here(r, dst, src, bytes, direction);
-    tern__gpu_leave(&current);
-    return result;
+    return tern__gpu_leave(r, &current, tern__gpu_copy_here(r, dst, src, bytes, direction));
 }
 
 /* From a key of the device to the words of the fault. */
@@ -281,11 +293,21 @@ static tern_result tern__gpu_sync(tern_run *r)
 
 enum { TERN__THREADS = 256, TERN__WARPS = TERN__THREADS / 32 }; /* of a block, where nothing else decides */
 
-/* Up to 1024 terms, by a warp: lanes i and i + 32 of the rule are one thread's, the rest of the tree is a butterfly. */
+/* Up to 1024 terms, by a warp: lanes i and i + 32 of the rule are one thread's, the rest of the tree is a butterfly. Where
+   there are eight more terms no branch parts them, so that their loads are under way together. */
 template <typename Term> static __device__ float tern__warp_sum(int n, Term term)
 {
     float low = 0.0f, high = 0.0f;
-    for (int i = (int)(threadIdx.x % 32); i < n; i += 64) {
+    int i = (int)(threadIdx.x % 32);
+    for (; i + 7 * 32 < n; i += 8 * 32) {
+        float x[8];
+        for (int j = 0; j < 8; j++) x[j] = term(i + 32 * j);
+        for (int j = 0; j < 8; j += 2) {
+            low = low + x[j];
+            high = high + x[j + 1];
+        }
+    }
+    for (; i < n; i += 64) {
         low = low + term(i);
         if (i + 32 < n) high = high + term(i + 32);
     }
@@ -363,9 +385,380 @@ static void tern__gpu_total(const tern__gpu *d, int kind, int64_t n, const float
    What enters: floats or trits. What leaves: scales, and panels in the layout of [TERN-8].
    ------------------------------------------------------------------------------------------------ */
 
-static tern_result tern__gpu_ternarize(tern_run *r, tern__gpu *d, const tern_ternarize_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: ternarize is missing"); } /* STUB */
-static tern_result tern__gpu_pack(tern_run *r, tern__gpu *d, const tern_pack_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: pack is missing"); } /* STUB */
-static tern_result tern__gpu_unpack(tern_run *r, tern__gpu *d, const tern_unpack_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: unpack is missing"); } /* STUB */
+/* Ternarize goes patch by patch: some rows of a panel and some of its groups, few enough that the weights, read once for
+   the sums, are still in the L1 and L2 caches when they are read again for the trits. */
+enum { TERN__PATCH_THREADS = 512, TERN__PATCH_WARPS = TERN__PATCH_THREADS / 32, TERN__PATCH_SUMS = 256, TERN__PATCH_BYTES = 1 << 16 };
+
+typedef struct tern__patches {
+    tern_ternarize_args a;
+    tern__shape s;
+    int32_t rows, groups;   /* of a patch: a power of two up to 16; more than one only beside 16 rows */
+    int32_t blocks, units;  /* of a group, at most: sums of 1024 weights, and inputs */
+    int64_t across, count;  /* patches beside each other, and all */
+    tern__blame weight, scale;
+} tern__patches;
+
+/* Grains of a patch lie row by row, group after group; a block's sum follows its neighbour's. */
+typedef struct tern__patch {
+    float sum[TERN__PATCH_SUMS], total[TERN__PATCH_SUMS], delta[TERN__PATCH_SUMS];
+    int32_t above[TERN__PATCH_SUMS], count[TERN__PATCH_SUMS];
+} tern__patch;
+
+/* The statistics of a grain that is the tensor. */
+typedef struct tern__tensor { float total, delta, mean, threshold; unsigned long long count; } tern__tensor;
+
+static tern__patches tern__patches_of(const tern__gpu *d, const tern_ternarize_args *a)
+{
+    tern__patches p;
+    p.a = *a;
+    p.s = tern__shape_of(&a->m);
+    const int64_t cols = tern__group_cols(&a->m, &p.s, 0), bytes = cols * tern__type_bytes(a->type);
+    p.blocks = (int32_t)tern__ceil_div(cols, TERN__BLOCK);
+    p.units = (int32_t)tern__group_run(&a->m, &p.s, 0);
+    p.rows = TERN__ROWS;
+    while (p.rows > 1 && (p.rows * p.blocks > TERN__PATCH_SUMS || p.rows * bytes > TERN__PATCH_BYTES)) p.rows /= 2;
+    p.groups = (int32_t)tern__min(p.s.groups, tern__min(TERN__PATCH_SUMS / (p.rows * p.blocks), TERN__PATCH_BYTES / (p.rows * bytes)));
+    if (p.rows < TERN__ROWS || p.groups < 1) p.groups = 1;
+    p.across = tern__ceil_div(p.s.groups, p.groups);
+    p.count = p.s.panels * (TERN__ROWS / p.rows) * p.across;
+    p.weight = tern__blame_of(d, TERN__REFUSED_WEIGHT);
+    p.scale = tern__blame_of(d, TERN__REFUSED_SCALE);
+    return p;
+}
+
+static __device__ int64_t tern__patch_row(const tern__patches &p, int64_t patch, int grain)
+{
+    return patch / p.across * p.rows + grain % p.rows;
+}
+static __device__ int64_t tern__patch_group(const tern__patches &p, int64_t patch, int grain)
+{
+    return patch % p.across * p.groups + grain / p.rows;
+}
+
+static __device__ int tern__warp_count(int n)
+{
+    for (int half = 16; half > 0; half /= 2) n += __shfl_xor_sync(TERN__ALL_LANES, n, half);
+    return n;
+}
+
+/* The bad ones of n weights from a row and column. */
+template <tern_type Type> static __device__ void tern__report_weights(const tern__patches &p, int64_t row, int64_t col, int n)
+{
+    for (int j = (int)(threadIdx.x % 32); j < n; j += 32)
+        if (!tern__weight_ok(tern__load_float(Type, p.a.w, row * p.a.m.cols + col + j))) tern__report_at(p.weight, row, col + j);
+}
+
+/* Canonical sum, by a warp, of up to 1024 |w| above delta, counted; NaN where a weight is bad. */
+template <tern_type Type>
+static __device__ float tern__sum_weights(const tern__patches &p, int64_t row, int64_t col, int n, float delta, int *above)
+{
+    const int64_t first = row * p.a.m.cols + col;
+    int count = 0;
+    const float sum = tern__warp_sum(n, [&](int j) {
+        const float w = tern__load_float(Type, p.a.w, first + j);
+        const bool larger = tern__abs(w) > delta;
+        count += larger;
+        return !tern__weight_ok(w) ? tern__float(0x7FC00000u) : larger ? tern__abs(w) : 0.0f;
+    });
+    *above = tern__warp_count(count);
+    if (sum != sum) tern__report_weights<Type>(p, row, col, n);
+    return sum;
+}
+
+/* Fills total and count from delta. Beyond the matrix there are zeros. */
+template <tern_type Type> static __device__ void tern__patch_totals(const tern__patches &p, int64_t patch, tern__patch *my)
+{
+    const int grains = p.rows * p.groups, warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    for (int i = warp; i < grains * p.blocks; i += TERN__PATCH_WARPS) {
+        const int grain = i / p.blocks;
+        const int64_t row = tern__patch_row(p, patch, grain), g = tern__patch_group(p, patch, grain);
+        const int64_t in = (int64_t)(i % p.blocks) * TERN__BLOCK, col = g * p.s.group + in;
+        const int64_t left = row < p.a.m.rows && g < p.s.groups ? tern__group_cols(&p.a.m, &p.s, g) - in : 0;
+        int above = 0;
+        float sum = 0.0f;
+        if (left > 0) sum = tern__sum_weights<Type>(p, row, col, (int)tern__min(TERN__BLOCK, left), my->delta[grain], &above);
+        if (lane == 0) {
+            my->sum[i] = sum;
+            my->above[i] = above;
+        }
+    }
+    __syncthreads();
+    for (int grain = warp; grain < grains; grain += TERN__PATCH_WARPS) {
+        const float *sum = my->sum + grain * p.blocks;
+        const float total = p.blocks == 1 ? *sum : tern__warp_sum(p.blocks, [&](int i) { return sum[i]; });
+        int count = 0;
+        for (int i = lane; i < p.blocks; i += 32) count += my->above[grain * p.blocks + i];
+        count = tern__warp_count(count);
+        if (lane == 0) {
+            my->total[grain] = total;
+            my->count[grain] = count;
+        }
+    }
+    __syncthreads();
+}
+
+static __device__ float tern__mean_of(float total, int64_t count) { return count ? total / (float)count : 0.0f; }
+
+/* The threshold of a grain. One with a bad weight or scale has scale 0, as padding has, and no trits. */
+static __device__ float tern__patch_settle(const tern__patches &p, int64_t row, int64_t g, float mean, float above)
+{
+    const tern_matrix *m = &p.a.m;
+    const int64_t at = tern__scale_index(m, &p.s, row, g);
+    const float given = p.a.rule == TERN_GIVEN ? tern__load_scale(m->scale_type, m->scales, at) : 0.0f;
+    const bool good = tern__weight_ok(given) && given >= 0.0f;
+    if (!good) tern__report(p.scale, at);
+    if (good && mean == mean && row < m->rows) return tern__settle_grain(&p.a, at, mean, above);
+    tern__store_scale(m->scale_type, m->scales, at, 0.0f);
+    return tern__float(0x7F800000u);
+}
+
+/* Scales of a patch, and thresholds in place of delta. */
+template <tern_type Type> static __device__ void tern__patch_thresholds(const tern__patches &p, int64_t patch, tern__patch *my)
+{
+    const int grain = (int)threadIdx.x;
+    const int64_t row = tern__patch_row(p, patch, grain), g = tern__patch_group(p, patch, grain);
+    const bool mine = grain < p.rows * p.groups && g < p.s.groups;
+    const int passes = p.a.rule == TERN_TWN ? 2 : 1;
+    float mean = 0.0f, above = 0.0f;
+    for (int pass = 0; pass < passes; pass++) {
+        if (mine) my->delta[grain] = pass ? tern__twn_delta(mean) : -1.0f;
+        __syncthreads();
+        tern__patch_totals<Type>(p, patch, my);
+        if (mine) above = tern__mean_of(my->total[grain], my->count[grain]);
+        if (pass == 0) mean = above;
+    }
+    if (mine) my->delta[grain] = tern__patch_settle(p, row, g, mean, above);
+    __syncthreads();
+}
+
+/* Four weights from element i, of which n are there; where they lie together, in one load. */
+template <tern_type Type> static __device__ void tern__load_four(const void *w, int64_t i, int64_t n, float x[4])
+{
+    const uint8_t *at = (const uint8_t *)w + i * tern__type_bytes(Type);
+    if (n < 4 || (uintptr_t)at % (uintptr_t)(4 * tern__type_bytes(Type)) != 0)
+        for (int j = 0; j < 4; j++) x[j] = j < n ? tern__load_float(Type, w, i + j) : 0.0f;
+    else if (Type == TERN_F32) {
+        const float4 v = *(const float4 *)at;
+        x[0] = v.x; x[1] = v.y; x[2] = v.z; x[3] = v.w;
+    } else {
+        const uint2 v = *(const uint2 *)at;
+        const uint16_t half[4] = {(uint16_t)v.x, (uint16_t)(v.x >> 16), (uint16_t)v.y, (uint16_t)(v.y >> 16)};
+        for (int j = 0; j < 4; j++) x[j] = tern__load_float(Type, half, j);
+    }
+}
+
+/* A row's word of a unit; four(i, t) gives the trits of inputs i to i + 3. */
+template <typename Four> static __device__ uint32_t tern__pack_word(tern_type encoding, Four four)
+{
+    int8_t t[20];
+    uint32_t word = 0;
+    for (int i = 0; i < 20; i += 4) four(i, t + i);
+    for (int j = 0; j < 4; j++) word |= (uint32_t)tern__pack_byte(encoding, t + j) << 8 * j;
+    return word;
+}
+
+static __device__ uint32_t *tern__word_of(const tern_matrix *m, const tern__shape *s, int64_t row, int64_t unit)
+{
+    return (uint32_t *)((uint8_t *)m->trits + row / TERN__ROWS * s->panel_bytes + unit * TERN__UNIT) + row % TERN__ROWS;
+}
+
+/* Trits from the thresholds in delta: a thread to a row of a unit. */
+template <tern_type Type> static __device__ void tern__patch_pack(const tern__patches &p, int64_t patch, const tern__patch *my)
+{
+    const tern_matrix *m = &p.a.m;
+    for (int i = (int)threadIdx.x; i < p.rows * p.groups * p.units; i += TERN__PATCH_THREADS) {
+        const int u = i / p.rows % p.units, grain = i / p.rows / p.units * p.rows + i % p.rows;
+        const int64_t row = tern__patch_row(p, patch, grain), g = tern__patch_group(p, patch, grain);
+        const int64_t in = u * p.s.unit, left = g < p.s.groups ? tern__group_cols(m, &p.s, g) - in : 0;
+        const int64_t n = row < m->rows ? tern__min(left, p.s.unit) : 0, first = row * m->cols + g * p.s.group + in;
+        const float threshold = my->delta[grain];
+        if (left <= 0) continue;
+        *tern__word_of(m, &p.s, row, g * p.s.group_units + u) = tern__pack_word(m->encoding, [&](int j, int8_t *t) {
+            float x[4];
+            tern__load_four<Type>(p.a.w, first + j, n - j, x);
+            for (int k = 0; k < 4; k++) t[k] = (int8_t)((x[k] > threshold) - (x[k] < -threshold));
+        });
+    }
+}
+
+/* tensor: its threshold is known. */
+template <tern_type Type>
+static __global__ void __launch_bounds__(TERN__PATCH_THREADS, 2) tern__ternarize_patches(tern__patches p, const tern__tensor *tensor)
+{
+    TERN__SHARED(tern__patch, my);
+    for (int64_t patch = blockIdx.x; patch < p.count; patch += gridDim.x) {
+        if (!tensor) tern__patch_thresholds<Type>(p, patch, my);
+        else if (threadIdx.x < TERN__ROWS) my->delta[threadIdx.x] = tensor->threshold;
+        __syncthreads();
+        tern__patch_pack<Type>(p, patch, my);
+        __syncthreads(); /* my may be written again */
+    }
+}
+
+/* Row sums above the tensor's delta, and their count. */
+template <tern_type Type>
+static __global__ void __launch_bounds__(TERN__PATCH_THREADS, 2) tern__tensor_rows(tern__patches p, tern__tensor *tensor, float *sums)
+{
+    TERN__SHARED(tern__patch, my);
+    for (int64_t patch = blockIdx.x; patch < p.count; patch += gridDim.x) {
+        const int grain = (int)threadIdx.x;
+        const int64_t row = tern__patch_row(p, patch, grain);
+        if (grain < p.rows) my->delta[grain] = tensor->delta;
+        __syncthreads();
+        tern__patch_totals<Type>(p, patch, my);
+        if (grain < p.rows && row < p.a.m.rows) {
+            sums[row] = my->total[grain];
+            atomicAdd(&tensor->count, (unsigned long long)my->count[grain]);
+        }
+        __syncthreads(); /* my may be written again */
+    }
+}
+
+/* What lies between two passes over a tensor: before the first, between mean and TWN's mean, after the last. */
+enum { TERN__TENSOR_BEGIN, TERN__TENSOR_MEAN, TERN__TENSOR_END };
+static __global__ void tern__tensor_step(tern__patches p, tern__tensor *t, int step)
+{
+    const float mean = step == TERN__TENSOR_BEGIN ? 0.0f : tern__mean_of(t->total, (int64_t)t->count);
+    if (step == TERN__TENSOR_END) t->threshold = tern__patch_settle(p, 0, 0, p.a.rule == TERN_TWN ? t->mean : mean, mean);
+    t->delta = step == TERN__TENSOR_BEGIN ? -1.0f : tern__twn_delta(mean);
+    t->mean = mean;
+    t->count = 0;
+}
+
+template <tern_type Type> static void tern__tensor_total(const tern__gpu *d, const tern__patches &p, tern__tensor *t)
+{
+    TERN__LAUNCH((tern__tensor_rows<Type>), tern__grid(d, p.count, 1), TERN__PATCH_THREADS, sizeof(tern__patch), d->stream,
+                 p, t, d->work);
+    tern__gpu_total(d, TERN_SUM, p.a.m.rows, d->work, d->work + TERN__WORK, &t->total, 0);
+}
+
+template <tern_type Type> static void tern__ternarize_as(const tern__gpu *d, const tern__patches &p)
+{
+    tern__tensor *tensor = NULL;
+    if (p.a.m.grain == TERN_PER_TENSOR) {
+        tensor = (tern__tensor *)(d->work + TERN__WORK + TERN__WORK_LEVELS / 2);
+        TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_BEGIN);
+        tern__tensor_total<Type>(d, p, tensor);
+        if (p.a.rule == TERN_TWN) {
+            TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_MEAN);
+            tern__tensor_total<Type>(d, p, tensor);
+        }
+        TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_END);
+    }
+    TERN__LAUNCH((tern__ternarize_patches<Type>), tern__grid(d, p.count, 1), TERN__PATCH_THREADS, sizeof(tern__patch), d->stream,
+                 p, tensor);
+}
+
+static tern_result tern__gpu_ternarize(tern_run *r, tern__gpu *d, const tern_ternarize_args *a)
+{
+    const tern__patches p = tern__patches_of(d, a);
+    TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
+    TERN__REQUIRE(r, a->m.grain != TERN_PER_TENSOR || a->m.rows <= TERN__WORK, TERN_E_UNSUPPORTED,
+                  "cuda: ternarize: a grain of %d rows; %d is the most", a->m.rows, (int64_t)TERN__WORK);
+    if (a->type == TERN_F16) tern__ternarize_as<TERN_F16>(d, p);
+    else if (a->type == TERN_BF16) tern__ternarize_as<TERN_BF16>(d, p);
+    else tern__ternarize_as<TERN_F32>(d, p);
+    return TERN_OK;
+}
+
+/* A block of threads to a panel, a thread to a row of a unit: its word of four bytes, from a column on. */
+#define TERN__EACH_WORD(i, s) for (int i = (int)threadIdx.x; i < (int)((s).units * TERN__ROWS); i += TERN__THREADS)
+
+typedef struct tern__word { int64_t row, unit, group, col, inputs; } tern__word;
+
+static __device__ tern__word tern__word_at(const tern_matrix *m, const tern__shape *s, int64_t panel, int i)
+{
+    tern__word w;
+    w.unit = i / TERN__ROWS;
+    w.row = panel * TERN__ROWS + i % TERN__ROWS;
+    w.group = (int)w.unit / (int)s->group_units;
+    const int64_t in = (w.unit - w.group * s->group_units) * s->unit;
+    w.col = w.group * s->group + in;
+    w.inputs = tern__min(s->unit, tern__group_cols(m, s, w.group) - in);
+    return w;
+}
+
+static __global__ void tern__pack_panels(tern_pack_args a, tern__shape s, tern__blame blame)
+{
+    for (int64_t panel = blockIdx.x; panel < s.panels; panel += gridDim.x)
+        TERN__EACH_WORD(i, s) {
+            const tern__word w = tern__word_at(&a.m, &s, panel, i);
+            const int64_t n = w.row < a.m.rows ? w.inputs : 0;
+            const int8_t *from = a.trits + w.row * a.m.cols + w.col;
+            *tern__word_of(&a.m, &s, w.row, w.unit) = tern__pack_word(a.m.encoding, [&](int j, int8_t *t) {
+                uint32_t four = 0;
+                if (n >= j + 4 && (uintptr_t)(from + j) % 4 == 0) four = *(const uint32_t *)(from + j);
+                else for (int k = 0; k < 4 && j + k < n; k++) four |= (uint32_t)(uint8_t)from[j + k] << 8 * k;
+                for (int k = 0; k < 4; k++) {
+                    const int8_t trit = (int8_t)(four >> 8 * k);
+                    const bool good = trit >= -1 && trit <= 1;
+                    if (!good) tern__report_at(blame, w.row, w.col + j + k);
+                    t[k] = good ? trit : 0;
+                }
+            });
+        }
+}
+
+static tern_result tern__gpu_pack(tern_run *r, tern__gpu *d, const tern_pack_args *a)
+{
+    const tern__shape s = tern__shape_of(&a->m);
+    TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
+    TERN__LAUNCH(tern__pack_panels, tern__grid(d, s.panels, 1), TERN__THREADS, 0, d->stream, *a, s,
+                 tern__blame_of(d, TERN__REFUSED_TRIT));
+    return TERN_OK;
+}
+
+/* n trits, at most 20, and their values, in fours where they lie together. */
+static __device__ void tern__store_word(const int8_t t[20], int64_t n, float scale, int8_t *trits, float *values)
+{
+    for (int i = 0; i < 20; i += 4) {
+        const float v[4] = {(float)t[i] * scale, (float)t[i + 1] * scale, (float)t[i + 2] * scale, (float)t[i + 3] * scale};
+        const bool full = i + 4 <= n;
+        if (trits && full && (uintptr_t)(trits + i) % 4 == 0) memcpy(__builtin_assume_aligned(trits + i, 4), t + i, 4);
+        else for (int j = 0; trits && j < 4 && i + j < n; j++) trits[i + j] = t[i + j];
+        if (values && full && (uintptr_t)(values + i) % 16 == 0) *(float4 *)(values + i) = make_float4(v[0], v[1], v[2], v[3]);
+        else for (int j = 0; values && j < 4 && i + j < n; j++) values[i + j] = v[j];
+    }
+}
+
+/* Rows of a panel that are asked for: first their codes, then the trits and values of those whose codes are valid. */
+static __global__ void tern__unpack_panels(tern_unpack_args a, tern__shape s, tern__blame blame)
+{
+    TERN__SHARED(int, invalid);
+    const int64_t first = a.row / TERN__ROWS, last = (a.row + a.count - 1) / TERN__ROWS;
+    for (int64_t panel = first + blockIdx.x; panel <= last; panel += gridDim.x) {
+        const uint8_t *at = (const uint8_t *)a.m.trits + panel * s.panel_bytes;
+        int8_t t[20] = {0};
+        if (threadIdx.x < TERN__ROWS) invalid[threadIdx.x] = 0;
+        __syncthreads();
+        TERN__EACH_WORD(i, s)
+            if (!tern__unpack_unit(a.m.encoding, at + i / TERN__ROWS * TERN__UNIT, i % TERN__ROWS, t))
+                invalid[i % TERN__ROWS] = 1;
+        __syncthreads();
+        TERN__EACH_WORD(i, s) {
+            const tern__word w = tern__word_at(&a.m, &s, panel, i);
+            const int64_t to = (w.row - a.row) * a.m.cols + w.col;
+            float scale = 0.0f;
+            if (w.row < a.row || w.row >= a.row + a.count) continue;
+            tern__unpack_unit(a.m.encoding, at + w.unit * TERN__UNIT, i % TERN__ROWS, t);
+            if (invalid[i % TERN__ROWS]) {
+                memset(t, 0, sizeof t);
+                if (w.unit == 0) tern__report(blame, w.row);
+            } else if (a.values) scale = tern__load_scale(a.m.scale_type, a.m.scales, tern__scale_index(&a.m, &s, w.row, w.group));
+            tern__store_word(t, w.inputs, scale, a.trits ? a.trits + to : NULL, a.values ? a.values + to : NULL);
+        }
+        __syncthreads(); /* invalid may be written again */
+    }
+}
+
+static tern_result tern__gpu_unpack(tern_run *r, tern__gpu *d, const tern_unpack_args *a)
+{
+    const int64_t panels = (a->row + a->count - 1) / TERN__ROWS - a->row / TERN__ROWS + 1;
+    TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
+    TERN__LAUNCH(tern__unpack_panels, tern__grid(d, panels, 1), TERN__THREADS, TERN__ROWS * sizeof(int), d->stream, *a,
+                 tern__shape_of(&a->m), tern__blame_of(d, TERN__REFUSED_CODE));
+    return TERN_OK;
+}
 
 /* ------------------------------------------------------------------------------------------------
    [CUDA-5] Activations and products of trits with int8
@@ -861,18 +1254,687 @@ static tern_result tern__gpu_linear(tern_run *r, tern__gpu *d, const tern_linear
    What enters: float matrices, packed panels, int8 activations. What leaves: sums in the order of [TERN-14].
    ------------------------------------------------------------------------------------------------ */
 
-static tern_result tern__gpu_matmul(tern_run *r, tern__gpu *d, const tern_matmul_args *a) { return tern__gpu_matmul_int8(r, d, a); } /* STUB */
-static tern_result tern__gpu_matmul_dx(tern_run *r, tern__gpu *d, const tern_matmul_dx_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: matmul_dx is missing"); } /* STUB */
-static tern_result tern__gpu_matmul_dw(tern_run *r, tern__gpu *d, const tern_matmul_dw_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: matmul_dw is missing"); } /* STUB */
-static tern_result tern__gpu_dense(tern_run *r, tern__gpu *d, const tern_dense_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: dense is missing"); } /* STUB */
-static tern_result tern__gpu_attention(tern_run *r, tern__gpu *d, const tern_attention_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: attention is missing"); } /* STUB */
+
+/* -- products: tiles of 64 columns and 64 or 16 rows, a block of threads to each; a thread has 4 x 4 sums, or 1 x 4 -- */
+
+enum {
+    TERN__SIDE = 64, TERN__ROW_THREADS = 16,                /* columns of a tile; threads across its rows */
+    TERN__DEPTH = 16,                                       /* terms of a chunk, which divide a segment and a panel's rows */
+    TERN__PITCH = TERN__SIDE + 4,                           /* floats from term to term in shared memory: its stores meet all banks */
+    TERN__CHUNK = 2 * TERN__DEPTH * TERN__PITCH,            /* a's and b's */
+    TERN__TILE_BYTES = 2 * TERN__CHUNK * (int)sizeof(float), /* one is filled while the other is read */
+    TERN__ITEMS = 1024                                      /* of a batch, that have blocks of their own */
+};
+
+/* Steps in floats from sequence to sequence of a batch and from head to head, of which some may share one. */
+typedef struct tern__steps { int64_t sequence, head, shared; } tern__steps;
+
+/* Terms k and lines (rows of a, columns of b) of a float matrix. */
+typedef struct tern__strided { const float *p; int64_t k_step, line_step; tern__steps steps; } tern__strided;
+
+/* Right operands: strided floats, packed weights as trit * scale with their rows as terms, packed weights as trits
+   with their inputs as terms, int8 activations times their token's scale with tokens as terms. */
+struct tern__b_floats { enum { GROUPED = 0 }; tern__strided x; };
+struct tern__b_weights { enum { GROUPED = 0 }; tern_matrix m; tern__shape s; };
+struct tern__b_trits { enum { GROUPED = 1 }; tern_matrix m; tern__shape s; };
+struct tern__b_bytes { enum { GROUPED = 0 }; const int8_t *q; const float *scale; tern__shape s; };
+
+/* c [m, n] = a [m, k] * b [k, n] (+ c) (+ bias) for each item, a head of a sequence. The terms may lie in groups. With
+   delta, one to a row, c = c * (a * b - delta) * factor. Columns from visible + row on need no result. */
+typedef struct tern__product {
+    int64_t m, n, k, group;
+    tern__strided a;
+    float *c; int64_t c_row; tern__steps c_steps;
+    const float *bias;
+    const float *delta; int64_t delta_row; tern__steps delta_steps;
+    float factor;
+    int32_t add;
+    int64_t visible;
+    int64_t items, heads, first_head, head_step; /* of an item: head first_head + item % heads * head_step */
+} tern__product;
+
+/* The item of a block. */
+typedef struct tern__which { int64_t sequence, head; } tern__which;
+
+static __device__ tern__which tern__item(const tern__product &g, int64_t item)
+{
+    tern__which w;
+    w.sequence = item / g.heads;
+    w.head = g.first_head + item % g.heads * g.head_step;
+    return w;
+}
+static __device__ int64_t tern__offset(const tern__steps &s, tern__which w) { return w.sequence * s.sequence + w.head / s.shared * s.head; }
+
+/* Up to 16 terms of a group, and the first one's index among all. */
+typedef struct tern__chunk { int group, at, k, len; } tern__chunk;
+
+static __device__ tern__chunk tern__chunk_of(const tern__product &g, int group, int at)
+{
+    tern__chunk c;
+    c.group = group;
+    c.at = at;
+    c.k = group * (int)g.group + at;
+    c.len = (int)tern__min(tern__min(TERN__DEPTH, g.group - at), g.k - c.k);
+    return c;
+}
+
+/* The one after it; of length 0 after the last. */
+static __device__ tern__chunk tern__next_chunk(const tern__product &g, const tern__chunk &c)
+{
+    const bool ends = c.at + c.len == g.group || c.k + c.len == g.k;
+    return tern__chunk_of(g, c.group + ends, ends ? 0 : c.at + c.len);
+}
+
+/* The elements of a chunk that a thread moves: 4 of 64 lines, or 1 of 16. Neighbours in a warp take neighbouring terms
+   or neighbouring lines, whichever are neighbours in memory. */
+typedef struct tern__place { int k, line, near_k, far_k, far_line; } tern__place;
+
+template <int Lines> static __device__ tern__place tern__place_of(bool along_k)
+{
+    const int thread = (int)threadIdx.x, run = !along_k ? Lines : Lines == TERN__SIDE ? TERN__DEPTH / 2 : TERN__DEPTH;
+    tern__place p;
+    p.k = along_k ? thread % run : thread / run;
+    p.line = along_k ? thread / run : thread % run;
+    p.near_k = along_k ? TERN__DEPTH / 2 : TERN__DEPTH / 4;
+    p.far_k = along_k ? 0 : TERN__DEPTH / 2;
+    p.far_line = along_k ? TERN__SIDE / 2 : 0;
+    return p;
+}
+static __device__ int tern__place_k(const tern__place &p, int i) { return p.k + i % 2 * p.near_k + i / 2 * p.far_k; }
+static __device__ int tern__place_line(const tern__place &p, int i) { return p.line + i / 2 * p.far_line; }
+
+/* Where a thread finds its elements of any chunk: */
+typedef struct tern__float_lines { tern__place place; const float *p; int64_t near, far; int lines; } tern__float_lines;
+typedef struct tern__code_lines { tern__place place; const uint8_t *p; int64_t group; int digit; bool inside; } tern__code_lines;
+
+template <int Lines> static __device__ tern__float_lines tern__lines_of(const tern__strided &x, tern__which w, int64_t first, int64_t end)
+{
+    tern__float_lines l;
+    l.place = tern__place_of<Lines>(x.k_step < x.line_step);
+    l.p = x.p + tern__offset(x.steps, w) + (first + l.place.line) * x.line_step + l.place.k * x.k_step;
+    l.near = l.place.near_k * x.k_step;
+    l.far = l.place.far_k * x.k_step + l.place.far_line * x.line_step;
+    l.lines = (int)tern__min(Lines, end - first);
+    return l;
+}
+template <int Lines> static __device__ tern__float_lines tern__lines_of(const tern__b_floats &b, tern__which w, int64_t first, int64_t end)
+{
+    return tern__lines_of<Lines>(b.x, w, first, end);
+}
+
+/* Packed weights, line by line: the byte of an input in row 0 of panel 0, and its digit. */
+template <int Lines> static __device__ tern__code_lines tern__lines_of(const tern__b_weights &b, tern__which, int64_t first, int64_t end)
+{
+    tern__code_lines l;
+    l.place = tern__place_of<Lines>(false);
+    const int64_t input = first + l.place.line, in_group = input % b.s.group, in_unit = in_group % b.s.unit;
+    l.inside = input < end;
+    l.group = input / b.s.group;
+    l.p = (const uint8_t *)b.m.trits + (l.group * b.s.group_units + in_group / b.s.unit) * TERN__UNIT + in_unit % 4;
+    l.digit = (int)(in_unit / 4);
+    return l;
+}
+
+/* A thread's terms are 4 apart: they share a byte of the row, or the same byte of units that follow. */
+template <int Lines> static __device__ tern__code_lines tern__lines_of(const tern__b_trits &b, tern__which, int64_t first, int64_t end)
+{
+    tern__code_lines l;
+    l.place = tern__place_of<Lines>(false);
+    const int64_t row = first + l.place.line;
+    l.inside = row < end;
+    l.p = (const uint8_t *)b.m.trits + row / TERN__ROWS * b.s.panel_bytes + row % TERN__ROWS * 4 + l.place.k;
+    return l;
+}
+
+template <int Lines> static __device__ tern__code_lines tern__lines_of(const tern__b_bytes &b, tern__which, int64_t first, int64_t end)
+{
+    tern__code_lines l;
+    l.place = tern__place_of<Lines>(false);
+    const int64_t input = first + l.place.line;
+    l.inside = input < end;
+    l.p = (const uint8_t *)b.q + input / b.s.group * b.s.group_units * b.s.unit + input % b.s.group;
+    return l;
+}
+
+/* A digit of a byte of codes, as a trit. Of base 3: byte / 3^digit, as (byte * ceil(2^16 / 3^digit)) / 2^16, exact for bytes. */
+static __device__ float tern__digit(tern_type encoding, uint32_t byte, int digit)
+{
+    if (encoding != TERN_BASE3) return (float)((int)(byte >> 2 * digit & 3) - 1);
+    const uint32_t inverse = digit < 2 ? digit == 0 ? 65536 : 21846 : digit == 2 ? 7282 : digit == 3 ? 2428 : 810;
+    return (float)((int)((byte * inverse >> 16) % 3) - 1);
+}
+
+/* From memory to registers; zero where the matrix ends, which adds nothing. */
+template <int Count, typename Element> static __device__ void tern__read_each(const tern__place &p, const tern__chunk &c, int lines, float (&v)[Count], Element element)
+{
+    for (int i = 0; i < Count; i++)
+        v[i] = tern__place_k(p, i) < c.len && tern__place_line(p, i) < lines ? element(i) : 0.0f;
+}
+template <int Count> static __device__ void tern__read(const tern__strided &x, const tern__float_lines &l, const tern__chunk &c, float (&v)[Count])
+{
+    const float *p = l.p + (int64_t)c.k * x.k_step;
+    tern__read_each(l.place, c, l.lines, v, [&](int i) { return p[i % 2 * l.near + i / 2 * l.far]; });
+}
+static __device__ void tern__read(const tern__b_floats &b, const tern__float_lines &l, const tern__chunk &c, float (&v)[4]) { tern__read(b.x, l, c, v); }
+
+static __device__ void tern__read(const tern__b_weights &b, const tern__code_lines &l, const tern__chunk &c, float (&v)[4])
+{
+    const uint8_t *p = l.p + c.k / TERN__ROWS * b.s.panel_bytes;
+    tern__read_each(l.place, c, l.inside ? TERN__SIDE : 0, v, [&](int i) {
+        const int64_t row = tern__place_k(l.place, i);
+        return tern__digit(b.m.encoding, p[4 * row], l.digit) *
+               tern__load_scale(b.m.scale_type, b.m.scales, tern__scale_index(&b.m, &b.s, c.k + row, l.group));
+    });
+}
+
+static __device__ void tern__read(const tern__b_trits &b, const tern__code_lines &l, const tern__chunk &c, float (&v)[4])
+{
+    const uint8_t *p = l.p + c.group * b.s.group_units * TERN__UNIT;
+    const unsigned digits = (unsigned)b.s.unit / 4, first = (unsigned)c.at / 4;
+    tern__read_each(l.place, c, l.inside ? TERN__SIDE : 0, v, [&](int i) {
+        const unsigned at = first + (unsigned)i;
+        return tern__digit(b.m.encoding, p[at / digits * TERN__UNIT], (int)(at % digits));
+    });
+}
+
+static __device__ void tern__read(const tern__b_bytes &b, const tern__code_lines &l, const tern__chunk &c, float (&v)[4])
+{
+    const int8_t *q = (const int8_t *)l.p + (int64_t)c.k * b.s.stride;
+    tern__read_each(l.place, c, l.inside ? TERN__SIDE : 0, v, [&](int i) {
+        const int64_t token = tern__place_k(l.place, i);
+        return (float)q[token * b.s.stride] * b.scale[c.k + token];
+    });
+}
+
+/* From registers to shared memory, [term][line]. */
+template <int Count> static __device__ void tern__put(const tern__place &p, const float (&v)[Count], float *shared)
+{
+    for (int i = 0; i < Count; i++) shared[tern__place_k(p, i) * TERN__PITCH + tern__place_line(p, i)] = v[i];
+}
+
+/* Floats that one instruction loads. */
+template <int Count> struct alignas(Count * sizeof(float)) tern__vector { float v[Count]; };
+
+/* A chunk's terms, in order, added to a thread's sums. */
+template <bool Fused, int Rows> static __device__ void tern__multiply(const float *a, const float *b, float (&sum)[Rows][4])
+{
+    const float *row = a + threadIdx.x / TERN__ROW_THREADS * Rows, *column = b + threadIdx.x % TERN__ROW_THREADS * 4;
+    for (int k = 0; k < TERN__DEPTH; k++) {
+        const tern__vector<Rows> x = *(const tern__vector<Rows> *)(row + k * TERN__PITCH);
+        const tern__vector<4> y = *(const tern__vector<4> *)(column + k * TERN__PITCH);
+        for (int i = 0; i < Rows; i++)
+            for (int j = 0; j < 4; j++)
+                sum[i][j] = Fused ? __fmaf_rn(x.v[i], y.v[j], sum[i][j]) : sum[i][j] + x.v[i] * y.v[j];
+    }
+}
+
+template <int Rows, typename Each> static __device__ void tern__each_sum(Each each)
+{
+    for (int i = 0; i < Rows; i++)
+        for (int j = 0; j < 4; j++) each(i, j);
+}
+
+/* The end of a segment: its sums are added to those before it. */
+template <int Rows> static __device__ void tern__end_segment(bool first, float (&part)[Rows][4], float (&whole)[Rows][4])
+{
+    tern__each_sum<Rows>([&](int i, int j) {
+        whole[i][j] = first ? part[i][j] : whole[i][j] + part[i][j];
+        part[i][j] = 0.0f;
+    });
+}
+
+/* The end of a group: its sums times their row's scale are added to those before it. */
+template <typename B, int Rows> static __device__ void tern__end_group(const B &, int, int64_t, int64_t, const float (&)[Rows][4], float (&)[Rows][4]) {}
+template <int Rows> static __device__ void tern__end_group(const tern__b_trits &b, int group, int64_t column, int64_t n, const float (&whole)[Rows][4], float (&total)[Rows][4])
+{
+    const int64_t at = tern__scale_index(&b.m, &b.s, column, group); /* four columns are of one panel */
+    float scale[4];
+    for (int j = 0; j < 4; j++)
+        scale[j] = column + j < n ? tern__load_scale(b.m.scale_type, b.m.scales, b.m.grain == TERN_PER_TENSOR ? 0 : at + j) : 0.0f;
+    tern__each_sum<Rows>([&](int i, int j) {
+        const float product = whole[i][j] * scale[j];
+        total[i][j] = group == 0 ? product : total[i][j] + product;
+    });
+}
+
+template <int Rows> static __device__ void tern__store(const tern__product &g, tern__which w, int64_t row, int64_t column, const float (&sum)[Rows][4])
+{
+    float *c = g.c + tern__offset(g.c_steps, w) + row * g.c_row + column;
+    const float *delta = g.delta ? g.delta + tern__offset(g.delta_steps, w) + row * g.delta_row : NULL;
+    tern__each_sum<Rows>([&](int i, int j) {
+        if (row + i >= g.m || column + j >= g.n) return;
+        float *y = c + i * g.c_row + j, v = sum[i][j];
+        if (delta) v = *y * (v - delta[i * g.delta_row]) * g.factor;
+        if (g.add) v = *y + v;
+        if (g.bias) v = v + g.bias[column + j];
+        *y = v;
+    });
+}
+
+/* One tile: while a chunk in shared memory is multiplied, the next one is on its way to registers. */
+template <typename B, bool Fused, int Rows>
+static __device__ void tern__product_tile(const tern__product &g, const B &b, tern__which w, int64_t m0, int64_t n0, float *shared)
+{
+    const int64_t row = m0 + threadIdx.x / TERN__ROW_THREADS * Rows, column = n0 + threadIdx.x % TERN__ROW_THREADS * 4;
+    const auto a_lines = tern__lines_of<TERN__ROW_THREADS * Rows>(g.a, w, m0, g.m);
+    const auto b_lines = tern__lines_of<TERN__SIDE>(b, w, n0, g.n);
+    float a_next[Rows], b_next[4], part[Rows][4] = {}, whole[Rows][4], total[Rows][4];
+    tern__chunk next = tern__chunk_of(g, 0, 0);
+    tern__read(g.a, a_lines, next, a_next);
+    tern__read(b, b_lines, next, b_next);
+    for (int half = 0; next.len > 0; half ^= 1) {
+        const tern__chunk now = next;
+        float *a_now = shared + half * TERN__CHUNK, *b_now = a_now + TERN__CHUNK / 2;
+        tern__put(a_lines.place, a_next, a_now);
+        tern__put(b_lines.place, b_next, b_now);
+        __syncthreads(); /* also: all have read what the next round overwrites */
+        next = tern__next_chunk(g, now);
+        if (next.len > 0) {
+            tern__read(g.a, a_lines, next, a_next);
+            tern__read(b, b_lines, next, b_next);
+        }
+        tern__multiply<Fused>(a_now, b_now, part);
+        if (next.at % TERN__SEGMENT == 0) tern__end_segment(now.at < TERN__SEGMENT, part, whole);
+        if (next.at == 0) tern__end_group(b, now.group, column, g.n, whole, total);
+    }
+    tern__store(g, w, row, column, B::GROUPED ? total : whole);
+    __syncthreads(); /* shared memory is free again */
+}
+
+template <typename B, bool Fused, int Rows> static __global__ void __launch_bounds__(TERN__THREADS, B::GROUPED ? 2 : 1) tern__product_tiles(tern__product g, B b)
+{
+    TERN__SHARED(float, shared);
+    const int64_t rows = TERN__ROW_THREADS * Rows, strips = tern__ceil_div(g.m, rows);
+    const int64_t m0 = blockIdx.x % strips * rows, n0 = blockIdx.x / strips * TERN__SIDE;
+    for (int64_t item = blockIdx.y; item < g.items; item += gridDim.y)
+        if (n0 < g.visible + m0 + rows - 1) tern__product_tile<B, Fused, Rows>(g, b, tern__item(g, item), m0, n0, shared);
+}
+
+static tern__steps tern__steps_of(int64_t sequence, int64_t head, int64_t shared)
+{
+    tern__steps s;
+    s.sequence = sequence;
+    s.head = head;
+    s.shared = shared;
+    return s;
+}
+static tern__strided tern__strided_of(const float *p, int64_t k_step, int64_t line_step, tern__steps steps)
+{
+    tern__strided x;
+    x.p = p;
+    x.k_step = k_step;
+    x.line_step = line_step;
+    x.steps = steps;
+    return x;
+}
+static tern__b_floats tern__b_floats_of(const float *p, int64_t k_step, int64_t line_step, tern__steps steps)
+{
+    tern__b_floats b;
+    b.x = tern__strided_of(p, k_step, line_step, steps);
+    return b;
+}
+static tern__steps tern__no_steps() { return tern__steps_of(0, 0, 1); }
+
+/* One item, one group. */
+static tern__product tern__product_of(int64_t m, int64_t n, int64_t k, tern__strided a, float *c, int64_t c_row, tern__steps c_steps)
+{
+    tern__product g;
+    memset(&g, 0, sizeof g);
+    g.m = m; g.n = n; g.k = g.group = k;
+    g.a = a;
+    g.c = c; g.c_row = c_row; g.c_steps = c_steps;
+    g.visible = (int64_t)1 << 62;
+    g.items = g.heads = 1;
+    return g;
+}
+
+/* Low tiles where high ones would be mostly empty, or leave processors without work. */
+template <bool Fused, typename B> static tern_result tern__gpu_product(tern_run *r, const tern__gpu *d, const char *op, const tern__product &g, const B &b)
+{
+    const int64_t columns = tern__ceil_div(g.n, TERN__SIDE), high = tern__mul(tern__ceil_div(g.m, TERN__SIDE), columns);
+    const bool low = g.m <= TERN__ROW_THREADS || tern__mul(high, g.items) < d->processors;
+    const int64_t tiles = low ? tern__mul(tern__ceil_div(g.m, TERN__ROW_THREADS), columns) : high;
+    TERN__REQUIRE(r, g.k <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: %s: sums of %d terms; %d is the most", op, g.k, (int64_t)INT32_MAX);
+    TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: %s: a result of %d x %d has %d tiles; %d is the most", op, g.m, g.n, tiles, (int64_t)INT32_MAX);
+    const dim3 grid((unsigned)tiles, (unsigned)tern__min(g.items, TERN__ITEMS));
+    if (low) TERN__LAUNCH((tern__product_tiles<B, Fused, 1>), grid, TERN__THREADS, TERN__TILE_BYTES, d->stream, g, b);
+    else TERN__LAUNCH((tern__product_tiles<B, Fused, 4>), grid, TERN__THREADS, TERN__TILE_BYTES, d->stream, g, b);
+    return TERN_OK;
+}
+
+static tern_result tern__gpu_dense(tern_run *r, tern__gpu *d, const tern_dense_args *a)
+{
+    const tern__steps none = tern__no_steps();
+    const tern__b_floats b = tern__b_floats_of(a->b, a->b_row, a->b_col, none);
+    tern__product g = tern__product_of(a->m, a->n, a->k, tern__strided_of(a->a, a->a_col, a->a_row, none), a->c, a->c_row, none);
+    g.bias = a->bias;
+    g.add = a->add;
+    return a->fused ? tern__gpu_product<true>(r, d, "dense", g, b) : tern__gpu_product<false>(r, d, "dense", g, b);
+}
+
+/* -- ternary matmul on float activations, and its backward -- */
+
+/* A row with NaN or Inf counts as zero: its outputs become the bias. */
+static __global__ void tern__matmul_rows(tern_matmul_args a, tern__blame blame)
+{
+    TERN__SHARED(uint32_t, seen);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        uint32_t largest = 0;
+        for (int64_t i = threadIdx.x; i < a.m.cols; i += blockDim.x) {
+            const uint32_t bits = tern__bits(a.x[t * a.m.cols + i]) & 0x7FFFFFFFu;
+            largest = bits > largest ? bits : largest;
+        }
+        if (tern__finite(tern__float(tern__block_max(largest, seen)))) continue;
+        if (threadIdx.x == 0) tern__report(blame, t);
+        for (int64_t i = threadIdx.x; i < a.m.rows; i += blockDim.x) a.y[t * a.m.rows + i] = a.bias ? a.bias[i] : 0.0f;
+    }
+}
+
+/* A product with a trit is exact, so that fusing it with the sum changes nothing. */
+static tern_result tern__gpu_matmul_floats(tern_run *r, tern__gpu *d, const tern_matmul_args *a)
+{
+    const tern__steps none = tern__no_steps();
+    tern__product g = tern__product_of(a->n, a->m.rows, a->m.cols, tern__strided_of(a->x, 1, a->m.cols, none), a->y, a->m.rows, none);
+    tern__b_trits b;
+    b.m = a->m;
+    b.s = tern__shape_of(&a->m);
+    g.group = b.s.group;
+    g.bias = a->bias;
+    TERN__TRY(tern__gpu_product<true>(r, d, "matmul", g, b));
+    TERN__LAUNCH(tern__matmul_rows, tern__grid(d, a->n, 1), TERN__THREADS, TERN__WARPS * sizeof(uint32_t), d->stream, *a,
+                 tern__blame_of(d, TERN__FAULT_MATMUL));
+    return TERN_OK;
+}
+
+static tern_result tern__gpu_matmul(tern_run *r, tern__gpu *d, const tern_matmul_args *a)
+{
+    return a->q ? tern__gpu_matmul_int8(r, d, a) : tern__gpu_matmul_floats(r, d, a);
+}
+
+static tern_result tern__gpu_matmul_dx(tern_run *r, tern__gpu *d, const tern_matmul_dx_args *a)
+{
+    const tern__steps none = tern__no_steps();
+    const tern__product g = tern__product_of(a->n, a->m.cols, a->m.rows, tern__strided_of(a->dy, 1, a->m.rows, none), a->dx, a->m.cols, none);
+    tern__b_weights b;
+    b.m = a->m;
+    b.s = tern__shape_of(&a->m);
+    return tern__gpu_product<true>(r, d, "matmul_dx", g, b);
+}
+
+/* Column sums in order of the tokens. */
+static __global__ void tern__bias_columns(int64_t n, int64_t rows, const float *dy, float *dbias)
+{
+    TERN__EACH(i, rows) {
+        float sum = dbias[i];
+        for (int64_t t = 0; t < n; t++) sum = sum + dy[t * rows + i];
+        dbias[i] = sum;
+    }
+}
+
+static tern_result tern__gpu_matmul_dw(tern_run *r, tern__gpu *d, const tern_matmul_dw_args *a)
+{
+    const tern__steps none = tern__no_steps();
+    tern__product g = tern__product_of(a->m.rows, a->m.cols, a->n, tern__strided_of(a->dy, a->m.rows, 1, none), a->dw, a->m.cols, none);
+    tern__b_bytes b;
+    b.q = a->q;
+    b.scale = a->scale;
+    b.s = tern__shape_of(&a->m);
+    g.add = 1;
+    if (a->dw && a->q) TERN__TRY(tern__gpu_product<true>(r, d, "matmul_dw", g, b));
+    if (a->dw && !a->q) TERN__TRY(tern__gpu_product<true>(r, d, "matmul_dw", g, tern__b_floats_of(a->x, a->m.cols, 1, none)));
+    if (a->dbias) TERN__LAUNCH(tern__bias_columns, tern__grid(d, a->m.rows, TERN__THREADS), TERN__THREADS, 0, d->stream, a->n, a->m.rows, a->dy, a->dbias);
+    return TERN_OK;
+}
+
+/* -- attention -- */
+
+/* Floats as integers of the same order, for the largest; NaN are among the ends. */
+static __device__ uint32_t tern__ordered(float x) { return tern__bits(x) >> 31 ? ~tern__bits(x) : tern__bits(x) | 0x80000000u; }
+static __device__ float tern__unordered(uint32_t u) { return tern__float(u >> 31 ? u & 0x7FFFFFFFu : ~u); }
+
+/* Rows of p, a block to each: softmax of the visible scores, zeros behind them. */
+static __global__ void tern__softmax_rows(int64_t rows, int64_t queries, int64_t keys, float *p, float scale)
+{
+    TERN__SHARED(float, sums);
+    for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+        const int64_t visible = keys - queries + row % queries + 1;
+        float *score = p + row * keys;
+        uint32_t seen = 0;
+        for (int64_t j = threadIdx.x; j < visible; j += blockDim.x) {
+            const uint32_t u = tern__ordered(score[j] * scale);
+            seen = u > seen ? u : seen;
+        }
+        const float largest = tern__unordered(tern__block_max(seen, (uint32_t *)sums));
+        const auto power = [&](int64_t j) { return tern__exp(score[j] * scale - largest); };
+        const float sum = tern__block_sum(visible, power, sums);
+        for (int64_t j = threadIdx.x; j < keys; j += blockDim.x) score[j] = j < visible ? power(j) / sum : 0.0f;
+    }
+}
+
+/* <dy, y> of every query and head, in the first column of its dq, which is written later. */
+static __global__ void tern__attention_deltas(tern_attention_args a)
+{
+    TERN__EACH(i, a.batch * a.queries * a.heads) {
+        float delta = 0.0f;
+        for (int64_t j = i * a.dim; j < (i + 1) * a.dim; j++) delta = delta + a.dy[j] * a.y[j];
+        a.dq[i / a.heads * a.q_stride + i % a.heads * a.dim] = delta;
+    }
+}
+
+/* The matrices of an attention, whose items are all heads of all sequences. Key heads are shared. */
+typedef struct tern__attention { int64_t width, shared; tern__steps q, k, v, y, p; float scale; } tern__attention;
+
+static tern__attention tern__attention_of(const tern_attention_args *a)
+{
+    tern__attention t;
+    t.width = (int64_t)a->heads * a->dim;
+    t.shared = a->heads / a->kv_heads;
+    t.q = tern__steps_of(a->queries * a->q_stride, a->dim, 1);
+    t.k = tern__steps_of(a->keys * a->k_stride, a->dim, t.shared);
+    t.v = tern__steps_of(a->keys * a->v_stride, a->dim, t.shared);
+    t.y = tern__steps_of(a->queries * t.width, a->dim, 1);
+    t.p = tern__steps_of(a->heads * a->queries * a->keys, a->queries * a->keys, 1);
+    t.scale = 1.0f / tern__sqrt((float)a->dim);
+    return t;
+}
+
+/* Every head of every sequence, or one of those that share a key head. */
+static void tern__all_heads(const tern_attention_args *a, tern__product *g)
+{
+    g->heads = a->heads;
+    g->items = a->batch * a->heads;
+    g->head_step = 1;
+}
+static void tern__one_head_each(const tern_attention_args *a, const tern__attention *t, int64_t head, tern__product *g)
+{
+    g->heads = a->kv_heads;
+    g->items = a->batch * a->kv_heads;
+    g->head_step = t->shared;
+    g->first_head = head;
+    g->add = head > 0;
+}
+
+static tern_result tern__attention_run(tern_run *r, const tern__gpu *d, const tern_attention_args *a, const tern__attention *t)
+{
+    tern__product g = tern__product_of(a->queries, a->keys, a->dim, tern__strided_of(a->q, 1, a->q_stride, t->q), a->p, a->keys, t->p);
+    const int64_t rows = a->batch * a->heads * a->queries;
+    const int threads = a->keys <= TERN__BLOCK ? 32 : TERN__THREADS;
+    tern__all_heads(a, &g);
+    g.visible = a->keys - a->queries + 1;
+    TERN__TRY(tern__gpu_product<false>(r, d, "attention", g, tern__b_floats_of(a->k, 1, a->k_stride, t->k)));
+    TERN__LAUNCH(tern__softmax_rows, tern__grid(d, rows, 1), threads, TERN__BLOCK * sizeof(float), d->stream, rows, a->queries, a->keys, a->p, t->scale);
+    g = tern__product_of(a->queries, a->dim, a->keys, tern__strided_of(a->p, 1, a->keys, t->p), a->y, t->width, t->y);
+    tern__all_heads(a, &g);
+    return tern__gpu_product<false>(r, d, "attention", g, tern__b_floats_of(a->v, a->v_stride, 1, t->v));
+}
+
+/* dk = dS^T q, or dv = P^T dy: heads that share a key head add to it in order. */
+static tern_result tern__attention_keys(tern_run *r, const tern__gpu *d, const tern_attention_args *a, const tern__attention *t, const tern__b_floats &b,
+                                        float *c, int64_t c_row, tern__steps c_steps)
+{
+    for (int64_t head = 0; head < t->shared; head++) {
+        tern__product g = tern__product_of(a->keys, a->dim, a->queries, tern__strided_of(a->p, a->keys, 1, t->p), c, c_row, c_steps);
+        tern__one_head_each(a, t, head, &g);
+        TERN__TRY(tern__gpu_product<true>(r, d, "attention", g, b));
+    }
+    return TERN_OK;
+}
+
+/* dV = P^T dY; dS = P (dY V^T - <dy, y>) / sqrt(dim), in place of P; dQ = dS K; dK = dS^T Q. */
+static tern_result tern__attention_back(tern_run *r, const tern__gpu *d, const tern_attention_args *a, const tern__attention *t)
+{
+    tern__product g = tern__product_of(a->queries, a->keys, a->dim, tern__strided_of(a->dy, 1, t->width, t->y), a->p, a->keys, t->p);
+    const int64_t deltas = a->batch * a->queries * a->heads;
+    tern__all_heads(a, &g);
+    g.delta = a->dq;
+    g.delta_row = a->q_stride;
+    g.delta_steps = t->q;
+    g.factor = t->scale;
+    TERN__TRY(tern__attention_keys(r, d, a, t, tern__b_floats_of(a->dy, t->width, 1, t->y), a->dv, a->v_stride, t->v));
+    TERN__LAUNCH(tern__attention_deltas, tern__grid(d, deltas, TERN__THREADS), TERN__THREADS, 0, d->stream, *a);
+    TERN__TRY(tern__gpu_product<true>(r, d, "attention", g, tern__b_floats_of(a->v, 1, a->v_stride, t->v)));
+    g = tern__product_of(a->queries, a->dim, a->keys, tern__strided_of(a->p, 1, a->keys, t->p), a->dq, a->q_stride, t->q);
+    tern__all_heads(a, &g);
+    TERN__TRY(tern__gpu_product<true>(r, d, "attention", g, tern__b_floats_of(a->k, a->k_stride, 1, t->k)));
+    return tern__attention_keys(r, d, a, t, tern__b_floats_of(a->q, a->q_stride, 1, t->q), a->dk, a->k_stride, t->k);
+}
+
+static tern_result tern__gpu_attention(tern_run *r, tern__gpu *d, const tern_attention_args *a)
+{
+    const tern__attention t = tern__attention_of(a);
+    TERN__TRY(tern__check_row(r, "attention", a->keys));
+    return a->dy ? tern__attention_back(r, d, a, &t) : tern__attention_run(r, d, a, &t);
+}
 
 /* ------------------------------------------------------------------------------------------------
    [CUDA-7] Products of int8 with int8
    What enters: int8 matrices with strides. What leaves: int32, exact.
    ------------------------------------------------------------------------------------------------ */
 
-static tern_result tern__gpu_dense_i8(tern_run *r, tern__gpu *d, const tern_dense_i8_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: dense_i8 is missing"); } /* STUB */
+/* Tiles of a and b lie in shared memory by rows (of a) and columns (of b) of 64 inputs. Four pieces of 16 make a row; their
+   places change with the row, so that eight lanes meet no bank twice, whether along a row or across rows. */
+enum {
+    TERN__I8_THREADS = 256, TERN__I8_WARP_ROWS = 2, TERN__I8_WARP_COLS = 4, /* warps of a block */
+    TERN__I8_CHUNK = 64, TERN__I8_PIECE = 16, TERN__I8_STAGES = 3
+};
+
+static __device__ int8_t *tern__i8_place(int8_t *tile, int row, int piece)
+{
+    return tile + row * TERN__I8_CHUNK + (piece ^ (row >> 1 & 3)) * TERN__I8_PIECE;
+}
+
+/* An operand from the first row of a tile on; inputs lie `input` apart. */
+typedef struct tern__i8_operand { const int8_t *p; int64_t row, input; int rows; } tern__i8_operand;
+
+/* 16 inputs from k on, zero beyond the end. */
+static __device__ uint4 tern__i8_gather(const int8_t *p, int64_t input, int n)
+{
+    uint32_t word[4] = {0, 0, 0, 0};
+    for (int i = 0; i < TERN__I8_PIECE; i++, p += input)
+        if (i < n) word[i / 4] |= (uint32_t)(uint8_t)*p << 8 * (i % 4);
+    return make_uint4(word[0], word[1], word[2], word[3]);
+}
+
+/* Inputs from k on of all rows of a tile. Neighbouring lanes follow the smaller stride. */
+template <int Rows> static __device__ void tern__i8_load(const tern__i8_operand &o, int k, int inputs, int8_t *tile)
+{
+    enum { PIECES = TERN__I8_CHUNK / TERN__I8_PIECE };
+    const bool along = o.input == 1;
+    for (int i = (int)threadIdx.x; i < Rows * PIECES; i += TERN__I8_THREADS) {
+        const int row = along ? i / PIECES : i % Rows, piece = along ? i % PIECES : i / Rows;
+        const int from = k + piece * TERN__I8_PIECE, n = row < o.rows ? inputs - from : 0;
+        const int8_t *p = o.p + row * o.row + from * o.input;
+        int8_t *to = tern__i8_place(tile, row, piece);
+        if (along && n >= TERN__I8_PIECE && (uintptr_t)p % 16 == 0) tern__cp_async16(to, p);
+        else *(uint4 *)to = tern__i8_gather(p, o.input, n);
+    }
+}
+
+/* A warp's product of 64 inputs: 16 Tall rows and 8 Wide columns. The order of inputs is free, so that a lane takes 16
+   that lie together: its parts of two products. */
+template <int Tall, int Wide> static __device__ void tern__i8_multiply(int8_t *a, int8_t *b, int d[Tall][Wide][4])
+{
+    const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
+    uint4 right[Wide];
+    for (int j = 0; j < Wide; j++) right[j] = *(const uint4 *)tern__i8_place(b, 8 * j + g, t);
+    for (int i = 0; i < Tall; i++) {
+        const uint4 low = *(const uint4 *)tern__i8_place(a, 16 * i + g, t);
+        const uint4 high = *(const uint4 *)tern__i8_place(a, 16 * i + 8 + g, t);
+        const uint32_t left[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
+        for (int j = 0; j < Wide; j++) {
+            const uint32_t two[2][2] = {{right[j].x, right[j].y}, {right[j].z, right[j].w}};
+            tern__mma_s8(d[i][j], left[0], two[0]);
+            tern__mma_s8(d[i][j], left[1], two[1]);
+        }
+    }
+}
+
+/* A warp's sums, from row m and column n on. */
+template <int Tall, int Wide>
+static __device__ void tern__i8_store(const tern_dense_i8_args &a, int64_t m, int64_t n, int d[Tall][Wide][4])
+{
+    const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
+    for (int i = 0; i < Tall * Wide * 4; i++) {
+        const int tall = i / 4 / Wide, wide = i / 4 % Wide, at = i % 4;
+        const int64_t row = m + 16 * tall + g + 8 * (at / 2), col = n + 8 * wide + 2 * t + at % 2;
+        if (row >= a.m || col >= a.n) continue;
+        int32_t *c = a.c + row * a.c_row + col;
+        *c = (int32_t)((a.add ? (uint32_t)*c : 0) + (uint32_t)d[tall][wide][at]);
+    }
+}
+
+/* A tile of c to a block of threads; tiles of the same columns follow each other. Three chunks of inputs are in shared memory:
+   the one that is multiplied and two under way. */
+template <int Tall, int Wide>
+static __global__ void __launch_bounds__(TERN__I8_THREADS, 2) tern__i8_tiles(tern_dense_i8_args a, unsigned down)
+{
+    enum { ROWS = 16 * Tall * TERN__I8_WARP_ROWS, COLS = 8 * Wide * TERN__I8_WARP_COLS, STAGE = (ROWS + COLS) * TERN__I8_CHUNK };
+    TERN__SHARED(int8_t, tiles);
+    const int64_t m = (int64_t)(blockIdx.x % down) * ROWS, n = (int64_t)(blockIdx.x / down) * COLS;
+    const int inputs = (int)a.k, chunks = (inputs + TERN__I8_CHUNK - 1) / TERN__I8_CHUNK;
+    const int warp = (int)threadIdx.x / 32, row = warp / TERN__I8_WARP_COLS * 16 * Tall, col = warp % TERN__I8_WARP_COLS * 8 * Wide;
+    const tern__i8_operand left = {a.a + m * a.a_row, a.a_row, a.a_col, (int)tern__min(ROWS, a.m - m)};
+    const tern__i8_operand right = {a.b + n * a.b_col, a.b_col, a.b_row, (int)tern__min(COLS, a.n - n)};
+    int d[Tall][Wide][4] = {};
+    for (int i = 1 - TERN__I8_STAGES; i < chunks; i++) {
+        const int next = i + TERN__I8_STAGES - 1;
+        int8_t *to = tiles + next % TERN__I8_STAGES * STAGE, *from = tiles + (next + 1) % TERN__I8_STAGES * STAGE;
+        if (i >= 0) {
+            tern__cp_wait<TERN__I8_STAGES - 2>();
+            __syncthreads(); /* chunk i is there for all, and all are done with chunk i - 1, where the next goes */
+        }
+        if (next < chunks) {
+            tern__i8_load<ROWS>(left, next * TERN__I8_CHUNK, inputs, to);
+            tern__i8_load<COLS>(right, next * TERN__I8_CHUNK, inputs, to + ROWS * TERN__I8_CHUNK);
+        }
+        tern__cp_commit();
+        if (i >= 0) tern__i8_multiply<Tall, Wide>(from + row * TERN__I8_CHUNK, from + (ROWS + col) * TERN__I8_CHUNK, d);
+    }
+    tern__i8_store<Tall, Wide>(a, m + row, n + col, d);
+}
+
+static int64_t tern__i8_count(const tern_dense_i8_args *a, int64_t tile)
+{
+    return tern__mul(tern__ceil_div(a->m, tile), tern__ceil_div(a->n, tile));
+}
+
+template <int Tall, int Wide> static tern_result tern__i8_launch(tern_run *r, const tern__gpu *d, const tern_dense_i8_args *a)
+{
+    enum { TILE = 16 * Tall * TERN__I8_WARP_ROWS, SHARED = 2 * TILE * TERN__I8_CHUNK * TERN__I8_STAGES };
+    static_assert(TILE == 8 * Wide * TERN__I8_WARP_COLS && SHARED <= 48 * 1024, "tiles are square and fit");
+    const int64_t tiles = tern__i8_count(a, TILE);
+    TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: dense_i8: [%d x %d] has %d tiles of %d; %d is the most",
+                  a->m, a->n, tiles, (int64_t)TILE, (int64_t)INT32_MAX);
+    TERN__LAUNCH((tern__i8_tiles<Tall, Wide>), (unsigned)tiles, TERN__I8_THREADS, SHARED, d->stream, *a,
+                 (unsigned)tern__ceil_div(a->m, TILE));
+    return TERN_OK;
+}
+
+/* The larger tile reads each operand half as often, where there are enough of them for every processor. */
+static tern_result tern__gpu_dense_i8(tern_run *r, tern__gpu *d, const tern_dense_i8_args *a)
+{
+    return tern__i8_count(a, 128) >= d->processors ? tern__i8_launch<4, 4>(r, d, a) : tern__i8_launch<2, 2>(r, d, a);
+}
 
 /* ------------------------------------------------------------------------------------------------
    [CUDA-8] Rows and elements
@@ -880,35 +1942,540 @@ static tern_result tern__gpu_dense_i8(tern_run *r, tern__gpu *d, const tern_dens
    element or one block to a row.
    ------------------------------------------------------------------------------------------------ */
 
-static tern_result tern__gpu_gather(tern_run *r, tern__gpu *d, const tern_gather_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: gather is missing"); } /* STUB */
-static tern_result tern__gpu_scatter(tern_run *r, tern__gpu *d, const tern_scatter_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: scatter is missing"); } /* STUB */
-static tern_result tern__gpu_fill(tern_run *r, tern__gpu *d, const tern_fill_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: fill is missing"); } /* STUB */
-static tern_result tern__gpu_cast(tern_run *r, tern__gpu *d, const tern_cast_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: cast is missing"); } /* STUB */
-static tern_result tern__gpu_map(tern_run *r, tern__gpu *d, const tern_map_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: map is missing"); } /* STUB */
-static tern_result tern__gpu_norm(tern_run *r, tern__gpu *d, const tern_norm_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: norm is missing"); } /* STUB */
-static tern_result tern__gpu_rope(tern_run *r, tern__gpu *d, const tern_rope_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: rope is missing"); } /* STUB */
-static tern_result tern__gpu_loss(tern_run *r, tern__gpu *d, const tern_loss_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: loss is missing"); } /* STUB */
-static tern_result tern__gpu_sum(tern_run *r, tern__gpu *d, const tern_sum_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: sum is missing"); } /* STUB */
-static tern_result tern__gpu_optimize(tern_run *r, tern__gpu *d, const tern_optimize_args *a) { (void)d; (void)a; TERN__FAIL(r, TERN_E_UNSUPPORTED, "cuda: optimize is missing"); } /* STUB */
+/* Whether pointers, and the bytes from row to row, allow accesses of 16 bytes. */
+template <typename... Each> static int tern__wide(Each... each) { return ((... | (uintptr_t)each) & 15) == 0; }
+
+/* Elements [i, i + n) of an array, n <= 4, as floats; zeros after them. A whole four is one access where it may be wide. */
+static __device__ __forceinline__ void tern__load4(tern_type type, const void *p, int64_t i, int n, int wide, float x[4])
+{
+    if (wide && n == 4 && tern__type_bytes(type) == 4) {
+        const float4 v = *(const float4 *)((const float *)p + i);
+        x[0] = v.x; x[1] = v.y; x[2] = v.z; x[3] = v.w;
+    } else if (wide && n == 4) {
+        const uint2 v = *(const uint2 *)((const uint16_t *)p + i);
+        const uint16_t half[4] = {(uint16_t)v.x, (uint16_t)(v.x >> 16), (uint16_t)v.y, (uint16_t)(v.y >> 16)};
+        for (int k = 0; k < 4; k++) x[k] = tern__load_float(type, half, k);
+    } else
+        for (int k = 0; k < 4; k++) x[k] = k < n ? tern__load_float(type, p, i + k) : 0.0f;
+}
+
+/* The inverse, rounded to nearest even. */
+static __device__ __forceinline__ void tern__store4(tern_type type, void *p, int64_t i, int n, int wide, const float x[4])
+{
+    if (wide && n == 4 && tern__type_bytes(type) == 4) *(float4 *)((float *)p + i) = make_float4(x[0], x[1], x[2], x[3]);
+    else if (wide && n == 4) {
+        uint16_t half[4];
+        uint2 v;
+        for (int k = 0; k < 4; k++) tern__store_float(type, half, k, x[k]);
+        v.x = half[0] | (uint32_t)half[1] << 16;
+        v.y = half[2] | (uint32_t)half[3] << 16;
+        *(uint2 *)((uint16_t *)p + i) = v;
+    } else
+        for (int k = 0; k < 4; k++) if (k < n) tern__store_float(type, p, i + k, x[k]);
+}
+
+/* body(i, n) for every four elements of an array, shared out among the threads of the grid, or of a row, among a block's. */
+template <typename Body> static __device__ __forceinline__ void tern__each4(int64_t count, Body body)
+{
+    TERN__EACH(four, tern__ceil_div(count, 4)) body(4 * four, (int)tern__min(4, count - 4 * four));
+}
+template <typename Body> static __device__ __forceinline__ void tern__each4_of_row(int64_t cols, Body body)
+{
+    for (int64_t i = 4 * (int64_t)threadIdx.x; i < cols; i += 4 * (int64_t)blockDim.x) body(i, (int)tern__min(4, cols - i));
+}
+static unsigned tern__grid4(const tern__gpu *d, int64_t count) { return tern__grid(d, tern__ceil_div(count, 4), TERN__THREADS); }
+
+/* A block for a row that is summed: a warp to each 1024 terms, and shared memory for their sums. */
+static int tern__row_threads(int64_t cols) { return 32 * (int)tern__min(32, tern__ceil_div(cols, TERN__BLOCK)); }
+static size_t tern__row_shared(int64_t cols) { return sizeof(float) * (size_t)tern__ceil_div(cols, TERN__BLOCK); }
+
+/* -- rows by id -- */
+
+/* A packed row as values. A thread decodes a unit for four of its inputs, so that neighbours write side by side. */
+static __device__ void tern__gather_packed(const tern_matrix *m, const tern__shape *s, int64_t row, int wide, float *y)
+{
+    const uint8_t *panel = (const uint8_t *)m->trits + row / TERN__ROWS * s->panel_bytes;
+    const int fours = (int)s->unit / 4, all = (int)s->units * fours, group_units = (int)s->group_units;
+    for (int four = (int)threadIdx.x; four < all; four += (int)blockDim.x) {
+        const int u = four / fours, digit = four % fours;
+        const int64_t g = u / group_units, in_group = u % group_units * s->unit + 4 * digit;
+        const float scale = tern__load_scale(m->scale_type, m->scales, tern__scale_index(m, s, row, g));
+        float value[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        int8_t t[20] = {};
+        tern__unpack_unit(m->encoding, panel + (int64_t)u * TERN__UNIT, row % TERN__ROWS, t);
+        for (int i = 0; i < 20; i++) /* not t[4 * digit + k]: registers have no index */
+            if (i / 4 == digit) value[i % 4] = (float)t[i] * scale;
+        tern__store4(TERN_F32, y, g * s->group + in_group, (int)tern__min(4, tern__group_cols(m, s, g) - in_group), wide, value);
+    }
+}
+
+static __device__ void tern__gather_dense(const float *w, int64_t cols, int wide, float *y)
+{
+    tern__each4_of_row(cols, [&](int64_t i, int n) {
+        float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (w) tern__load4(TERN_F32, w, i, n, wide, x);
+        tern__store4(TERN_F32, y, i, n, wide, x);
+    });
+}
+
+static __global__ void tern__gather_rows(tern_gather_args a, tern__shape s, int wide, tern__blame blame)
+{
+    for (int64_t i = blockIdx.x; i < a.n; i += gridDim.x) {
+        const int64_t id = a.ids[i];
+        const int usable = id >= 0 && id < a.m.rows;
+        float *y = a.y + i * a.m.cols;
+        if (!usable && threadIdx.x == 0) tern__report(blame, i);
+        if (usable && a.m.trits) tern__gather_packed(&a.m, &s, id, wide, y);
+        else tern__gather_dense(usable ? a.w + id * a.m.cols : NULL, a.m.cols, wide, y);
+    }
+}
+
+static tern_result tern__gpu_gather(tern_run *r, tern__gpu *d, const tern_gather_args *a)
+{
+    const tern__shape s = tern__shape_of(&a->m);
+    const int wide = tern__wide(a->w, a->y, 4 * a->m.cols, 4 * s.group);
+    (void)r;
+    TERN__LAUNCH(tern__gather_rows, tern__grid(d, a->n, 1), TERN__THREADS, 0, d->stream, *a, s, wide, tern__blame_of(d, TERN__FAULT_GATHER));
+    return TERN_OK;
+}
+
+static __device__ int tern__ones(uint32_t word)
+{
+    int n = 0;
+    for (; word; word &= word - 1) n++;
+    return n;
+}
+
+/* Of the four ids to a thread from ids[from] on, those below `end` that are `id`: their places after `from`, in order,
+   in list, and their number. By the whole block; votes: shared memory for a word to each warp and four. */
+static __device__ int tern__find(const int32_t *ids, int64_t from, int64_t end, int32_t id, uint32_t *votes, int32_t *list)
+{
+    const int lane = (int)(threadIdx.x % 32), warp = (int)(threadIdx.x / 32), warps = (int)blockDim.x / 32;
+    int found[4], at = 0;
+    for (int k = 0; k < 4; k++) {
+        const int64_t j = from + k * (int)blockDim.x + (int)threadIdx.x;
+        found[k] = j < end && ids[j] == id;
+        const uint32_t vote = __ballot_sync(TERN__ALL_LANES, found[k]);
+        if (lane == 0) votes[k * warps + warp] = vote;
+    }
+    __syncthreads();
+    for (int i = 0; i < 4 * warps; i++) {
+        for (int k = 0; k < 4; k++)
+            if (found[k] && i == k * warps + warp)
+                list[at + tern__ones(votes[i] & ((1u << lane) - 1))] = k * (int)blockDim.x + (int)threadIdx.x;
+        at += tern__ones(votes[i]);
+    }
+    __syncthreads();
+    return at;
+}
+
+/* The block of the first token with an id adds the rows of all of them, in order; a thread keeps four columns' sums. */
+static __global__ void tern__scatter_rows(tern_scatter_args a, int wide)
+{
+    TERN__SHARED(int32_t, list);
+    const int span = 4 * (int)blockDim.x;
+    uint32_t *votes = (uint32_t *)(list + span);
+    const int64_t col = 4 * ((int64_t)blockIdx.y * blockDim.x + threadIdx.x);
+    const int n = (int)tern__min(4, a.cols - col);
+    for (int64_t i = blockIdx.x; i < a.n; i += gridDim.x) {
+        const int32_t id = a.ids[i];
+        int first = id >= 0 && id < a.rows;
+        float sum[4], x[4];
+        for (int64_t from = 0; first && from < i; from += span) first = tern__find(a.ids, from, i, id, votes, list) == 0;
+        if (first) tern__load4(TERN_F32, a.dw, id * a.cols + col, n, wide, sum);
+        for (int64_t from = i; first && from < a.n; from += span) {
+            const int found = tern__find(a.ids, from, a.n, id, votes, list);
+            for (int f = 0; f < found; f++) {
+                tern__load4(TERN_F32, a.dy, (from + list[f]) * a.cols + col, n, wide, x);
+                for (int k = 0; k < 4; k++) sum[k] = sum[k] + x[k];
+            }
+        }
+        if (first) tern__store4(TERN_F32, a.dw, id * a.cols + col, n, wide, sum);
+    }
+}
+
+static tern_result tern__gpu_scatter(tern_run *r, tern__gpu *d, const tern_scatter_args *a)
+{
+    const int threads = 32 * (int)tern__min(TERN__WARPS, tern__ceil_div(a->cols, 128));
+    const dim3 grid(tern__grid(d, a->n, 1), (unsigned)tern__ceil_div(a->cols, 4 * threads));
+    TERN__TRY(tern__check_row(r, "scatter", a->cols));
+    TERN__LAUNCH(tern__scatter_rows, grid, threads, sizeof(int32_t) * (4 * threads + threads / 8), d->stream, *a,
+                 tern__wide(a->dy, a->dw, 4 * a->cols));
+    return TERN_OK;
+}
+
+/* -- element by element -- */
+
+static __global__ void tern__fill_fours(tern_fill_args a, int wide)
+{
+    tern__each4(a.count, [&](int64_t i, int n) {
+        float x[4];
+        for (int k = 0; k < 4; k++) x[k] = a.deviation == 0.0f ? 0.0f : a.deviation * tern__normal(a.seed, (uint64_t)(i + k), a.stream);
+        tern__store4(TERN_F32, a.x, i, n, wide, x);
+    });
+}
+
+static tern_result tern__gpu_fill(tern_run *r, tern__gpu *d, const tern_fill_args *a)
+{
+    (void)r;
+    TERN__LAUNCH(tern__fill_fours, tern__grid4(d, a->count), TERN__THREADS, 0, d->stream, *a, tern__wide(a->x));
+    return TERN_OK;
+}
+
+static __global__ void tern__cast_fours(tern_cast_args a, int wide, tern__blame blame)
+{
+    tern__each4(a.count, [&](int64_t i, int n) {
+        float x[4];
+        tern__load4(a.from, a.src, i, n, wide, x);
+        for (int k = 0; k < 4; k++)
+            if (a.finite && !tern__finite(x[k])) {
+                tern__report(blame, i + k);
+                x[k] = 0.0f;
+            }
+        tern__store4(a.to, a.dst, i, n, wide, x);
+    });
+}
+
+static tern_result tern__gpu_cast(tern_run *r, tern__gpu *d, const tern_cast_args *a)
+{
+    (void)r;
+    TERN__LAUNCH(tern__cast_fours, tern__grid4(d, a->count), TERN__THREADS, 0, d->stream, *a, tern__wide(a->src, a->dst),
+                 tern__blame_of(d, TERN__REFUSED_CAST));
+    return TERN_OK;
+}
+
+/* Four elements of a map, each value from its x and z, or the derivatives times dy. */
+static __device__ __forceinline__ void tern__map4(tern_map_fn fn, float alpha, const float xs[4], const float zs[4], float y[4])
+{
+    switch (fn) {
+#define TERN__MAP(FN, Y, DA, DB)                                           \
+    case TERN_MAP_##FN:                                                    \
+        for (int k = 0; k < 4; k++) {                                      \
+            const float x = xs[k], z = zs[k];                              \
+            (void)z;                                                       \
+            y[k] = Y;                                                      \
+        }                                                                  \
+        break;
+    TERN__MAPS(TERN__MAP)
+#undef TERN__MAP
+    }
+}
+static __device__ __forceinline__ void tern__map4_back(tern_map_fn fn, float alpha, const float xs[4], const float zs[4], const float dys[4],
+                                                       float da[4], float db[4])
+{
+    switch (fn) {
+#define TERN__MAP(FN, Y, DA, DB)                                           \
+    case TERN_MAP_##FN:                                                    \
+        for (int k = 0; k < 4; k++) {                                      \
+            const float x = xs[k], z = zs[k], dy = dys[k];                 \
+            (void)x; (void)z; (void)dy;                                    \
+            da[k] = DA;                                                    \
+            db[k] = DB;                                                    \
+        }                                                                  \
+        break;
+    TERN__MAPS(TERN__MAP)
+#undef TERN__MAP
+    }
+}
+
+/* What is NULL is not used. */
+static __global__ void tern__map_fours(tern_map_args a, int wide)
+{
+    tern__each4(a.count, [&](int64_t i, int n) {
+        float x[4], z[4] = {0.0f, 0.0f, 0.0f, 0.0f}, y[4];
+        tern__load4(TERN_F32, a.a, i, n, wide, x);
+        if (a.b) tern__load4(TERN_F32, a.b, i, n, wide, z);
+        tern__map4(a.fn, a.alpha, x, z, y);
+        tern__store4(TERN_F32, a.y, i, n, wide, y);
+    });
+}
+static __global__ void tern__map_fours_back(tern_map_args a, int wide)
+{
+    tern__each4(a.count, [&](int64_t i, int n) {
+        float x[4] = {0.0f, 0.0f, 0.0f, 0.0f}, z[4] = {0.0f, 0.0f, 0.0f, 0.0f}, dy[4], da[4], db[4];
+        if (a.a) tern__load4(TERN_F32, a.a, i, n, wide, x);
+        if (a.b) tern__load4(TERN_F32, a.b, i, n, wide, z);
+        tern__load4(TERN_F32, a.dy, i, n, wide, dy);
+        tern__map4_back(a.fn, a.alpha, x, z, dy, da, db);
+        if (a.da) tern__store4(TERN_F32, a.da, i, n, wide, da);
+        if (a.db) tern__store4(TERN_F32, a.db, i, n, wide, db);
+    });
+}
+
+static tern_result tern__gpu_map(tern_run *r, tern__gpu *d, const tern_map_args *a)
+{
+    tern_map_args used = *a;
+    (void)r;
+    if (a->fn != TERN_MAP_ADD && a->fn != TERN_MAP_MUL) used.b = used.db = NULL;
+    if (a->dy && (a->fn == TERN_MAP_ADD || a->fn == TERN_MAP_SCALE)) used.a = used.b = NULL; /* linear: dy is all it takes */
+    TERN__LAUNCH((a->dy ? tern__map_fours_back : tern__map_fours), tern__grid4(d, a->count), TERN__THREADS, 0, d->stream, used,
+                 tern__wide(used.a, used.b, a->y, a->dy, a->da, used.db));
+    return TERN_OK;
+}
+
+/* -- norm: one block to a row -- */
+
+/* y = x g r */
+static __device__ void tern__norm_row(const tern_norm_args *a, int64_t t, float r, int wide)
+{
+    tern__each4_of_row(a->cols, [&](int64_t i, int n) {
+        float x[4], gain[4];
+        tern__load4(TERN_F32, a->x + t * a->cols, i, n, wide, x);
+        if (a->gain) tern__load4(TERN_F32, a->gain, i, n, wide, gain);
+        for (int k = 0; k < 4; k++) x[k] = r > 0.0f ? (a->gain ? x[k] * gain[k] : x[k]) * r : 0.0f;
+        tern__store4(TERN_F32, a->y + t * a->cols, i, n, wide, x);
+    });
+}
+
+/* dx = r g dy - x r^3 mean(g dy x) */
+static __device__ void tern__norm_row_back(const tern_norm_args *a, int64_t t, float r, float *sums, int wide)
+{
+    const float *xs = a->x + t * a->cols, *dys = a->dy + t * a->cols;
+    const float dot = tern__block_sum(a->cols, [&](int64_t i) { return (a->gain ? a->gain[i] * dys[i] : dys[i]) * xs[i]; }, sums);
+    const float mean = dot / (float)a->cols * (r * r * r);
+    tern__each4_of_row(a->cols, [&](int64_t i, int n) {
+        float x[4], dy[4], gain[4], dx[4];
+        tern__load4(TERN_F32, xs, i, n, wide, x);
+        tern__load4(TERN_F32, dys, i, n, wide, dy);
+        if (a->gain) tern__load4(TERN_F32, a->gain, i, n, wide, gain);
+        if (a->add) tern__load4(TERN_F32, a->dx + t * a->cols, i, n, wide, dx);
+        for (int k = 0; k < 4; k++) {
+            const float v = r > 0.0f ? r * (a->gain ? gain[k] * dy[k] : dy[k]) - x[k] * mean : 0.0f;
+            dx[k] = a->add ? dx[k] + v : v;
+        }
+        tern__store4(TERN_F32, a->dx + t * a->cols, i, n, wide, dx);
+    });
+}
+
+static __global__ void __launch_bounds__(1024) tern__norm_rows(tern_norm_args a, int wide, tern__blame blame)
+{
+    TERN__SHARED(float, sums);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const float r = tern__block_rms(a.cols, a.x + t * a.cols, a.eps, sums);
+        if (!(r > 0.0f) && threadIdx.x == 0) tern__report(blame, t);
+        if (!a.dy) tern__norm_row(&a, t, r, wide);
+        else if (a.dx) tern__norm_row_back(&a, t, r, sums, wide);
+    }
+}
+
+static __global__ void __launch_bounds__(1024) tern__norm_factors(tern_norm_args a, float *factors)
+{
+    TERN__SHARED(float, sums);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const float r = tern__block_rms(a.cols, a.x + t * a.cols, a.eps, sums);
+        if (threadIdx.x == 0) factors[t] = r;
+    }
+}
+
+/* dgain in order of the tokens: a block has 32 columns, whose terms all its warps bring and the first one adds. -0 adds
+   nothing, to -0 neither. */
+enum { TERN__GAIN_TOKENS = 128 };
+static __global__ void tern__norm_gain_columns(tern_norm_args a, const float *factors)
+{
+    TERN__SHARED(float, terms);
+    const int lane = (int)(threadIdx.x % 32), warp = (int)(threadIdx.x / 32);
+    const int64_t col = (int64_t)blockIdx.x * 32 + lane;
+    const int inside = col < a.cols;
+    float sum = inside && warp == 0 ? a.dgain[col] : 0.0f;
+    for (int64_t from = 0; from < a.n; from += TERN__GAIN_TOKENS) {
+        for (int k = 0; k < TERN__GAIN_TOKENS / TERN__WARPS; k++) {
+            const int64_t t = from + k * TERN__WARPS + warp;
+            const int there = inside && t < a.n;
+            const float r = there ? factors[t] : 0.0f, x = there ? a.x[t * a.cols + col] : 0.0f, dy = there ? a.dy[t * a.cols + col] : 0.0f;
+            terms[(k * TERN__WARPS + warp) * 32 + lane] = r > 0.0f ? dy * (x * r) : -0.0f;
+        }
+        __syncthreads();
+        for (int k = 0; warp == 0 && k < TERN__GAIN_TOKENS; k++) sum = sum + terms[k * 32 + lane];
+        __syncthreads();
+    }
+    if (inside && warp == 0) a.dgain[col] = sum;
+}
+
+/* Some rows at a time, whose factors have room in the work memory. */
+static void tern__gpu_norm_gain(const tern__gpu *d, const tern_norm_args *a, int64_t rows)
+{
+    for (int64_t t = 0; t < a->n; t += rows) {
+        tern_norm_args piece = *a;
+        piece.n = tern__min(rows, a->n - t);
+        piece.x += t * a->cols;
+        piece.dy += t * a->cols;
+        TERN__LAUNCH(tern__norm_factors, tern__grid(d, piece.n, 1), tern__row_threads(a->cols), tern__row_shared(a->cols), d->stream, piece, d->work);
+        TERN__LAUNCH(tern__norm_gain_columns, (unsigned)tern__ceil_div(a->cols, 32), TERN__THREADS, TERN__GAIN_TOKENS * 32 * sizeof(float), d->stream,
+                     piece, d->work);
+    }
+}
+
+static tern_result tern__gpu_norm(tern_run *r, tern__gpu *d, const tern_norm_args *a)
+{
+    const int wide = tern__wide(a->x, a->gain, a->y, a->dy, a->dx, 4 * a->cols);
+    TERN__TRY(tern__check_row(r, "norm", a->cols));
+    if (a->dy && a->dgain) tern__gpu_norm_gain(d, a, TERN__WORK); /* first: dx may be dy */
+    TERN__LAUNCH(tern__norm_rows, tern__grid(d, a->n, 1), tern__row_threads(a->cols), tern__row_shared(a->cols), d->stream, *a, wide,
+                 tern__blame_of(d, TERN__FAULT_NORM));
+    return TERN_OK;
+}
+
+/* -- rotary positions: a thread turns a pair of four heads -- */
+
+static __device__ void tern__rope_four(const tern_rope_args *a, float *x, int heads, float sine, float cosine)
+{
+    float u[4], v[4];
+    for (int k = 0; k < 4; k++) {
+        u[k] = k < heads ? x[k * a->dim] : 0.0f;
+        v[k] = k < heads ? x[k * a->dim + a->dim / 2] : 0.0f;
+    }
+    for (int k = 0; k < 4; k++)
+        if (k < heads) {
+            x[k * a->dim] = u[k] * cosine - v[k] * sine;
+            x[k * a->dim + a->dim / 2] = u[k] * sine + v[k] * cosine;
+        }
+}
+
+static __global__ void tern__rope_pairs(tern_rope_args a, float step)
+{
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const float position = (float)(a.start + t % a.period);
+        for (int i = (int)threadIdx.x; i < a.dim / 2; i += (int)blockDim.x) {
+            float sine, cosine;
+            tern__sincos(position * tern__exp((float)i * step), &sine, &cosine);
+            if (a.inverse) sine = 0.0f - sine;
+            for (int64_t h = 4 * blockIdx.y; h < a.heads; h += 4 * gridDim.y)
+                tern__rope_four(&a, a.x + t * a.stride + h * a.dim + i, (int)tern__min(4, a.heads - h), sine, cosine);
+        }
+    }
+}
+
+static tern_result tern__gpu_rope(tern_run *r, tern__gpu *d, const tern_rope_args *a)
+{
+    const float step = -2.0f / (float)a->dim * tern__log(a->base > 0.0f ? a->base : 10000.0f);
+    const dim3 grid(tern__grid(d, a->n, 1), (unsigned)tern__min(65535, tern__ceil_div(a->heads, 4)));
+    (void)r;
+    TERN__LAUNCH(tern__rope_pairs, grid, 32 * (int)tern__min(TERN__WARPS, tern__ceil_div(a->dim, 64)), 0, d->stream, *a, step);
+    return TERN_OK;
+}
+
+/* -- loss and sums -- */
+
+/* Words in the order of the floats. */
+static __device__ uint32_t tern__to_rank(float x) { return tern__bits(x) >> 31 ? ~tern__bits(x) : tern__bits(x) | 0x80000000u; }
+static __device__ float tern__from_rank(uint32_t rank) { return tern__float(rank >> 31 ? rank & 0x7FFFFFFFu : ~rank); }
+
+/* The largest of a row, in every thread of the block; usable: whether all are finite. */
+static __device__ float tern__largest(int64_t n, const float *x, int *usable, uint32_t *seen)
+{
+    uint32_t rank = 0, size = 0;
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+        rank = tern__to_rank(x[i]) > rank ? tern__to_rank(x[i]) : rank;
+        size = tern__bits(tern__abs(x[i])) > size ? tern__bits(tern__abs(x[i])) : size;
+    }
+    *usable = tern__finite(tern__float(tern__block_max(size, seen)));
+    return tern__from_rank(tern__block_max(rank, seen));
+}
+
+/* Exponentials are taken twice: once more costs less than to store and load them. */
+static __global__ void __launch_bounds__(1024) tern__loss_rows(tern_loss_args a, int wide, tern__blame blame)
+{
+    TERN__SHARED(float, sums);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const float *x = a.logits + t * a.classes;
+        const int32_t target = a.targets[t];
+        int usable;
+        const float largest = tern__largest(a.classes, x, &usable, (uint32_t *)sums);
+        usable = usable && target >= 0 && target < a.classes;
+        const float at_target = usable ? x[target] : 0.0f; /* dlogits may be logits */
+        const float sum = tern__block_sum(a.classes, [&](int64_t i) { return tern__exp(x[i] - largest); }, sums);
+        if (!usable && threadIdx.x == 0) tern__report(blame, t);
+        if (threadIdx.x == 0) a.losses[t] = usable ? tern__log(sum) + (largest - at_target) : 0.0f;
+        if (a.dlogits) tern__each4_of_row(a.classes, [&](int64_t i, int n) {
+            float dx[4];
+            tern__load4(TERN_F32, x, i, n, wide, dx);
+            for (int k = 0; k < 4; k++)
+                dx[k] = usable ? (tern__exp(dx[k] - largest) / sum - (i + k == target ? 1.0f : 0.0f)) * a.scale : 0.0f;
+            tern__store4(TERN_F32, a.dlogits + t * a.classes, i, n, wide, dx);
+        });
+    }
+}
+
+static tern_result tern__gpu_loss(tern_run *r, tern__gpu *d, const tern_loss_args *a)
+{
+    TERN__TRY(tern__check_row(r, "loss", a->classes));
+    TERN__LAUNCH(tern__loss_rows, tern__grid(d, a->n, 1), tern__row_threads(a->classes), tern__row_shared(a->classes), d->stream, *a,
+                 tern__wide(a->logits, a->dlogits, 4 * a->classes), tern__blame_of(d, TERN__FAULT_LOSS));
+    return TERN_OK;
+}
+
+static tern_result tern__gpu_sum(tern_run *r, tern__gpu *d, const tern_sum_args *a)
+{
+    const int64_t most = (int64_t)TERN__WORK * TERN__BLOCK;
+    TERN__REQUIRE(r, a->count <= most, TERN_E_UNSUPPORTED, "cuda: sum: %d floats; %d is the most", a->count, most);
+    tern__gpu_total(d, (int)a->kind, a->count, a->x, d->work, a->y, a->add);
+    return TERN_OK;
+}
+
+/* -- optimizers -- */
+
+static __device__ __forceinline__ void tern__optimize4(const tern_optimize_args *a, float factor, float correct1, float correct2, int64_t i, int n, int wide)
+{
+    const int adam = a->kind == TERN_ADAMW;
+    float w[4], grad[4], moment1[4] = {0.0f, 0.0f, 0.0f, 0.0f}, moment2[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    uint32_t random[4] = {0, 0, 0, 0};
+    tern__load4(a->type, a->w, i, n, wide, w);
+    tern__load4(TERN_F32, a->grad, i, n, wide, grad);
+    if (a->moment1) tern__load4(TERN_F32, a->moment1, i, n, wide, moment1);
+    if (adam) tern__load4(TERN_F32, a->moment2, i, n, wide, moment2);
+    if (a->type == TERN_BF16) tern__philox(a->seed, (uint64_t)(i >> 2), a->step, a->stream, random);
+    for (int k = 0; k < 4; k++) {
+        tern__trained e = {w[k], grad[k], moment1[k], moment2[k]};
+        tern__optimize_one(a, factor, correct1, correct2, &e);
+        w[k] = a->type == TERN_BF16 ? tern__from_bf16(tern__to_bf16_with(e.w, random[k] & 0xFFFF)) : e.w;
+        grad[k] = e.grad;
+        moment1[k] = e.moment1;
+        moment2[k] = e.moment2;
+    }
+    tern__store4(a->type, a->w, i, n, wide, w);
+    tern__store4(TERN_F32, a->grad, i, n, wide, grad);
+    if (a->moment1) tern__store4(TERN_F32, a->moment1, i, n, wide, moment1);
+    if (adam) tern__store4(TERN_F32, a->moment2, i, n, wide, moment2);
+}
+
+static __global__ void tern__optimize_fours(tern_optimize_args a, float correct1, float correct2, int wide, tern__blame blame)
+{
+    const int usable = !a.norm2 || tern__finite(*a.norm2);
+    const float factor = tern__clip_factor(a.clip, a.norm2), zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (!usable && blockIdx.x == 0 && threadIdx.x == 0) tern__report(blame, a.step);
+    tern__each4(a.count, [&](int64_t i, int n) {
+        if (usable) tern__optimize4(&a, factor, correct1, correct2, i, n, wide);
+        else tern__store4(TERN_F32, a.grad, i, n, wide, zeros);
+    });
+}
+
+static tern_result tern__gpu_optimize(tern_run *r, tern__gpu *d, const tern_optimize_args *a)
+{
+    const float correct1 = 1.0f / (1.0f - tern__power(a->beta1, a->step)), correct2 = 1.0f / (1.0f - tern__power(a->beta2, a->step));
+    (void)r;
+    TERN__LAUNCH(tern__optimize_fours, tern__grid4(d, a->count), TERN__THREADS, 0, d->stream, *a, correct1, correct2,
+                 tern__wide(a->w, a->grad, a->moment1, a->moment2), tern__blame_of(d, TERN__FAULT_OPTIMIZE));
+    return TERN_OK;
+}
 
 /* ------------------------------------------------------------------------------------------------
    [CUDA-9] The function table
    What enters: tern__gpu_NAME for every operation. What leaves: tern_cuda_backend.
    ------------------------------------------------------------------------------------------------ */
 
-/* Every operation on its device, its launches checked. */
-#define TERN__OP(op)                                                                             \
+/* Every operation on its device, its launches checked; errors of before are told apart. */
+#define TERN__OP(op)                                                                              \
     static tern_result tern__cuda_##op(tern_run *r, const tern_##op##_args *a)                    \
-    {                                                                                            \
-        tern__gpu *d = tern__gpu_of(r);                                                          \
-        tern__current current;                                                                   \
-        tern_result result;                                                                      \
-        TERN__TRY(tern__gpu_enter(r, d->device, &current));                                      \
-        d->order++;                                                                              \
-        result = tern__gpu_##op(r, d, a);                                                        \
+    {                                                                                             \
+        tern__gpu *d = tern__gpu_of(r);                                                           \
+        tern__current current;                                                                    \
+        tern_result result;                                                                       \
+        TERN__CUDA(r, cudaGetLastError(), "before " #op);                                         \
+        TERN__TRY(tern__gpu_enter(r, d->device, &current));                                       \
+        d->order++;                                                                               \
+        result = tern__gpu_##op(r, d, a);                                                         \
         if (result == TERN_OK) result = tern__cuda_check(r, cudaGetLastError(), "launching " #op); \
-        tern__gpu_leave(&current);                                                               \
-        return result;                                                                           \
+        return tern__gpu_leave(r, &current, result);                                              \
     }
 TERN_OPS(TERN__OP)
 TERN_FUSED(TERN__OP)
@@ -923,23 +2490,24 @@ static tern_result tern__gpu_open_here(tern_run *r, tern__gpu *d)
                   "cuda: device %d has compute capability %d.%d; 7.5 is the least", (int64_t)d->device, (int64_t)major, (int64_t)minor);
     TERN__CUDA(r, cudaDeviceGetAttribute(&d->processors, cudaDevAttrMultiProcessorCount, d->device), "processors");
     TERN__CUDA(r, cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking), "a stream");
-    TERN__CUDA(r, cudaMalloc(&d->fault, sizeof *d->fault), "memory");
-    TERN__CUDA(r, cudaMalloc(&d->work, (TERN__WORK + TERN__WORK_LEVELS) * sizeof(float)), "memory");
-    TERN__CUDA(r, cudaMemsetAsync(d->fault, 0xFF, sizeof *d->fault, d->stream), "memory");
+    TERN__CUDA(r, cudaMalloc(&d->fault, sizeof *d->fault), "memory for faults");
+    TERN__CUDA(r, cudaMalloc(&d->work, (TERN__WORK + TERN__WORK_LEVELS) * sizeof(float)), "work memory");
+    TERN__CUDA(r, cudaMemsetAsync(d->fault, 0xFF, sizeof *d->fault, d->stream), "clearing faults");
     return TERN_OK;
 }
 
 static void tern__gpu_close(tern_run *r)
 {
+    const tern_error kept = r->error;
     tern__gpu *d = tern__gpu_of(r);
     tern__current current;
-    if (tern__gpu_enter(r, d->device, &current) == TERN_OK) {
-        cudaFree(d->work);
-        cudaFree(d->fault);
-        if (d->stream) cudaStreamDestroy(d->stream);
-        tern__gpu_leave(&current);
-    }
+    tern__gpu_enter(r, d->device, &current);
+    if (d->work) cudaFree(d->work);
+    if (d->fault) cudaFree(d->fault);
+    if (d->stream) cudaStreamDestroy(d->stream);
+    tern__gpu_leave(r, &current, TERN_OK);
     tern__host_free(&r->allocator, d);
+    r->error = kept;
 }
 
 /* The known answers, on a context that is not quite open yet. */
@@ -954,7 +2522,8 @@ static tern_result tern__gpu_selftest(tern_run *r)
     return result;
 }
 
-static tern_result tern__gpu_open(tern_run *r)
+/* All but the known answers. */
+static tern_result tern__gpu_start(tern_run *r)
 {
     const int device = *(const int *)r->backend->data;
     int devices = 0;
@@ -969,11 +2538,16 @@ static tern_result tern__gpu_open(tern_run *r)
     d->device = device;
     r->state = d;
     result = tern__gpu_enter(r, device, &current);
-    if (result == TERN_OK) {
-        result = tern__gpu_open_here(r, d);
-        tern__gpu_leave(&current);
-    }
-    if (0) result = tern__gpu_selftest(r); /* STUB: when every operation is there */
+    if (result == TERN_OK) result = tern__gpu_leave(r, &current, tern__gpu_open_here(r, d));
+    if (result != TERN_OK) tern__gpu_close(r);
+    return result;
+}
+
+static tern_result tern__gpu_open(tern_run *r)
+{
+    tern_result result;
+    TERN__TRY(tern__gpu_start(r));
+    result = tern__gpu_selftest(r);
     if (result != TERN_OK) tern__gpu_close(r);
     return result;
 }
@@ -999,5 +2573,5 @@ extern "C" const tern_backend *tern_cuda_backend_checked(int32_t device, uint64_
 
 extern "C" void *tern_cuda_stream(const tern_context *c)
 {
-    return c && c->run.backend->open == tern__gpu_open ? (void *)tern__gpu_of(&c->run)->stream : NULL;
+    return c && c->run.backend->close == tern__gpu_close ? (void *)tern__gpu_of(&c->run)->stream : NULL;
 }

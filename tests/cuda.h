@@ -18,6 +18,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <chrono>
 #include <functional>
 #include <map>
 #include <tuple>
@@ -106,13 +107,29 @@ enum cuda_state { CUDA_READY, CUDA_MEETING, CUDA_AT_BARRIER, CUDA_RETURNED };
 
 enum cudaError_t {
     cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cudaErrorInvalidConfiguration = 9, cudaErrorNoDevice = 100,
-    cudaErrorInvalidDevice, cudaErrorStreamCaptureUnsupported = 900, cudaErrorIllegalState = 401, cudaErrorUnknown = 999
+    cudaErrorInvalidDevice, cudaErrorInvalidResourceHandle = 400, cudaErrorIllegalState, cudaErrorStreamCaptureUnsupported = 900,
+    cudaErrorUnknown = 999
 };
 typedef std::vector<std::function<void()>> cuda_operations;
-typedef struct cuda_stream { cuda_operations *capture; } *cudaStream_t;
+typedef struct cuda_stream { cuda_operations *capture; int device; } *cudaStream_t;
 typedef cuda_operations *cudaGraph_t, *cudaGraphExec_t;
+typedef double *cudaEvent_t; /* when it came, in seconds */
 
 struct cuda_copy { void *to; const void *from; unsigned group; };
+struct cuda_block { size_t bytes; int device; }; /* of device memory */
+
+/* What a test breaks, everywhere in the kernels whose names contain a word: a barrier (one place in the code, numbered as
+   they are met), waits for copies, lanes of shuffles or of mma, reads of 16 bytes, or the shared memory of a launch. */
+enum cuda_sabotage_kind {
+    CUDA_INTACT, CUDA_NO_BARRIER, CUDA_NO_WAIT, CUDA_WRONG_LANE, CUDA_WRONG_MMA, CUDA_READS_BEYOND, CUDA_LITTLE_SHARED
+};
+struct cuda_sabotage {
+    cuda_sabotage_kind kind = CUDA_INTACT;
+    const char *kernel = "";
+    size_t barrier = 0;
+    long done = 0;                     /* how often */
+    std::vector<const void *> barriers; /* met */
+};
 
 /* A place in the block. Its fiber and stack stay for the blocks and launches that follow. */
 struct cuda_thread {
@@ -136,9 +153,11 @@ struct cuda_emulator {
     int devices = 1, capability = 90, processors = 4;
     long malloc_countdown = -1;
     long call_countdown = -1;    /* every call but those that free; launches too */
-    std::map<const char *, size_t> memory; /* cudaMalloc's blocks and their sizes */
+    std::map<const char *, cuda_block> memory; /* cudaMalloc's */
+    cuda_sabotage sabotage;
     long launches = 0;           /* that ran */
 
+    int device = 0;              /* the current one */
     cudaError_t last_error = cudaSuccess;
     cuda_operations queue;
     int captures = 0;
@@ -169,6 +188,13 @@ inline cuda_emulator test_cuda;
     abort();
 }
 
+inline bool cuda_sabotaged(cuda_sabotage_kind kind)
+{
+    if (test_cuda.sabotage.kind != kind || !strstr(test_cuda.kernel, test_cuda.sabotage.kernel)) return false;
+    test_cuda.sabotage.done++;
+    return true;
+}
+
 /* -- schedule -- */
 
 inline unsigned cuda_random(unsigned below)
@@ -194,16 +220,14 @@ inline void cuda_yield()
     __sanitizer_finish_switch_fiber(self->fake_stack, &test_cuda.host_stack, &test_cuda.host_stack_bytes);
 }
 
-inline void tern__cp_commit();
-template <unsigned Pending> inline void tern__cp_wait();
+inline void cuda_end_copies(unsigned open);
 
 inline void cuda_fiber()
 {
     __sanitizer_finish_switch_fiber(nullptr, &test_cuda.host_stack, &test_cuda.host_stack_bytes);
     for (;;) {
         (*test_cuda.body)();
-        tern__cp_commit();
-        tern__cp_wait<0>();
+        cuda_end_copies(0);
         test_cuda.thread[threadIdx.x].state = CUDA_RETURNED;
         cuda_yield();
     }
@@ -281,6 +305,7 @@ inline void cuda_run_grid(const char *kernel, dim3 grid, dim3 block, size_t shar
     test_cuda.kernel = kernel;
     test_cuda.body = &body;
     test_cuda.shared_bytes = shared_bytes;
+    if (shared_bytes > 0 && cuda_sabotaged(CUDA_LITTLE_SHARED)) test_cuda.shared_bytes -= std::min<size_t>(shared_bytes, 16);
     test_cuda.launches++;
     blockDim = block;
     gridDim = grid;
@@ -294,9 +319,21 @@ inline void cuda_run_grid(const char *kernel, dim3 grid, dim3 block, size_t shar
 
 /* -- barriers and warp collectives -- */
 
-inline void __syncthreads()
+/* Whether the barrier that is called from here is to be left out. */
+inline bool cuda_no_barrier(const void *caller)
+{
+    cuda_sabotage *s = &test_cuda.sabotage;
+    if (s->kind != CUDA_NO_BARRIER || !strstr(test_cuda.kernel, s->kernel)) return false;
+    const auto found = std::find(s->barriers.begin(), s->barriers.end(), caller);
+    const size_t index = static_cast<size_t>(found - s->barriers.begin());
+    if (found == s->barriers.end()) s->barriers.push_back(caller);
+    return index == s->barrier && cuda_sabotaged(CUDA_NO_BARRIER);
+}
+
+__attribute__((noinline)) inline void __syncthreads()
 {
     cuda_thread *self = &test_cuda.thread[threadIdx.x];
+    if (cuda_no_barrier(__builtin_return_address(0))) return;
     self->state = CUDA_AT_BARRIER;
     self->waits_at = "__syncthreads";
     cuda_yield();
@@ -338,7 +375,8 @@ template <typename T> inline T cuda_meet_shuffle(const char *name, unsigned mask
     cuda_shuffle<T> part = {value, from, value};
     if (from < 0 || from >= CUDA_WARP) cuda_fault("%s from lane %d", name, from);
     cuda_meet<cuda_shuffle<T>>(name, mask, &part, [](cuda_shuffle<T> **parts) {
-        for (int i = 0; i < CUDA_WARP; i++) parts[i]->result = parts[parts[i]->from]->value;
+        const int wrong = cuda_sabotaged(CUDA_WRONG_LANE);
+        for (int i = 0; i < CUDA_WARP; i++) parts[i]->result = parts[(parts[i]->from + wrong) % CUDA_WARP]->value;
     });
     return part.result;
 }
@@ -379,11 +417,12 @@ template <typename Sum> struct cuda_mma { Sum *d; const uint32_t *a, *b; };
 template <typename Element, typename Sum> inline void cuda_multiply(cuda_mma<Sum> **parts)
 {
     const int each = 4 / sizeof(Element), inputs = 8 * each, bits = 8 * sizeof(Element);
+    const int wrong = cuda_sabotaged(CUDA_WRONG_MMA);
     Sum a[16][inputs], b[8][inputs];
     for (int lane = 0; lane < CUDA_WARP; lane++)
         for (int i = 0; i < 4 * each; i++) {
             const int g = lane / 4, r = i / each, k = (4 * (r / 2) + lane % 4) * each + i % each, shift = i % each * bits;
-            a[g + 8 * (r % 2)][k] = cuda_value(static_cast<Element>(parts[lane]->a[r] >> shift));
+            a[g + 8 * (r % 2)][k] = cuda_value(static_cast<Element>(parts[(lane + wrong) % CUDA_WARP]->a[r] >> shift));
             b[g][k] = cuda_value(static_cast<Element>(parts[lane]->b[r / 2] >> shift));
         }
     for (int lane = 0; lane < CUDA_WARP; lane++)
@@ -417,27 +456,34 @@ inline void tern__cp_async16(void *shared, const void *global)
         cuda_fault("tern__cp_async16 to outside of shared memory");
     memset(shared, CUDA_POISON, 16);
     __asan_poison_memory_region(shared, 16);
-    self->copies.push_back({shared, global, self->groups});
+    self->copies.push_back({shared, static_cast<const uint4 *>(global) + cuda_sabotaged(CUDA_READS_BEYOND), self->groups});
 }
 
 inline void tern__cp_commit() { test_cuda.thread[threadIdx.x].groups++; }
 
-template <unsigned Pending> inline void tern__cp_wait()
+/* The copies of groups before `open` arrive; 0: all. */
+inline void cuda_end_copies(unsigned open)
 {
     cuda_thread *self = &test_cuda.thread[threadIdx.x];
     auto copy = self->copies.begin();
-    for (; copy != self->copies.end() && copy->group + Pending < self->groups; ++copy) {
+    for (; copy != self->copies.end() && (open == 0 || copy->group < open); ++copy) {
         __asan_unpoison_memory_region(copy->to, 16);
         memcpy(copy->to, copy->from, 16);
     }
     self->copies.erase(self->copies.begin(), copy);
 }
 
+template <unsigned Pending> inline void tern__cp_wait()
+{
+    const unsigned groups = test_cuda.thread[threadIdx.x].groups;
+    if (groups > Pending && !cuda_sabotaged(CUDA_NO_WAIT)) cuda_end_copies(groups - Pending);
+}
+
 /* A load that is told not to stay in the cache. */
 inline uint4 tern__stream16(const void *p)
 {
     if (reinterpret_cast<uintptr_t>(p) % 16 != 0) cuda_fault("tern__stream16 is not aligned to 16");
-    return *static_cast<const uint4 *>(p);
+    return static_cast<const uint4 *>(p)[cuda_sabotaged(CUDA_READS_BEYOND)];
 }
 
 /* -- arithmetic and memory: single roundings, never contracted -- */
@@ -468,6 +514,7 @@ inline void __threadfence() {}
 CUDA_ATOMIC(atomicAdd, int, old + x)
 CUDA_ATOMIC(atomicAdd, unsigned, old + x)
 CUDA_ATOMIC(atomicAdd, float, old + x)
+CUDA_ATOMIC(atomicAdd, unsigned long long, old + x)
 CUDA_ATOMIC(atomicMin, int, std::min(old, x))
 CUDA_ATOMIC(atomicMin, unsigned, std::min(old, x))
 CUDA_ATOMIC(atomicMin, unsigned long long, std::min(old, x))
@@ -484,6 +531,7 @@ enum cudaDeviceAttr {
     cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+struct cudaDeviceProp { char name[256]; size_t totalGlobalMem; int major, minor, multiProcessorCount, l2CacheSize; };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
 enum { cudaStreamDefault, cudaStreamNonBlocking };
 
@@ -529,6 +577,7 @@ inline void cuda_launch(const char *name, void (*kernel)(Parameters...), dim3 gr
     cuda_call([&] {
         const auto limit = test_cuda.shared_limit.find(reinterpret_cast<const void *>(kernel));
         const std::tuple<Parameters...> kept(arguments...);
+        if (stream && stream->device != test_cuda.device) return cudaErrorInvalidResourceHandle;
         if (block.x < 1 || block.x > CUDA_THREADS || block.y != 1 || block.z != 1) return cudaErrorInvalidConfiguration;
         if (grid.x < 1 || grid.x > INT32_MAX || grid.y < 1 || grid.y > 65535 || grid.z != 1) return cudaErrorInvalidConfiguration;
         if (shared_bytes > (limit == test_cuda.shared_limit.end() ? 48 * 1024 : limit->second)) return cudaErrorInvalidValue;
@@ -540,21 +589,27 @@ inline void cuda_launch(const char *name, void (*kernel)(Parameters...), dim3 gr
 inline cudaError_t cudaGetLastError() { return std::exchange(test_cuda.last_error, cudaSuccess); }
 inline const char *cudaGetErrorString(cudaError_t error)
 {
-    return error == cudaSuccess ? "no error" : error == cudaErrorMemoryAllocation ? "out of memory" : "an error of the emulator";
+    return error == cudaSuccess ? "no error" : error == cudaErrorMemoryAllocation ? "out of memory"
+         : error == cudaErrorNoDevice ? "no CUDA-capable device is detected" : "an error of the emulator";
 }
 
 inline cudaError_t cudaGetDeviceCount(int *count)
 {
     return cuda_call([&] { return (*count = test_cuda.devices) > 0 ? cudaSuccess : cudaErrorNoDevice; });
 }
-inline cudaError_t cudaGetDevice(int *device) { return cuda_call([&] { *device = 0; return cudaSuccess; }); }
+inline cudaError_t cudaGetDevice(int *device) { return cuda_call([&] { *device = test_cuda.device; return cudaSuccess; }); }
 inline cudaError_t cudaSetDevice(int device)
 {
-    return cuda_call([&] { return device >= 0 && device < test_cuda.devices ? cudaSuccess : cudaErrorInvalidDevice; });
+    return cuda_call([&] {
+        if (device < 0 || device >= test_cuda.devices) return cudaErrorInvalidDevice;
+        test_cuda.device = device;
+        return cudaSuccess;
+    });
 }
-inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int /* device */)
+inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device)
 {
     return cuda_call([&] {
+        if (device < 0 || device >= test_cuda.devices) return cudaErrorInvalidDevice;
         switch (attribute) {
         case cudaDevAttrMultiProcessorCount: *value = test_cuda.processors; break;
         case cudaDevAttrComputeCapabilityMajor: *value = test_cuda.capability / 10; break;
@@ -580,7 +635,7 @@ template <typename T> inline cudaError_t cudaMalloc(T **out, size_t bytes)
         if (cuda_counted_down(test_cuda.malloc_countdown)) return cudaErrorMemoryAllocation;
         if (posix_memalign(&p, 256, bytes) != 0) return cudaErrorMemoryAllocation;
         memset(p, CUDA_POISON, bytes);
-        test_cuda.memory[static_cast<const char *>(p)] = bytes;
+        test_cuda.memory[static_cast<const char *>(p)] = {bytes, test_cuda.device};
         *out = static_cast<T *>(p);
         return cudaSuccess;
     });
@@ -598,7 +653,7 @@ inline bool cuda_on_device(const void *p, size_t bytes)
 {
     const char *from = static_cast<const char *>(p);
     auto block = test_cuda.memory.upper_bound(from);
-    return block != test_cuda.memory.begin() && from + bytes <= (--block)->first + block->second;
+    return block != test_cuda.memory.begin() && from + bytes <= (--block)->first + block->second.bytes;
 }
 inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream)
 {
@@ -628,7 +683,7 @@ inline cudaError_t cudaMemsetAsync(void *to, int byte, size_t bytes, cudaStream_
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned /* flags */)
 {
-    return cuda_call([&] { *out = new cuda_stream(); return cudaSuccess; });
+    return cuda_call([&] { *out = new cuda_stream{nullptr, test_cuda.device}; return cudaSuccess; });
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cuda_waiting_call([] { return cudaSuccess; }); }
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream)
@@ -669,5 +724,31 @@ inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream)
 }
 inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { delete graph; return cudaSuccess; }
 inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { delete graph; return cudaSuccess; }
+
+/* -- for the benchmark -- */
+
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int /* device */)
+{
+    return cuda_call([&] {
+        *p = {"the emulator", 0, test_cuda.capability / 10, test_cuda.capability % 10, test_cuda.processors, 0};
+        return cudaSuccess;
+    });
+}
+inline cudaError_t cudaRuntimeGetVersion(int *version) { return cuda_call([&] { *version = 0; return cudaSuccess; }); }
+
+inline cudaError_t cudaEventCreate(cudaEvent_t *out) { return cuda_call([&] { *out = new double(0); return cudaSuccess; }); }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) { delete event; return cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
+{
+    return cuda_call([&] {
+        cuda_submit(stream, [=] { *event = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); });
+        return cudaSuccess;
+    });
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cuda_waiting_call([] { return cudaSuccess; }); }
+inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)
+{
+    return cuda_call([&] { *ms = static_cast<float>(1e3 * (*to - *from)); return cudaSuccess; });
+}
 
 #endif

@@ -1,7 +1,7 @@
 /* Tests of [CUDA-5] in ternary_cuda.cu. */
 
 /* A matrix with random trits and scales, packed by the CPU. */
-struct packed {
+struct trits_matrix {
     mirror<uint8_t> trits, scales;
     tern_matrix m;
     static int64_t bytes_of(const tern_matrix &m, int which)
@@ -10,7 +10,7 @@ struct packed {
         if (tern_matrix_bytes(test_context[CPU], &m, &bytes[0], &bytes[1]) != TERN_OK) abort();
         return (int64_t)bytes[which];
     }
-    explicit packed(const tern_matrix &shape) : trits(bytes_of(shape, 0)), scales(bytes_of(shape, 1)), m(shape)
+    explicit trits_matrix(const tern_matrix &shape) : trits(bytes_of(shape, 0)), scales(bytes_of(shape, 1)), m(shape)
     {
         const tern_pack_args a = {in(CPU), random_trits(m.rows * m.cols)};
         const int64_t each = tern__type_bytes(m.scale_type);
@@ -103,7 +103,7 @@ static void test_cuda_quantize_bad_rows()
 /* Activations quantized by the CPU; products by both. Outputs lie between what must stay as it is. */
 static void check_product(const tern_matrix &shape, int64_t n, bool with_bias)
 {
-    packed w(shape);
+    trits_matrix w(shape);
     mirror<float> x(n * shape.cols, test_uniform), bias(shape.rows, test_uniform), y(n * shape.rows);
     quantized act(shape, n);
     tern_quantize_args quantize = {};
@@ -170,7 +170,7 @@ static void test_cuda_product_extremes()
         for (int64_t n : {1, 17}) {
             const int64_t cols = n == 1 ? 1 << 18 : 1 << 14;
             tern_matrix m = shape_of(1, cols, TERN_PER_ROW, encoding, TERN_F32);
-            packed w(m);
+            trits_matrix w(m);
             mirror<float> x(n * cols), y(n);
             quantized act(m, n);
             for (size_t i = 0; i < w.trits.count; i++) w.trits[CPU][i] = encoding == TERN_BASE3 ? 242 : 0xAA;
@@ -196,7 +196,7 @@ static void test_cuda_product_extremes()
 static void check_layer(int64_t rows, int64_t cols, int32_t grain, tern_type encoding, int64_t n, bool poison)
 {
     const tern_matrix shape = shape_of(rows, cols, grain, encoding, TERN_F32);
-    packed w(shape);
+    trits_matrix w(shape);
     mirror<float> x(n * cols, test_uniform), gain(cols, test_uniform), bias(rows, test_uniform), y(n * rows);
     quantized act(shape, n);
     if (poison) x[CPU][(n - 1) * cols] = tern__float(0x7FC00000u), x.send();

@@ -1,5 +1,468 @@
-/* Tests of [CUDA-9] in ternary_cuda.cu. */
+/* Tests of [CUDA-9] in ternary_cuda.cu: rooms 15 to 22 of ternary.h on its table. */
+
+/* A parameter in both contexts, of the same random weights. */
+struct both_params {
+    tern_param at[2];
+    both_params(int64_t rows, int64_t cols, tern_rule rule, int32_t mask, int32_t grain = TERN_PER_ROW, tern_type encoding = TERN_2BIT,
+                tern_type scale_type = TERN_F32, tern_type shadow = TERN_F32)
+    {
+        mirror<float> w(rows * cols, test_uniform);
+        for (int side = CPU; side <= GPU; side++) {
+            tern_param *p = &at[side];
+            *p = {};
+            p->rows = rows; p->cols = cols;
+            p->rule = rule;
+            p->grain = grain;
+            if (rule != TERN_DENSE) {
+                p->buffer[TERN_TRITS].type = encoding;
+                p->buffer[TERN_SCALES].type = scale_type;
+                if (mask >> TERN_SHADOW & 1) p->buffer[TERN_SHADOW].type = shadow;
+            }
+            snprintf(p->name, sizeof p->name, "p%lldx%lld", (long long)rows, (long long)cols);
+            if (tern_param_alloc(test_context[side], p, mask) != TERN_OK) abort();
+            if (tern_param_set(test_context[side], p, TERN_F32, w[side]) != TERN_OK)
+                test_errors++, printf("  %s\n", tern_last_error(test_context[side])->text);
+        }
+    }
+    both_params(const both_params &) = delete;
+    both_params &operator=(const both_params &) = delete;
+    ~both_params() { for (int i = CPU; i <= GPU; i++) tern_param_free(test_context[i], &at[i], (1 << TERN_BUFFERS) - 1); }
+    /* Whether all buffers hold the same bytes. */
+    bool same() const
+    {
+        for (int i = 0; i < TERN_BUFFERS; i++) {
+            const tern_buffer *b[2] = {&at[CPU].buffer[i], &at[GPU].buffer[i]};
+            const size_t bytes = b[CPU]->count * (size_t)tern__type_bytes(b[CPU]->type);
+            std::vector<char> back(bytes);
+            if (!b[CPU]->data != !b[GPU]->data || b[CPU]->count != b[GPU]->count) return false;
+            if (!b[CPU]->data) continue;
+            CHECK_OK(tern_copy(test_context[GPU], back.data(), b[GPU]->data, bytes, TERN_TO_HOST));
+            if (memcmp(back.data(), b[CPU]->data, bytes) == 0) continue;
+            printf("  %s of %s differs\n", tern__buffer_names[i], at[CPU].name);
+            return false;
+        }
+        return true;
+    }
+};
+
+struct test_form { tern_rule rule; int32_t grain; tern_type encoding, scale_type, shadow; };
+static const test_form test_forms[] = {
+    {TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_F32, TERN_F32},
+    {TERN_TWN, 50, TERN_BASE3, TERN_F16, TERN_BF16},
+    {TERN_ABSMEAN_SIGMA, TERN_PER_TENSOR, TERN_BASE3, TERN_POW2, TERN_F32},
+    {TERN_ABSMEAN, 64, TERN_2BIT, TERN_POW2, TERN_BF16},
+};
+
+static tern_result test_reserve_for(tern_context *c, const tern_linear *l, int64_t n, size_t *saved)
+{
+    tern_need need = {};
+    TERN__TRY(tern_linear_need(c, l, n, &need));
+    *saved = need.saved;
+    return tern_reserve(c, need.scratch);
+}
+
+/* -- BitLinear -- */
+
+static void test_linear(const both_params &w, const both_params *bias, const both_params *gain, tern_norm_kind norm, tern_act act, int64_t n, bool keep)
+{
+    const int64_t rows = w.at[CPU].rows, cols = w.at[CPU].cols;
+    mirror<float> x(n * cols, test_uniform), y(n * rows), dy(n * rows, test_uniform), dx(n * cols);
+    mirror<int8_t> saved(n * 1024);
+    test_both([&](tern_context *c, int side) {
+        tern_linear l = {};
+        size_t bytes = 0;
+        l.w = const_cast<tern_param *>(&w.at[side]);
+        l.bias = bias ? const_cast<tern_param *>(&bias->at[side]) : nullptr;
+        l.gain = gain ? const_cast<tern_param *>(&gain->at[side]) : nullptr;
+        l.norm = norm;
+        l.act = act;
+        TERN__TRY(test_reserve_for(c, &l, n, &bytes));
+        if (bytes > saved.count) abort();
+        TERN__TRY(tern_linear_forward(c, &l, n, x[side], y[side], keep ? saved[side] : nullptr));
+        return keep ? tern_linear_backward(c, &l, n, x[side], saved[side], dy[side], dx[side]) : TERN_OK;
+    });
+    CHECK_SAME(y);
+    CHECK_SAME(saved);
+    CHECK_SAME(dx);
+    CHECK(w.same() && (!bias || bias->same()) && (!gain || gain->same()));
+}
+
+static void test_cuda_linear()
+{
+    const int64_t rows = 33, cols = 130;
+    test_fuse(false);
+    both_params bias(1, rows, TERN_DENSE, TERN_FOR_GRADIENT), gain(1, cols, TERN_DENSE, TERN_FOR_GRADIENT);
+    both_params dense(rows, cols, TERN_DENSE, TERN_FOR_GRADIENT);
+    for (tern_norm_kind norm : {TERN_NORM_NONE, TERN_NORM_RMS}) {
+        for (const test_form &f : test_forms) {
+            both_params w(rows, cols, f.rule, TERN_FOR_GRADIENT, f.grain, f.encoding, f.scale_type, f.shadow);
+            const bool first = &f == test_forms;
+            for (tern_act act : {TERN_ACT_INT8, TERN_ACT_FLOAT}) {
+                test_linear(w, first ? &bias : nullptr, first && norm ? &gain : nullptr, norm, act, 3, true);
+                test_linear(w, &bias, nullptr, norm, act, 1, false);
+            }
+        }
+        test_linear(dense, &bias, norm ? &gain : nullptr, norm, TERN_ACT_INT8, 3, true);
+        test_linear(dense, nullptr, nullptr, norm, TERN_ACT_FLOAT, 1, false);
+    }
+    both_params w(rows, cols, TERN_ABSMEAN, TERN_FOR_GRADIENT);
+    test_linear(w, &bias, &gain, TERN_NORM_RMS, TERN_ACT_INT8, 17, true);
+    test_linear(w, &bias, &gain, TERN_NORM_RMS, TERN_ACT_INT8, 70, false);
+}
+
+/* A row that is not finite, through the whole layer. */
+static void test_cuda_linear_fault()
+{
+    const int64_t n = 5;
+    both_params w(20, 70, TERN_ABSMEAN, TERN_FOR_INFERENCE);
+    for (tern_act act : {TERN_ACT_INT8, TERN_ACT_FLOAT}) {
+        mirror<float> x(n * 70, test_uniform), y(n * 20);
+        x[CPU][3 * 70 + 69] = INFINITY;
+        x[CPU][4 * 70] = NAN;
+        x.send();
+        test_both([&](tern_context *c, int side) {
+            tern_linear l = {};
+            size_t bytes = 0;
+            l.w = &w.at[side];
+            l.act = act;
+            TERN__TRY(test_reserve_for(c, &l, n, &bytes));
+            return tern_linear_forward(c, &l, n, x[side], y[side], nullptr);
+        });
+        CHECK_SAME(y);
+    }
+}
+
+/* The layer by its parts: a table without the fused operation gives the same bits. */
+static void test_cuda_linear_by_its_parts()
+{
+    tern_backend parts = *test_backend();
+    parts.linear = nullptr;
+    const opened other(&parts);
+    CHECK(other.result == TERN_OK && tern_cuda_stream(other.c));
+    for (int64_t n : {1, 2, 9, 16, 33}) {
+        both_params w(50, 200, TERN_ABSMEAN, TERN_FOR_INFERENCE), gain(1, 200, TERN_DENSE, TERN_FOR_INFERENCE);
+        mirror<float> x(n * 200, test_uniform), y(n * 50), z(n * 50);
+        mirror<int8_t> saved(n * 1024), also(n * 1024);
+        tern_linear l = {};
+        size_t bytes = 0;
+        l.w = &w.at[GPU];
+        l.gain = &gain.at[GPU];
+        l.norm = TERN_NORM_RMS;
+        CHECK(test_reserve_for(other.c, &l, n, &bytes) == TERN_OK && bytes <= saved.count);
+        CHECK_OK(test_reserve_for(test_context[GPU], &l, n, &bytes));
+        CHECK_OK(tern_linear_forward(test_context[GPU], &l, n, x[GPU], y[GPU], saved[GPU]));
+        CHECK(tern_linear_forward(other.c, &l, n, x[GPU], z[GPU], also[GPU]) == TERN_OK && tern_sync(other.c) == TERN_OK);
+        CHECK(y.fetch() == z.fetch());
+        CHECK(saved.fetch() == also.fetch());
+    }
+}
+
+/* -- embedding -- */
+
+static void test_cuda_embedding()
+{
+    const int64_t rows = 37, cols = 70, n = 9;
+    const int32_t some[n] = {36, 0, 5, -1, 5, 5, 37, 1, 0};
+    test_fuse(false);
+    for (int i = 0; i <= 4; i++) {
+        const test_form f = test_forms[i % 4];
+        both_params w(rows, cols, i < 4 ? f.rule : TERN_DENSE, TERN_FOR_GRADIENT, f.grain, f.encoding, f.scale_type, f.shadow);
+        mirror<float> y(n * cols), dy(n * cols, test_uniform);
+        mirror<int32_t> ids(n);
+        memcpy(ids[CPU], some, sizeof some);
+        ids.send();
+        test_both([&](tern_context *c, int side) {
+            const tern_embedding e = {&w.at[side]};
+            TERN__TRY(tern_embedding_forward(c, &e, n, ids[side], y[side]));
+            TERN__TRY(tern_embedding_backward(c, &e, n, ids[side], dy[side]));
+            return tern_embedding_backward(c, &e, n, ids[side], dy[side]);
+        });
+        CHECK_SAME(y);
+        CHECK(w.same());
+    }
+}
+
+/* -- parameters from and to the host -- */
+
+static void test_cuda_parameters()
+{
+    const int64_t rows = 35, cols = 130;
+    for (const test_form &f : test_forms) {
+        both_params p(rows, cols, f.rule, TERN_FOR_GRADIENT, f.grain, f.encoding, f.scale_type, f.shadow);
+        const tern_matrix m = tern_param_matrix(&p.at[CPU]);
+        const int64_t groups = tern__shape_of(&m).groups;
+        tern_stats stats[2];
+        tern_verdict verdict[2];
+        std::vector<float> all((size_t)(rows * cols)), scales((size_t)(rows * groups)), values((size_t)cols), row_scales((size_t)groups);
+        std::vector<int8_t> trits((size_t)cols), given;
+        const auto agree = [&] {
+            CHECK(p.same());
+            for (int64_t r = 0; r < rows; r++) {
+                CHECK_OK(tern_param_get(test_context[CPU], &p.at[CPU], r, trits.data(), &scales[(size_t)(r * groups)], &all[(size_t)(r * cols)]));
+                const std::vector<int8_t> expected = trits;
+                CHECK_OK(tern_param_get(test_context[GPU], &p.at[GPU], r, trits.data(), row_scales.data(), values.data()));
+                CHECK(trits == expected && memcmp(values.data(), &all[(size_t)(r * cols)], (size_t)cols * 4) == 0);
+                CHECK(memcmp(row_scales.data(), &scales[(size_t)(r * groups)], (size_t)groups * 4) == 0);
+            }
+            for (int side = CPU; side <= GPU; side++) {
+                CHECK(tern_param_stats(test_context[side], &p.at[side], 0.1f, &stats[side]) == TERN_OK);
+                all[77] += 1.0f;
+                CHECK(tern_param_verify(test_context[side], &p.at[side], all.data(), &verdict[side]) == TERN_OK && verdict[side].wrong == 1);
+                all[77] -= 1.0f;
+            }
+            CHECK(memcmp(&stats[CPU], &stats[GPU], sizeof stats[CPU]) == 0);
+            CHECK(verdict[CPU].first_wrong == verdict[GPU].first_wrong && verdict[CPU].max_error == verdict[GPU].max_error);
+        };
+        agree();
+        for (int64_t i = 0; i < rows * cols; i++) given.push_back((int8_t)(test_random() % 3 - 1));
+        for (float &s : scales) s = f.scale_type == TERN_POW2 ? 0.25f : (float)(test_random() % 8);
+        test_both([&](tern_context *c, int side) { return tern_param_give(c, &p.at[side], given.data(), scales.data()); });
+        agree();
+        mirror<uint16_t> half(rows * cols, [] { return tern__to_bf16(test_uniform()); });
+        test_both([&](tern_context *c, int side) { return tern_param_set(c, &p.at[side], TERN_BF16, half[side]); });
+        agree();
+        given[100] = 2;
+        CHECK(tern_param_give(test_context[GPU], &p.at[GPU], given.data(), scales.data()) == TERN_E_TRIT);
+        agree();
+    }
+}
+
+/* -- a small network: one transformer block of every kind of layer, and its training -- */
+
+struct network {
+    enum { BATCH = 2, LENGTH = 5, TOKENS = BATCH * LENGTH, HEADS = 2, DIM = 12, WIDTH = HEADS * DIM, QKV = WIDTH + 2 * DIM, HIDDEN = 40, CLASSES = 37 };
+    enum { TABLE, ATTEND, OUT, UP, DOWN, HEAD, GAIN, BIAS, PARAMS };
+    tern_context *c;
+    tern_param *p[PARAMS];
+    std::vector<void *> memory;
+    tern_linear layer[PARAMS] = {};
+    void *saved[PARAMS] = {};
+    int32_t *ids, *targets;
+    float *h0, *qkv, *a, *prob, *o, *h1, *u, *g, *d, *h2, *logits, *losses, *norm2;
+    float *dh2, *dg, *dh1, *da, *dqkv, *dh0;
+
+    void *get(size_t bytes)
+    {
+        memory.push_back(tern_alloc(c, bytes));
+        if (!memory.back()) abort();
+        return memory.back();
+    }
+    float *floats(int64_t n) { return (float *)get((size_t)n * 4); }
+    network(tern_context *context, both_params *const *params) : c(context)
+    {
+        for (int i = 0; i < PARAMS; i++) p[i] = &params[i]->at[context == test_context[GPU]];
+        layer[ATTEND].gain = p[GAIN];
+        layer[UP].bias = p[BIAS];
+        layer[ATTEND].norm = layer[UP].norm = layer[HEAD].norm = TERN_NORM_RMS;
+        layer[UP].act = TERN_ACT_FLOAT;
+        for (int i = ATTEND; i <= HEAD; i++) {
+            size_t bytes = 0;
+            layer[i].w = p[i];
+            if (test_reserve_for(c, &layer[i], TOKENS, &bytes) != TERN_OK) abort();
+            saved[i] = get(bytes);
+        }
+        ids = (int32_t *)get(TOKENS * 4);
+        targets = (int32_t *)get(TOKENS * 4);
+        h0 = floats(TOKENS * WIDTH); h1 = floats(TOKENS * WIDTH); h2 = floats(TOKENS * WIDTH);
+        a = floats(TOKENS * WIDTH); o = floats(TOKENS * WIDTH); d = floats(TOKENS * WIDTH);
+        dh0 = floats(TOKENS * WIDTH); dh1 = floats(TOKENS * WIDTH); dh2 = floats(TOKENS * WIDTH); da = floats(TOKENS * WIDTH);
+        qkv = floats(TOKENS * QKV); dqkv = floats(TOKENS * QKV);
+        u = floats(TOKENS * HIDDEN); g = floats(TOKENS * HIDDEN); dg = floats(TOKENS * HIDDEN);
+        prob = floats(BATCH * HEADS * LENGTH * LENGTH);
+        logits = floats(TOKENS * CLASSES);
+        losses = floats(TOKENS);
+        norm2 = floats(1);
+    }
+    network(const network &) = delete;
+    network &operator=(const network &) = delete;
+    ~network() { for (void *m : memory) tern_free(c, m); }
+
+    /* Tokens and what follows them. */
+    tern_result feed(uint32_t seed)
+    {
+        int32_t tokens[TOKENS], next[TOKENS];
+        test_seed = seed;
+        for (int32_t i = 0; i < TOKENS; i++) tokens[i] = (int32_t)(test_random() % CLASSES), next[i] = (int32_t)(test_random() % CLASSES);
+        TERN__TRY(tern_copy(c, ids, tokens, sizeof tokens, TERN_TO_DEVICE));
+        return tern_copy(c, targets, next, sizeof next, TERN_TO_DEVICE);
+    }
+    tern_result turn(float *x, int32_t inverse)
+    {
+        tern_rope_args r = {};
+        r.n = TOKENS;
+        r.heads = HEADS + 1; r.dim = DIM;
+        r.x = x;
+        r.stride = QKV;
+        r.period = LENGTH;
+        r.inverse = inverse;
+        return tern_rope(c, &r);
+    }
+    tern_result attend(const float *dy)
+    {
+        tern_attention_args t = {};
+        t.batch = BATCH; t.queries = t.keys = LENGTH;
+        t.heads = HEADS; t.kv_heads = 1; t.dim = DIM;
+        t.q = qkv; t.k = qkv + WIDTH; t.v = qkv + WIDTH + DIM;
+        t.q_stride = t.k_stride = t.v_stride = QKV;
+        t.y = a; t.p = prob;
+        t.dy = dy;
+        t.dq = dqkv; t.dk = dqkv + WIDTH; t.dv = dqkv + WIDTH + DIM;
+        return tern_attention(c, &t);
+    }
+    tern_result gelu(const float *dy)
+    {
+        tern_map_args m = {};
+        m.fn = TERN_MAP_GELU;
+        m.count = TOKENS * HIDDEN;
+        m.a = u; m.y = g;
+        m.dy = dy; m.da = dg;
+        return tern_map(c, &m);
+    }
+    tern_result forward(int i, const float *x, float *y) { return tern_linear_forward(c, &layer[i], TOKENS, x, y, saved[i]); }
+    tern_result backward(int i, const float *x, const float *dy, float *dx) { return tern_linear_backward(c, &layer[i], TOKENS, x, saved[i], dy, dx); }
+    tern_result forward()
+    {
+        const tern_embedding e = {p[TABLE]};
+        TERN__TRY(tern_embedding_forward(c, &e, TOKENS, ids, h0));
+        TERN__TRY(forward(ATTEND, h0, qkv));
+        TERN__TRY(turn(qkv, 0));
+        TERN__TRY(attend(nullptr));
+        TERN__TRY(forward(OUT, a, o));
+        TERN__TRY(test_add(c, TOKENS * WIDTH, h0, o, h1));
+        TERN__TRY(forward(UP, h1, u));
+        TERN__TRY(gelu(nullptr));
+        TERN__TRY(forward(DOWN, g, d));
+        TERN__TRY(test_add(c, TOKENS * WIDTH, h1, d, h2));
+        TERN__TRY(forward(HEAD, h2, logits));
+        tern_loss_args l = {};
+        l.n = TOKENS; l.classes = CLASSES;
+        l.logits = l.dlogits = logits;
+        l.targets = targets;
+        l.losses = losses;
+        l.scale = 1.0f / TOKENS;
+        return tern_loss(c, &l);
+    }
+    tern_result backward()
+    {
+        const tern_embedding e = {p[TABLE]};
+        TERN__TRY(backward(HEAD, h2, logits, dh2));
+        TERN__TRY(backward(DOWN, g, dh2, dg));
+        TERN__TRY(gelu(dg));
+        TERN__TRY(backward(UP, h1, dg, dh1));
+        TERN__TRY(test_add(c, TOKENS * WIDTH, dh2, dh1, dh1));
+        TERN__TRY(backward(OUT, a, dh1, da));
+        TERN__TRY(attend(da));
+        TERN__TRY(turn(dqkv, 1));
+        TERN__TRY(backward(ATTEND, h0, dqkv, dh0));
+        TERN__TRY(test_add(c, TOKENS * WIDTH, dh1, dh0, dh0));
+        return tern_embedding_backward(c, &e, TOKENS, ids, dh0);
+    }
+    tern_result step(uint32_t number, tern_optimizer optimizer, float clip)
+    {
+        const tern_model m = {p, PARAMS};
+        tern_step s = {};
+        s.optimizer = optimizer;
+        s.rate = 0.01f;
+        s.decay = 0.1f;
+        s.clip = clip;
+        s.seed = 5;
+        s.step = number;
+        s.norm2 = norm2;
+        return tern_model_step(c, &m, &s);
+    }
+};
+
+/* A network's parameters on both sides. */
+struct network_params {
+    both_params table{network::CLASSES, network::WIDTH, TERN_ABSMEAN, TERN_FOR_ADAMW, TERN_PER_ROW, TERN_BASE3, TERN_F32, TERN_BF16};
+    both_params attend{network::QKV, network::WIDTH, TERN_ABSMEAN, TERN_FOR_ADAMW, TERN_PER_TENSOR, TERN_2BIT, TERN_F32, TERN_BF16};
+    both_params out{network::WIDTH, network::WIDTH, TERN_TWN, TERN_FOR_ADAMW};
+    both_params up{network::HIDDEN, network::WIDTH, TERN_ABSMEAN, TERN_FOR_ADAMW, TERN_PER_ROW, TERN_2BIT, TERN_POW2};
+    both_params down{network::WIDTH, network::HIDDEN, TERN_ABSMEAN_SIGMA, TERN_FOR_ADAMW, 16, TERN_BASE3, TERN_F16};
+    both_params head{network::CLASSES, network::WIDTH, TERN_DENSE, TERN_FOR_ADAMW};
+    both_params gain{1, network::WIDTH, TERN_DENSE, TERN_FOR_ADAMW}, bias{1, network::HIDDEN, TERN_DENSE, TERN_FOR_ADAMW};
+    both_params *all[network::PARAMS] = {&table, &attend, &out, &up, &down, &head, &gain, &bias};
+    bool same() const
+    {
+        for (const both_params *p : all)
+            if (!p->same()) return false;
+        return true;
+    }
+};
+
+static bool same_floats(const float *device, const float *host, int64_t n)
+{
+    std::vector<float> back((size_t)n);
+    CHECK_OK(tern_copy(test_context[GPU], back.data(), device, (size_t)n * 4, TERN_TO_HOST));
+    return memcmp(back.data(), host, (size_t)n * 4) == 0;
+}
+
+static void test_cuda_training()
+{
+    test_fuse(false);
+    for (tern_optimizer optimizer : {TERN_ADAMW, TERN_SGD}) {
+        network_params params;
+        network cpu(test_context[CPU], params.all), gpu(test_context[GPU], params.all);
+        for (uint32_t step = 1; step <= 3; step++) {
+            test_both([&](tern_context *, int side) {
+                network &net = side == GPU ? gpu : cpu;
+                TERN__TRY(net.feed(step));
+                TERN__TRY(net.forward());
+                TERN__TRY(net.backward());
+                return net.step(step, optimizer, step == 2 ? 0.5f : 0.0f);
+            });
+            CHECK(same_floats(gpu.losses, cpu.losses, network::TOKENS));
+            CHECK(same_floats(gpu.norm2, cpu.norm2, 1));
+            CHECK(same_floats(gpu.dh0, cpu.dh0, network::TOKENS * network::WIDTH));
+            CHECK(params.same());
+        }
+    }
+}
+
+/* Forward and backward as one graph, replayed for other tokens; what it did lies in losses and gradients. */
+static void test_cuda_graph()
+{
+    network_params params;
+    network cpu(test_context[CPU], params.all), gpu(test_context[GPU], params.all);
+    cudaStream_t stream = (cudaStream_t)tern_cuda_stream(test_context[GPU]);
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t ready = nullptr;
+    test_fuse(false);
+    CHECK_OK(gpu.feed(1));
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess);
+    CHECK_OK(gpu.forward());
+    CHECK_OK(gpu.backward());
+    CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess && cudaGraphInstantiate(&ready, graph, 0) == cudaSuccess);
+    for (uint32_t seed = 1; seed <= 3; seed++) {
+        CHECK(cpu.feed(seed) == TERN_OK && cpu.forward() == TERN_OK && cpu.backward() == TERN_OK);
+        CHECK_OK(gpu.feed(seed));
+        CHECK(cudaGraphLaunch(ready, stream) == cudaSuccess);
+        CHECK_OK(tern_sync(test_context[GPU]));
+        CHECK(same_floats(gpu.losses, cpu.losses, network::TOKENS));
+        CHECK(params.same()); /* gradients */
+    }
+    const int32_t bad = network::CLASSES;
+    CHECK_OK(tern_copy(test_context[GPU], gpu.ids + 4, &bad, sizeof bad, TERN_TO_DEVICE));
+    CHECK(cudaGraphLaunch(ready, stream) == cudaSuccess);
+    CHECK(test_failed_with(test_context[GPU], tern_sync(test_context[GPU]), TERN_E_DATA, "gather: ids[4]"));
+    cudaGraphExecDestroy(ready);
+    cudaGraphDestroy(graph);
+}
+
+static void test_cuda_selftest()
+{
+    CHECK_OK(tern_selftest(test_context[GPU]));
+    CHECK_OK(tern_sync(test_context[GPU]));
+}
 
 static void suite_cuda_layers()
 {
+    RUN(test_cuda_selftest);
+    RUN(test_cuda_linear);
+    RUN(test_cuda_linear_fault);
+    RUN(test_cuda_linear_by_its_parts);
+    RUN(test_cuda_embedding);
+    RUN(test_cuda_parameters);
+    RUN(test_cuda_training);
+    RUN(test_cuda_graph);
 }

@@ -1,9 +1,7 @@
 /* Does the emulator of tests/cuda.h compute right, and does it see the faults that it is there to see?
      g++ -std=c++17 -O1 -fsanitize=address -include tests/cuda.h tests/cuda_emulator.cpp
    Every fault is planted in a kernel that works without it, on every schedule. */
-#include <sys/resource.h>
-#include <sys/wait.h>
-#include <unistd.h>
+#include "cuda_child.h"
 
 static const cuda_schedule schedules[] = {CUDA_FORWARD, CUDA_REVERSE, CUDA_RANDOM};
 static int errors, passed, failed;
@@ -12,35 +10,6 @@ static int errors, passed, failed;
     do {                                                                            \
         if (!(condition)) errors++, printf("  %s:%d: %s\n", __FILE__, __LINE__, #condition); \
     } while (0)
-
-/* Whether the body ends a child process with this text. */
-template <typename Body> static bool dies(const char *text, Body body)
-{
-    char said[4096] = "";
-    size_t length = 0;
-    int ends[2], status = 0;
-    fflush(stdout);
-    if (pipe(ends) != 0) abort();
-    const pid_t child = fork();
-    if (child == 0) {
-        const struct rlimit no_core = {0, 0};
-        setrlimit(RLIMIT_CORE, &no_core);
-        dup2(ends[1], 2);
-        body();
-        _exit(0);
-    }
-    close(ends[1]);
-    for (ssize_t got = 1; got > 0 && length < sizeof said - 1; length += static_cast<size_t>(got)) {
-        got = read(ends[0], said + length, sizeof said - 1 - length);
-        if (got < 0) abort();
-    }
-    close(ends[0]);
-    waitpid(child, &status, 0);
-    said[length] = 0;
-    if (status != 0 && strstr(said, text)) return true;
-    printf("  expected \"%s\", status %d, got: %.300s\n", text, status, said);
-    return false;
-}
 
 /* Device memory that frees itself. */
 template <typename T> struct device {

@@ -4,6 +4,7 @@
    A word on the command line selects tests by their names. */
 #include "cuda_test.h"
 
+#include "cuda_1_wrappers.cpp"
 #include "cuda_2_device.cpp"
 #include "cuda_4_pack.cpp"
 #include "cuda_5_trits.cpp"
@@ -11,10 +12,12 @@
 #include "cuda_7_int8.cpp"
 #include "cuda_8_elements.cpp"
 #include "cuda_9_layers.cpp"
+#include "cuda_faults.cpp"
 
 int main(int argc, char **argv)
 {
     if (argc > 1) test_filter = argv[1];
+    suite_cuda_wrappers();
     suite_cuda_device();
     suite_cuda_pack();
     suite_cuda_trits();
@@ -22,6 +25,7 @@ int main(int argc, char **argv)
     suite_cuda_int8();
     suite_cuda_elements();
     suite_cuda_layers();
+    suite_cuda_faults();
     printf("%d passed, %d failed\n", test_passed, test_failed);
     return test_failed != 0;
 }

@@ -1,0 +1,112 @@
+/* Would the tests of ternary_cuda.cu see a fault in its kernels? Each test plants one on the emulator, in the kernels as they are,
+   and runs a test of theirs in a child process, which must fail or die. */
+#ifdef TEST_CUDA_H
+
+#include "cuda_child.h"
+
+/* spare: barriers, counted from 1, that this test does not need. */
+struct scenario { const char *name; void (*test)(); std::vector<size_t> spare; };
+
+enum { FAULT_UNSEEN = 0, FAULT_SEEN = 1, FAULT_NOT_MET = 2 };
+
+/* Whether a schedule shows the fault. */
+static int fault_seen(const scenario &s, cuda_sabotage_kind kind, size_t barrier)
+{
+    int worst = FAULT_NOT_MET;
+    for (int schedule = 0; schedule < TEST_SCHEDULES; schedule++) {
+        const child_end end = child_run([&] {
+            dup2(2, 1);
+            test_schedule(schedule);
+            test_errors = 0;
+            test_cuda.sabotage.kind = kind;
+            test_cuda.sabotage.barrier = barrier;
+            s.test();
+            fflush(stdout);
+            _exit(test_cuda.sabotage.done == 0 ? FAULT_NOT_MET : test_errors ? FAULT_SEEN : FAULT_UNSEEN);
+        });
+        const int status = WIFEXITED(end.status) ? WEXITSTATUS(end.status) : FAULT_SEEN;
+        if (status != FAULT_UNSEEN && status != FAULT_NOT_MET) return FAULT_SEEN;
+        if (status == FAULT_UNSEEN) worst = FAULT_UNSEEN;
+    }
+    return worst;
+}
+
+static void check_fault(const scenario &s, cuda_sabotage_kind kind)
+{
+    const int seen = fault_seen(s, kind, 0);
+    if (seen != FAULT_SEEN) test_errors++, printf("  %s: %s\n", s.name, seen == FAULT_UNSEEN ? "unseen" : "nothing to break");
+}
+
+static const scenario products[] = {
+    {"quantize", [] { check_quantize(3, 1300, TERN_PER_ROW, TERN_2BIT, true, true, false); }, {4, 6}}, /* of sums, before the next; of rows, the same */
+    {"few tokens", [] { check_product(shape_of(33, 300, TERN_PER_ROW, TERN_2BIT, TERN_F32), 3, true); }, {2}}, /* before the next group */
+    {"few tokens, groups", [] { check_product(shape_of(33, 300, 20, TERN_BASE3, TERN_F32), 12, true); }, {}},
+    {"many tokens", [] { check_product(shape_of(33, 900, TERN_PER_ROW, TERN_2BIT, TERN_F32), 40, true); }, {}},
+    {"many tokens, groups", [] { check_product(shape_of(33, 900, 300, TERN_BASE3, TERN_F32), 20, true); }, {}},
+    {"layer", [] { check_layer(40, 1300, 100, TERN_BASE3, 3, false); }, {4}}, /* of sums, before the next */
+};
+
+/* Every barrier but the spare ones is needed, and its absence is seen. */
+static void check_barriers(const scenario &s)
+{
+    test_cuda.sabotage.kind = CUDA_NO_BARRIER;
+    test_cuda.sabotage.barrier = SIZE_MAX;
+    s.test();
+    const size_t barriers = test_cuda.sabotage.barriers.size();
+    test_cuda.sabotage = {};
+    CHECK(barriers > 0);
+    for (size_t i = 1; i <= barriers; i++) {
+        const bool seen = fault_seen(s, CUDA_NO_BARRIER, i - 1) == FAULT_SEEN, spare = std::count(s.spare.begin(), s.spare.end(), i) > 0;
+        if (seen == spare) test_errors++, printf("  %s: barrier %zu of %zu is %s\n", s.name, i, barriers, seen ? "not spare" : "not missed");
+    }
+}
+
+static void test_cuda_fault_barrier()
+{
+    for (const scenario &s : products) check_barriers(s);
+}
+
+static void test_cuda_fault_wait()
+{
+    check_fault(products[3], CUDA_NO_WAIT);
+    check_fault(products[4], CUDA_NO_WAIT);
+}
+
+static void test_cuda_fault_shuffle()
+{
+    check_fault(products[0], CUDA_WRONG_LANE);
+    check_fault(products[5], CUDA_WRONG_LANE);
+}
+
+static void test_cuda_fault_mma()
+{
+    for (int i = 1; i <= 5; i++) check_fault(products[i], CUDA_WRONG_MMA);
+}
+
+static void test_cuda_fault_reads_beyond()
+{
+    for (int i = 1; i <= 5; i++) check_fault(products[i], CUDA_READS_BEYOND); /* weights, and what is copied of q */
+}
+
+#ifdef CUDA_ASAN
+static void test_cuda_fault_little_shared_memory()
+{
+    for (int i = 3; i <= 5; i++) check_fault(products[i], CUDA_LITTLE_SHARED); /* the others ask for more than they need here */
+}
+#endif
+
+static void suite_cuda_faults()
+{
+    RUN_ONCE(test_cuda_fault_barrier);
+    RUN_ONCE(test_cuda_fault_wait);
+    RUN_ONCE(test_cuda_fault_shuffle);
+    RUN_ONCE(test_cuda_fault_mma);
+    RUN_ONCE(test_cuda_fault_reads_beyond);
+#ifdef CUDA_ASAN
+    RUN_ONCE(test_cuda_fault_little_shared_memory);
+#endif
+}
+
+#else
+static void suite_cuda_faults() {}
+#endif
