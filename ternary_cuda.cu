@@ -1269,8 +1269,13 @@ enum {
 /* Steps in floats from sequence to sequence of a batch and from head to head, of which some may share one. */
 typedef struct tern__steps { int64_t sequence, head, shared; } tern__steps;
 
-/* Terms k and lines (rows of a, columns of b) of a float matrix. */
-typedef struct tern__strided { const float *p; int64_t k_step, line_step; tern__steps steps; } tern__strided;
+/* Terms k and lines (rows of a, columns of b) of a float matrix, and the steps between a thread's elements of a chunk. */
+typedef struct tern__strided {
+    const float *p;
+    int64_t k_step, line_step, near, far;
+    tern__steps steps;
+    bool along_k;
+} tern__strided;
 
 /* Right operands: strided floats, packed weights as trit * scale with their rows as terms, packed weights as trits
    with their inputs as terms, int8 activations times their token's scale with tokens as terms. */
@@ -1290,13 +1295,13 @@ typedef struct tern__product {
     float factor;
     int32_t add;
     int64_t visible;
-    int64_t items, heads, first_head, head_step; /* of an item: head first_head + item % heads * head_step */
+    int64_t items; int heads, first_head, head_step; /* of an item: head first_head + item % heads * head_step */
 } tern__product;
 
 /* The item of a block. */
-typedef struct tern__which { int64_t sequence, head; } tern__which;
+typedef struct tern__which { int sequence, head; } tern__which;
 
-static __device__ tern__which tern__item(const tern__product &g, int64_t item)
+static __device__ tern__which tern__item(const tern__product &g, int item)
 {
     tern__which w;
     w.sequence = item / g.heads;
@@ -1327,7 +1332,7 @@ static __device__ tern__chunk tern__next_chunk(const tern__product &g, const ter
 
 /* The elements of a chunk that a thread moves: 4 of 64 lines, or 1 of 16. Neighbours in a warp take neighbouring terms
    or neighbouring lines, whichever are neighbours in memory. */
-typedef struct tern__place { int k, line, near_k, far_k, far_line; } tern__place;
+typedef struct tern__place { int k, line; bool along_k; } tern__place;
 
 template <int Lines> static __device__ tern__place tern__place_of(bool along_k)
 {
@@ -1335,25 +1340,21 @@ template <int Lines> static __device__ tern__place tern__place_of(bool along_k)
     tern__place p;
     p.k = along_k ? thread % run : thread / run;
     p.line = along_k ? thread / run : thread % run;
-    p.near_k = along_k ? TERN__DEPTH / 2 : TERN__DEPTH / 4;
-    p.far_k = along_k ? 0 : TERN__DEPTH / 2;
-    p.far_line = along_k ? TERN__SIDE / 2 : 0;
+    p.along_k = along_k;
     return p;
 }
-static __device__ int tern__place_k(const tern__place &p, int i) { return p.k + i % 2 * p.near_k + i / 2 * p.far_k; }
-static __device__ int tern__place_line(const tern__place &p, int i) { return p.line + i / 2 * p.far_line; }
+static __device__ int tern__place_k(const tern__place &p, int i) { return p.k + (p.along_k ? i % 2 * (TERN__DEPTH / 2) : i * (TERN__DEPTH / 4)); }
+static __device__ int tern__place_line(const tern__place &p, int i) { return p.line + (p.along_k ? i / 2 * (TERN__SIDE / 2) : 0); }
 
 /* Where a thread finds its elements of any chunk: */
-typedef struct tern__float_lines { tern__place place; const float *p; int64_t near, far; int lines; } tern__float_lines;
-typedef struct tern__code_lines { tern__place place; const uint8_t *p; int64_t group; int digit; bool inside; } tern__code_lines;
+typedef struct tern__float_lines { tern__place place; const float *p; int lines; } tern__float_lines;
+typedef struct tern__code_lines { tern__place place; const uint8_t *p; int group, digit; bool inside; } tern__code_lines;
 
 template <int Lines> static __device__ tern__float_lines tern__lines_of(const tern__strided &x, tern__which w, int64_t first, int64_t end)
 {
     tern__float_lines l;
-    l.place = tern__place_of<Lines>(x.k_step < x.line_step);
+    l.place = tern__place_of<Lines>(x.along_k);
     l.p = x.p + tern__offset(x.steps, w) + (first + l.place.line) * x.line_step + l.place.k * x.k_step;
-    l.near = l.place.near_k * x.k_step;
-    l.far = l.place.far_k * x.k_step + l.place.far_line * x.line_step;
     l.lines = (int)tern__min(Lines, end - first);
     return l;
 }
@@ -1369,7 +1370,7 @@ template <int Lines> static __device__ tern__code_lines tern__lines_of(const ter
     l.place = tern__place_of<Lines>(false);
     const int64_t input = first + l.place.line, in_group = input % b.s.group, in_unit = in_group % b.s.unit;
     l.inside = input < end;
-    l.group = input / b.s.group;
+    l.group = (int)(input / b.s.group);
     l.p = (const uint8_t *)b.m.trits + (l.group * b.s.group_units + in_group / b.s.unit) * TERN__UNIT + in_unit % 4;
     l.digit = (int)(in_unit / 4);
     return l;
@@ -1404,6 +1405,12 @@ static __device__ float tern__digit(tern_type encoding, uint32_t byte, int digit
     return (float)((int)((byte * inverse >> 16) % 3) - 1);
 }
 
+/* The scale of a row of a panel, whose first row's lies at `first`. */
+static __device__ float tern__panel_scale(const tern_matrix &m, int64_t first, int row)
+{
+    return tern__load_scale(m.scale_type, m.scales, m.grain == TERN_PER_TENSOR ? 0 : first + row);
+}
+
 /* From memory to registers; zero where the matrix ends, which adds nothing. */
 template <int Count, typename Element> static __device__ void tern__read_each(const tern__place &p, const tern__chunk &c, int lines, float (&v)[Count], Element element)
 {
@@ -1413,27 +1420,27 @@ template <int Count, typename Element> static __device__ void tern__read_each(co
 template <int Count> static __device__ void tern__read(const tern__strided &x, const tern__float_lines &l, const tern__chunk &c, float (&v)[Count])
 {
     const float *p = l.p + (int64_t)c.k * x.k_step;
-    tern__read_each(l.place, c, l.lines, v, [&](int i) { return p[i % 2 * l.near + i / 2 * l.far]; });
+    tern__read_each(l.place, c, l.lines, v, [&](int i) { return p[i % 2 * x.near + i / 2 * x.far]; });
 }
 static __device__ void tern__read(const tern__b_floats &b, const tern__float_lines &l, const tern__chunk &c, float (&v)[4]) { tern__read(b.x, l, c, v); }
 
 static __device__ void tern__read(const tern__b_weights &b, const tern__code_lines &l, const tern__chunk &c, float (&v)[4])
 {
     const uint8_t *p = l.p + c.k / TERN__ROWS * b.s.panel_bytes;
+    const int64_t scales = tern__scale_index(&b.m, &b.s, c.k, l.group);
     tern__read_each(l.place, c, l.inside ? TERN__SIDE : 0, v, [&](int i) {
-        const int64_t row = tern__place_k(l.place, i);
-        return tern__digit(b.m.encoding, p[4 * row], l.digit) *
-               tern__load_scale(b.m.scale_type, b.m.scales, tern__scale_index(&b.m, &b.s, c.k + row, l.group));
+        const int row = tern__place_k(l.place, i);
+        return tern__digit(b.m.encoding, p[4 * row], l.digit) * tern__panel_scale(b.m, scales, row);
     });
 }
 
 static __device__ void tern__read(const tern__b_trits &b, const tern__code_lines &l, const tern__chunk &c, float (&v)[4])
 {
-    const uint8_t *p = l.p + c.group * b.s.group_units * TERN__UNIT;
-    const unsigned digits = (unsigned)b.s.unit / 4, first = (unsigned)c.at / 4;
+    const int digits = b.m.encoding == TERN_BASE3 ? 5 : 4, unit = c.at / 4 / digits, first = c.at / 4 % digits;
+    const uint8_t *p = l.p + (c.group * b.s.group_units + unit) * TERN__UNIT;
     tern__read_each(l.place, c, l.inside ? TERN__SIDE : 0, v, [&](int i) {
-        const unsigned at = first + (unsigned)i;
-        return tern__digit(b.m.encoding, p[at / digits * TERN__UNIT], (int)(at % digits));
+        const bool wraps = first + i >= digits;
+        return tern__digit(b.m.encoding, p[wraps ? TERN__UNIT : 0], first + i - (wraps ? digits : 0));
     });
 }
 
@@ -1487,10 +1494,10 @@ template <int Rows> static __device__ void tern__end_segment(bool first, float (
 template <typename B, int Rows> static __device__ void tern__end_group(const B &, int, int64_t, int64_t, const float (&)[Rows][4], float (&)[Rows][4]) {}
 template <int Rows> static __device__ void tern__end_group(const tern__b_trits &b, int group, int64_t column, int64_t n, const float (&whole)[Rows][4], float (&total)[Rows][4])
 {
-    const int64_t at = tern__scale_index(&b.m, &b.s, column, group); /* four columns are of one panel */
+    const int64_t scales = tern__scale_index(&b.m, &b.s, column, group); /* four columns are of one panel */
     float scale[4];
     for (int j = 0; j < 4; j++)
-        scale[j] = column + j < n ? tern__load_scale(b.m.scale_type, b.m.scales, b.m.grain == TERN_PER_TENSOR ? 0 : at + j) : 0.0f;
+        scale[j] = column + j < n ? tern__panel_scale(b.m, scales, j) : 0.0f;
     tern__each_sum<Rows>([&](int i, int j) {
         const float product = whole[i][j] * scale[j];
         total[i][j] = group == 0 ? product : total[i][j] + product;
@@ -1541,12 +1548,12 @@ static __device__ void tern__product_tile(const tern__product &g, const B &b, te
     __syncthreads(); /* shared memory is free again */
 }
 
-template <typename B, bool Fused, int Rows> static __global__ void __launch_bounds__(TERN__THREADS, B::GROUPED ? 2 : 1) tern__product_tiles(tern__product g, B b)
+template <typename B, bool Fused, int Rows> static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__product_tiles(tern__product g, B b)
 {
     TERN__SHARED(float, shared);
     const int64_t rows = TERN__ROW_THREADS * Rows, strips = tern__ceil_div(g.m, rows);
     const int64_t m0 = blockIdx.x % strips * rows, n0 = blockIdx.x / strips * TERN__SIDE;
-    for (int64_t item = blockIdx.y; item < g.items; item += gridDim.y)
+    for (int item = (int)blockIdx.y; item < (int)g.items; item += (int)gridDim.y)
         if (n0 < g.visible + m0 + rows - 1) tern__product_tile<B, Fused, Rows>(g, b, tern__item(g, item), m0, n0, shared);
 }
 
@@ -1565,6 +1572,9 @@ static tern__strided tern__strided_of(const float *p, int64_t k_step, int64_t li
     x.k_step = k_step;
     x.line_step = line_step;
     x.steps = steps;
+    x.along_k = k_step < line_step;
+    x.near = (x.along_k ? TERN__DEPTH / 2 : TERN__DEPTH / 4) * k_step;
+    x.far = x.along_k ? TERN__SIDE / 2 * line_step : TERN__DEPTH / 2 * k_step;
     return x;
 }
 static tern__b_floats tern__b_floats_of(const float *p, int64_t k_step, int64_t line_step, tern__steps steps)
@@ -1595,6 +1605,7 @@ template <bool Fused, typename B> static tern_result tern__gpu_product(tern_run 
     const bool low = g.m <= TERN__ROW_THREADS || tern__mul(high, g.items) < d->processors;
     const int64_t tiles = low ? tern__mul(tern__ceil_div(g.m, TERN__ROW_THREADS), columns) : high;
     TERN__REQUIRE(r, g.k <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: %s: sums of %d terms; %d is the most", op, g.k, (int64_t)INT32_MAX);
+    TERN__REQUIRE(r, g.items <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: %s: %d heads; %d is the most", op, g.items, (int64_t)INT32_MAX);
     TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: %s: a result of %d x %d has %d tiles; %d is the most", op, g.m, g.n, tiles, (int64_t)INT32_MAX);
     const dim3 grid((unsigned)tiles, (unsigned)tern__min(g.items, TERN__ITEMS));
     if (low) TERN__LAUNCH((tern__product_tiles<B, Fused, 1>), grid, TERN__THREADS, TERN__TILE_BYTES, d->stream, g, b);
@@ -1661,12 +1672,15 @@ static tern_result tern__gpu_matmul_dx(tern_run *r, tern__gpu *d, const tern_mat
     return tern__gpu_product<true>(r, d, "matmul_dx", g, b);
 }
 
-/* Column sums in order of the tokens. */
+/* Column sums in order of the tokens, many of which are on their way at once. */
 static __global__ void tern__bias_columns(int64_t n, int64_t rows, const float *dy, float *dbias)
 {
     TERN__EACH(i, rows) {
-        float sum = dbias[i];
-        for (int64_t t = 0; t < n; t++) sum = sum + dy[t * rows + i];
+        float sum = dbias[i], next[16];
+        for (int64_t t = 0; t < n; t += 16) {
+            for (int j = 0; j < 16; j++) next[j] = t + j < n ? dy[(t + j) * rows + i] : 0.0f;
+            for (int j = 0; j < 16; j++) sum = t + j < n ? sum + next[j] : sum;
+        }
         dbias[i] = sum;
     }
 }
@@ -1682,7 +1696,7 @@ static tern_result tern__gpu_matmul_dw(tern_run *r, tern__gpu *d, const tern_mat
     g.add = 1;
     if (a->dw && a->q) TERN__TRY(tern__gpu_product<true>(r, d, "matmul_dw", g, b));
     if (a->dw && !a->q) TERN__TRY(tern__gpu_product<true>(r, d, "matmul_dw", g, tern__b_floats_of(a->x, a->m.cols, 1, none)));
-    if (a->dbias) TERN__LAUNCH(tern__bias_columns, tern__grid(d, a->m.rows, TERN__THREADS), TERN__THREADS, 0, d->stream, a->n, a->m.rows, a->dy, a->dbias);
+    if (a->dbias) TERN__LAUNCH(tern__bias_columns, tern__grid(d, a->m.rows, 64), 64, 0, d->stream, a->n, a->m.rows, a->dy, a->dbias);
     return TERN_OK;
 }
 
@@ -1749,8 +1763,8 @@ static void tern__one_head_each(const tern_attention_args *a, const tern__attent
 {
     g->heads = a->kv_heads;
     g->items = a->batch * a->kv_heads;
-    g->head_step = t->shared;
-    g->first_head = head;
+    g->head_step = (int)t->shared;
+    g->first_head = (int)head;
     g->add = head > 0;
 }
 

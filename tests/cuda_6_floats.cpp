@@ -88,6 +88,7 @@ static void dense_both(const dense_case &t)
     d.add = t.add;
     d.fused = t.fused;
     mirror<float> a(t.m * t.k * t.apart, test_uniform), b(t.n * t.k * t.apart, test_uniform), bias(t.n, test_uniform), c(t.m * d.c_row, test_uniform);
+    test_fuse(!t.fused); /* what must not fuse does not where it could */
     test_both([&](tern_context *context, int side) {
         tern_dense_args e = d;
         e.a = a[side]; e.b = b[side]; e.c = c[side];
@@ -106,7 +107,6 @@ static void test_cuda_dense()
         {65, 191, 17, false, true, 3, true, true, false},    {193, 65, 64, true, false, 2, false, true, true},
         {16, 257, 48, false, false, 1, false, false, false}, {300, 1, 5, false, false, 1, true, false, false},
     };
-    test_fuse(false);
     for (const dense_case &t : cases) dense_both(t);
 }
 
@@ -117,12 +117,12 @@ static void test_cuda_dense_segments()
         {129, 65, 2049, false, true, 1, true, true, false}, {3, 5, 4097, false, false, 1, true, false, false},
         {17, 3, 2048, true, true, 1, false, false, true},   {2, 70, 4096, true, false, 1, false, true, false},
     };
-    test_fuse(false);
     for (const dense_case &t : cases) dense_both(t);
 }
 
 static void test_cuda_dense_fused()
 {
+    test_fuse(true);
     const int64_t m = 70, n = 67, k = 2500;
     mirror<float> a(m * k, test_uniform), b(k * n, test_uniform), c(m * n);
     floats_exact want(m, n);
@@ -147,6 +147,21 @@ static void test_cuda_dense_no_strides()
         d.a = a[side]; d.b = b[side]; d.c = c[side]; d.c_row = 70;
         return tern_dense(context, &d);
     });
+    CHECK_SAME(c);
+}
+
+/* More than the device's version takes, which writes nothing. */
+static void test_cuda_dense_too_large()
+{
+    mirror<float> x(1, test_uniform), c(1, test_uniform);
+    tern_dense_args d = {};
+    d.m = d.n = d.c_row = 1; d.k = (int64_t)INT32_MAX + 1;
+    d.a = x[GPU]; d.b = x[GPU]; d.c = c[GPU];
+    CHECK(tern_dense(test_context[GPU], &d) == TERN_E_UNSUPPORTED);
+    CHECK(strstr(tern_last_error(test_context[GPU])->text, "sums of 2147483648 terms"));
+    d.m = (int64_t)1 << 38; d.k = 1;
+    CHECK(tern_dense(test_context[GPU], &d) == TERN_E_UNSUPPORTED);
+    CHECK(strstr(tern_last_error(test_context[GPU])->text, "4294967296 tiles"));
     CHECK_SAME(c);
 }
 
@@ -250,6 +265,7 @@ static void test_cuda_matmul_dw()
 
 static void test_cuda_matmul_gradients_fused()
 {
+    test_fuse(true);
     const int64_t n = 21, rows = 67, cols = 75;
     const floats_matrix w(floats_shape(rows, cols, 20, TERN_BASE3, TERN_F16));
     const tern__shape s = tern__shape_of(&w.m);
@@ -280,7 +296,7 @@ struct attention_case { int64_t batch, queries, keys; int heads, kv_heads, dim; 
 static const attention_case attention_cases[] = {
     {1, 1, 1, 1, 1, 1, 0},     {2, 5, 5, 2, 1, 8, 0},    {1, 17, 33, 6, 2, 17, 3},  {2, 65, 65, 4, 2, 8, 0},
     {1, 1, 130, 3, 3, 64, 8},  {1, 70, 129, 2, 1, 64, 0}, {1, 2, 1100, 2, 2, 8, 1}, {3, 16, 16, 3, 1, 1, 0},
-    {1, 3, 2060, 1, 1, 8, 0},
+    {1, 3, 2060, 1, 1, 8, 0}, {1, 66, 67, 2, 1, 8, 0},
 };
 
 struct attention_data {
@@ -318,6 +334,7 @@ struct attention_data {
 
 static void test_cuda_attention()
 {
+    test_fuse(true);
     for (const attention_case &t : attention_cases) {
         attention_data d(t);
         d.both(false);
@@ -343,6 +360,7 @@ static void test_cuda_attention_backward()
 /* The backward from the forward's p, of one sequence whose heads share all keys, with fused products. */
 static void test_cuda_attention_fused()
 {
+    test_fuse(true);
     const attention_case t = {1, 37, 70, 2, 1, 24, 5};
     attention_data d(t);
     floats_exact dv(t.keys, t.dim), dk(t.keys, t.dim);
@@ -395,6 +413,7 @@ static void suite_cuda_floats()
     RUN(test_cuda_dense_segments);
     RUN(test_cuda_dense_fused);
     RUN(test_cuda_dense_no_strides);
+    RUN(test_cuda_dense_too_large);
     RUN(test_cuda_matmul_floats);
     RUN(test_cuda_matmul_faults);
     RUN(test_cuda_matmul_dx);

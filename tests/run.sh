@@ -84,6 +84,23 @@ cuda_emulator() {
     { emulate -fsanitize=address || emulate; } && $out/cuda_emulator
 }
 
+# The CUDA backend's own tests and the example, on the emulator.
+cuda_tests() {
+    command -v g++ > /dev/null || { echo "skipped: no g++ for the CUDA emulator"; echo "0 passed, 0 failed"; return; }
+    emulate() { g++ -std=c++17 -O1 -g -ffp-contract=off "$@" -include tests/cuda.h -I. tests/cuda_tests.cpp -o $out/cuda_tests; }
+    { emulate -fsanitize=address,undefined -fno-sanitize-recover=all || emulate; } && $out/cuda_tests "$@"
+}
+language_model_cuda_runs() {
+    command -v g++ > /dev/null || { echo "skipped: no g++ for the CUDA emulator"; return 0; }
+    g++ -std=c++17 -O1 -ffp-contract=off -include tests/cuda.h -I. -x c++ -c ternary_cuda.cu -o $out/ternary_cuda.o &&
+    compile -DUSE_CUDA examples/language_model.c $out/ternary_cuda.o -o $out/language_model_cuda -lstdc++ &&
+    head -c 1000 LICENSE > $out/text &&
+    $out/language_model_cuda --cuda --text $out/text --out $out --layers 1 --heads 2 --width 16 --context 8 --batch 2 --steps 10 --generate 4
+}
+language_model_without_cuda() {
+    ! $out/language_model --cuda > $out/without 2>&1 && grep 'built without CUDA' $out/without
+}
+
 # -- ternary.h as a text --
 
 # The contents name every room once, in the order in which the rooms come.
@@ -102,12 +119,14 @@ references() {
 
 # Plain text: no character beyond ASCII, no tab but in the Makefile, no space before the end of a line, no path of one machine.
 plain_text() {
-    files=$(find ternary.h README.md LICENSE CMakeLists.txt tests examples bench -type f)
+    files=$(find ternary.h ternary_cuda.cu README.md LICENSE CMakeLists.txt tests examples bench -type f)
     ! LC_ALL=C grep -n '[^ -~]' $files && ! grep -nE ' $|/(home|Users|work)/' $files
 }
 
 compile tests/tests.c -o $out/tests > $out/tests.log 2>&1 &
 compiling=$!
+cuda_tests "$@" > $out/cuda_tests.log 2>&1 &
+emulating=$!
 check "two translation units" two_units
 check "TERNARY_STATIC twice in one program" static_twice
 check "exported symbols" symbols
@@ -116,6 +135,8 @@ check "the README's programs" readme_snippets
 for name in quickstart image_classifier language_model; do check "examples/$name.c compiles" example $name; done
 check "examples/quickstart.c runs" quickstart_runs
 check "examples/language_model.c runs, reloads and repeats its bits" language_model_runs
+check "examples/language_model.c --cuda says what is missing" language_model_without_cuda
+check "examples/language_model.c --cuda on the emulator: the CPU finds its bits" language_model_cuda_runs
 check "bench/bench.c compiles" bench_compiles
 check "bench/bench.c runs" bench_runs
 check "amx-int8 in software" amx_in_software
@@ -126,16 +147,25 @@ check "table of contents" contents
 check "references to rooms" references
 check "plain text" plain_text
 
+# The counts that end a test program's log.
+count() {
+    set -- "$1" $(sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed$/\1 \2/p' "$1")
+    if [ $# -ne 3 ]; then
+        echo "FAIL $1: the test program did not come to its end"
+        set -- "$1" 0 1
+    fi
+    passed=$((passed + $2)) failed=$((failed + $3))
+}
+
 if wait $compiling; then
     $out/tests "$@" | tee $out/tests.log | sed '/^[0-9]* passed, [0-9]* failed$/d'
 else
     cat $out/tests.log
 fi
-set -- $(sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed$/\1 \2/p' $out/tests.log)
-if [ $# -ne 2 ]; then
-    echo "FAIL the test program did not come to its end"
-    set -- 0 1
-fi
-passed=$((passed + $1)) failed=$((failed + $2))
+count $out/tests.log
+wait $emulating
+echo "-- CUDA, emulated"
+sed '/^[0-9]* passed, [0-9]* failed$/d' $out/cuda_tests.log
+count $out/cuda_tests.log
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]
