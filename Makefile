@@ -36,8 +36,8 @@ bench-cuda: build/bench-cuda        # the GPU's limits, then each operation as a
 	build/bench-cuda
 
 # The stricter checks. ONLY=part, here and for test, runs the tests whose names contain it.
-sanitize: build/tests-asan build/tests-amx          # addresses and undefined behaviour; amx-int8 in software
-	build/tests-amx kernels && build/tests-asan $(ONLY)
+sanitize: build/tests-asan build/tests-amx build/tests-emulated # addresses and undefined behaviour; AMX and CUDA in software
+	build/tests-amx kernels && build/tests-asan $(ONLY) && build/tests-emulated $(ONLY)
 tsan: build/tests-tsan              # data races
 	build/tests-tsan $(ONLY)
 msan: build/tests-msan              # uninitialised memory; needs clang
@@ -74,6 +74,8 @@ build/tests-tsan:    TEST_CC = $(CC) -O1 -g -fsanitize=thread
 build/tests-msan:    TEST_CC = clang -O1 -g -fsanitize=memory -fno-omit-frame-pointer
 build/tests-aarch64: TEST_CC = aarch64-linux-gnu-gcc -O2 -static
 build/tests-s390x:   TEST_CC = s390x-linux-gnu-gcc -O2 -static
+build/tests-emulated: tests/cuda_tests.cpp $(wildcard tests/cuda*) ternary_cuda.cu ternary.h | build
+	g++ -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -include tests/cuda.h -I. $< -o $@
 build/tests-%: tests/tests.c $(wildcard tests/*.c) $(HEADERS) | build
 	$(TEST_CC) -I. $< -o $@ $(LDLIBS)
 build/fuzz: tests/fuzz.c ternary.h | build
