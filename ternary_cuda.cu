@@ -1900,7 +1900,7 @@ static __device__ void tern__i8_store(const tern_dense_i8_args &a, int64_t m, in
 /* A tile of c to a block of threads; tiles of the same columns follow each other. Three chunks of inputs are in shared memory:
    the one that is multiplied and two under way. */
 template <int Tall, int Wide>
-static __global__ void __launch_bounds__(TERN__I8_THREADS, 2) tern__i8_tiles(tern_dense_i8_args a, unsigned down)
+static __global__ void __launch_bounds__(TERN__I8_THREADS, Tall > 2 ? 1 : 2) tern__i8_tiles(tern_dense_i8_args a, unsigned down)
 {
     enum { ROWS = 16 * Tall * TERN__I8_WARP_ROWS, COLS = 8 * Wide * TERN__I8_WARP_COLS, STAGE = (ROWS + COLS) * TERN__I8_CHUNK };
     TERN__SHARED(int8_t, tiles);
