@@ -2,7 +2,7 @@
 ternary_cuda.cu - the CUDA backend of ternary.h
 
     nvcc -O3 -std=c++17 -arch=native -fmad=false -c ternary_cuda.cu        (or: make cuda, for every architecture)
-    cc program.c ternary_cuda.o -lcudart -lstdc++ -pthread
+    cc program.c ternary_cuda.o -L/usr/local/cuda/lib64 -lcudart -lstdc++ -pthread
 
     tern_context_desc desc = {.backend = tern_cuda_backend(0)};            (device 0)
     tern_open(&c, &desc, &error);

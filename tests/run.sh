@@ -96,6 +96,10 @@ language_model_cuda_runs() {
     head -c 1000 LICENSE > $out/text &&
     $out/language_model_cuda --cuda --text $out/text --out $out --layers 1 --heads 2 --width 16 --context 8 --batch 2 --steps 10 --generate 4
 }
+bench_cuda_runs() {
+    command -v g++ > /dev/null || { echo "skipped: no g++ for the CUDA emulator"; return 0; }
+    g++ -std=c++17 -O1 -ffp-contract=off -include tests/cuda.h -I. -x c++ bench/cuda.cu -o $out/bench_cuda && $out/bench_cuda --quick --csv
+}
 language_model_without_cuda() {
     ! $out/language_model --cuda > $out/without 2>&1 && grep 'built without CUDA' $out/without
 }
@@ -138,6 +142,7 @@ check "examples/language_model.c --cuda says what is missing" language_model_wit
 check "examples/language_model.c --cuda on the emulator: the CPU finds its bits" language_model_cuda_runs
 check "bench/bench.c compiles" bench_compiles
 check "bench/bench.c runs" bench_runs
+check "bench/cuda.cu runs on the emulator" bench_cuda_runs
 check "amx-int8 in software" amx_in_software
 grep -m1 'skipped: no tier amx-int8' $out/log
 check "CUDA emulator" cuda_emulator
