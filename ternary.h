@@ -681,6 +681,21 @@ typedef struct tern_step {
 TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const tern_step *s);
 #endif
 
+/* Rates over a training: up to `peak` in `warmup` equal steps, the first of them above zero, and down to `floor`,
+   which step `steps` and all after it have. TERN_COSINE falls from the warm-up on, by half a cosine (Loshchilov and
+   Hutter 2017). TERN_WSD keeps the peak and falls over the last `decay` steps by 1 - sqrt of the part of them that is
+   done (Haegele et al. 2024): training may go on longer from any step before these. */
+typedef enum { TERN_COSINE, TERN_WSD } tern_schedule_kind;
+typedef struct tern_schedule {
+    tern_schedule_kind kind;
+    float peak, floor;
+    uint32_t warmup, decay, steps; /* decay: of TERN_WSD alone */
+} tern_schedule;
+/* The rate of a step, counted from 1: of its arguments alone, with the same bits on every machine. */
+#ifndef TERNARY_NO_TRAINING
+TERN_API tern_result tern_schedule_rate(tern_context *c, const tern_schedule *s, uint32_t step, float *rate);
+#endif
+
 /* -- files ([TERN-21]) -- */
 
 #ifndef TERNARY_NO_FILES
@@ -6015,6 +6030,33 @@ TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const
         a.stream = (uint32_t)i;
         TERN__TRY(tern_optimize(c, &a));
         if (p->rule != TERN_DENSE) TERN__TRY(tern_param_set(c, p, TERN_TYPE_DEFAULT, NULL));
+    }
+    return TERN_OK;
+}
+
+TERN_API tern_result tern_schedule_rate(tern_context *c, const tern_schedule *s, uint32_t step, float *rate)
+{
+    int64_t fall; /* the last step before the rate goes down */
+    float t, sine, left;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__REQUIRE(&c->run, s && rate, TERN_E_ARGUMENT, "schedule: the desc or rate is NULL");
+    TERN__REQUIRE(&c->run, (int32_t)s->kind >= 0 && s->kind <= TERN_WSD, TERN_E_ARGUMENT, "schedule: kind %d is unknown", (int64_t)s->kind);
+    TERN__REQUIRE(&c->run, s->floor >= 0.0f && s->floor <= s->peak && tern__finite(s->peak), TERN_E_ARGUMENT,
+                  "schedule: peak and floor must be finite, the floor from 0 to the peak");
+    TERN__REQUIRE(&c->run, step > 0, TERN_E_ARGUMENT, "schedule: steps are counted from 1");
+    fall = s->kind == TERN_WSD ? (int64_t)s->steps - s->decay : s->warmup;
+    TERN__REQUIRE(&c->run, s->warmup <= fall && fall <= s->steps, TERN_E_ARGUMENT, "schedule: %d steps have no room for %d of warm-up and %d of decay",
+                  (int64_t)s->steps, (int64_t)s->warmup, s->kind == TERN_WSD ? (int64_t)s->decay : 0);
+    if (step < s->warmup) *rate = s->peak * ((float)step / (float)s->warmup);
+    else if (step <= fall) *rate = s->peak;
+    else if (step >= s->steps) *rate = s->floor;
+    else {
+        t = (float)(step - fall) / (float)(s->steps - fall);
+        if (s->kind == TERN_COSINE) {
+            tern__sincos(t * 1.57079633f, &sine, &left);
+            left = left * left; /* (1 + cos 2x) / 2 = cos^2 x loses nothing near its zero */
+        } else left = 1.0f - tern__sqrt(t);
+        *rate = s->floor + (s->peak - s->floor) * left;
     }
     return TERN_OK;
 }

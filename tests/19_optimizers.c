@@ -1,4 +1,7 @@
-/* Room 19, optimizers and shadow weights. */
+/* Room 19, optimizers and shadow weights.
+   Mutations tried on schedules and accumulation, each seen to fail: cosine for its square, decay ignored, sqrt(t) for
+   1 - sqrt(t), a warm-up one step longer, the floor left out, the check of warm-up against decay left out; gradients of
+   weights and of the bias overwritten instead of added. */
 
 /* A ternary parameter and a dense one that is not decayed. */
 typedef struct pair { tern_param w, b; tern_param *items[2]; tern_model m; } pair;
@@ -368,6 +371,117 @@ static void regression(tern_context *c, record *r)
 }
 static void test_regression(void) { same_for_threads(regression); }
 
+/* -- schedules -- */
+
+static double reference_rate(const tern_schedule *s, double step)
+{
+    const double fall = s->kind == TERN_WSD ? (double)s->steps - s->decay : s->warmup, t = (step - fall) / (s->steps - fall);
+    if (step < s->warmup) return s->peak * step / s->warmup;
+    if (step <= fall) return s->peak;
+    if (step >= s->steps) return s->floor;
+    return s->floor + ((double)s->peak - s->floor) * (s->kind == TERN_WSD ? 1 - sqrt(t) : 0.5 * (1 + cos(3.14159265358979323846 * t)));
+}
+
+static void test_schedules(void)
+{
+    static const tern_schedule all[] = {
+        {TERN_COSINE, 7e-3f, 7e-4f, 100, 0, 2000}, {TERN_COSINE, 1, 0, 0, 77, 10}, {TERN_COSINE, 1, 1, 3, 0, 3}, {TERN_COSINE, 0.1f, 0.01f, 1, 0, UINT32_MAX},
+        {TERN_WSD, 7e-3f, 0, 100, 400, 2000}, {TERN_WSD, 0.3f, 0.1f, 10, 0, 20}, {TERN_WSD, 0.3f, 0.1f, 10, 10, 20}, {TERN_WSD, 1, 0.5f, 0, UINT32_MAX, UINT32_MAX}};
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    uint64_t hash = TEST_HASH;
+    size_t i;
+    uint32_t k;
+    for (i = 0; i < sizeof all / sizeof all[0]; i++)
+        for (k = 1; k <= 2100; k++) {
+            const uint32_t step = all[i].steps == UINT32_MAX ? k * 2045222u : k; /* to the end of 32 bits */
+            const double want = reference_rate(&all[i], step);
+            float rate = -1;
+            CHECK_OK(t.c, tern_schedule_rate(t.c, &all[i], step, &rate));
+            CHECK(fabs(rate - want) <= 3e-7 * all[i].peak, "schedule %d, step %u: %.9g, not %.9g", (int)i, (unsigned)step, rate, want);
+            hash = test_hash_floats(hash, &rate, 1);
+        }
+    CHECK(hash == UINT64_C(0xEC58FAE1F0D4C5EB), "the hash is 0x%016llX", (unsigned long long)hash);
+    test_close(&t);
+}
+
+static void test_schedule_refusals(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    const tern_schedule good = {TERN_WSD, 0.1f, 0.01f, 5, 10, 15};
+    tern_schedule s = good;
+    float rate = 7;
+    CHECK_OK(t.c, tern_schedule_rate(t.c, &s, 1, &rate));
+    rate = 7;
+    CHECK(tern_schedule_rate(NULL, &s, 1, &rate) == TERN_E_ARGUMENT, "no context");
+    CHECK_FAILS(t.c, tern_schedule_rate(t.c, NULL, 1, &rate), TERN_E_ARGUMENT, "NULL");
+    CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, NULL), TERN_E_ARGUMENT, "NULL");
+    CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 0, &rate), TERN_E_ARGUMENT, "counted from 1");
+    s = good; s.kind = (tern_schedule_kind)2; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "kind 2");
+    s = good; s.floor = 0.2f; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "floor");
+    s = good; s.floor = -1.0f; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "floor");
+    s = good; s.floor = NAN; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "floor");
+    s = good; s.peak = INFINITY; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "peak");
+    s = good; s.warmup = 6; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "15 steps have no room for 6 of warm-up and 10 of decay");
+    s = good; s.decay = 16; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "16 of decay");
+    s = good; s.warmup = UINT32_MAX; s.decay = UINT32_MAX; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "4294967295 of decay");
+    s = good; s.kind = TERN_COSINE; s.warmup = 16; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "16 of warm-up and 0 of decay");
+    CHECK(rate == 7, "a refused schedule gave a rate");
+    test_close(&t);
+}
+
+/* -- accumulation: the backward of a batch in parts, whose gradients add up to those of the whole -- */
+
+/* A sum of n products in any order is within (n - 1) 2^-24 sum |products| of the true one (Higham 2002, section 3.1). */
+static void accumulation(tern_context *c, record *r)
+{
+    enum { TOKENS = 130, ROWS = 17, COLS = 33 };
+    static const int64_t parts[] = {1, 2, 5, 13, 130}; /* all divide 130 */
+    const float *x = hold_floats(TOKENS * COLS), *dy = hold_floats(TOKENS * ROWS);
+    float *y = hold_output(TOKENS * ROWS), *dw = hold_output(ROWS * COLS), *db = hold_output(ROWS);
+    tern_linear l = TERN_ZERO;
+    tern_need need;
+    unsigned char *saved;
+    size_t k;
+    int64_t i, j, t;
+    pair o;
+    pair_open(c, &o, ROWS, COLS, TERN_F32, TERN_FOR_ADAMW);
+    l.w = &o.w;
+    l.bias = &o.b;
+    l.act = TERN_ACT_FLOAT;
+    CHECK_OK(c, tern_linear_need(c, &l, TOKENS, &need));
+    CHECK_OK(c, tern_reserve(c, need.scratch));
+    saved = (unsigned char *)hold(need.saved);
+    for (k = 0; k < sizeof parts / sizeof parts[0]; k++) {
+        const int64_t n = TOKENS / parts[k];
+        memset(grad_of(&o.w), 0, ROWS * COLS * sizeof(float));
+        memset(grad_of(&o.b), 0, ROWS * sizeof(float));
+        for (t = 0; t < TOKENS; t += n) {
+            CHECK_OK(c, tern_linear_forward(c, &l, n, x + t * COLS, y + t * ROWS, saved));
+            CHECK_OK(c, tern_linear_backward(c, &l, n, x + t * COLS, saved, dy + t * ROWS, NULL));
+        }
+        record_bytes(r, grad_of(&o.w), ROWS * COLS * 4);
+        record_bytes(r, grad_of(&o.b), ROWS * 4);
+        if (k == 0) {
+            memcpy(dw, grad_of(&o.w), ROWS * COLS * sizeof(float));
+            memcpy(db, grad_of(&o.b), ROWS * sizeof(float));
+        }
+        for (i = 0; i < ROWS; i++)
+            for (j = 0; j <= COLS; j++) { /* the last: the bias */
+                const float got = j < COLS ? grad_of(&o.w)[i * COLS + j] : grad_of(&o.b)[i], want = j < COLS ? dw[i * COLS + j] : db[i];
+                double sum = 0, size = 0;
+                for (t = 0; t < TOKENS; t++) {
+                    const double term = (double)dy[t * ROWS + i] * (j < COLS ? x[t * COLS + j] : 1);
+                    sum += term;
+                    size += fabs(term);
+                }
+                CHECK(fabs(got - sum) <= TOKENS * size / (1 << 24), "in %d parts, gradient %d %d: %.9g, not %.9g", (int)parts[k], (int)i, (int)j, got, sum);
+                CHECK(fabs(got - want) <= 2 * TOKENS * size / (1 << 24), "in %d parts, gradient %d %d: %.9g, whole %.9g", (int)parts[k], (int)i, (int)j, got, want);
+            }
+    }
+    pair_close(c, &o);
+}
+static void test_accumulation(void) { same_for_threads(accumulation); }
+
 static void suite_optimizers(void)
 {
     RUN(test_optimizers);
@@ -378,4 +492,7 @@ static void suite_optimizers(void)
     RUN(test_nonfinite_gradients);
     RUN(test_step_refusals);
     RUN(test_regression);
+    RUN(test_schedules);
+    RUN(test_schedule_refusals);
+    RUN(test_accumulation);
 }
