@@ -12,11 +12,15 @@
    A transformer: rotary positions, RMSNorm of queries and keys, squared ReLU; every linear layer is a
    BitLinear with an RMSNorm without gain before it, int8 activations and one scale per row. --float
    trains the same network with float weights. Everything is computed by the operations of ternary.h on
-   memory of its backend: --cuda trains and talks on the first GPU, and the CPU then finds the same bits in the file. */
+   memory of its backend: --cuda trains and talks on the first GPU, and the CPU then finds the same bits in the file.
+
+   Ctrl-C ends the training after the step that runs and keeps its state; the same command with --resume FILE
+   goes on from there, with the bits of a training that was never interrupted. */
 #define _POSIX_C_SOURCE 200809L /* clock_gettime, isatty */
 #define TERNARY_IMPLEMENTATION
 #include "ternary.h"
 
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -52,10 +56,10 @@ static double seconds(void)
 /* -- options -- */
 
 typedef struct options {
-    const char *text, *out;
-    int64_t layers, heads, width, context, batch, steps, seed, threads, generate;
-    double rate;
-    int dense, float_shadows, cuda;
+    const char *text, *out, *resume;
+    int64_t threads, cuda, stop, generate;
+    int64_t layers, heads, width, context, batch, accumulate, steps, seed, schedule, dense, float_shadows;
+    double rate; /* from layers to here: what a training depends on */
 } options;
 
 /* The table of the first GPU; NULL in a program without ternary_cuda.o. */
@@ -73,7 +77,11 @@ static const char usage[] =
     "  --text PATH      what to learn (default: ternary.h)\n"
     "  --out DIR        where loss.svg and model.gguf go (default: build)\n"
     "  --layers N  --heads N  --width N  --context N  --batch N  --steps N\n"
+    "  --accumulate N   batches whose gradients make a step (default: 1)\n"
     "  --lr RATE        peak learning rate\n"
+    "  --schedule NAME  cosine (default), or wsd: warm-up, stable, decay over the last fifth\n"
+    "  --stop N         ends after step N as Ctrl-C does: with the state in training.state in --out\n"
+    "  --resume FILE    goes on from such a state; the other options are those of the run that wrote it\n"
     "  --seed N         of the initial weights, the batches and the generated text\n"
     "  --float          float weights instead of ternary ones\n"
     "  --float-shadows  32-bit shadow weights instead of bfloat16\n"
@@ -83,10 +91,12 @@ static const char usage[] =
 
 static options parse(int count, char **words)
 {
-    options o = {"ternary.h", "build", 4, 4, 128, 64, 12, 600, 1, 0, 400, 0.0, 0, 0, 0};
+    options o = {.text = "ternary.h", .out = "build", .generate = 400, .layers = 4, .heads = 4, .width = 128, .context = 64, .batch = 12,
+                 .accumulate = 1, .steps = 600, .seed = 1, .schedule = TERN_COSINE};
     const struct { const char *name; int64_t *value, least, most; } numbers[] = {
         {"--layers", &o.layers, 1, 128},     {"--heads", &o.heads, 1, 256},   {"--width", &o.width, 2, 16384},
         {"--context", &o.context, 2, 65536}, {"--batch", &o.batch, 1, 4096},  {"--steps", &o.steps, 10, 100000000},
+        {"--accumulate", &o.accumulate, 1, 4096}, {"--stop", &o.stop, 1, 100000000},
         {"--seed", &o.seed, 0, INT64_MAX},   {"--threads", &o.threads, 0, 64}, {"--generate", &o.generate, 0, 1 << 30}};
     const int known = (int)(sizeof numbers / sizeof numbers[0]);
     int i, k;
@@ -98,15 +108,19 @@ static options parse(int count, char **words)
         if (!strcmp(name, "--float-shadows")) { o.float_shadows = 1; continue; }
         if (!strcmp(name, "--cuda")) { o.cuda = 1; continue; }
         for (k = 0; k < known && strcmp(name, numbers[k].name); k++) {}
-        if (k == known && strcmp(name, "--text") && strcmp(name, "--out") && strcmp(name, "--lr")) die("unknown option %s\n%s", name, usage);
-        if (++i == count) die("%s needs a value", name);
+        if (++i == count) die("%s needs a value\n%s", name, usage);
         value = words[i];
         if (!strcmp(name, "--text")) o.text = value;
         else if (!strcmp(name, "--out")) o.out = value;
-        else if (!strcmp(name, "--lr")) {
+        else if (!strcmp(name, "--resume")) o.resume = value;
+        else if (!strcmp(name, "--schedule")) {
+            if (strcmp(value, "cosine") && strcmp(value, "wsd")) die("--schedule %s is neither cosine nor wsd", value);
+            o.schedule = strcmp(value, "wsd") ? TERN_COSINE : TERN_WSD;
+        } else if (!strcmp(name, "--lr")) {
             o.rate = strtod(value, &end);
             if (end == value || *end || !(o.rate > 0 && o.rate < 10)) die("--lr %s is not a number between 0 and 10", value);
         } else {
+            if (k == known) die("unknown option %s\n%s", name, usage);
             *numbers[k].value = strtoll(value, &end, 10);
             if (end == value || *end || *numbers[k].value < numbers[k].least || *numbers[k].value > numbers[k].most)
                 die("%s %s is not a whole number from %lld to %lld", name, value, (long long)numbers[k].least, (long long)numbers[k].most);
@@ -114,6 +128,7 @@ static options parse(int count, char **words)
     }
     if (o.cuda && !gpu()) die("--cuda: this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/language_model_cuda");
     if (o.width % (2 * o.heads)) die("--width %lld does not divide into %lld heads of even size", (long long)o.width, (long long)o.heads);
+    if (access(o.out, W_OK)) die("cannot write into %s; --out names an existing directory", o.out);
     if (o.rate == 0) o.rate = o.dense ? 3e-3 : 7e-3; /* ternary weights want two to three times the rate */
     return o;
 }
@@ -482,7 +497,7 @@ static void set_window(lm *m, int64_t slot, const unsigned char *at)
     }
 }
 
-/* Sum of the losses of `batch` windows; leaves the gradient of their mean in m->logits if asked. */
+/* Sum of the losses of `batch` windows; leaves the gradient of their part in the mean of a step in m->logits if asked. */
 static double lm_loss(lm *m, int64_t batch, int gradient)
 {
     const int64_t n = batch * m->o.context;
@@ -491,7 +506,7 @@ static double lm_loss(lm *m, int64_t batch, int gradient)
     lm_forward(m, batch, 0, m->o.context);
     ok(m, tern_copy(m->c, m->targets, m->host_ids + m->o.batch * m->o.context, (size_t)n * sizeof *m->targets, TERN_TO_DEVICE));
     ok(m, tern_loss(m->c, &(tern_loss_args){.n = n, .classes = BYTES, .logits = m->logits, .targets = m->targets, .losses = m->losses,
-                                            .dlogits = gradient ? m->logits : NULL, .scale = 1.0f / (float)n}));
+                                            .dlogits = gradient ? m->logits : NULL, .scale = 1.0f / (float)(n * m->o.accumulate)}));
     ok(m, tern_copy(m->c, m->host_losses, m->losses, (size_t)n * sizeof *m->losses, TERN_TO_HOST));
     ok(m, tern_sync(m->c));
     for (i = 0; i < n; i++) sum += m->host_losses[i];
@@ -514,84 +529,159 @@ static double lm_validate(lm *m, const text *t, int64_t windows)
 /* -- training -- */
 
 enum { POINTS = 400, VALIDATIONS = 10, GLANCE = 120 }; /* GLANCE: windows of every validation but the last */
-typedef struct curve { double train[POINTS], validation[VALIDATIONS + 1]; int64_t points, steps; } curve;
+typedef struct curve { double train[POINTS], validation[VALIDATIONS + 1]; int64_t in_point[POINTS], points, steps; } curve;
 
-/* Warm-up, then down to a tenth. 1 - 3t^2 + 2t^3 is within 0.01 of the usual half cosine and needs no libm. */
-static double rate_at(const options *o, int64_t step)
+/* Where a training is after a step. */
+typedef struct place { int64_t step; uint64_t random; double smooth; curve c; } place;
+
+/* Up in a tenth of the steps, at most 100, and down to a tenth of the rate. */
+static float rate_at(const lm *m, int64_t step)
 {
-    const int64_t warmup = o->steps < 1000 ? o->steps / 10 : 100;
-    const double t = (double)(step - warmup) / (double)(o->steps - warmup);
-    if (step <= warmup) return o->rate * (double)step / (double)(warmup + 1);
-    return o->rate * (0.1 + 0.9 * (1 - t * t * (3 - 2 * t)));
+    const options *o = &m->o;
+    const tern_schedule s = {(tern_schedule_kind)o->schedule, (float)o->rate, 0.1f * (float)o->rate, (uint32_t)(o->steps < 1000 ? o->steps / 10 : 100),
+                             (uint32_t)(o->steps / 5), (uint32_t)o->steps};
+    float rate;
+    ok(m, tern_schedule_rate(m->c, &s, (uint32_t)step, &rate));
+    return rate;
 }
 
-static double train_step(lm *m, const text *t, int64_t step, uint64_t *random)
+static double train_step(lm *m, const text *t, place *at)
 {
     const int64_t batch = m->o.batch;
-    double sum;
-    int64_t i;
-    for (i = 0; i < batch; i++) set_window(m, i, t->bytes + random_bits(random) % (uint64_t)(t->train - m->o.context));
-    sum = lm_loss(m, batch, 1);
-    lm_backward(m, batch);
-    ok(m, tern_model_step(m->c, &m->model, &(tern_step){.optimizer = TERN_ADAMW, .rate = (float)rate_at(&m->o, step), .decay = 0.05f,
-                                                        .clip = 1, .seed = (uint64_t)m->o.seed, .step = (uint32_t)step}));
-    return sum / (double)(batch * m->o.context);
-}
-
-/* One line that changes in place on a terminal, a line now and then elsewhere. */
-static void progress(const options *o, int64_t step, double loss, double elapsed)
-{
-    static double shown = -1;
-    const int terminal = isatty(STDOUT_FILENO), sparse = step % (o->steps / 20 + 1) == 0 || step == o->steps;
-    const double left = elapsed / (double)step * (double)(o->steps - step);
-    if (terminal ? elapsed - shown < 0.1 && step < o->steps : !sparse) return;
-    shown = elapsed;
-    printf("%sstep %lld of %lld   loss %.3f   %.0f tokens/s   %d:%02d left%s", terminal ? "\r" : "", (long long)step, (long long)o->steps, loss,
-           (double)(step * o->batch * o->context) / elapsed, (int)left / 60, (int)left % 60, terminal ? "\033[K" : "\n");
-    fflush(stdout);
-}
-
-static curve train(lm *m, const text *t)
-{
-    const int64_t steps = m->o.steps, glance = t->windows < GLANCE ? t->windows : GLANCE;
-    const double start = seconds();
-    uint64_t random = (uint64_t)m->o.seed;
-    double smooth = 0, paused = 0;
-    int64_t step, in_point[POINTS] = {0}, k;
-    curve c = {{0}, {0}, 0, 0};
-    c.steps = steps;
-    c.points = steps < POINTS ? steps : POINTS;
-    c.validation[0] = lm_validate(m, t, glance);
-    paused = seconds() - start;
-    for (step = 1; step <= steps; step++) {
-        const double loss = train_step(m, t, step, &random);
-        k = (step - 1) * c.points / steps;
-        c.train[k] += (loss - c.train[k]) / (double)++in_point[k];
-        smooth = step == 1 ? loss : smooth + 0.05 * (loss - smooth);
-        progress(&m->o, step, smooth, seconds() - start - paused);
-        k = step * VALIDATIONS / steps;
-        if (k > (step - 1) * VALIDATIONS / steps) {
-            const double now = seconds();
-            c.validation[k] = lm_validate(m, t, step < steps ? glance : t->windows);
-            paused += seconds() - now;
-        }
+    double sum = 0;
+    int64_t i, k;
+    at->step++;
+    for (k = 0; k < m->o.accumulate; k++) {
+        for (i = 0; i < batch; i++) set_window(m, i, t->bytes + random_bits(&at->random) % (uint64_t)(t->train - m->o.context));
+        sum += lm_loss(m, batch, 1);
+        lm_backward(m, batch);
     }
-    if (isatty(STDOUT_FILENO)) printf("\n");
-    return c;
+    ok(m, tern_model_step(m->c, &m->model, &(tern_step){.optimizer = TERN_ADAMW, .rate = rate_at(m, at->step), .decay = 0.05f,
+                                                        .clip = 1, .seed = (uint64_t)m->o.seed, .step = (uint32_t)at->step}));
+    return sum / (double)(m->o.accumulate * batch * m->o.context);
 }
 
-/* -- the loss curve as SVG -- */
+/* -- the state of a training: a head in this machine's bytes, then the model with its shadows and moments -- */
 
-enum { WIDTH = 760, HEIGHT = 440, LEFT = 64, RIGHT = 24, TOP = 56, BOTTOM = 56 };
+typedef struct head { char magic[8]; options o; uint64_t text; place at; } head;
 
 static FILE *create(const options *o, const char *name)
 {
     char path[1024];
     FILE *f;
     snprintf(path, sizeof path, "%s/%s", o->out, name);
-    if (!(f = fopen(path, "wb"))) die("cannot write %s; --out names an existing directory", path);
+    if (!(f = fopen(path, "wb"))) die("cannot write %s", path);
     return f;
 }
+
+static int write_bytes(void *file, const void *data, size_t bytes) { return fwrite(data, 1, bytes, (FILE *)file) != bytes; }
+
+static head head_of(const lm *m, const text *t)
+{
+    head h = {.magic = "lmstate", .o = m->o, .text = UINT64_C(14695981039346656037)};
+    int64_t i;
+    memset(&h.o, 0, offsetof(options, layers)); /* what may differ */
+    for (i = 0; i < t->train + t->validate; i++) h.text = (h.text ^ t->bytes[i]) * UINT64_C(1099511628211);
+    return h;
+}
+
+/* Written beside its place and then moved there: a state that is there is whole. */
+static void save_state(lm *m, const text *t, const place *at)
+{
+    FILE *f = create(&m->o, "training.new");
+    const tern_sink sink = {write_bytes, f};
+    head h = head_of(m, t);
+    char from[1024], to[1024];
+    h.at = *at;
+    if (write_bytes(f, &h, sizeof h)) die("cannot write %s/training.new", m->o.out);
+    ok(m, tern_model_save(m->c, &m->model, TERN_FOR_TRAINING, &sink));
+    snprintf(from, sizeof from, "%s/training.new", m->o.out);
+    snprintf(to, sizeof to, "%s/training.state", m->o.out);
+    if (fclose(f) || rename(from, to)) die("cannot write %s", to);
+}
+
+static void load_state(lm *m, const text *t, place *at)
+{
+    const head want = head_of(m, t);
+    head h;
+    FILE *f = fopen(m->o.resume, "rb");
+    int64_t size;
+    unsigned char *bytes;
+    if (!f || fseek(f, 0, SEEK_END) || (size = (int64_t)ftell(f) - (int64_t)sizeof h) < 0) die("%s is not a state of a training", m->o.resume);
+    rewind(f);
+    bytes = (unsigned char *)host_alloc(size + 1, 1);
+    if (fread(&h, sizeof h, 1, f) != 1 || (int64_t)fread(bytes, 1, (size_t)size, f) != size) die("cannot read %s", m->o.resume);
+    if (memcmp(h.magic, want.magic, sizeof h.magic)) die("%s is not a state of a training", m->o.resume);
+    if (memcmp(&h.o, &want.o, sizeof h.o)) die("%s is of a training with other options; give those that it began with", m->o.resume);
+    if (h.text != want.text) die("%s is of a training on another text than %s", m->o.resume, m->o.text);
+    ok(m, tern_model_load(m->c, &m->model, bytes, (size_t)size));
+    *at = h.at;
+    free(bytes);
+    fclose(f);
+}
+
+/* The first SIGINT or SIGTERM waits for its step to end; a second one does not. */
+static volatile sig_atomic_t stopped;
+static void stop(int number) { stopped = number; }
+
+static void on_signals(void (*handler)(int))
+{
+    struct sigaction a;
+    memset(&a, 0, sizeof a);
+    a.sa_handler = handler;
+    a.sa_flags = (int)SA_RESETHAND;
+    sigaction(SIGINT, &a, NULL);
+    sigaction(SIGTERM, &a, NULL);
+}
+
+/* One line that changes in place on a terminal, a line now and then elsewhere. */
+static void progress(const options *o, int64_t step, int64_t done, double loss, double elapsed)
+{
+    static double shown = -1;
+    const int terminal = isatty(STDOUT_FILENO), sparse = step % (o->steps / 20 + 1) == 0 || step == o->steps;
+    const double left = elapsed / (double)done * (double)(o->steps - step);
+    if (terminal ? elapsed - shown < 0.1 && step < o->steps : !sparse) return;
+    shown = elapsed;
+    printf("%sstep %lld of %lld   loss %.3f   %.0f tokens/s   %d:%02d left%s", terminal ? "\r" : "", (long long)step, (long long)o->steps, loss,
+           (double)(done * o->accumulate * o->batch * o->context) / elapsed, (int)left / 60, (int)left % 60, terminal ? "\033[K" : "\n");
+    fflush(stdout);
+}
+
+/* From where it is to the last step, or to one at which it is stopped. */
+static void train(lm *m, const text *t, place *at)
+{
+    const int64_t steps = m->o.steps, glance = t->windows < GLANCE ? t->windows : GLANCE, begun = at->step;
+    const double start = seconds();
+    curve *c = &at->c;
+    double paused;
+    int64_t k;
+    if (at->step == 0) {
+        at->random = (uint64_t)m->o.seed;
+        c->steps = steps;
+        c->points = steps < POINTS ? steps : POINTS;
+        c->validation[0] = lm_validate(m, t, glance);
+    }
+    paused = seconds() - start;
+    while (at->step < steps) {
+        const double loss = train_step(m, t, at);
+        k = (at->step - 1) * c->points / steps;
+        c->train[k] += (loss - c->train[k]) / (double)++c->in_point[k];
+        at->smooth = at->step == 1 ? loss : at->smooth + 0.05 * (loss - at->smooth);
+        progress(&m->o, at->step, at->step - begun, at->smooth, seconds() - start - paused);
+        k = at->step * VALIDATIONS / steps;
+        if (k > (at->step - 1) * VALIDATIONS / steps) {
+            const double now = seconds();
+            c->validation[k] = lm_validate(m, t, at->step < steps ? glance : t->windows);
+            paused += seconds() - now;
+        }
+        if (at->step < steps && (stopped || at->step == m->o.stop)) break;
+    }
+    if (isatty(STDOUT_FILENO)) printf("\n");
+}
+
+/* -- the loss curve as SVG -- */
+
+enum { WIDTH = 760, HEIGHT = 440, LEFT = 64, RIGHT = 24, TOP = 56, BOTTOM = 56 };
 
 /* 1, 2 or 5 times a power of ten, so that the range takes at most `most` ticks. */
 static double tick(double range, int most)
@@ -639,9 +729,10 @@ static void draw_axes(FILE *f, const axes *a)
     fprintf(f, "<text transform=\"translate(18 %d) rotate(-90)\" text-anchor=\"middle\">loss in nats per byte</text>\n", (TOP + HEIGHT - BOTTOM) / 2);
 }
 
-static void draw_curve(FILE *f, const options *o, const curve *c)
+static void draw_curve(const options *o, const curve *c)
 {
     const axes a = axes_of(c);
+    FILE *f = create(o, "loss.svg");
     int64_t i;
     fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" font-family=\"system-ui, sans-serif\" font-size=\"12\">\n"
                "<style>text{fill:#444}.grid{stroke:#e6e6e6}.axis{stroke:#888;fill:none}.train{stroke:#9bbfe0;fill:none;stroke-width:1.5}"
@@ -662,7 +753,7 @@ static void draw_curve(FILE *f, const options *o, const curve *c)
     fprintf(f, "<path class=\"train\" d=\"M%d 76h28\"/><text x=\"%d\" y=\"80\">training, mean of %lld windows a step</text>\n"
                "<path class=\"validation\" d=\"M%d 96h28\"/><text x=\"%d\" y=\"100\">validation, last tenth of the text "
                "(%d windows; at the end all)</text>\n</svg>\n",
-            WIDTH - 470, WIDTH - 434, (long long)o->batch, WIDTH - 470, WIDTH - 434, GLANCE);
+            WIDTH - 470, WIDTH - 434, (long long)(o->batch * o->accumulate), WIDTH - 470, WIDTH - 434, GLANCE);
     if (fclose(f)) die("cannot write %s/loss.svg", o->out);
 }
 
@@ -841,23 +932,44 @@ static void freeze(lm *m, const char *path, tern_audit *trained, tern_audit *pac
     ok(m, tern_model_save_file(m->c, &m->model, 0, path));
 }
 
+static void print_resume(const options *o, const place *at, int count, char **words)
+{
+    int i;
+    printf("Stopped after step %lld of %lld. To go on:\n ", (long long)at->step, (long long)o->steps);
+    for (i = 0; i < count; i++)
+        if (!strcmp(words[i], "--resume") || !strcmp(words[i], "--stop")) i++;
+        else printf(" %s", words[i]);
+    printf(" --resume %s/training.state\n", o->out);
+}
+
 int main(int count, char **words)
 {
     const options o = parse(count, words);
     const text t = read_text(&o);
-    FILE *svg = create(&o, "loss.svg");
     lm *m = lm_open(&o, TERN_ISA_BEST, o.threads, 1);
     tern_audit trained, packed, running;
     char path[1024];
-    curve c;
+    place at;
     double loss;
     int same;
 
+    on_signals(stop);
     printf("%s: %lld bytes to learn from, %lld windows of %lld to validate; tier %s, seed %lld\n", o.text, (long long)t.train, (long long)t.windows,
            (long long)o.context, tern_backend_name(m->c), (long long)o.seed);
-    lm_initialise(m);
-    c = train(m, &t);
-    draw_curve(svg, &o, &c);
+    fflush(stdout);
+    memset(&at, 0, sizeof at);
+    if (o.resume) load_state(m, &t, &at);
+    else lm_initialise(m);
+    train(m, &t, &at);
+    on_signals(SIG_DFL);
+    if (at.step < o.steps) {
+        save_state(m, &t, &at);
+        lm_close(m);
+        free(t.bytes);
+        print_resume(&o, &at, count, words);
+        return stopped ? 128 + stopped : 0;
+    }
+    draw_curve(&o, &at.c);
     snprintf(path, sizeof path, "%s/model.gguf", o.out);
     freeze(m, path, &trained, &packed);
     lm_close(m);
@@ -871,8 +983,8 @@ int main(int count, char **words)
     lm_close(m);
 
     print_sizes(&trained, &packed, &running);
-    same = memcmp(&loss, &c.validation[VALIDATIONS], sizeof loss) == 0;
-    printf("validation loss  %.4f nats per byte in training (%a), %.4f reloaded (%a): %s\n\n", c.validation[VALIDATIONS], c.validation[VALIDATIONS],
+    same = memcmp(&loss, &at.c.validation[VALIDATIONS], sizeof loss) == 0;
+    printf("validation loss  %.4f nats per byte in training (%a), %.4f reloaded (%a): %s\n\n", at.c.validation[VALIDATIONS], at.c.validation[VALIDATIONS],
            loss, loss, same ? "equal" : "DIFFERENT");
     same &= compare_tiers(&o, &t, path);
     printf("%s\n", same ? "All the same bits." : "The bits are DIFFERENT.");

@@ -68,6 +68,22 @@ quickstart_runs() { $out/quickstart; }
 language_model_runs() {
     $out/language_model --text README.md --out $out --layers 1 --heads 2 --width 32 --context 16 --batch 3 --steps 10 --generate 10
 }
+
+# Ten steps and ten more are twenty; and a signal is a stop after the step that it meets.
+language_model_resumes() {
+    mkdir -p $out/whole $out/parts $out/signal
+    tiny="$out/language_model --text README.md --layers 1 --heads 2 --width 32 --context 16 --batch 3 --accumulate 2 --schedule wsd --generate 10"
+    $tiny --steps 20 --out $out/whole && $tiny --steps 20 --stop 10 --out $out/parts &&
+    $tiny --steps 20 --out $out/parts --resume $out/parts/training.state || return 1
+    for file in model.gguf loss.svg; do cmp $out/whole/$file $out/parts/$file || return 1; done
+    ! $tiny --steps 21 --out $out/parts --resume $out/parts/training.state && ! $tiny --steps 20 --out $out/parts --resume README.md || return 1
+
+    $tiny --steps 100000 --out $out/signal > $out/signal/log &
+    while ! [ -s $out/signal/log ] && kill -0 $!; do sleep 0.1; done
+    kill $! && { wait $!; [ $? = 143 ]; } || return 1
+    step=$(sed -n 's/^Stopped after step \([0-9]*\) .*/\1/p' $out/signal/log)
+    mv $out/signal/training.state $out/signal/caught && $tiny --steps 100000 --stop "$step" --out $out/signal && cmp $out/signal/caught $out/signal/training.state
+}
 bench_compiles() { compile bench/bench.c -o $out/bench -ldl; }
 bench_runs() { $out/bench --quick --csv; }
 
@@ -140,6 +156,7 @@ check "examples/quickstart.c runs" quickstart_runs
 check "examples/language_model.c runs, reloads and repeats its bits" language_model_runs
 check "examples/language_model.c --cuda says what is missing" language_model_without_cuda
 check "examples/language_model.c --cuda on the emulator: the CPU finds its bits" language_model_cuda_runs
+check "examples/language_model.c stops and goes on with the same bits" language_model_resumes
 check "bench/bench.c compiles" bench_compiles
 check "bench/bench.c runs" bench_runs
 check "bench/cuda.cu runs on the emulator" bench_cuda_runs
