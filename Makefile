@@ -55,6 +55,8 @@ build:
 	mkdir -p build
 build/%: examples/%.c ternary.h | build
 	$(CC) $(CFLAGS) -I. $< -o $@ $(LDLIBS)
+build/train_mpi: examples/train_mpi.c ternary.h | build
+	OMPI_CC="$(CC)" mpicc $(CFLAGS) -I. $< -o $@ $(LDLIBS)
 build/bench: bench/bench.c ternary.h | build
 	$(CC) $(CFLAGS) -I. $< -o $@ $(LDLIBS) -ldl
 build/ternary_cuda.o: ternary_cuda.cu ternary.h | build nvcc

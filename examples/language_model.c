@@ -605,9 +605,10 @@ static void load_state(lm *m, const text *t, place *at)
     const head want = head_of(m, t);
     head h;
     FILE *f = fopen(m->o.resume, "rb");
-    int64_t size;
+    int64_t size = -1;
     unsigned char *bytes;
-    if (!f || fseek(f, 0, SEEK_END) || (size = (int64_t)ftell(f) - (int64_t)sizeof h) < 0) die("%s is not a state of a training", m->o.resume);
+    if (f && !fseek(f, 0, SEEK_END)) size = (int64_t)ftell(f) - (int64_t)sizeof h;
+    if (size < 0) die("%s is not a state of a training", m->o.resume);
     rewind(f);
     bytes = (unsigned char *)host_alloc(size + 1, 1);
     if (fread(&h, sizeof h, 1, f) != 1 || (int64_t)fread(bytes, 1, (size_t)size, f) != size) die("cannot read %s", m->o.resume);
