@@ -5,11 +5,15 @@
 
        cc -O2 -I. examples/image_classifier.c -o image_classifier -pthread
        ./image_classifier        digits that the program draws itself, some 20 seconds
-       ./image_classifier DIR    MNIST: the four idx files in DIR, uncompressed; some minutes          */
+       ./image_classifier DIR    MNIST: the four idx files in DIR, uncompressed; some minutes
 
-#define _POSIX_C_SOURCE 200112L /* clock_gettime, isatty */
+   Ctrl-C ends it after the step that runs and keeps what it has done; the same command with --resume FILE goes on
+   from there to the same table and picture. */
+
+#define _POSIX_C_SOURCE 200809L /* clock_gettime, isatty, sigaction */
 #define TERNARY_IMPLEMENTATION
 #include "ternary.h"
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,6 +44,15 @@ static double seconds(void)
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* "build/NAME", or NAME where there is no build. */
+static FILE *create(const char **path)
+{
+    FILE *f = fopen(*path, "wb");
+    if (!f) f = fopen(*path += strlen("build/"), "wb");
+    if (!f) stop(*path, "cannot be written");
+    return f;
 }
 
 static uint64_t random_state = 1;
@@ -337,45 +350,101 @@ static void show_progress(const char *name, int epoch, int epochs, double loss, 
     fflush(stdout);
 }
 
-static void train(tern_context *c, network *net, const recipe *how, const task *t, int which, double begun)
+/* Where the program is: behind `step` steps of network `which`, with the table's lines of the networks before it. */
+typedef struct {
+    char magic[8];
+    int64_t images, which, step;
+    uint64_t random;
+    double elapsed, accuracy, loss;
+    char table[NETWORKS][128];
+} place;
+static const char magic[8] = "icstate";
+
+static volatile sig_atomic_t interrupted;
+static void interrupt(int number) { interrupted = number; }
+
+/* To the last step of network at->which, or to the one in which a signal comes. */
+static void train(tern_context *c, network *net, const task *t, place *at, int *order, double begun)
 {
+    const recipe *how = &recipes[at->which];
     const int batches = t->train.count / BATCH, steps = batches * t->epochs;
-    int *order = (int *)malloc((size_t)t->train.count * sizeof *order);
-    double accuracy = 0;
-    int step = 0;
-    if (!order) stop("training", "out of memory");
-    random_state = 1; /* all three see the same images in the same order */
-    for (int i = 0; i < t->train.count; i++) order[i] = i;
-    for (int epoch = 0; epoch < t->epochs; epoch++) {
-        float loss = 0;
-        check(c, tern_copy(c, net->loss, &loss, sizeof loss, TERN_TO_DEVICE));
-        for (int i = t->train.count - 1; i > 0; i--) {
-            const int j = (int)random_below((uint32_t)i + 1), swap = order[i];
-            order[i] = order[j];
-            order[j] = swap;
-        }
-        for (int b = 0; b < batches; b++) {
-            const float warm = (float)++step / 100.0f, cool = 1.0f - (float)step / (float)(steps + 1);
-            tern_step s = TERN_ZERO;
-            load_images(c, net, &t->train, order, b * BATCH, BATCH, t->shift);
-            forward(c, net, BATCH, 1);
-            loss_of(c, net, BATCH);
-            backward(c, net, BATCH);
-            s.rate = how->rate * (warm < cool ? warm : cool); /* a short climb, then down to zero */
-            s.clip = 1.0f;
-            s.decay = 0.01f;
-            s.step = (uint32_t)step;
-            check(c, tern_model_step(c, &net->model, &s));
-            if (b % 20 == 19 || b + 1 == batches) {
-                check(c, tern_copy(c, &loss, net->loss, sizeof loss, TERN_TO_HOST));
-                show_progress(how->name, epoch + 1, t->epochs, loss / (float)((b + 1) * BATCH), accuracy, begun,
-                              (which + (double)step / steps) / NETWORKS, b + 1 == batches);
+    float loss = (float)at->loss;
+    check(c, tern_copy(c, net->loss, &loss, sizeof loss, TERN_TO_DEVICE));
+    if (at->step == 0) {
+        random_state = 1; /* all three see the same images in the same order */
+        for (int i = 0; i < t->train.count; i++) order[i] = i;
+    }
+    while (at->step < steps && !interrupted) {
+        const int b = (int)at->step++ % batches, last = b + 1 == batches;
+        const float warm = (float)at->step / 100.0f, cool = 1.0f - (float)at->step / (float)(steps + 1);
+        tern_step s = TERN_ZERO;
+        if (b == 0) {
+            loss = 0;
+            check(c, tern_copy(c, net->loss, &loss, sizeof loss, TERN_TO_DEVICE));
+            for (int i = t->train.count - 1; i > 0; i--) {
+                const int j = (int)random_below((uint32_t)i + 1), swap = order[i];
+                order[i] = order[j];
+                order[j] = swap;
             }
         }
+        load_images(c, net, &t->train, order, b * BATCH, BATCH, t->shift);
+        forward(c, net, BATCH, 1);
+        loss_of(c, net, BATCH);
+        backward(c, net, BATCH);
+        s.rate = how->rate * (warm < cool ? warm : cool); /* a short climb, then down to zero */
+        s.clip = 1.0f;
+        s.decay = 0.01f;
+        s.step = (uint32_t)at->step;
+        check(c, tern_model_step(c, &net->model, &s));
+        if (b % 20 == 19 || last) {
+            check(c, tern_copy(c, &loss, net->loss, sizeof loss, TERN_TO_HOST));
+            show_progress(how->name, (int)(at->step - 1) / batches + 1, t->epochs, loss / (float)((b + 1) * BATCH), at->accuracy, begun,
+                          ((double)at->which + (double)at->step / steps) / NETWORKS, last);
+        }
+        if (!last) continue;
         check(c, tern_sync(c));
-        accuracy = accuracy_of(c, net, &t->test, NULL);
+        at->accuracy = accuracy_of(c, net, &t->test, NULL);
     }
-    free(order);
+}
+
+static int write_bytes(void *file, const void *data, size_t bytes) { return fwrite(data, 1, bytes, (FILE *)file) != bytes; }
+
+/* The place, the order of the images, and the network with its shadows and moments. */
+static void save_state(tern_context *c, const network *net, place *at, const int *order)
+{
+    const char *path = "build/image_classifier.state";
+    FILE *f = create(&path);
+    tern_sink sink;
+    float loss;
+    check(c, tern_copy(c, &loss, net->loss, sizeof loss, TERN_TO_HOST));
+    at->loss = loss;
+    at->random = random_state;
+    sink.write = write_bytes;
+    sink.user = f;
+    if (write_bytes(f, at, sizeof *at) || write_bytes(f, order, (size_t)at->images * sizeof *order)) stop(path, "cannot be written");
+    check(c, tern_model_save(c, &net->model, TERN_FOR_TRAINING, &sink));
+    if (fclose(f)) stop(path, "cannot be written");
+    printf("\nStopped after step %ld of the network \"%s\". To go on, add to the command: --resume %s\n", (long)at->step, recipes[at->which].name, path);
+}
+
+/* Reads place and order; returns the network's bytes, which the caller frees. */
+static uint8_t *read_state(const char *path, place *at, int *order, size_t *size)
+{
+    const int64_t images = at->images;
+    FILE *f = fopen(path, "rb");
+    uint8_t *bytes;
+    long end;
+    if (!f || fread(at, sizeof *at, 1, f) != 1 || memcmp(at->magic, magic, sizeof magic)) stop(path, "is not a state of this program");
+    if (at->images != images) stop(path, "is of a training on other images");
+    if (fread(order, sizeof *order, (size_t)images, f) != (size_t)images || fseek(f, 0, SEEK_END)) stop(path, "is truncated");
+    end = ftell(f);
+    *size = (size_t)end - sizeof *at - (size_t)images * sizeof *order;
+    bytes = (uint8_t *)malloc(*size + 1);
+    if (!bytes) stop(path, "out of memory");
+    if (fseek(f, end - (long)*size, SEEK_SET) || fread(bytes, 1, *size, f) != *size) stop(path, "cannot be read");
+    fclose(f);
+    random_state = at->random;
+    return bytes;
 }
 
 /* Microseconds per image in batches of n: the best of several runs. */
@@ -417,9 +486,7 @@ static void write_image(FILE *f, const uint8_t *pixels, int predicted, int label
 static void write_picture(const image_set *s, const uint8_t *predicted)
 {
     const char *path = "build/image_classifier.svg";
-    FILE *f = fopen(path, "w");
-    if (!f) f = fopen(path += strlen("build/"), "w");
-    if (!f) stop(path, "cannot be written");
+    FILE *f = create(&path);
     fprintf(f, "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 692 348' font-family='sans-serif' font-size='13' text-anchor='middle'>"
                "<rect width='692' height='348' fill='#e8eaee'/>\n");
     for (int i = 0; i < 30; i++) write_image(f, s->pixels + (size_t)i * PIXELS, predicted[i], s->labels[i], i % 10, i / 10);
@@ -437,14 +504,22 @@ int main(int argc, char **argv)
     tern_context *c;
     tern_error error;
     task t = {{0, NULL, NULL}, {0, NULL, NULL}, 0, 0, NULL};
-    uint8_t *predicted;
-    char table[NETWORKS][128];
-    const double begun = seconds();
+    uint8_t *predicted, *kept = NULL;
+    const char *dir = NULL, *resume = NULL;
+    struct sigaction on_signal;
+    place at;
+    int *order;
+    size_t size = 0;
+    double begun = seconds();
 
-    if (argc > 2) stop(argv[0], "takes one argument, the directory of the MNIST files, or none");
-    if (argc == 2) {
-        t.train = read_mnist(argv[1], "train-images-idx3-ubyte", "train-labels-idx1-ubyte");
-        t.test = read_mnist(argv[1], "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte");
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--resume") == 0 && i + 1 < argc) resume = argv[++i];
+        else if (dir || argv[i][0] == '-') stop(argv[0], "takes the directory of the MNIST files, or none, and --resume FILE");
+        else dir = argv[i];
+    }
+    if (dir) {
+        t.train = read_mnist(dir, "train-images-idx3-ubyte", "train-labels-idx1-ubyte");
+        t.test = read_mnist(dir, "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte");
         t.title = "MNIST";
         t.epochs = 10;
         t.shift = 1;
@@ -455,33 +530,53 @@ int main(int argc, char **argv)
         t.epochs = 4;
     }
     predicted = (uint8_t *)malloc((size_t)t.test.count);
+    order = (int *)calloc((size_t)t.train.count, sizeof *order);
     desc.parallel = tern_pool_parallel(pool);
-    if (!pool || !predicted) stop("start", "out of memory");
+    if (!pool || !predicted || !order) stop("start", "out of memory");
+    memset(&at, 0, sizeof at);
+    memcpy(at.magic, magic, sizeof magic);
+    at.images = t.train.count;
+    if (resume) kept = read_state(resume, &at, order, &size);
+    begun -= at.elapsed;
+    memset(&on_signal, 0, sizeof on_signal);
+    on_signal.sa_handler = interrupt;
+    on_signal.sa_flags = (int)SA_RESETHAND; /* a second one does not wait */
+    sigaction(SIGINT, &on_signal, NULL);
+    sigaction(SIGTERM, &on_signal, NULL);
     if (tern_open(&c, &desc, &error) != TERN_OK) stop("ternary", error.text);
     printf("%s: %d images to learn from, %d to test on; %d-%d-%d-%d network, tier %s, %d threads\n", t.title, t.train.count, t.test.count,
            PIXELS, HIDDEN, HIDDEN, CLASSES, tern_backend_name(c), desc.parallel.workers);
 
-    for (int i = 0; i < NETWORKS; i++) {
+    for (; at.which < NETWORKS; at.which++, at.step = 0) {
+        const recipe *how = &recipes[at.which];
         network net;
         tern_audit audit;
         double accuracy;
-        open_network(c, &net, &recipes[i]);
-        train(c, &net, &recipes[i], &t, i, begun);
+        open_network(c, &net, how);
+        if (kept) check(c, tern_model_load(c, &net.model, kept, size));
+        free(kept);
+        kept = NULL;
+        train(c, &net, &t, &at, order, begun);
+        if (interrupted) {
+            at.elapsed = seconds() - begun;
+            save_state(c, &net, &at, order);
+            return 128 + interrupted;
+        }
         for (int j = 0; j < LAYERS; j++) tern_param_free(c, &net.weights[j], TERN_FOR_TRAINING); /* frozen: packed weights alone remain */
         check(c, tern_model_audit(c, &net.model, &audit));
         accuracy = accuracy_of(c, &net, &t.test, predicted);
-        snprintf(table[i], sizeof table[i], "%-18s %8.2f%% %12ld %12ld %10.1f %10.1f", recipes[i].name, 100 * accuracy,
+        snprintf(at.table[at.which], sizeof at.table[0], "%-18s %8.2f%% %12ld %12ld %10.1f %10.1f", how->name, 100 * accuracy,
                  (long)(audit.weights * 4), (long)audit.packed_bytes, microseconds(c, &net, 1), microseconds(c, &net, TEST_BATCH));
         close_network(c, &net);
     }
 
     printf("\n%-18s %9s %12s %12s %21s\n%-18s %9s %12s %12s %10s %10s\n", "", "accuracy", "bytes", "bytes", "microseconds an image",
            "", "on test", "as float", "as kept", "one", "of 256");
-    for (int i = 0; i < NETWORKS; i++) puts(table[i]);
+    for (int i = 0; i < NETWORKS; i++) puts(at.table[i]);
     write_picture(&t.test, predicted);
     printf("%.0f seconds in all\n", seconds() - begun);
 
-    free(t.train.pixels), free(t.train.labels), free(t.test.pixels), free(t.test.labels), free(predicted);
+    free(t.train.pixels), free(t.train.labels), free(t.test.pixels), free(t.test.labels), free(predicted), free(order);
     tern_close(c);
     tern_pool_destroy(pool);
     return 0;
