@@ -454,8 +454,14 @@ template <tern_type Type> static __device__ void tern__report_weights(const tern
 template <typename Term> static __device__ float tern__warp_max(int n, Term term)
 {
     uint32_t bits = 0;
-    for (int i = (int)(threadIdx.x % 32); i < n; i += 32) bits = max(bits, tern__bits(term(i)));
-    for (int half = 16; half > 0; half /= 2) bits = max(bits, __shfl_xor_sync(TERN__ALL_LANES, bits, half));
+    for (int i = (int)(threadIdx.x % 32); i < n; i += 32) {
+        const uint32_t mine = tern__bits(term(i));
+        bits = mine > bits ? mine : bits;
+    }
+    for (int half = 16; half > 0; half /= 2) {
+        const uint32_t other = __shfl_xor_sync(TERN__ALL_LANES, bits, half);
+        bits = other > bits ? other : bits;
+    }
     return tern__float(bits);
 }
 
