@@ -628,7 +628,8 @@ typedef struct tern_param {
     tern_rule rule;
     int32_t grain;
     uint32_t flags;
-    struct tern_param *alpha; /* learned scales, dense: LSQ [1, 1] (grain: the tensor), SEQ [1, rows] (grain: the row) */
+    struct tern_param *alpha; /* learned scales, dense: LSQ [1, 1] (grain: the tensor), SEQ [1, rows] (grain: the row). A parameter of the
+                                 model with buffers of its own, best TERN_NO_DECAY; zeros in it are set by tern_param_set. Frozen: NULL */
     float rho;                /* running average of the scales, and ... */
     float noise, zone;        /* ... noise near the threshold: see tern_ternarize_args */
     tern_buffer buffer[TERN_BUFFERS];
