@@ -214,6 +214,9 @@ typedef enum {
     TERN_ABSMEAN,       /* alpha = mean|w|;  trit = sign(w) where |w| > alpha/2     (BitNet b1.58) */
     TERN_ABSMEAN_SIGMA, /* alpha = mean|w| / sqrt(2/pi), so that a normal row gives its sigma        */
     TERN_TWN,           /* delta = 0.7 mean|w|; trit = sign(w) where |w| > delta; alpha = mean of those |w| (Li 2016) */
+    TERN_LSQ,           /* alpha is learned, one for the tensor, from mean|w| on; trits as ABSMEAN (Esser 2020) */
+    TERN_SEQ,           /* alpha is learned, one for each row, from max|w| on; scale alpha/1.5 and trit = sign(w) where
+                           |w| > alpha/3, which is alpha rne(1.5 clamp(w/alpha, +-0.99))/1.5 (ParetoQ, Liu 2025) */
     TERN_GIVEN,         /* trits and scales come from the caller (tern_param_give) */
     TERN_DENSE          /* an ordinary float32 tensor: gain, bias, or a layer that is not ternary */
 } tern_rule;
@@ -339,10 +342,28 @@ TERN_API tern_result tern_activation_shape(tern_context *c, const tern_matrix *m
    (TERN_E_NONFINITE) and nothing is written. An all-zero grain has scale 0. algorithms: see tern_rule. */
 typedef struct tern_ternarize_args {
     tern_matrix m;
-    tern_rule rule; /* ABSMEAN, ABSMEAN_SIGMA or TWN; GIVEN: m.scales hold the scales, trits as ABSMEAN */
+    tern_rule rule; /* not DENSE; GIVEN: m.scales hold the scales, trits as ABSMEAN */
     tern_type type; /* of w: F32 (default), F16 or BF16 */
     const void *w;
+    float *alpha;   /* LSQ [1], SEQ [rows]: the learned scales. One that is 0 starts at mean|w| or max|w|; below 1e-5 it becomes 1e-5 */
+    float rho;      /* ABSMEAN, ABSMEAN_SIGMA and TWN with F32 scales, in [0, 1): scale = rho old + (1 - rho) new where old > 0 */
+    float noise, zone; /* in scales S: a weight with | |w| - threshold | < zone S is decided as w + noise S u, u uniform in (-1, 1), */
+    uint64_t seed; uint32_t step, stream; /* which depends on these and on the element alone */
 } tern_ternarize_args;
+
+/* Adds to the gradient of the learned scales of LSQ (dalpha [1]) or SEQ (dalpha [rows]), from dw [rows, cols], the
+   gradient of the ternary weights: g sum of dw * (T where |w| is clipped, T - w/S inside), with S and T the scales and trits of
+   m as ternarize left them. LSQ clips at S, g = 1/sqrt(weights of the grain); SEQ at 1.485 S, and g is 1.5 times smaller, as S
+   is than alpha. plain: g sum of dw * T, without the root in g. Sums are canonical. */
+typedef struct tern_scale_grad_args {
+    tern_matrix m;
+    tern_rule rule;
+    tern_type type; /* of w: F32 (default), F16 or BF16 */
+    const void *w;
+    const float *dw;
+    float *dalpha;
+    int32_t plain;
+} tern_scale_grad_args;
 
 /* int8 trits [rows, cols] -> packed. A value that is not -1, 0 or 1 is refused and nothing is written. */
 typedef struct tern_pack_args { tern_matrix m; const int8_t *trits; } tern_pack_args;
@@ -499,7 +520,8 @@ typedef enum { TERN_SUM, TERN_SUM_ABS, TERN_SUM_SQUARES } tern_sum_kind;
 typedef struct tern_sum_args { tern_sum_kind kind; int64_t count; const float *x; float *y; int32_t add; } tern_sum_args;
 
 /* One optimizer step over count weights of type F32 or BF16 (written with stochastic rounding keyed by
-   seed, step, stream and element), then the gradient is set to zero. The gradient is first multiplied by
+   seed, step, stream and element; nearest: to nearest even), then the gradient is set to zero. Moments of type BF16
+   are rounded stochastically too, by stream ^ 2^31. The gradient is first multiplied by
    min(1, clip/sqrt(*norm2)) when clip > 0; a *norm2 that is not finite skips the update: a data fault.
    AdamW needs an eps above 0, or a gradient of 0 would be 0/0. */
 typedef enum { TERN_ADAMW, TERN_SGD } tern_optimizer;
@@ -507,7 +529,10 @@ typedef struct tern_optimize_args {
     tern_optimizer kind;
     int64_t count;
     tern_type type; void *w;
-    float *grad, *moment1, *moment2; /* SGD: moment1 or NULL is the momentum; AdamW needs both */
+    int32_t nearest;
+    float *grad;
+    tern_type moment_type;    /* F32 (default) or BF16, of both */
+    void *moment1, *moment2;  /* SGD: moment1 or NULL is the momentum; AdamW needs both */
     const float *norm2;
     float clip, rate, beta1, beta2, eps, decay;
     uint64_t seed; uint32_t step, stream; /* step counts from 1 */
@@ -520,7 +545,7 @@ typedef struct tern_linear_args { tern_quantize_args quantize; const float *bias
 #define TERN_OPS(X)                                                                    \
     X(ternarize) X(pack) X(unpack) X(quantize) X(matmul) X(matmul_dx) X(matmul_dw)     \
     X(dense) X(dense_i8) X(gather) X(scatter) X(fill) X(cast) X(map) X(norm) X(rope)   \
-    X(attention) X(loss) X(sum) X(optimize)
+    X(attention) X(loss) X(sum) X(optimize) X(scale_grad)
 
 /* Operations that a backend may leave out: layers then compose others, with the same bits. */
 #define TERN_FUSED(X) X(linear)
@@ -575,7 +600,7 @@ extern void *tern_cuda_stream(const tern_context *c);
 /* What a parameter is follows from its buffers: trits and scales alone are frozen; a shadow makes it
    trainable by the straight-through estimator; rule TERN_DENSE keeps an ordinary float32 tensor in the
    shadow. Set type before tern_param_alloc to choose an encoding (TRITS: 2BIT or BASE3; SCALES: F32,
-   F16 or POW2; SHADOW: F32 or BF16); set data and count to lend your own memory. */
+   F16 or POW2; SHADOW: F32 or BF16; both moments: F32 or BF16); set data and count to lend your own memory. */
 typedef struct tern_buffer {
     tern_type type;
     void *data;    /* NULL: absent */
@@ -590,7 +615,12 @@ enum {
     TERN_FOR_ADAMW     = TERN_FOR_SGD | 1 << TERN_MOMENT2,
     TERN_FOR_TRAINING  = TERN_FOR_ADAMW & ~TERN_FOR_INFERENCE /* what tern_param_free drops to freeze */
 };
-enum { TERN_NO_DECAY = 1 }; /* flags: weight decay leaves this parameter alone (gains, biases) */
+enum { /* flags */
+    TERN_NO_DECAY = 1,    /* weight decay leaves this parameter alone (gains, biases, learned scales) */
+    TERN_PLAIN_ALPHA = 2, /* the gradient of alpha is the sum of dw * T (tern_scale_grad_args.plain) */
+    TERN_NEAREST = 4,     /* steps round a BF16 shadow to nearest: small updates are lost, for comparison only */
+    TERN_KEEP_SCALES = 8  /* a NULL tern_param_set takes trits with the scales there are; set by give, cleared by other sets and steps */
+};
 
 typedef struct tern_param {
     char name[64];      /* unique within a model */
@@ -598,6 +628,10 @@ typedef struct tern_param {
     tern_rule rule;
     int32_t grain;
     uint32_t flags;
+    struct tern_param *alpha; /* learned scales, dense: LSQ [1, 1] (grain: the tensor), SEQ [1, rows] (grain: the row). A parameter of the
+                                 model with buffers of its own, best TERN_NO_DECAY; zeros in it are set by tern_param_set. Frozen: NULL */
+    float rho;                /* running average of the scales, and ... */
+    float noise, zone;        /* ... noise near the threshold: see tern_ternarize_args */
     tern_buffer buffer[TERN_BUFFERS];
 } tern_param;
 
@@ -609,11 +643,17 @@ TERN_API void tern_param_free(tern_context *c, tern_param *p, int32_t mask);
 /* The packed view of a parameter, for the operations. */
 TERN_API tern_matrix tern_param_matrix(const tern_param *p);
 /* Sets the weights from floats [rows, cols] of F32, F16 or BF16: into the shadow where there is one, and
-   ternarized and packed. NULL w: from the shadow as it stands. */
+   ternarized and packed. NULL w: from the shadow as it stands. Given weights begin the average of rho anew, NULL goes on
+   with it. Never with noise: a last tern_param_set(c, p, TERN_TYPE_DEFAULT, NULL) before a save or freeze takes it out. */
 TERN_API tern_result tern_param_set(tern_context *c, tern_param *p, tern_type type, const void *w);
 /* Sets trits [rows, cols] and scales [rows, groups] (row-major; one for TERN_PER_TENSOR) from host memory,
-   as they are: an invalid trit or scale is refused and nothing changes. A shadow, if any, becomes their product. */
+   as they are: an invalid trit or scale is refused and nothing changes. A shadow, if any, becomes their product, for
+   ABSMEAN and ABSMEAN_SIGMA over the density of its grain (times sqrt(2/pi)), so that the mean finds the scale again;
+   TERN_KEEP_SCALES keeps that exact until the first step. alpha, if any, becomes the scale (SEQ: 1.5 scales). */
 TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_t *trits, const float *scales);
+/* Converts an allocated TERN_SHADOW, TERN_MOMENT1 or TERN_MOMENT2 to F32 or BF16 (to nearest even) in memory of its own;
+   lent memory stays the caller's. Trits and scales stay: a NULL tern_param_set or the next step takes them from a rounded shadow. */
+TERN_API tern_result tern_param_convert(tern_context *c, tern_param *p, int32_t which, tern_type type);
 /* Reads row r into host memory: trits [cols], its scales [groups], values [cols] (each or NULL). It allocates, and
    waits for a GPU: verify, stats and files, which read many rows at a time, are the way to read them all. */
 TERN_API tern_result tern_param_get(tern_context *c, const tern_param *p, int64_t row, int8_t *trits, float *scales, float *values);
@@ -668,8 +708,9 @@ TERN_API tern_linear tern_embedding_as_linear(const tern_embedding *e, tern_norm
 /* -- training ([TERN-19]) -- */
 
 /* Clips by global norm, updates every parameter that has a TERN_GRAD, zeroes the gradients, ternarizes and
-   packs. A norm that is not finite skips the update: a data fault. Defaults: beta1 0.9, beta2 0.99, eps
-   1e-8. norm2: where to leave the squared gradient norm (backend memory, one float), or NULL. */
+   packs. A norm that is not finite skips the update: a data fault (averages of rho and noise go on). Defaults: beta1
+   0.9, beta2 0.99, eps 1e-8. norm2: where to leave the squared gradient norm (backend memory, one float), or NULL.
+   A learned scale (alpha) is a parameter of the model; one that has a TERN_GRAD gets its gradient here, before the norm. */
 typedef struct tern_step {
     tern_optimizer optimizer;
     float rate, beta1, beta2, eps, decay, clip;
@@ -1739,24 +1780,71 @@ static float tern__mean_above(const tern__kernels *k, const tern_ternarize_args 
 
 TERN__ANYWHERE float tern__twn_delta(float mean) { return 0.7f * mean; }
 
-/* Stores a grain's scale at index i, from the mean of |w| and (TWN) of those above delta, and returns the threshold;
-   a GIVEN scale is there. No weight is above the threshold of a zero scale. */
+static int64_t tern__learned_scales(tern_rule rule, const tern_matrix *m) { return rule == TERN_SEQ ? m->rows : 1; }
+TERN__ANYWHERE int32_t tern__is_learned(tern_rule rule) { return rule == TERN_LSQ || rule == TERN_SEQ; }
+
+/* The learned scale of a grain, as ternarize uses it, from where it starts. */
+TERN__ANYWHERE float tern__learned_scale(const tern_ternarize_args *a, int64_t i, float start)
+{
+    const float alpha = a->alpha[i] == 0.0f ? start : a->alpha[i];
+    a->alpha[i] = alpha < 1e-5f ? 1e-5f : alpha;
+    return a->rule == TERN_SEQ ? a->alpha[i] / 1.5f : a->alpha[i];
+}
+
+/* A running average goes on from the scale that is stored. */
+TERN__ANYWHERE float tern__averaged_scale(const tern_ternarize_args *a, int64_t i, float alpha)
+{
+    const float old = tern__load_scale(a->m.scale_type, a->m.scales, i);
+    return old > 0.0f && tern__weight_ok(old) ? a->rho * old + (1.0f - a->rho) * alpha : alpha;
+}
+
+/* Stores a grain's scale at index i, from the mean of |w| and (TWN) of those above delta, and returns the threshold; a
+   GIVEN scale is there, a learned one starts at `mean` (SEQ: the largest |w|). No weight is above the threshold of a zero scale. */
 TERN__ANYWHERE float tern__settle_grain(const tern_ternarize_args *a, int64_t i, float mean, float above)
 {
-    const float alpha = a->rule == TERN_TWN ? above : a->rule == TERN_ABSMEAN_SIGMA ? mean / 0.7978845608f : mean;
-    const float scale = a->rule == TERN_GIVEN ? tern__load_scale(a->m.scale_type, a->m.scales, i)
-                                              : tern__store_scale(a->m.scale_type, a->m.scales, i, alpha);
+    float alpha = a->rule == TERN_TWN ? above : a->rule == TERN_ABSMEAN_SIGMA ? mean / 0.7978845608f : mean, scale;
+    if (tern__is_learned(a->rule)) alpha = tern__learned_scale(a, i, mean);
+    if (a->rho > 0.0f) alpha = tern__averaged_scale(a, i, alpha);
+    scale = a->rule == TERN_GIVEN ? tern__load_scale(a->m.scale_type, a->m.scales, i)
+                                  : tern__store_scale(a->m.scale_type, a->m.scales, i, alpha);
     if (scale == 0.0f) return FLT_MAX;
     return a->rule == TERN_TWN ? tern__twn_delta(mean) : 0.5f * scale;
+}
+
+/* The largest |w| of n weights from element i. */
+static float tern__row_max(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n)
+{
+    float buffer[TERN__BLOCK];
+    uint32_t bits = 0;
+    int64_t len;
+    for (; n > 0; i += len, n -= len) {
+        const float *w = tern__load_block(a, i, len = tern__min(n, TERN__BLOCK), buffer);
+        const uint32_t some = k->absmax(len, w, NULL);
+        if (some > bits) bits = some;
+    }
+    return tern__float(bits);
 }
 
 /* The grain over a rectangle, whose scale lies at index i: its threshold. */
 static float tern__apply_rule(const tern__kernels *k, const tern_ternarize_args *a, int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t i)
 {
+    const int32_t learned = tern__is_learned(a->rule) && a->alpha[i] != 0.0f;
     float mean = 0.0f, above = 0.0f;
-    if (a->rule != TERN_GIVEN) mean = tern__mean_above(k, a, row, rows, col, cols, -1.0f);
+    if (a->rule == TERN_SEQ && !learned) mean = tern__row_max(k, a, row * a->m.cols, cols);
+    else if (a->rule != TERN_GIVEN && !learned) mean = tern__mean_above(k, a, row, rows, col, cols, -1.0f);
     if (a->rule == TERN_TWN) above = tern__mean_above(k, a, row, rows, col, cols, tern__twn_delta(mean));
     return tern__settle_grain(a, i, mean, above);
+}
+
+/* What decides over weight i: itself, or near the threshold, with noise. u is an odd number of 2^-24. */
+TERN__ANYWHERE float tern__decisive(const tern_ternarize_args *a, int64_t i, float w, float scale, float threshold)
+{
+    uint32_t random[4];
+    float u;
+    if (!(tern__abs(tern__abs(w) - threshold) < a->zone * scale)) return w;
+    tern__philox(a->seed, (uint64_t)(i >> 2), a->step, a->stream, random);
+    u = (float)(2 * (int32_t)(random[i & 3] >> 8) - 16777215) * 5.9604644775390625e-8f;
+    return w + a->noise * scale * u;
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -1981,7 +2069,13 @@ static void tern__ternarize_body(tern__job *job, int64_t begin, int64_t end, int
             for (i = 0; i < cols; i += w->s.unit, unit += TERN__UNIT) {
                 const int64_t n = tern__min(w->s.unit, cols - i);
                 for (r = 0; r < rows; r++) {
-                    const float *x = tern__load_block(a, (row + r) * m->cols + col + i, n, buffer);
+                    const int64_t first = (row + r) * m->cols + col + i;
+                    const float *x = tern__load_block(a, first, n, buffer);
+                    if (a->noise > 0.0f) {
+                        const float scale = tern__load_scale(m->scale_type, m->scales, tern__scale_index(m, &w->s, row + r, g));
+                        for (j = 0; j < n; j++) buffer[j] = tern__decisive(a, first + j, x[j], scale, threshold[r]);
+                        x = buffer;
+                    }
                     for (j = 0; j < n; j++) t[r][j] = (int8_t)((x[j] > threshold[r]) - (x[j] < -threshold[r]));
                     for (; j < w->s.unit; j++) t[r][j] = 0;
                 }
@@ -1999,6 +2093,8 @@ static tern_result tern__cpu_ternarize(tern_run *run, const tern_ternarize_args 
         const float scale = tern__load_scale(a->m.scale_type, a->m.scales, i);
         TERN__REQUIRE(run, tern__weight_ok(scale) && scale >= 0.0f, TERN_E_NONFINITE, "ternarize: scales[%d] is negative or not a finite number below 2^96", i);
     }
+    for (i = 0; tern__is_learned(a->rule) && i < tern__learned_scales(a->rule, &a->m); i++)
+        TERN__REQUIRE(run, tern__weight_ok(a->alpha[i]), TERN_E_NONFINITE, "ternarize: alpha[%d] is not a finite number below 2^96", i);
     w.a = a;
     w.s = tern__shape_of(&a->m);
     w.threshold = a->m.grain == TERN_PER_TENSOR ? tern__apply_rule((const tern__kernels *)run->backend->data, a, 0, a->m.rows, 0, a->m.cols, 0) : 0.0f;
@@ -4588,26 +4684,39 @@ TERN__ANYWHERE void tern__optimize_one(const tern_optimize_args *a, float factor
     e->grad = 0.0f;
 }
 
+/* A float that bf16 holds, above or below x: the low 16 bits of `random` say which. */
+TERN__ANYWHERE float tern__stochastic(float x, uint32_t random) { return tern__from_bf16(tern__to_bf16_with(x, random & 0xFFFF)); }
+
+/* Words for the moments of four elements: the first moment takes the low half of its word, the second the high half. */
+TERN__ANYWHERE void tern__moment_random(const tern_optimize_args *a, int64_t four, uint32_t random[4])
+{
+    tern__philox(a->seed, (uint64_t)four, a->step, a->stream ^ 0x80000000u, random);
+}
+TERN__ANYWHERE float tern__moment_rounded(const tern_optimize_args *a, float x, uint32_t random)
+{
+    return a->moment_type == TERN_BF16 ? tern__stochastic(x, random) : x;
+}
+
 static void tern__optimize_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern__optimize_work *work = (const tern__optimize_work *)job->arg;
     const tern_optimize_args *a = work->a;
-    uint32_t random[4] = {0, 0, 0, 0};
+    uint32_t random[4] = {0, 0, 0, 0}, moments[4] = {0, 0, 0, 0};
     int64_t i;
     (void)bad;
     for (i = begin; i < end; i++) { /* element i takes word i % 4 of block i / 4 */
         tern__trained e;
         if (a->type == TERN_BF16 && (i == begin || (i & 3) == 0)) tern__philox(a->seed, (uint64_t)(i >> 2), a->step, a->stream, random);
+        if (a->moment_type == TERN_BF16 && (i == begin || (i & 3) == 0)) tern__moment_random(a, i >> 2, moments);
         e.w = tern__load_float(a->type, a->w, i);
         e.grad = a->grad[i];
-        e.moment1 = a->moment1 ? a->moment1[i] : 0.0f;
-        e.moment2 = a->kind == TERN_ADAMW ? a->moment2[i] : 0.0f;
+        e.moment1 = a->moment1 ? tern__load_float(a->moment_type, a->moment1, i) : 0.0f;
+        e.moment2 = a->kind == TERN_ADAMW ? tern__load_float(a->moment_type, a->moment2, i) : 0.0f;
         tern__optimize_one(a, work->factor, work->correct1, work->correct2, &e);
-        if (a->type == TERN_BF16) ((uint16_t *)a->w)[i] = tern__to_bf16_with(e.w, random[i & 3] & 0xFFFF);
-        else ((float *)a->w)[i] = e.w;
+        tern__store_float(a->type, a->w, i, a->type == TERN_BF16 && !a->nearest ? tern__stochastic(e.w, random[i & 3]) : e.w);
         a->grad[i] = e.grad;
-        if (a->moment1) a->moment1[i] = e.moment1;
-        if (a->kind == TERN_ADAMW) a->moment2[i] = e.moment2;
+        if (a->moment1) tern__store_float(a->moment_type, a->moment1, i, tern__moment_rounded(a, e.moment1, moments[i & 3]));
+        if (a->kind == TERN_ADAMW) tern__store_float(a->moment_type, a->moment2, i, tern__moment_rounded(a, e.moment2, moments[i & 3] >> 16));
     }
 }
 
@@ -4634,11 +4743,78 @@ static tern_result tern__cpu_optimize(tern_run *run, const tern_optimize_args *a
     tern__for(run, tern__optimize_body, &w, a->count, a->type == TERN_BF16 ? 120 : 50);
     return TERN_OK;
 }
+
+/* -- learned scales -- */
+
+/* What one weight adds to the gradient of its scale S, before the factor of the grain. The derivative of S T by S is T
+   where w is clipped; inside, where T = round(w/S), the rounding is passed straight through and -w/S comes to it. */
+TERN__ANYWHERE float tern__scale_term(const tern_scale_grad_args *a, float w, float scale, float trit, float dw)
+{
+    const int32_t inside = !a->plain && tern__abs(w) < (a->rule == TERN_SEQ ? 1.485f : 1.0f) * scale;
+    return dw * (inside ? trit - w / scale : trit);
+}
+
+/* SEQ: S = alpha/1.5, and w/alpha is clipped at 0.99. */
+TERN__ANYWHERE float tern__scale_factor(const tern_scale_grad_args *a)
+{
+    const float weights = a->rule == TERN_SEQ ? (float)a->m.cols : (float)a->m.rows * (float)a->m.cols;
+    return (a->plain ? 1.0f : 1.0f / tern__sqrt(weights)) / (a->rule == TERN_SEQ ? 1.5f : 1.0f);
+}
+
+/* Rows go to the threads, 1024 at a time. */
+typedef struct tern__scale_work { const tern_scale_grad_args *a; tern__shape s; int64_t row0; float *sums; } tern__scale_work;
+
+static void tern__scale_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern__scale_work *work = (const tern__scale_work *)job->arg;
+    const tern_scale_grad_args *a = work->a;
+    float term[TERN__BLOCK];
+    int8_t trits[TERN__BLOCK];
+    int64_t i, col, n, j;
+    (void)bad;
+    for (i = begin; i < end; i++) {
+        const int64_t row = work->row0 + i, first = row * a->m.cols;
+        const float scale = tern__load_scale(a->m.scale_type, a->m.scales, tern__scale_index(&a->m, &work->s, row, 0));
+        tern__tree tree;
+        tern__tree_init(&tree, job->k);
+        for (col = 0; col < a->m.cols; col += n) {
+            n = tern__min(TERN__BLOCK, a->m.cols - col);
+            tern__unpack_range(&a->m, &work->s, row, col, n, trits);
+            for (j = 0; j < n; j++) term[j] = tern__scale_term(a, tern__load_float(a->type, a->w, first + col + j), scale, (float)trits[j], a->dw[first + col + j]);
+            tern__tree_push(&tree, job->k->sum(TERN_SUM, n, term));
+        }
+        work->sums[i] = tern__tree_total(&tree);
+    }
+}
+
+static tern_result tern__cpu_scale_grad(tern_run *run, const tern_scale_grad_args *a)
+{
+    const float factor = tern__scale_factor(a);
+    float sums[TERN__BLOCK];
+    tern__scale_work w;
+    tern__tree tree;
+    int64_t i;
+    tern__tree_init(&tree, (const tern__kernels *)run->backend->data);
+    w.a = a;
+    w.s = tern__shape_of(&a->m);
+    w.sums = sums;
+    for (w.row0 = 0; w.row0 < a->m.rows; w.row0 += TERN__BLOCK) {
+        const int64_t n = tern__min(TERN__BLOCK, a->m.rows - w.row0);
+        tern__for(run, tern__scale_body, &w, n, tern__mul(a->m.cols, 40));
+        for (i = 0; i < n; i++) {
+            if (a->rule == TERN_SEQ) a->dalpha[w.row0 + i] += sums[i] * factor;
+            else tern__tree_push(&tree, sums[i]);
+        }
+    }
+    if (a->rule == TERN_LSQ) a->dalpha[0] += tern__tree_total(&tree) * factor;
+    return TERN_OK;
+}
 #else
 #define tern__cpu_matmul_dx NULL
 #define tern__cpu_matmul_dw NULL
 #define tern__cpu_scatter NULL
 #define tern__cpu_optimize NULL
+#define tern__cpu_scale_grad NULL
 #endif
 
 /* -- memory and the tables -- */
@@ -4861,10 +5037,27 @@ static tern_result tern__check_packed(tern_run *r, const char *op, const tern_ma
     return tern__check_pointer(r, op, "m.scales", m->scales, tern__type_bytes(m->scale_type));
 }
 
+/* Options that exclude each other; of an operation or a parameter. */
+static tern_result tern__check_rule(tern_run *r, const char *name, tern_rule rule, const tern_matrix *m, float rho, float noise, float zone)
+{
+    TERN__REQUIRE(r, rule != TERN_LSQ || m->grain == TERN_PER_TENSOR, TERN_E_ARGUMENT,
+                  "%s: rule lsq learns one scale for the tensor; a grain of %d has more", name, (int64_t)m->grain);
+    TERN__REQUIRE(r, rule != TERN_SEQ || m->grain == TERN_PER_ROW, TERN_E_ARGUMENT,
+                  "%s: rule seq learns a scale for each row; the grain is %d, not %d", name, (int64_t)m->grain, (int64_t)TERN_PER_ROW);
+    TERN__REQUIRE(r, rho >= 0 && rho < 1, TERN_E_ARGUMENT, "%s: rho is not in [0, 1)", name);
+    TERN__REQUIRE(r, rho == 0 || rule <= TERN_TWN, TERN_E_ARGUMENT, "%s: rho averages scales taken from the weights; those of rule %d are not", name, (int64_t)(int32_t)rule);
+    TERN__REQUIRE(r, rho == 0 || m->scale_type == TERN_TYPE_DEFAULT || m->scale_type == TERN_F32, TERN_E_ARGUMENT,
+                  "%s: rho needs scales of TERN_F32, not of type %d", name, (int64_t)m->scale_type);
+    TERN__REQUIRE(r, noise >= 0 && tern__finite(noise) && zone >= 0 && tern__finite(zone), TERN_E_ARGUMENT, "%s: noise or zone is negative or not finite", name);
+    return TERN_OK;
+}
+
 static tern_result tern__check_ternarize(tern_run *r, const tern_ternarize_args *a)
 {
     TERN__TRY(tern__check_packed(r, "ternarize", &a->m));
     TERN__REQUIRE(r, (int32_t)a->rule >= 0 && a->rule < TERN_DENSE, TERN_E_ARGUMENT, "ternarize: rule %d does not ternarize", (int64_t)(int32_t)a->rule);
+    TERN__TRY(tern__check_rule(r, "ternarize", a->rule, &a->m, a->rho, a->noise, a->zone));
+    if (tern__is_learned(a->rule)) TERN__NEED("ternarize", alpha);
     TERN__TRY(tern__check_float_type(r, "ternarize", a->type));
     return tern__check_pointer(r, "ternarize", "w", a->w, tern__type_bytes(a->type));
 }
@@ -5110,18 +5303,28 @@ static tern_result tern__check_optimize(tern_run *r, const tern_optimize_args *a
     TERN__REQUIRE(r, a->kind == TERN_ADAMW || a->kind == TERN_SGD, TERN_E_ARGUMENT, "optimize: optimizer %d is unknown", (int64_t)(int32_t)a->kind);
     TERN__REQUIRE(r, a->type == TERN_TYPE_DEFAULT || a->type == TERN_F32 || a->type == TERN_BF16, TERN_E_ARGUMENT,
                   "optimize: weights of type %d; TERN_F32 or TERN_BF16 can be trained", (int64_t)(int32_t)a->type);
+    TERN__REQUIRE(r, a->moment_type == TERN_TYPE_DEFAULT || a->moment_type == TERN_F32 || a->moment_type == TERN_BF16, TERN_E_ARGUMENT,
+                  "optimize: moments of type %d, not TERN_F32 or TERN_BF16", (int64_t)(int32_t)a->moment_type);
     TERN__REQUIRE(r, a->rate >= 0 && tern__finite(a->rate) && a->beta1 >= 0 && a->beta1 < 1 && a->beta2 >= 0 && a->beta2 < 1 &&
                   (a->kind == TERN_SGD || a->eps > 0) && tern__finite(a->decay) && a->step > 0, TERN_E_ARGUMENT,
                   "optimize: rate, betas, eps or decay out of range at step %d (counted from 1)", (int64_t)a->step);
     TERN__TRY(tern__check_pointer(r, "optimize", "w", a->w, tern__type_bytes(a->type)));
     TERN__NEED("optimize", grad);
-    TERN__MAY("optimize", moment1);
-    TERN__MAY("optimize", moment2);
     TERN__MAY("optimize", norm2);
-    if (a->kind == TERN_ADAMW) {
-        TERN__NEED("optimize", moment1);
-        TERN__NEED("optimize", moment2);
-    }
+    if (a->moment1 || a->kind == TERN_ADAMW) TERN__TRY(tern__check_pointer(r, "optimize", "moment1", a->moment1, tern__type_bytes(a->moment_type)));
+    if (a->kind == TERN_ADAMW) TERN__TRY(tern__check_pointer(r, "optimize", "moment2", a->moment2, tern__type_bytes(a->moment_type)));
+    return TERN_OK;
+}
+
+static tern_result tern__check_scale_grad(tern_run *r, const tern_scale_grad_args *a)
+{
+    TERN__TRY(tern__check_packed(r, "scale_grad", &a->m));
+    TERN__REQUIRE(r, tern__is_learned(a->rule), TERN_E_ARGUMENT, "scale_grad: rule %d has no learned scale", (int64_t)(int32_t)a->rule);
+    TERN__TRY(tern__check_rule(r, "scale_grad", a->rule, &a->m, 0.0f, 0.0f, 0.0f));
+    TERN__TRY(tern__check_float_type(r, "scale_grad", a->type));
+    TERN__TRY(tern__check_pointer(r, "scale_grad", "w", a->w, tern__type_bytes(a->type)));
+    TERN__NEED("scale_grad", dw);
+    TERN__NEED("scale_grad", dalpha);
     return TERN_OK;
 }
 
@@ -5188,12 +5391,13 @@ static tern_type tern__buffer_type(const tern_param *p, int32_t which)
     const tern_matrix m = tern_param_matrix(p);
     if (which == TERN_TRITS) return m.encoding;
     if (which == TERN_SCALES) return m.scale_type;
-    if (which == TERN_SHADOW && p->buffer[which].type == TERN_BF16) return TERN_BF16;
+    if (which != TERN_GRAD && p->buffer[which].type == TERN_BF16) return TERN_BF16;
     return TERN_F32;
 }
 
 static tern_result tern__check_param(tern_context *c, const tern_param *p)
 {
+    tern_matrix m;
     tern_run *r;
     int32_t i;
     if (!c) return TERN_E_ARGUMENT;
@@ -5201,14 +5405,18 @@ static tern_result tern__check_param(tern_context *c, const tern_param *p)
     TERN__REQUIRE(r, p, TERN_E_ARGUMENT, "a parameter is NULL");
     TERN__REQUIRE(r, memchr(p->name, 0, sizeof p->name), TERN_E_ARGUMENT, "a parameter's name is not terminated");
     TERN__REQUIRE(r, (int32_t)p->rule >= 0 && p->rule <= TERN_DENSE, TERN_E_ARGUMENT, "%s: rule %d is unknown", p->name, (int64_t)(int32_t)p->rule);
+    m = tern_param_matrix(p);
+    TERN__TRY(tern__check_rule(r, p->name, p->rule, &m, p->rho, p->noise, p->zone));
     if (p->rule == TERN_DENSE) {
         TERN__REQUIRE(r, p->rows > 0 && p->cols > 0, TERN_E_SHAPE, "%s: %d x %d; both must be positive", p->name, p->rows, p->cols);
         TERN__TRY(tern__check_count(r, p->name, "rows", p->rows, p->cols));
         TERN__REQUIRE(r, p->buffer[TERN_SHADOW].type == TERN_TYPE_DEFAULT || p->buffer[TERN_SHADOW].type == TERN_F32, TERN_E_ARGUMENT,
                       "%s: a dense parameter is TERN_F32", p->name);
-    } else {
-        const tern_matrix m = tern_param_matrix(p);
-        TERN__TRY(tern__check_matrix(r, p->name, &m));
+    } else TERN__TRY(tern__check_matrix(r, p->name, &m));
+    if (tern__is_learned(p->rule) && p->alpha) {
+        const int64_t scales = tern__learned_scales(p->rule, &m);
+        TERN__REQUIRE(r, memchr(p->alpha->name, 0, sizeof p->alpha->name) && p->alpha->rule == TERN_DENSE && p->alpha->rows == 1 && p->alpha->cols == scales,
+                      TERN_E_SHAPE, "%s: its alpha must be dense, 1 x %d, and is %d x %d", p->name, scales, p->alpha->rows, p->alpha->cols);
     }
     for (i = 0; i < TERN_BUFFERS; i++)
         TERN__REQUIRE(r, p->buffer[i].type == TERN_TYPE_DEFAULT || p->buffer[i].type == tern__buffer_type(p, i), TERN_E_ARGUMENT,
@@ -5283,16 +5491,25 @@ TERN_API void tern_param_free(tern_context *c, tern_param *p, int32_t mask)
     }
 }
 
-/* Trits and scales from floats in backend memory. */
-static tern_result tern__param_ternarize(tern_context *c, tern_param *p, tern_type type, const void *w)
+/* What the shadow is ternarized with, but for the noise. */
+static tern_ternarize_args tern__param_args(const tern_param *p)
 {
     tern_ternarize_args a;
-    tern_result result;
+    memset(&a, 0, sizeof a);
     a.m = tern_param_matrix(p);
-    a.rule = p->rule;
-    a.type = type;
-    a.w = w;
-    result = tern_ternarize(c, &a);
+    a.rule = p->flags & TERN_KEEP_SCALES ? TERN_GIVEN : p->rule;
+    a.type = tern__buffer_type(p, TERN_SHADOW);
+    a.w = p->buffer[TERN_SHADOW].data;
+    if (a.rule == TERN_GIVEN) return a;
+    a.alpha = tern__floats(p->alpha, TERN_SHADOW);
+    a.rho = p->rho;
+    return a;
+}
+
+/* Trits and scales as the arguments say. */
+static tern_result tern__param_ternarize(tern_context *c, tern_param *p, const tern_ternarize_args *a)
+{
+    tern_result result = tern_ternarize(c, a);
     if (result != TERN_OK) {
         const tern_error e = c->run.error;
         tern__set_error(&c->run.error, result, "%s: %s", p->name, e.text); /* which of a model's weights diverged */
@@ -5300,13 +5517,32 @@ static tern_result tern__param_ternarize(tern_context *c, tern_param *p, tern_ty
     return result;
 }
 
+/* A learned scale that can be used, where the rule asks for one. */
+static tern_result tern__check_alpha(tern_context *c, const tern_param *p)
+{
+    if (!tern__is_learned(p->rule)) return TERN_OK;
+    TERN__REQUIRE(&c->run, p->alpha, TERN_E_MISSING, "%s: its rule learns a scale, and its alpha is NULL", p->name);
+    return tern__check_ready(c, p->alpha);
+}
+
 TERN_API tern_result tern_param_set(tern_context *c, tern_param *p, tern_type type, const void *w)
 {
+    tern_ternarize_args t;
     void *shadow;
     TERN__TRY(tern__check_ready(c, p));
+    TERN__TRY(tern__check_alpha(c, p));
     shadow = p->buffer[TERN_SHADOW].data;
     if (shadow || !w) TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
-    if (w && p->rule != TERN_DENSE) TERN__TRY(tern__param_ternarize(c, p, type, w)); /* refuses bad weights before anything is written */
+    t = tern__param_args(p);
+    if (w && p->rule != TERN_DENSE) { /* refuses bad weights before anything is written */
+        t.rule = p->rule;
+        t.alpha = tern__floats(p->alpha, TERN_SHADOW);
+        t.rho = 0.0f;
+        t.type = type;
+        t.w = w;
+        TERN__TRY(tern__param_ternarize(c, p, &t));
+        p->flags &= ~(uint32_t)TERN_KEEP_SCALES;
+    }
     if (w && shadow) {
         tern_cast_args a;
         a.count = p->rows * p->cols;
@@ -5319,7 +5555,36 @@ TERN_API tern_result tern_param_set(tern_context *c, tern_param *p, tern_type ty
     }
     if (p->rule == TERN_DENSE) return TERN_OK;
     if (w && !(shadow && tern__buffer_type(p, TERN_SHADOW) == TERN_BF16)) return TERN_OK; /* a rounded shadow may give other trits */
-    return tern__param_ternarize(c, p, tern__buffer_type(p, TERN_SHADOW), shadow);
+    t.type = tern__buffer_type(p, TERN_SHADOW);
+    t.w = shadow;
+    return tern__param_ternarize(c, p, &t);
+}
+
+TERN_API tern_result tern_param_convert(tern_context *c, tern_param *p, int32_t which, tern_type type)
+{
+    tern_cast_args a;
+    tern_param to;
+    tern_result result;
+    TERN__TRY(tern__check_param(c, p));
+    TERN__REQUIRE(&c->run, which == TERN_SHADOW || which == TERN_MOMENT1 || which == TERN_MOMENT2, TERN_E_ARGUMENT,
+                  "%s: convert: buffer %d is not a shadow or moment", p->name, (int64_t)which);
+    TERN__REQUIRE(&c->run, type == TERN_F32 || type == TERN_BF16, TERN_E_ARGUMENT, "%s: convert: type %d is not TERN_F32 or TERN_BF16", p->name, (int64_t)(int32_t)type);
+    TERN__TRY(tern__check_buffer(c, p, which, p->rows * p->cols));
+    a.from = tern__buffer_type(p, which);
+    if (a.from == type) return TERN_OK;
+    to = *p;
+    memset(&to.buffer[which], 0, sizeof to.buffer[which]);
+    to.buffer[which].type = type;
+    TERN__TRY(tern_param_alloc(c, &to, 1 << which));
+    a.count = p->rows * p->cols;
+    a.to = type;
+    a.src = p->buffer[which].data;
+    a.dst = to.buffer[which].data;
+    a.finite = 0;
+    result = tern_cast(c, &a);
+    tern_param_free(c, result == TERN_OK ? p : &to, 1 << which);
+    if (result == TERN_OK) p->buffer[which] = to.buffer[which];
+    return result;
 }
 
 /* -- rows cross between the host and the backend in chunks, so that a device is waited for seldom -- */
@@ -5345,27 +5610,26 @@ static tern_result tern__upload_rows(tern_context *c, const tern_param *p, int64
     return tern_pack(c, &a);
 }
 
-/* Row-major scales from the host, through `ordered`: host memory for the scales in panel order. */
-static tern_result tern__upload_scales(tern_context *c, const tern_param *p, const float *scales, void *ordered)
+/* Row-major scales from the host to those of m, through `ordered`: host memory for the scales in panel order. */
+static tern_result tern__upload_scales(tern_context *c, const tern_matrix *m, const float *scales, void *ordered)
 {
-    const tern_matrix m = tern_param_matrix(p);
-    const tern__shape s = tern__shape_of(&m);
+    const tern__shape s = tern__shape_of(m);
     int64_t i, g;
-    for (i = 0; i < s.scales; i++) tern__store_scale(m.scale_type, ordered, i, 0.0f); /* padding rows keep it */
-    for (i = 0; i < (m.grain == TERN_PER_TENSOR ? 1 : m.rows); i++)
+    for (i = 0; i < s.scales; i++) tern__store_scale(m->scale_type, ordered, i, 0.0f); /* padding rows keep it */
+    for (i = 0; i < (m->grain == TERN_PER_TENSOR ? 1 : m->rows); i++)
         for (g = 0; g < s.groups; g++)
-            tern__store_scale(m.scale_type, ordered, tern__scale_index(&m, &s, i, g), scales[i * s.groups + g]);
-    return tern_copy(c, m.scales, ordered, (size_t)(s.scales * tern__type_bytes(m.scale_type)), TERN_TO_DEVICE);
+            tern__store_scale(m->scale_type, ordered, tern__scale_index(m, &s, i, g), scales[i * s.groups + g]);
+    return tern_copy(c, m->scales, ordered, (size_t)(s.scales * tern__type_bytes(m->scale_type)), TERN_TO_DEVICE);
 }
 
-/* The shadow becomes trit times scale; staging holds a chunk of floats. */
-static tern_result tern__shadow_from_packed(tern_context *c, const tern_param *p, float *staging)
+/* The shadow becomes trit times scale, the scales those of m; staging holds a chunk of floats. */
+static tern_result tern__shadow_from_packed(tern_context *c, const tern_param *p, const tern_matrix *m, float *staging)
 {
     const tern_type type = tern__buffer_type(p, TERN_SHADOW);
     tern_unpack_args u;
     tern_cast_args a;
     memset(&u, 0, sizeof u);
-    u.m = tern_param_matrix(p);
+    u.m = *m;
     u.values = staging;
     memset(&a, 0, sizeof a);
     a.from = TERN_F32;
@@ -5381,6 +5645,44 @@ static tern_result tern__shadow_from_packed(tern_context *c, const tern_param *p
     return TERN_OK;
 }
 
+/* A mean over all weights, which trits that are 0 make smaller, finds the given scale again where the others are as much larger. */
+static int32_t tern__is_diluted(const tern_param *p) { return p->rule == TERN_ABSMEAN || p->rule == TERN_ABSMEAN_SIGMA; }
+
+static float tern__shadow_scale(const tern_param *p, const int8_t *trits, int64_t row, int64_t rows, int64_t col, int64_t cols, float scale)
+{
+    int64_t r, j, count = 0;
+    for (r = row; r < row + rows; r++)
+        for (j = col; j < col + cols; j++) count += trits[r * p->cols + j] != 0;
+    if (count == 0) return scale;
+    return scale * ((float)(rows * cols) / (float)count) * (p->rule == TERN_ABSMEAN_SIGMA ? 0.7978845608f : 1.0f);
+}
+
+/* Memory for a give: on the backend, and on the host. */
+typedef struct tern__giving { int8_t *staging; void *shadow_scales, *ordered; float *scales; } tern__giving;
+
+static tern_result tern__give_shadow(tern_context *c, const tern_param *p, const int8_t *trits, const float *scales, const tern__giving *g)
+{
+    tern_matrix m = tern_param_matrix(p);
+    const tern__shape s = tern__shape_of(&m);
+    int64_t i, j;
+    if (!g->shadow_scales) return tern__shadow_from_packed(c, p, &m, (float *)(void *)g->staging);
+    m.scale_type = TERN_F32;
+    m.scales = g->shadow_scales;
+    if (m.grain == TERN_PER_TENSOR) g->scales[0] = tern__shadow_scale(p, trits, 0, m.rows, 0, m.cols, scales[0]);
+    else for (i = 0; i < m.rows; i++)
+        for (j = 0; j < s.groups; j++)
+            g->scales[i * s.groups + j] = tern__shadow_scale(p, trits, i, 1, j * s.group, tern__group_cols(&m, &s, j), scales[i * s.groups + j]);
+    TERN__TRY(tern__upload_scales(c, &m, g->scales, g->ordered));
+    return tern__shadow_from_packed(c, p, &m, (float *)(void *)g->staging);
+}
+
+static tern_result tern__give_alpha(tern_context *c, const tern_param *p, const float *scales, const tern__giving *g)
+{
+    int64_t i;
+    for (i = 0; i < p->alpha->cols; i++) g->scales[i] = scales[i] * (p->rule == TERN_SEQ ? 1.5f : 1.0f);
+    return tern_copy(c, p->alpha->buffer[TERN_SHADOW].data, g->scales, (size_t)p->alpha->cols * sizeof(float), TERN_TO_DEVICE);
+}
+
 TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_t *trits, const float *scales)
 {
     tern_result result = TERN_OK;
@@ -5388,14 +5690,18 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
     tern_matrix m;
     tern__shape s;
     tern__any_scale one;
+    tern__giving g;
     int64_t i, width, row, rows, stored;
-    int8_t *staging;
-    void *ordered;
+    int32_t shadow, diluted, alpha;
     TERN__TRY(tern__check_ready(c, p));
     r = &c->run;
     TERN__REQUIRE(r, p->rule != TERN_DENSE, TERN_E_ARGUMENT, "%s is dense and takes no trits", p->name);
     TERN__REQUIRE(r, trits && scales, TERN_E_ARGUMENT, "%s: trits or scales are NULL", p->name);
-    if (p->buffer[TERN_SHADOW].data) TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
+    shadow = p->buffer[TERN_SHADOW].data != NULL;
+    diluted = shadow && tern__is_diluted(p);
+    alpha = tern__is_learned(p->rule) && p->alpha;
+    if (shadow) TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
+    if (alpha) TERN__TRY(tern__check_alpha(c, p));
     m = tern_param_matrix(p);
     s = tern__shape_of(&m);
     stored = m.grain == TERN_PER_TENSOR ? 1 : m.rows * s.groups;
@@ -5408,18 +5714,25 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
         TERN__REQUIRE(r, tern__store_scale(m.scale_type, &one, 0, scales[i]) == scales[i], TERN_E_ARGUMENT,
                       "%s: scales[%d] is not %s", p->name, i, m.scale_type == TERN_POW2 ? "a power of two" : "an f16");
     }
-    width = p->buffer[TERN_SHADOW].data ? (int64_t)sizeof(float) : 1;
-    staging = (int8_t *)tern_alloc(c, (size_t)(tern__chunk_rows(p, width) * m.cols * width));
-    ordered = tern__host_alloc(&r->allocator, (size_t)(s.scales * tern__type_bytes(m.scale_type)));
-    if (!staging || !ordered) result = tern__set_error(&r->error, TERN_E_MEMORY, "%s: no memory to pack", p->name);
+    width = shadow ? (int64_t)sizeof(float) : 1;
+    g.staging = (int8_t *)tern_alloc(c, (size_t)(tern__chunk_rows(p, width) * m.cols * width));
+    g.ordered = tern__host_alloc(&r->allocator, (size_t)s.scales * sizeof(float));
+    g.shadow_scales = diluted ? tern_alloc(c, (size_t)s.scales * sizeof(float)) : NULL;
+    g.scales = diluted || alpha ? (float *)tern__host_alloc(&r->allocator, (size_t)stored * sizeof(float)) : NULL;
+    if (!g.staging || !g.ordered || (diluted && !g.shadow_scales) || ((diluted || alpha) && !g.scales))
+        result = tern__set_error(&r->error, TERN_E_MEMORY, "%s: no memory to pack", p->name);
     for (row = 0; result == TERN_OK && row < m.rows; row += rows) {
         rows = tern__min(tern__chunk_rows(p, width), m.rows - row);
-        result = tern__upload_rows(c, p, row, rows, trits + row * m.cols, staging);
+        result = tern__upload_rows(c, p, row, rows, trits + row * m.cols, g.staging);
     }
-    if (result == TERN_OK) result = tern__upload_scales(c, p, scales, ordered);
-    if (result == TERN_OK && p->buffer[TERN_SHADOW].data) result = tern__shadow_from_packed(c, p, (float *)(void *)staging);
-    if (staging) tern_free(c, staging);
-    tern__host_free(&r->allocator, ordered);
+    if (result == TERN_OK) result = tern__upload_scales(c, &m, scales, g.ordered);
+    if (result == TERN_OK && shadow) result = tern__give_shadow(c, p, trits, scales, &g);
+    if (result == TERN_OK && alpha) result = tern__give_alpha(c, p, scales, &g);
+    if (result == TERN_OK) p->flags |= TERN_KEEP_SCALES;
+    if (g.staging) tern_free(c, g.staging);
+    if (g.shadow_scales) tern_free(c, g.shadow_scales);
+    tern__host_free(&r->allocator, g.ordered);
+    tern__host_free(&r->allocator, g.scales);
     return result;
 }
 
@@ -5971,7 +6284,40 @@ TERN_API tern_linear tern_embedding_as_linear(const tern_embedding *e, tern_norm
    ------------------------------------------------------------------------------------------------ */
 
 #ifndef TERNARY_NO_TRAINING
-/* Everything a step will need, before the first parameter changes. */
+/* The learned scale of a parameter that trains, where it has a gradient. */
+static tern_param *tern__trained_alpha(const tern_param *p)
+{
+    return tern__is_learned(p->rule) && p->buffer[TERN_GRAD].data && p->alpha && p->alpha->buffer[TERN_GRAD].data ? p->alpha : NULL;
+}
+
+/* The update of one parameter. */
+static tern_optimize_args tern__step_args(const tern_model *m, int32_t i, const tern_step *s, const float *norm2)
+{
+    const tern_param *p = m->items[i];
+    tern_optimize_args a;
+    a.kind = s->optimizer;
+    a.count = p->rows * p->cols;
+    a.type = tern__buffer_type(p, TERN_SHADOW);
+    a.w = p->buffer[TERN_SHADOW].data;
+    a.nearest = (p->flags & TERN_NEAREST) != 0;
+    a.grad = tern__floats(p, TERN_GRAD);
+    a.moment_type = tern__buffer_type(p, TERN_MOMENT1);
+    a.moment1 = p->buffer[TERN_MOMENT1].data;
+    a.moment2 = p->buffer[TERN_MOMENT2].data;
+    a.norm2 = norm2;
+    a.clip = s->clip;
+    a.rate = s->rate;
+    a.beta1 = s->beta1 > 0.0f ? s->beta1 : 0.9f;
+    a.beta2 = s->beta2 > 0.0f ? s->beta2 : 0.99f;
+    a.eps = s->eps > 0.0f ? s->eps : 1e-8f;
+    a.decay = p->flags & TERN_NO_DECAY ? 0.0f : s->decay;
+    a.seed = s->seed;
+    a.step = s->step;
+    a.stream = (uint32_t)i;
+    return a;
+}
+
+/* Everything a step will need, before the first parameter or gradient changes. */
 static tern_result tern__check_step(tern_context *c, const tern_model *m, const tern_step *s)
 {
     int32_t i, b, trained = 0;
@@ -5980,13 +6326,61 @@ static tern_result tern__check_step(tern_context *c, const tern_model *m, const 
     TERN__REQUIRE(&c->run, tern__finite(s->decay), TERN_E_ARGUMENT, "step: the decay is out of range"); /* undecayed parameters would not notice */
     for (i = 0; i < m->count; i++) {
         const tern_param *p = m->items[i];
+        tern_optimize_args a;
         if (!p->buffer[TERN_GRAD].data) continue;
         trained++;
         TERN__TRY(tern__check_ready(c, p));
         for (b = TERN_SHADOW; b < TERN_BUFFERS; b++)
             if (p->buffer[b].data || b <= TERN_GRAD || s->optimizer == TERN_ADAMW) TERN__TRY(tern__check_buffer(c, p, b, p->rows * p->cols));
+        TERN__REQUIRE(&c->run, s->optimizer != TERN_ADAMW || tern__buffer_type(p, TERN_MOMENT1) == tern__buffer_type(p, TERN_MOMENT2), TERN_E_ARGUMENT,
+                      "%s: its moments are of types %d and %d", p->name, (int64_t)tern__buffer_type(p, TERN_MOMENT1), (int64_t)tern__buffer_type(p, TERN_MOMENT2));
+        TERN__TRY(tern__check_alpha(c, p));
+        for (b = 0; tern__trained_alpha(p) && b < m->count && m->items[b] != p->alpha;) b++;
+        TERN__REQUIRE(&c->run, !tern__trained_alpha(p) || b < m->count, TERN_E_MISSING, "%s: its alpha has a gradient and is not in the model", p->name);
+        a = tern__step_args(m, i, s, s->norm2);
+        TERN__TRY(tern__check_optimize(&c->run, &a));
     }
     TERN__REQUIRE(&c->run, trained > 0, TERN_E_MISSING, "step: no parameter has a gradient");
+    return TERN_OK;
+}
+
+/* Gradients of learned scales from those of the weights. */
+static tern_result tern__step_scales(tern_context *c, const tern_model *m)
+{
+    int32_t i;
+    for (i = 0; i < m->count; i++) {
+        const tern_param *p = m->items[i];
+        tern_scale_grad_args a;
+        if (!tern__trained_alpha(p)) continue;
+        a.m = tern_param_matrix(p);
+        a.rule = p->rule;
+        a.type = tern__buffer_type(p, TERN_SHADOW);
+        a.w = p->buffer[TERN_SHADOW].data;
+        a.dw = tern__floats(p, TERN_GRAD);
+        a.dalpha = tern__floats(p->alpha, TERN_GRAD);
+        a.plain = (p->flags & TERN_PLAIN_ALPHA) != 0;
+        TERN__TRY(tern_scale_grad(c, &a));
+    }
+    return TERN_OK;
+}
+
+/* Trits from the shadows, by learned scales that have made their step too. */
+static tern_result tern__step_ternarize(tern_context *c, const tern_model *m, const tern_step *s)
+{
+    int32_t i;
+    for (i = 0; i < m->count; i++) {
+        tern_param *p = m->items[i];
+        tern_ternarize_args a;
+        if (!p->buffer[TERN_GRAD].data || p->rule == TERN_DENSE) continue;
+        p->flags &= ~(uint32_t)TERN_KEEP_SCALES;
+        a = tern__param_args(p);
+        a.noise = p->noise;
+        a.zone = p->zone;
+        a.seed = s->seed;
+        a.step = s->step;
+        a.stream = (uint32_t)i ^ 0x40000000u; /* not that of the rounding of weights or moments */
+        TERN__TRY(tern__param_ternarize(c, p, &a));
+    }
     return TERN_OK;
 }
 
@@ -5995,6 +6389,7 @@ TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const
     float *norm2;
     int32_t i, first = 1;
     TERN__TRY(tern__check_step(c, m, s));
+    TERN__TRY(tern__step_scales(c, m));
     norm2 = s->norm2 ? s->norm2 : (float *)(void *)c->scratch;
     for (i = 0; i < m->count; i++) {
         tern_sum_args a;
@@ -6008,30 +6403,10 @@ TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const
         TERN__TRY(tern_sum(c, &a));
     }
     for (i = 0; i < m->count; i++) {
-        tern_param *p = m->items[i];
-        tern_optimize_args a;
-        if (!p->buffer[TERN_GRAD].data) continue;
-        a.kind = s->optimizer;
-        a.count = p->rows * p->cols;
-        a.type = tern__buffer_type(p, TERN_SHADOW);
-        a.w = p->buffer[TERN_SHADOW].data;
-        a.grad = tern__floats(p, TERN_GRAD);
-        a.moment1 = tern__floats(p, TERN_MOMENT1);
-        a.moment2 = tern__floats(p, TERN_MOMENT2);
-        a.norm2 = norm2;
-        a.clip = s->clip;
-        a.rate = s->rate;
-        a.beta1 = s->beta1 > 0.0f ? s->beta1 : 0.9f;
-        a.beta2 = s->beta2 > 0.0f ? s->beta2 : 0.99f;
-        a.eps = s->eps > 0.0f ? s->eps : 1e-8f;
-        a.decay = p->flags & TERN_NO_DECAY ? 0.0f : s->decay;
-        a.seed = s->seed;
-        a.step = s->step;
-        a.stream = (uint32_t)i;
-        TERN__TRY(tern_optimize(c, &a));
-        if (p->rule != TERN_DENSE) TERN__TRY(tern_param_set(c, p, TERN_TYPE_DEFAULT, NULL));
+        const tern_optimize_args a = tern__step_args(m, i, s, norm2);
+        if (m->items[i]->buffer[TERN_GRAD].data) TERN__TRY(tern_optimize(c, &a));
     }
-    return TERN_OK;
+    return tern__step_ternarize(c, m, s);
 }
 
 TERN_API tern_result tern_schedule_rate(tern_context *c, const tern_schedule *s, uint32_t step, float *rate)
@@ -6088,7 +6463,7 @@ enum {
     TERN__ALL_BUFFERS = (1 << TERN_BUFFERS) - 1
 };
 
-static const char *const tern__rule_names[] = {"absmean", "absmean_sigma", "twn", "given", "dense"};
+static const char *const tern__rule_names[] = {"absmean", "absmean_sigma", "twn", "lsq", "seq", "given", "dense"};
 
 static void tern__put_number(uint8_t *p, uint64_t value, int32_t bytes)
 {
@@ -6893,9 +7268,10 @@ static tern_result tern__load_trits(tern__loader *l, const tern_param *p, const 
 static tern_result tern__load_scales(tern__loader *l, const tern_param *p, const uint8_t *source)
 {
     const tern__tensor t = tern__tensor_of(p, TERN_SCALES);
+    const tern_matrix m = tern_param_matrix(p);
     int64_t i;
     for (i = 0; i < t.dims[0] * t.dims[1]; i++) l->scales[i] = tern__source_scale(p, source, i);
-    return tern__upload_scales(l->c, p, l->scales, l->ordered);
+    return tern__upload_scales(l->c, &m, l->scales, l->ordered);
 }
 
 static tern_result tern__load_floats(tern__loader *l, const tern_param *p, int32_t which, const uint8_t *source)

@@ -118,6 +118,7 @@ enum {
 #define TERN__REFUSALS(X)                                                                                              \
     X(WEIGHT, TERN_E_NONFINITE, "ternarize: weights[%d][%d] is not a finite number below 2^96; its grain was taken as zero") \
     X(SCALE,  TERN_E_NONFINITE, "ternarize: scales[%d] is negative or not a finite number below 2^96 and was taken as zero") \
+    X(ALPHA,  TERN_E_NONFINITE, "ternarize: alpha[%d] is not a finite number below 2^96; its grain was taken as zero") \
     X(TRIT,   TERN_E_TRIT,      "pack: trits[%d][%d] is not -1, 0 or 1 and was taken as zero")                          \
     X(CODE,   TERN_E_TRIT,      "unpack: row %d has an invalid code (2-bit code 3 or base-3 byte above 242) and was taken as zero") \
     X(CAST,   TERN_E_NONFINITE, "cast: element %d is not finite and was taken as zero")
@@ -395,7 +396,7 @@ typedef struct tern__patches {
     int32_t rows, groups;   /* of a patch: a power of two up to 16; more than one only beside 16 rows */
     int32_t blocks, units;  /* of a group, at most: sums of 1024 weights, and inputs */
     int64_t across, count;  /* patches beside each other, and all */
-    tern__blame weight, scale;
+    tern__blame weight, scale, alpha;
 } tern__patches;
 
 /* Grains of a patch lie row by row, group after group; a block's sum follows its neighbour's. */
@@ -423,6 +424,7 @@ static tern__patches tern__patches_of(const tern__gpu *d, const tern_ternarize_a
     p.count = p.s.panels * (TERN__ROWS / p.rows) * p.across;
     p.weight = tern__blame_of(d, TERN__REFUSED_WEIGHT);
     p.scale = tern__blame_of(d, TERN__REFUSED_SCALE);
+    p.alpha = tern__blame_of(d, TERN__REFUSED_ALPHA);
     return p;
 }
 
@@ -448,18 +450,34 @@ template <tern_type Type> static __device__ void tern__report_weights(const tern
         if (!tern__weight_ok(tern__load_float(Type, p.a.w, row * p.a.m.cols + col + j))) tern__report_at(p.weight, row, col + j);
 }
 
-/* Canonical sum, by a warp, of up to 1024 |w| above delta, counted; NaN where a weight is bad. */
+/* The largest of up to 1024 terms that are not negative, by a warp; NaN is larger than all. */
+template <typename Term> static __device__ float tern__warp_max(int n, Term term)
+{
+    uint32_t bits = 0;
+    for (int i = (int)(threadIdx.x % 32); i < n; i += 32) {
+        const uint32_t mine = tern__bits(term(i));
+        bits = mine > bits ? mine : bits;
+    }
+    for (int half = 16; half > 0; half /= 2) {
+        const uint32_t other = __shfl_xor_sync(TERN__ALL_LANES, bits, half);
+        bits = other > bits ? other : bits;
+    }
+    return tern__float(bits);
+}
+
+/* Canonical sum (SEQ: the largest), by a warp, of up to 1024 |w| above delta, counted; NaN where a weight is bad. */
 template <tern_type Type>
 static __device__ float tern__sum_weights(const tern__patches &p, int64_t row, int64_t col, int n, float delta, int *above)
 {
     const int64_t first = row * p.a.m.cols + col;
     int count = 0;
-    const float sum = tern__warp_sum(n, [&](int j) {
+    const auto term = [&](int j) {
         const float w = tern__load_float(Type, p.a.w, first + j);
         const bool larger = tern__abs(w) > delta;
         count += larger;
         return !tern__weight_ok(w) ? tern__float(0x7FC00000u) : larger ? tern__abs(w) : 0.0f;
-    });
+    };
+    const float sum = p.a.rule == TERN_SEQ ? tern__warp_max(n, term) : tern__warp_sum(n, term);
     *above = tern__warp_count(count);
     if (sum != sum) tern__report_weights<Type>(p, row, col, n);
     return sum;
@@ -485,7 +503,8 @@ template <tern_type Type> static __device__ void tern__patch_totals(const tern__
     __syncthreads();
     for (int grain = warp; grain < grains; grain += TERN__PATCH_WARPS) {
         const float *sum = my->sum + grain * p.blocks;
-        const float total = p.blocks == 1 ? *sum : tern__warp_sum(p.blocks, [&](int i) { return sum[i]; });
+        const auto block = [&](int i) { return sum[i]; };
+        const float total = p.blocks == 1 ? *sum : p.a.rule == TERN_SEQ ? tern__warp_max(p.blocks, block) : tern__warp_sum(p.blocks, block);
         int count = 0;
         for (int i = lane; i < p.blocks; i += 32) count += my->above[grain * p.blocks + i];
         count = tern__warp_count(count);
@@ -504,9 +523,10 @@ static __device__ float tern__patch_settle(const tern__patches &p, int64_t row, 
 {
     const tern_matrix *m = &p.a.m;
     const int64_t at = tern__scale_index(m, &p.s, row, g);
-    const float given = p.a.rule == TERN_GIVEN ? tern__load_scale(m->scale_type, m->scales, at) : 0.0f;
-    const bool good = tern__weight_ok(given) && given >= 0.0f;
-    if (!good) tern__report(p.scale, at);
+    const bool learned = tern__is_learned(p.a.rule) && row < m->rows;
+    const float given = p.a.rule == TERN_GIVEN ? tern__load_scale(m->scale_type, m->scales, at) : learned ? p.a.alpha[at] : 0.0f;
+    const bool good = tern__weight_ok(given) && (learned || given >= 0.0f);
+    if (!good) tern__report(learned ? p.alpha : p.scale, at);
     if (good && mean == mean && row < m->rows) return tern__settle_grain(&p.a, at, mean, above);
     tern__store_scale(m->scale_type, m->scales, at, 0.0f);
     return tern__float(0x7F800000u);
@@ -524,7 +544,7 @@ template <tern_type Type> static __device__ void tern__patch_thresholds(const te
         if (mine) my->delta[grain] = pass ? tern__twn_delta(mean) : -1.0f;
         __syncthreads();
         tern__patch_totals<Type>(p, patch, my);
-        if (mine) above = tern__mean_of(my->total[grain], my->count[grain]);
+        if (mine) above = p.a.rule == TERN_SEQ ? my->total[grain] : tern__mean_of(my->total[grain], my->count[grain]);
         if (pass == 0) mean = above;
     }
     if (mine) my->delta[grain] = tern__patch_settle(p, row, g, mean, above);
@@ -573,9 +593,11 @@ template <tern_type Type> static __device__ void tern__patch_pack(const tern__pa
         const int64_t n = row < m->rows ? tern__min(left, p.s.unit) : 0, first = row * m->cols + g * p.s.group + in;
         const float threshold = my->delta[grain];
         if (left <= 0) continue;
+        const float scale = p.a.noise > 0.0f ? tern__load_scale(m->scale_type, m->scales, tern__scale_index(m, &p.s, row, g)) : 0.0f;
         *tern__word_of(m, &p.s, row, g * p.s.group_units + u) = tern__pack_word(m->encoding, [&](int j, int8_t *t) {
             float x[4];
             tern__load_four<Type>(p.a.w, first + j, n - j, x);
+            for (int k = 0; k < 4 && j + k < n && p.a.noise > 0.0f; k++) x[k] = tern__decisive(&p.a, first + j + k, x[k], scale, threshold);
             for (int k = 0; k < 4; k++) t[k] = (int8_t)((x[k] > threshold) - (x[k] < -threshold));
         });
     }
@@ -2432,24 +2454,25 @@ static __device__ __forceinline__ void tern__optimize4(const tern_optimize_args 
 {
     const int adam = a->kind == TERN_ADAMW;
     float w[4], grad[4], moment1[4] = {0.0f, 0.0f, 0.0f, 0.0f}, moment2[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    uint32_t random[4] = {0, 0, 0, 0};
+    uint32_t random[4] = {0, 0, 0, 0}, moments[4] = {0, 0, 0, 0};
     tern__load4(a->type, a->w, i, n, wide, w);
     tern__load4(TERN_F32, a->grad, i, n, wide, grad);
-    if (a->moment1) tern__load4(TERN_F32, a->moment1, i, n, wide, moment1);
-    if (adam) tern__load4(TERN_F32, a->moment2, i, n, wide, moment2);
+    if (a->moment1) tern__load4(a->moment_type, a->moment1, i, n, wide, moment1);
+    if (adam) tern__load4(a->moment_type, a->moment2, i, n, wide, moment2);
+    if (a->moment_type == TERN_BF16) tern__moment_random(a, i >> 2, moments);
     if (a->type == TERN_BF16) tern__philox(a->seed, (uint64_t)(i >> 2), a->step, a->stream, random);
     for (int k = 0; k < 4; k++) {
         tern__trained e = {w[k], grad[k], moment1[k], moment2[k]};
         tern__optimize_one(a, factor, correct1, correct2, &e);
-        w[k] = a->type == TERN_BF16 ? tern__from_bf16(tern__to_bf16_with(e.w, random[k] & 0xFFFF)) : e.w;
+        w[k] = a->type == TERN_BF16 && !a->nearest ? tern__stochastic(e.w, random[k]) : e.w;
         grad[k] = e.grad;
-        moment1[k] = e.moment1;
-        moment2[k] = e.moment2;
+        moment1[k] = tern__moment_rounded(a, e.moment1, moments[k]);
+        moment2[k] = tern__moment_rounded(a, e.moment2, moments[k] >> 16);
     }
     tern__store4(a->type, a->w, i, n, wide, w);
     tern__store4(TERN_F32, a->grad, i, n, wide, grad);
-    if (a->moment1) tern__store4(TERN_F32, a->moment1, i, n, wide, moment1);
-    if (adam) tern__store4(TERN_F32, a->moment2, i, n, wide, moment2);
+    if (a->moment1) tern__store4(a->moment_type, a->moment1, i, n, wide, moment1);
+    if (adam) tern__store4(a->moment_type, a->moment2, i, n, wide, moment2);
 }
 
 static __global__ void tern__optimize_fours(tern_optimize_args a, float correct1, float correct2, int wide, tern__blame blame)
@@ -2469,6 +2492,44 @@ static tern_result tern__gpu_optimize(tern_run *r, tern__gpu *d, const tern_opti
     (void)r;
     TERN__LAUNCH(tern__optimize_fours, tern__grid4(d, a->count), TERN__THREADS, 0, d->stream, *a, correct1, correct2,
                  tern__wide(a->w, a->grad, a->moment1, a->moment2), tern__blame_of(d, TERN__FAULT_OPTIMIZE));
+    return TERN_OK;
+}
+
+/* -- learned scales -- */
+
+/* Sums of rows, a block of threads to each. */
+static __global__ void tern__scale_rows(tern_scale_grad_args a, tern__shape s, float *sums)
+{
+    TERN__SHARED(float, room);
+    for (int64_t row = blockIdx.x; row < a.m.rows; row += gridDim.x) {
+        const float scale = tern__load_scale(a.m.scale_type, a.m.scales, tern__scale_index(&a.m, &s, row, 0));
+        const uint8_t *codes = (const uint8_t *)a.m.trits + row / TERN__ROWS * s.panel_bytes + row % TERN__ROWS * 4;
+        const float sum = tern__block_sum(a.m.cols, [&](int64_t i) {
+            const int unit = (int)i / (int)s.unit, at = (int)i % (int)s.unit;
+            const float trit = tern__digit(a.m.encoding, codes[unit * TERN__UNIT + at % 4], at / 4);
+            return tern__scale_term(&a, tern__load_float(a.type, a.w, row * a.m.cols + i), scale, trit, a.dw[row * a.m.cols + i]);
+        }, room);
+        if (threadIdx.x == 0) sums[row] = sum;
+    }
+}
+
+static __global__ void tern__scale_add(int64_t n, const float *sums, float factor, float *dalpha)
+{
+    TERN__EACH(i, n) dalpha[i] += sums[i] * factor;
+}
+
+static tern_result tern__gpu_scale_grad(tern_run *r, tern__gpu *d, const tern_scale_grad_args *a)
+{
+    float *total = d->work + TERN__WORK + TERN__WORK_LEVELS / 2;
+    TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
+    TERN__REQUIRE(r, a->m.rows <= TERN__WORK, TERN_E_UNSUPPORTED, "cuda: scale_grad: %d rows; %d is the most", a->m.rows, (int64_t)TERN__WORK);
+    TERN__LAUNCH(tern__scale_rows, tern__grid(d, a->m.rows, 1), TERN__THREADS, TERN__BLOCK * sizeof(float), d->stream, *a, tern__shape_of(&a->m), d->work);
+    if (a->rule == TERN_LSQ) {
+        tern__gpu_total(d, TERN_SUM, a->m.rows, d->work, d->work + TERN__WORK, total, 0);
+        TERN__LAUNCH(tern__scale_add, 1, 1, 0, d->stream, (int64_t)1, total, tern__scale_factor(a), a->dalpha);
+    } else
+        TERN__LAUNCH(tern__scale_add, tern__grid(d, a->m.rows, TERN__THREADS), TERN__THREADS, 0, d->stream, a->m.rows, d->work,
+                     tern__scale_factor(a), a->dalpha);
     return TERN_OK;
 }
 

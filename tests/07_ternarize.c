@@ -179,7 +179,7 @@ static void test_ternarize_against_the_definition(void)
     }
     for (s = 0; s < 4; s++)
         for (rule = TERN_ABSMEAN; rule <= TERN_GIVEN; rule++)
-            for (g = 0; g < 9; g++)
+            for (g = 0; g < 9 && !tern__is_learned(rule); g++)
                 for (y = 0; y < 3; y++)
                     for (p = 0; p < 3; p++) {
                         const int64_t rows = shapes[s][0], cols = shapes[s][1];
@@ -337,7 +337,7 @@ static void test_ternarize_bad_arguments(void)
     test_context t = test_open(TERN_ISA_BEST, 1);
     tern_matrix m = ternarize_matrix(t.c, 4, 8, TERN_PER_ROW, TERN_2BIT, TERN_F32), broken;
     float w[33] = {0};
-    CHECK_FAILS(t.c, ternarize_run(t.c, &m, TERN_DENSE, TERN_F32, w), TERN_E_ARGUMENT, "rule 4 does not ternarize");
+    CHECK_FAILS(t.c, ternarize_run(t.c, &m, TERN_DENSE, TERN_F32, w), TERN_E_ARGUMENT, "rule 6 does not ternarize");
     CHECK_FAILS(t.c, ternarize_run(t.c, &m, (tern_rule)-1, TERN_F32, w), TERN_E_ARGUMENT, "does not ternarize");
     CHECK_FAILS(t.c, ternarize_run(t.c, &m, TERN_ABSMEAN, TERN_I8, w), TERN_E_ARGUMENT, "type 4 is not");
     CHECK_FAILS(t.c, ternarize_run(t.c, &m, TERN_ABSMEAN, TERN_F32, NULL), TERN_E_ARGUMENT, "w is NULL");
@@ -354,6 +354,224 @@ static void test_ternarize_bad_arguments(void)
     test_close(&t);
 }
 
+/* -- learned scales, averaged scales, noise -- */
+
+/* As ternarize_run, with every option. */
+static tern_ternarize_args ternarize_args(const tern_matrix *m, tern_rule rule, const void *w)
+{
+    tern_ternarize_args a;
+    memset(&a, 0, sizeof a);
+    a.m = *m;
+    a.rule = rule;
+    a.w = w;
+    return a;
+}
+
+/* LSQ with one scale, SEQ with one for each row; alpha: not set yet, set, negative. */
+static void ternarize_learned(tern_context *c, tern_rule rule, int64_t rows, int64_t cols, tern_type type, tern_type scale_type, float set)
+{
+    tern_matrix m = ternarize_matrix(c, rows, cols, rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW, TERN_BASE3, scale_type);
+    const int64_t grains = rule == TERN_LSQ ? 1 : rows, grain_rows = rule == TERN_LSQ ? rows : 1;
+    float *w = test_floats(rows * cols), *alpha = test_floats(rows), *scales = test_floats(rows);
+    int8_t *trits = (int8_t *)malloc((size_t)(rows * cols));
+    void *stored = ternarize_store(type, w, rows * cols);
+    tern_ternarize_args a = ternarize_args(&m, rule, stored);
+    int64_t g, j, count;
+    for (g = 0; g < grains; g++) alpha[g] = set * (1.0f + 0.1f * (float)(g % 5));
+    a.type = type;
+    a.alpha = alpha;
+    CHECK_OK(c, tern_ternarize(c, &a));
+    for (g = 0; g < grains; g++) {
+        const float *at = w + g * grain_rows * cols;
+        float want = 0.0f;
+        if (set != 0.0f) want = set * (1.0f + 0.1f * (float)(g % 5));
+        else if (rule == TERN_LSQ) want = ternarize_sum(w, cols, rows, cols, -1.0f, &count) / (float)(rows * cols);
+        else for (j = 0; j < cols; j++) want = fmaxf(want, fabsf(at[j]));
+        if (want < 1e-5f) want = 1e-5f;
+        CHECK(alpha[g] == want, "alpha[%d] is %g, not %g", (int)g, (double)alpha[g], (double)want);
+        scales[g] = ternarize_stored(scale_type, rule == TERN_SEQ ? want / 1.5f : want);
+        for (j = 0; j < grain_rows * cols; j++) {
+            const double limit = rule == TERN_SEQ ? 0.99 : 1.0, factor = rule == TERN_SEQ ? 1.5 : 1.0;
+            const double x = factor * fmax(-limit, fmin(limit, (double)at[j] / want)); /* the formula of the papers */
+            trits[g * grain_rows * cols + j] = (int8_t)((at[j] > scales[g] / 2) - (at[j] < -scales[g] / 2));
+            CHECK((scale_type != TERN_F32 && scale_type != TERN_TYPE_DEFAULT) || fabs(fabs(x) - 0.5) < 1e-6 || trits[g * grain_rows * cols + j] == (int)rint(x),
+                  "rule %d: weight %d", (int)rule, (int)j);
+        }
+    }
+    ternarize_compare(c, &m, scales, trits, "a learned scale");
+    free(w);
+    free(alpha);
+    free(scales);
+    free(trits);
+    free(stored);
+    ternarize_release(c, &m);
+}
+
+static void test_ternarize_learned_scales(void)
+{
+    const int64_t shapes[][2] = {{1, 1}, {15, 127}, {17, 16}, {16, 17}, {3, 4097}};
+    const tern_type types[] = {TERN_F32, TERN_F16, TERN_BF16}, scale_types[] = {TERN_F32, TERN_F16, TERN_POW2};
+    const float set[] = {0.0f, 0.8f, -0.5f};
+    tern_isa isa;
+    int s, i, k;
+    for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++) {
+        test_context t = test_open(isa, 3);
+        for (s = 0; t.c && s < 5; s++)
+            for (i = 0; i < 3; i++)
+                for (k = 0; k < 6; k++) ternarize_learned(t.c, k & 1 ? TERN_SEQ : TERN_LSQ, shapes[s][0], shapes[s][1], types[(i + k) % 3], scale_types[i], set[k / 2]);
+        test_close(&t);
+    }
+}
+
+/* 0.75 old + 0.25 new where there is an old one, and trits with that. */
+static void test_ternarize_averaged_scales(void)
+{
+    const tern_rule rules[] = {TERN_ABSMEAN, TERN_ABSMEAN_SIGMA, TERN_TWN};
+    tern_isa isa;
+    int k;
+    for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++) {
+        test_context t = test_open(isa, 2);
+        for (k = 0; t.c && k < 9; k++) {
+            const int32_t grain = k / 3 == 0 ? TERN_PER_TENSOR : k / 3 == 1 ? TERN_PER_ROW : 20;
+            const int64_t groups = k / 3 == 2 ? 3 : 1, scale_rows = k / 3 == 0 ? 1 : 17;
+            tern_matrix m = ternarize_matrix(t.c, 17, 50, grain, TERN_2BIT, TERN_F32);
+            float *first = test_floats(850), *second = test_floats(850), old[51], want[51];
+            int8_t trits[850];
+            tern_ternarize_args a = ternarize_args(&m, rules[k % 3], first);
+            int64_t i, r;
+            for (i = 0; i < 850; i++) second[i] *= 3.0f;
+            a.rho = 0.75f;
+            CHECK_OK(t.c, tern_ternarize(t.c, &a)); /* scales were 0 */
+            ternarize_reference(&m, a.rule, first, old, trits);
+            ternarize_compare(t.c, &m, old, trits, "the first of an average");
+            a.w = second;
+            CHECK_OK(t.c, tern_ternarize(t.c, &a));
+            ternarize_reference(&m, a.rule, second, want, trits);
+            for (i = 0; i < scale_rows * groups; i++) want[i] = 0.75f * old[i] + 0.25f * want[i];
+            for (r = 0; a.rule != TERN_TWN && r < 17; r++)
+                for (i = 0; i < 50; i++) {
+                    const float scale = want[grain == TERN_PER_TENSOR ? 0 : r * groups + (grain > 0 ? i / grain : 0)], w = second[r * 50 + i];
+                    trits[r * 50 + i] = (int8_t)((w > scale / 2) - (w < -scale / 2));
+                }
+            ternarize_compare(t.c, &m, want, trits, "an average");
+            free(first);
+            free(second);
+            ternarize_release(t.c, &m);
+        }
+        test_close(&t);
+    }
+}
+
+enum { NOISY_ROWS = 37, NOISY_COLS = 541 };
+
+/* Trits of noisy weights with scale 1: each by its own random word, and none outside the zone. */
+static void ternarize_noisy(tern_context *c, const tern_ternarize_args *a, int8_t *trits)
+{
+    const float *w = (const float *)a->w;
+    tern_unpack_args u = TERN_ZERO;
+    int64_t i, near_zone = 0, plus = 0;
+    double mean = 0.0;
+    CHECK_OK(c, tern_ternarize(c, a));
+    u.m = a->m;
+    u.count = NOISY_ROWS;
+    u.trits = trits;
+    CHECK_OK(c, tern_unpack(c, &u));
+    for (i = 0; i < NOISY_ROWS * NOISY_COLS; i++) {
+        uint32_t random[4];
+        float x = w[i], noise;
+        tern__philox(a->seed, (uint64_t)i / 4, a->step, a->stream, random);
+        noise = (float)(((double)(random[i % 4] >> 8) + 0.5) / 8388608.0 - 1.0); /* (-1, 1), symmetric */
+        if (fabsf(fabsf(x) - 0.5f) < a->zone) {
+            x += a->noise * noise;
+            mean += (double)noise;
+            near_zone++;
+            plus += trits[i] != 0;
+        }
+        CHECK(trits[i] == (x > 0.5f) - (x < -0.5f), "weight %d, %g, became %d", (int)i, (double)w[i], trits[i]);
+    }
+    /* uniform: variance 1/3, bounds of five deviations; |w| = 0.45 or 0.55 in the zone passes 0.5 one way as often as the other */
+    CHECK(fabs(mean / (double)near_zone) < 5.0 / sqrt(3.0 * (double)near_zone), "the mean of the noise is %g", mean / (double)near_zone);
+    CHECK(fabs((double)plus / (double)near_zone - 0.5) < 2.5 / sqrt((double)near_zone), "%g of the weights near the threshold are not 0", (double)plus / (double)near_zone);
+}
+
+static void test_ternarize_noise(void)
+{
+    const float levels[] = {0.45f, 0.55f, -0.45f, -0.55f, 0.1f, -0.9f};
+    static int8_t first[NOISY_ROWS * NOISY_COLS], again[NOISY_ROWS * NOISY_COLS], golden[NOISY_ROWS * NOISY_COLS];
+    float *w = test_floats(NOISY_ROWS * NOISY_COLS);
+    tern_isa isa;
+    int i, k;
+    for (i = 0; i < NOISY_ROWS * NOISY_COLS; i++) w[i] = levels[test_random() % 6];
+    for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++)
+        for (k = 0; k < 2; k++) {
+            test_context t = test_open(isa, 1 + 2 * k);
+            tern_ternarize_args a;
+            tern_matrix m;
+            if (!t.c) break;
+            m = ternarize_matrix(t.c, NOISY_ROWS, NOISY_COLS, TERN_PER_ROW, k ? TERN_BASE3 : TERN_2BIT, TERN_F32);
+            for (i = 0; i < NOISY_ROWS; i++) ((float *)m.scales)[ternarize_scale_at(&m, i, 0, 1)] = 1.0f;
+            a = ternarize_args(&m, TERN_GIVEN, w);
+            a.noise = 0.2f;
+            a.zone = 0.1f;
+            a.seed = 77;
+            a.step = 1;
+            a.stream = 3;
+            ternarize_noisy(t.c, &a, first);
+            if (isa == TERN_ISA_SCALAR && k == 0) memcpy(golden, first, sizeof golden);
+            CHECK(memcmp(first, golden, sizeof golden) == 0, "a tier or thread count has noise of its own");
+            a.step = 2;
+            ternarize_noisy(t.c, &a, again);
+            CHECK(memcmp(first, again, sizeof again) != 0, "two steps have the same noise");
+            a.step = 1;
+            a.stream = 4;
+            ternarize_noisy(t.c, &a, again);
+            CHECK(memcmp(first, again, sizeof again) != 0, "two streams have the same noise");
+            a.stream = 3;
+            a.seed = 78;
+            ternarize_noisy(t.c, &a, again);
+            CHECK(memcmp(first, again, sizeof again) != 0, "two seeds have the same noise");
+            ternarize_release(t.c, &m);
+            test_close(&t);
+        }
+    free(w);
+}
+
+/* Refused by name, with nothing written. */
+static void test_ternarize_options_refused(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_matrix m = ternarize_matrix(t.c, 17, 40, TERN_PER_ROW, TERN_2BIT, TERN_F32);
+    float *w = test_floats(680), alpha[17] = {0.0f};
+    tern_ternarize_args good = ternarize_args(&m, TERN_SEQ, w), a;
+    size_t i, trits = 0, scales = 0, written = 0;
+    good.alpha = alpha;
+    CHECK_OK(t.c, tern_matrix_bytes(t.c, &m, &trits, &scales));
+    memset(m.trits, 0xA5, trits);
+    memset(m.scales, 0xA5, scales);
+    a = good; a.rule = TERN_LSQ; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rule lsq learns one scale for the tensor; a grain of -1");
+    a = good; a.rule = TERN_LSQ; a.m.grain = 8; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rule lsq learns one scale for the tensor; a grain of 8");
+    a = good; a.m.grain = TERN_PER_TENSOR; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rule seq learns a scale for each row; the grain is 0");
+    a = good; a.m.grain = 8; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rule seq learns a scale for each row; the grain is 8");
+    a = good; a.alpha = NULL; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "alpha is NULL");
+    a = good; a.alpha = (float *)(void *)((char *)alpha + 1); CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ALIGNMENT, "alpha is not aligned");
+    a = good; a.rho = 0.5f; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rho averages scales taken from the weights; those of rule 4");
+    a = good; a.rule = TERN_GIVEN; a.rho = 0.5f; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rho averages");
+    a = good; a.rule = TERN_ABSMEAN; a.rho = 1.0f; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rho is not in [0, 1)");
+    a = good; a.rule = TERN_ABSMEAN; a.rho = -0.1f; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rho is not in [0, 1)");
+    a = good; a.rule = TERN_ABSMEAN; a.rho = NAN; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rho is not in [0, 1)");
+    a = good; a.rule = TERN_ABSMEAN; a.rho = 0.5f; a.m.scale_type = TERN_F16; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rho needs scales of TERN_F32");
+    a = good; a.noise = -1.0f; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "noise or zone");
+    a = good; a.zone = INFINITY; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "noise or zone");
+    alpha[16] = NAN;
+    CHECK_FAILS(t.c, tern_ternarize(t.c, &good), TERN_E_NONFINITE, "alpha[16] is not a finite number");
+    for (i = 0; i < trits; i++) written += ((const uint8_t *)m.trits)[i] != 0xA5;
+    for (i = 0; i < scales; i++) written += ((const uint8_t *)m.scales)[i] != 0xA5;
+    CHECK(written == 0 && alpha[0] == 0.0f, "%d bytes written, alpha[0] is %g", (int)written, (double)alpha[0]);
+    free(w);
+    ternarize_release(t.c, &m);
+    test_close(&t);
+}
+
 static void suite_ternarize(void)
 {
     RUN(test_ternarize_against_the_definition);
@@ -365,4 +583,8 @@ static void suite_ternarize(void)
     RUN(test_ternarize_refuses_what_is_not_finite);
     RUN(test_ternarize_largest_weights);
     RUN(test_ternarize_bad_arguments);
+    RUN(test_ternarize_learned_scales);
+    RUN(test_ternarize_averaged_scales);
+    RUN(test_ternarize_noise);
+    RUN(test_ternarize_options_refused);
 }

@@ -1584,6 +1584,7 @@ static void make_good(void)
     good_optimize.kind = TERN_ADAMW; good_optimize.count = 10; good_optimize.w = x; good_optimize.grad = y; good_optimize.moment1 = z; good_optimize.moment2 = u;
     good_optimize.rate = 0.1f; good_optimize.beta1 = 0.9f; good_optimize.beta2 = 0.99f; good_optimize.eps = 1e-8f; good_optimize.step = 1;
     good_optimize.norm2 = arena_take(1);
+    good_scale_grad.m = m; good_scale_grad.rule = TERN_SEQ; good_scale_grad.w = x; good_scale_grad.dw = y; good_scale_grad.dalpha = z;
 }
 
 typedef enum { TO_NULL, OFF_BY_ONE, TO_INT64, TO_INT32, TO_FLOAT } change;
@@ -1673,6 +1674,10 @@ static const wrong wrongs[] = {
     RANGED32(optimize, kind, 2) RANGED32(optimize, type, TERN_F16) RANGED32(optimize, step, 0)
     RANGED_FLOAT(optimize, rate, -1) RANGED_FLOAT(optimize, rate, NAN) RANGED_FLOAT(optimize, eps, 0) RANGED_FLOAT(optimize, beta1, 1) RANGED_FLOAT(optimize, beta1, -0.5)
     RANGED_FLOAT(optimize, beta2, 1) RANGED_FLOAT(optimize, beta2, NAN) RANGED_FLOAT(optimize, eps, -1) RANGED_FLOAT(optimize, decay, INFINITY)
+    WRONG(optimize, moment_type, TO_INT32, TERN_F16, TERN_E_ARGUMENT, "moments of type 3")
+    PACKED(scale_grad) NEEDED(scale_grad, w) NEEDED(scale_grad, dw) NEEDED(scale_grad, dalpha) RANGED32(scale_grad, type, TERN_I8)
+    WRONG(scale_grad, rule, TO_INT32, TERN_TWN, TERN_E_ARGUMENT, "rule 2 has no learned scale")
+    WRONG(scale_grad, rule, TO_INT32, TERN_LSQ, TERN_E_ARGUMENT, "rule lsq learns one scale for the tensor; a grain of -1")
 };
 
 static void apply_change(const wrong *w, unsigned char *args)

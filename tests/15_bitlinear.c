@@ -846,6 +846,178 @@ static void test_linear_refusals(void)
     test_close(&t);
 }
 
+/* -- learned scales, conversion, and shadows that start from a ternary tensor -- */
+
+/* A parameter with its learned scale, where the rule has one. */
+typedef struct learner { tern_param w, alpha; } learner;
+
+static void learner_open(tern_context *c, learner *l, int64_t rows, int64_t cols, tern_rule rule, int32_t grain, tern_type shadow, tern_type scales, int32_t buffers)
+{
+    l->w = param_of("w", rows, cols, rule, grain);
+    l->alpha = param_of("w.alpha", 1, rule == TERN_SEQ ? rows : 1, TERN_DENSE, 0);
+    l->alpha.flags = TERN_NO_DECAY;
+    l->w.buffer[TERN_SHADOW].type = shadow;
+    l->w.buffer[TERN_SCALES].type = scales;
+    if (tern__is_learned(rule)) l->w.alpha = &l->alpha;
+    CHECK_OK(c, tern_param_alloc(c, &l->w, buffers));
+    CHECK_OK(c, tern_param_alloc(c, &l->alpha, buffers | 1 << TERN_TRITS));
+}
+
+static void learner_close(tern_context *c, learner *l)
+{
+    tern_param_free(c, &l->w, -1);
+    tern_param_free(c, &l->alpha, -1);
+}
+
+/* Given trits and scales come back bit for bit from the shadow, for every rule. Where the rule is let loose on it (as the first
+   step does) the trits stay and the scales to within the rounding of the shadow. */
+static void test_param_give_is_idempotent(void)
+{
+    static const int32_t grains[] = {TERN_PER_TENSOR, TERN_PER_ROW, 7};
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_rule rule;
+    int g, variant;
+    for (rule = TERN_ABSMEAN; rule <= TERN_GIVEN; rule++)
+        for (g = 0; g < 3; g++)
+            for (variant = 0; variant < 6; variant++) {
+                enum { ROWS = 17, COLS = 43, ALL = ROWS * COLS };
+                const int64_t groups = grains[g] > 0 ? (COLS + grains[g] - 1) / grains[g] : 1, stored = g == 0 ? 1 : ROWS * groups;
+                const size_t most = (size_t)(g == 0 ? 1 : groups) * 4;
+                const tern_type scale_type = variant % 3 == 0 ? TERN_F32 : variant % 3 == 1 ? TERN_F16 : TERN_POW2;
+                int8_t trits[ALL], row[COLS];
+                float scales[ALL], row_scales[COLS];
+                int64_t i, r;
+                int round;
+                learner l;
+                if ((rule == TERN_LSQ && g != 0) || (rule == TERN_SEQ && g != 1)) continue;
+                learner_open(t.c, &l, ROWS, COLS, rule, grains[g], variant / 3 ? TERN_BF16 : TERN_F32, scale_type, TERN_FOR_GRADIENT);
+                for (i = 0; i < ALL; i++) trits[i] = i % COLS % 7 == 0 ? 1 : test_trit(); /* no group of zeros */
+                for (i = 0; i < stored; i++) scales[i] = scale_type == TERN_F32 ? 0.1f + 0.01f * (float)i : (float)(1 << i % 4) * 0.125f;
+                CHECK_OK(t.c, tern_param_give(t.c, &l.w, trits, scales));
+                for (round = 0; round < 3; round++) {
+                    if (round == 2) l.w.flags &= ~(uint32_t)TERN_KEEP_SCALES; /* as a step does */
+                    if (round) CHECK_OK(t.c, tern_param_set(t.c, &l.w, TERN_TYPE_DEFAULT, NULL));
+                    for (r = 0; r < ROWS; r++) {
+                        const float *want = g == 0 ? scales : scales + r * groups;
+                        CHECK_OK(t.c, tern_param_get(t.c, &l.w, r, row, row_scales, NULL));
+                        CHECK(memcmp(row, trits + r * COLS, COLS) == 0, "rule %d, grain %d, variant %d, round %d: trits of row %d", (int)rule, (int)grains[g], variant, round, (int)r);
+                        CHECK(round == 2 || memcmp(row_scales, want, most) == 0, "rule %d, grain %d, variant %d, round %d: scales of row %d", (int)rule, (int)grains[g], variant, round, (int)r);
+                        for (i = 0; i < groups; i++)
+                            CHECK(fabsf(row_scales[i] / want[i] - 1.0f) < (variant / 3 ? 0.004f : 1e-6f), "rule %d, grain %d, variant %d: scale %g became %g", (int)rule, (int)grains[g], variant, want[i], row_scales[i]);
+                    }
+                }
+                learner_close(t.c, &l);
+            }
+    test_close(&t);
+}
+
+/* BF16 and back in one call: weights and moments, rounded to nearest even; what is converted keeps the rest. */
+static void test_param_convert(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    const long blocks = test_blocks;
+    tern_param p = param_of("w", 17, 43, TERN_ABSMEAN, TERN_PER_ROW), d = param_of("gain", 1, 5, TERN_DENSE, 0);
+    const int32_t which[] = {TERN_SHADOW, TERN_MOMENT1, TERN_MOMENT2};
+    static float lent[17 * 43], before[17 * 43];
+    float *back;
+    int i, j;
+    CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_ADAMW));
+    CHECK_OK(t.c, tern_param_alloc(t.c, &d, TERN_FOR_ADAMW));
+    set_random(t.c, &p);
+    for (j = 0; j < 3; j++)
+        for (i = 0; i < 731; i++) ((float *)p.buffer[which[j]].data)[i] = test_float();
+    for (j = 0; j < 3; j++) {
+        const long held_before = test_blocks;
+        memcpy(before, p.buffer[which[j]].data, sizeof before);
+        test_fail_at = test_allocations;
+        CHECK_FAILS(t.c, tern_param_convert(t.c, &p, which[j], TERN_BF16), TERN_E_MEMORY, "w: no memory");
+        test_fail_at = -1;
+        CHECK(p.buffer[which[j]].type == TERN_F32 && memcmp(before, p.buffer[which[j]].data, sizeof before) == 0, "a failed conversion changed something");
+        CHECK_OK(t.c, tern_param_convert(t.c, &p, which[j], TERN_BF16));
+        CHECK(p.buffer[which[j]].type == TERN_BF16 && p.buffer[which[j]].count == 731 && p.buffer[which[j]].owned, "buffer %d", (int)which[j]);
+        for (i = 0; i < 731; i++) {
+            const uint16_t h = ((const uint16_t *)p.buffer[which[j]].data)[i];
+            CHECK(h == tern__to_bf16(before[i]), "%g became %04x", before[i], (unsigned)h);
+        }
+        CHECK_OK(t.c, tern_param_convert(t.c, &p, which[j], TERN_BF16)); /* nothing to do */
+        CHECK_OK(t.c, tern_param_convert(t.c, &p, which[j], TERN_F32));
+        back = (float *)p.buffer[which[j]].data;
+        for (i = 0; i < 731; i++) CHECK(back[i] == tern__from_bf16(tern__to_bf16(before[i])), "%g came back as %g", before[i], back[i]);
+        CHECK(test_blocks == held_before, "%ld blocks, not %ld", test_blocks, held_before);
+    }
+    CHECK_OK(t.c, tern_param_convert(t.c, &d, TERN_MOMENT2, TERN_BF16));
+    CHECK(d.buffer[TERN_MOMENT2].type == TERN_BF16 && d.buffer[TERN_MOMENT1].type == TERN_F32, "one moment of two");
+    CHECK_FAILS(t.c, tern_param_convert(t.c, &d, TERN_SHADOW, TERN_BF16), TERN_E_ARGUMENT, "gain: a dense parameter is TERN_F32");
+    CHECK(d.buffer[TERN_SHADOW].type == TERN_F32 && d.buffer[TERN_SHADOW].data, "a refused conversion changed something");
+    CHECK_FAILS(t.c, tern_param_convert(t.c, &p, TERN_GRAD, TERN_BF16), TERN_E_ARGUMENT, "w: convert: buffer 3 is not a shadow or moment");
+    CHECK_FAILS(t.c, tern_param_convert(t.c, &p, TERN_SHADOW, TERN_F16), TERN_E_ARGUMENT, "w: convert: type 3 is not");
+    tern_param_free(t.c, &p, 1 << TERN_SHADOW);
+    CHECK_FAILS(t.c, tern_param_convert(t.c, &p, TERN_SHADOW, TERN_F32), TERN_E_MISSING, "w has no shadow");
+    p.buffer[TERN_SHADOW].type = TERN_F32; /* lent memory is the caller's afterwards too */
+    p.buffer[TERN_SHADOW].data = lent;
+    p.buffer[TERN_SHADOW].count = 731;
+    CHECK_OK(t.c, tern_param_convert(t.c, &p, TERN_SHADOW, TERN_BF16));
+    CHECK(p.buffer[TERN_SHADOW].data != (void *)lent && p.buffer[TERN_SHADOW].owned, "converted in memory that was lent");
+    tern_param_free(t.c, &p, -1);
+    tern_param_free(t.c, &d, -1);
+    CHECK(test_blocks == blocks, "%ld left", test_blocks - blocks);
+    test_close(&t);
+}
+
+/* Combinations that make no sense are refused by name, of parameters as of the operation. */
+static void test_param_scale_refusals(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_param lsq = param_of("w", 3, 5, TERN_LSQ, TERN_PER_TENSOR), alpha = param_of("w.alpha", 1, 1, TERN_DENSE, 0), p;
+    const float w[15] = {1.0f};
+    p = lsq; p.grain = TERN_PER_ROW; CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w: rule lsq learns one scale for the tensor; a grain of -1 has more");
+    p = lsq; p.grain = 4; CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w: rule lsq learns one scale for the tensor; a grain of 4 has more");
+    p = lsq; p.rule = TERN_SEQ; CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w: rule seq learns a scale for each row; the grain is 0, not -1");
+    p = lsq; p.rho = 0.5f; CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w: rho averages scales taken from the weights; those of rule 3 are not");
+    p = lsq; p.rule = TERN_ABSMEAN; p.rho = 1.5f; CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w: rho is not in [0, 1)");
+    p = lsq; p.rule = TERN_ABSMEAN; p.rho = 0.5f; p.buffer[TERN_SCALES].type = TERN_POW2;
+    CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w: rho needs scales of TERN_F32, not of type 5");
+    p = lsq; p.noise = NAN; CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w: noise or zone");
+    p = alpha; p.rho = 0.5f; CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w.alpha: rho averages");
+    CHECK_OK(t.c, tern_param_alloc(t.c, &lsq, TERN_FOR_INFERENCE)); /* frozen, it needs no alpha */
+    CHECK_FAILS(t.c, tern_param_set(t.c, &lsq, TERN_F32, w), TERN_E_MISSING, "w: its rule learns a scale, and its alpha is NULL");
+    lsq.alpha = &alpha;
+    CHECK_FAILS(t.c, tern_param_set(t.c, &lsq, TERN_F32, w), TERN_E_MISSING, "w.alpha has no shadow");
+    alpha.cols = 2;
+    CHECK_FAILS(t.c, tern_param_set(t.c, &lsq, TERN_F32, w), TERN_E_SHAPE, "w: its alpha must be dense, 1 x 1, and is 1 x 2");
+    alpha.cols = 1;
+    alpha.rule = TERN_ABSMEAN;
+    CHECK_FAILS(t.c, tern_param_set(t.c, &lsq, TERN_F32, w), TERN_E_SHAPE, "w: its alpha must be dense");
+    tern_param_free(t.c, &lsq, -1);
+    test_close(&t);
+}
+
+/* Averages begin anew with given weights and go on with the shadow as it stands. */
+static void test_param_average(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_param p = param_of("w", 1, 4, TERN_ABSMEAN, TERN_PER_ROW);
+    const float ones[4] = {1.0f, -1.0f, 1.0f, -1.0f}, threes[4] = {3.0f, 3.0f, -3.0f, 3.0f};
+    const tern_type shadows[] = {TERN_F32, TERN_BF16};
+    float scale;
+    int i;
+    for (i = 0; i < 2; i++) {
+        p.buffer[TERN_SHADOW].type = shadows[i];
+        CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_GRADIENT));
+        p.rho = 0.5f;
+        CHECK_OK(t.c, tern_param_set(t.c, &p, TERN_F32, ones));
+        CHECK_OK(t.c, tern_param_set(t.c, &p, TERN_F32, threes));
+        CHECK_OK(t.c, tern_param_get(t.c, &p, 0, NULL, &scale, NULL));
+        CHECK(scale == 3.0f, "given weights were averaged: %g", scale);
+        ((float *)p.buffer[TERN_SCALES].data)[0] = 1.0f;
+        CHECK_OK(t.c, tern_param_set(t.c, &p, TERN_TYPE_DEFAULT, NULL));
+        CHECK_OK(t.c, tern_param_get(t.c, &p, 0, NULL, &scale, NULL));
+        CHECK(scale == 2.0f, "the average of 1 and 3 is %g", scale);
+        tern_param_free(t.c, &p, -1);
+    }
+    test_close(&t);
+}
+
 static void suite_bitlinear(void)
 {
     RUN(test_param_buffers);
@@ -856,6 +1028,10 @@ static void suite_bitlinear(void)
     RUN(test_param_dense);
     RUN(test_param_give);
     RUN(test_param_give_refusals);
+    RUN(test_param_give_is_idempotent);
+    RUN(test_param_convert);
+    RUN(test_param_scale_refusals);
+    RUN(test_param_average);
     RUN(test_param_stats);
     RUN(test_param_verify);
     RUN(test_param_chunks);

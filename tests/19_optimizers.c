@@ -326,13 +326,334 @@ static void test_step_refusals(void)
     test_close(&t);
 }
 
+/* -- learned scales -- */
+
+/* sum of dw * w^(alpha) in float64, with the rounding that alpha0 gives held: what passing it straight through means. */
+static double learned_product(tern_rule rule, const float *w, const float *dw, int64_t n, double alpha0, double alpha)
+{
+    const double limit = rule == TERN_SEQ ? 0.99 : 1.0, factor = rule == TERN_SEQ ? 1.5 : 1.0;
+    double sum = 0.0;
+    int64_t i;
+    for (i = 0; i < n; i++) {
+        const double u0 = factor * fmax(-limit, fmin(limit, w[i] / alpha0)), u = factor * fmax(-limit, fmin(limit, w[i] / alpha));
+        sum += dw[i] * alpha * (u + rint(u0) - u0) / factor;
+    }
+    return sum;
+}
+
+static void scale_gradients(tern_context *c, record *r)
+{
+    static const int64_t shapes[][2] = {{1, 1}, {15, 127}, {17, 16}, {2, 4097}, {1030, 17}};
+    static const tern_type types[] = {TERN_F32, TERN_F16, TERN_BF16};
+    int s, k, plain;
+    for (s = 0; s < 5; s++)
+        for (k = 0; k < 2; k++)
+            for (plain = 0; plain < 2; plain++) {
+                const tern_rule rule = k ? TERN_SEQ : TERN_LSQ;
+                const int64_t rows = shapes[s][0], cols = shapes[s][1], grains = k ? rows : 1, n = k ? cols : rows * cols;
+                const tern_type type = types[(s + k) % 3];
+                tern_matrix m = hold_matrix(c, rows, cols, k ? TERN_PER_ROW : TERN_PER_TENSOR, s % 2 ? TERN_BASE3 : TERN_2BIT, TERN_F32);
+                float *w = hold_floats(rows * cols), *dw = hold_floats(rows * cols), *alpha = hold_output(grains), *dalpha = hold_floats(grains), *before = hold_copy(dalpha, grains);
+                void *stored = ternarize_store(type, w, rows * cols);
+                tern_ternarize_args t = ternarize_args(&m, rule, stored);
+                tern_scale_grad_args a = TERN_ZERO;
+                int64_t g, i;
+                for (g = 0; g < grains; g++) alpha[g] = 0.4f + 0.05f * (float)(g % 8); /* some weights inside, some clipped */
+                t.type = a.type = type;
+                t.alpha = alpha;
+                CHECK_OK(c, tern_ternarize(c, &t));
+                a.m = m;
+                a.rule = rule;
+                a.w = stored;
+                a.dw = dw;
+                a.dalpha = dalpha;
+                a.plain = plain;
+                CHECK_OK(c, tern_scale_grad(c, &a));
+                for (g = 0; g < grains; g++) {
+                    const float *w0 = w + g * n, *dw0 = dw + g * n;
+                    const double h = 1e-6, at = alpha[g];
+                    double want = (learned_product(rule, w0, dw0, n, at, at + h) - learned_product(rule, w0, dw0, n, at, at - h)) / (2 * h) / sqrt((double)n);
+                    if (plain) {
+                        for (want = 0.0, i = 0; i < n; i++) want += fabs(w0[i]) > (k ? at / 3 : at / 2) ? w0[i] > 0 ? dw0[i] : -dw0[i] : 0.0;
+                        if (k) want /= 1.5;
+                    }
+                    CHECK(fabs(dalpha[g] - before[g] - want) < 2e-5 * (1.0 + fabs(want)), "rule %d, %d x %d, plain %d: dalpha[%d] gets %g, not %g",
+                          (int)rule, (int)rows, (int)cols, plain, (int)g, dalpha[g] - before[g], want);
+                }
+                record_words(r, dalpha, grains);
+                free(stored);
+                release();
+            }
+}
+static void test_scale_gradients(void) { same_everywhere(scale_gradients, UINT64_C(0x1C725767389CB265)); }
+
+/* A model of one layer whose scale is learned: a step leaves alpha where its gradient says, and the trits follow the new alpha. */
+static void learned_step(tern_context *c, record *r)
+{
+    int k, variant;
+    for (k = 0; k < 2; k++)
+        for (variant = 0; variant < 4; variant++) { /* plain or not; alpha before or after the weights */
+            const tern_rule rule = k ? TERN_SEQ : TERN_LSQ;
+            const int32_t alphas = k ? 20 : 1;
+            tern_param *items[2], fresh;
+            tern_model m = TERN_ZERO;
+            tern_step s = TERN_ZERO;
+            float *expected = hold_zeros(20), before[20], norm2[1], squares = 0.0f, *w;
+            tern_scale_grad_args a = TERN_ZERO;
+            int8_t got[30], want[30];
+            float scale, want_scale;
+            learner l;
+            int64_t i;
+            learner_open(c, &l, 20, 30, rule, k ? TERN_PER_ROW : TERN_PER_TENSOR, TERN_F32, TERN_F32, TERN_FOR_GRADIENT);
+            set_random(c, &l.w);
+            memcpy(before, l.alpha.buffer[TERN_SHADOW].data, (size_t)alphas * 4);
+            CHECK(before[0] > 0.1f, "alpha is %g after set", before[0]);
+            l.w.flags = variant & 1 ? TERN_PLAIN_ALPHA : 0;
+            items[variant / 2] = &l.w;
+            items[1 - variant / 2] = &l.alpha;
+            m.items = items;
+            m.count = 2;
+            for (i = 0; i < 600; i++) grad_of(&l.w)[i] = test_float() + 0.3f;
+            a.m = tern_param_matrix(&l.w);
+            a.rule = rule;
+            a.w = l.w.buffer[TERN_SHADOW].data;
+            a.dw = grad_of(&l.w);
+            a.dalpha = expected;
+            a.plain = variant & 1;
+            CHECK_OK(c, tern_scale_grad(c, &a));
+            for (i = 0; i < 600; i++) squares += grad_of(&l.w)[i] * grad_of(&l.w)[i];
+            for (i = 0; i < alphas; i++) squares += expected[i] * expected[i];
+            s.optimizer = TERN_SGD;
+            s.rate = variant & 1 ? 1e-3f : 0.02f;
+            s.step = 1;
+            s.norm2 = norm2;
+            CHECK_OK(c, tern_model_step(c, &m, &s));
+            CHECK(fabsf(norm2[0] / squares - 1.0f) < 1e-5f, "the norm without the gradient of alpha: %g, not %g", norm2[0], squares);
+            for (i = 0; i < alphas; i++) {
+                const float alpha = ((const float *)l.alpha.buffer[TERN_SHADOW].data)[i];
+                CHECK(fabsf(alpha - (before[i] - s.rate * expected[i])) < 1e-6f && alpha != before[i], "alpha[%d] went from %g to %g by a gradient of %g", (int)i, before[i], alpha, expected[i]);
+                CHECK(grad_of(&l.alpha)[i] == 0.0f, "the gradient of alpha stayed");
+            }
+            fresh = param_of("fresh", 20, 30, TERN_GIVEN, l.w.grain); /* scale alpha or alpha / 1.5, threshold half of it */
+            CHECK_OK(c, tern_param_alloc(c, &fresh, TERN_FOR_INFERENCE));
+            for (i = 0; i < alphas; i++) {
+                const float alpha = ((const float *)l.alpha.buffer[TERN_SHADOW].data)[i];
+                ((float *)fresh.buffer[TERN_SCALES].data)[i] = k ? alpha / 1.5f : alpha;
+            }
+            w = (float *)l.w.buffer[TERN_SHADOW].data;
+            CHECK_OK(c, tern_param_set(c, &fresh, TERN_F32, w));
+            for (i = 0; i < 20; i++) {
+                CHECK_OK(c, tern_param_get(c, &l.w, i, got, &scale, NULL));
+                CHECK_OK(c, tern_param_get(c, &fresh, i, want, &want_scale, NULL));
+                CHECK(memcmp(got, want, 30) == 0 && scale == want_scale, "row %d is not that of the new alpha: %g, not %g", (int)i, scale, want_scale);
+            }
+            record_bytes(r, w, 2400);
+            record_bytes(r, l.alpha.buffer[TERN_SHADOW].data, alphas * 4);
+            tern_param_free(c, &fresh, -1);
+            learner_close(c, &l);
+            release();
+        }
+}
+static void test_learned_step(void) { same_for_threads(learned_step); }
+
+/* What a step needs of a learned scale. A refused step has added nothing to the gradient of alpha. */
+static void test_learned_step_refusals(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_param *items[2];
+    tern_model m = TERN_ZERO;
+    tern_step s = TERN_ZERO;
+    tern_audit audit;
+    learner l;
+    learner_open(t.c, &l, 20, 30, TERN_LSQ, TERN_PER_TENSOR, TERN_F32, TERN_F32, TERN_FOR_ADAMW);
+    set_random(t.c, &l.w);
+    items[0] = &l.w;
+    items[1] = &l.alpha;
+    m.items = items;
+    m.count = 1;
+    grad_of(&l.w)[7] = 1.0f;
+    s.rate = 0.1f;
+    s.step = 1;
+    CHECK_FAILS(t.c, tern_model_step(t.c, &m, &s), TERN_E_MISSING, "w: its alpha has a gradient and is not in the model");
+    m.count = 2;
+    s.step = 0;
+    CHECK_FAILS(t.c, tern_model_step(t.c, &m, &s), TERN_E_ARGUMENT, "counted from 1");
+    s.step = 1;
+    l.w.alpha = NULL;
+    CHECK_FAILS(t.c, tern_model_step(t.c, &m, &s), TERN_E_MISSING, "w: its rule learns a scale, and its alpha is NULL");
+    l.w.alpha = &l.alpha;
+    CHECK_OK(t.c, tern_param_convert(t.c, &l.w, TERN_MOMENT2, TERN_BF16));
+    CHECK_FAILS(t.c, tern_model_step(t.c, &m, &s), TERN_E_ARGUMENT, "w: its moments are of types 1 and 2");
+    CHECK(grad_of(&l.alpha)[0] == 0.0f && grad_of(&l.w)[7] == 1.0f, "a refused step changed a gradient");
+    CHECK_OK(t.c, tern_param_convert(t.c, &l.w, TERN_MOMENT1, TERN_BF16));
+    CHECK_OK(t.c, tern_model_step(t.c, &m, &s));
+    CHECK_OK(t.c, tern_model_audit(t.c, &m, &audit)); /* every tensor: alpha too, and moments by their types */
+    CHECK(audit.weights == 601 && audit.ternary == 600 && audit.bytes[TERN_SHADOW] == 2404 && audit.bytes[TERN_GRAD] == 2404 &&
+          audit.bytes[TERN_MOMENT1] == 1204 && audit.bytes[TERN_MOMENT2] == 1204, "%d weights, %d bytes of shadows, %d and %d of moments",
+          (int)audit.weights, (int)audit.bytes[TERN_SHADOW], (int)audit.bytes[TERN_MOMENT1], (int)audit.bytes[TERN_MOMENT2]);
+    tern_param_free(t.c, &l.alpha, 1 << TERN_GRAD); /* without a gradient alpha stays as it is */
+    {
+        const float alpha = ((float *)l.alpha.buffer[TERN_SHADOW].data)[0];
+        grad_of(&l.w)[7] = 1.0f;
+        m.count = 1;
+        s.step = 2;
+        CHECK_OK(t.c, tern_model_step(t.c, &m, &s));
+        CHECK(((float *)l.alpha.buffer[TERN_SHADOW].data)[0] == alpha, "an alpha without a gradient moved");
+    }
+    learner_close(t.c, &l);
+    test_close(&t);
+}
+
+/* -- noise and averages in a step -- */
+
+/* Steps that change no weight: trits near the threshold change with the step's number alone, and tern_param_set takes the noise out. */
+static void step_noise(tern_context *c, record *r)
+{
+    int noisy;
+    for (noisy = 0; noisy < 2; noisy++) {
+        tern_param p = param_of("w", 17, 60, TERN_ABSMEAN, TERN_PER_ROW), *items[1];
+        const size_t bytes = (size_t)17 * 60;
+        int8_t *trits[5];
+        tern_model m = TERN_ZERO;
+        tern_step s = TERN_ZERO;
+        int64_t i, k;
+        items[0] = &p;
+        m.items = items;
+        m.count = 1;
+        CHECK_OK(c, tern_param_alloc(c, &p, TERN_FOR_GRADIENT));
+        set_random(c, &p);
+        p.noise = noisy ? 0.2f : 0.0f;
+        p.zone = 0.2f;
+        s.optimizer = TERN_SGD;
+        s.seed = 5;
+        for (k = 0; k < 5; k++) { /* set; steps 1, 2, 1; set */
+            s.step = k == 2 ? 2 : 1;
+            trits[k] = (int8_t *)hold(bytes);
+            if (k == 0 || k == 4) CHECK_OK(c, tern_param_set(c, &p, TERN_TYPE_DEFAULT, NULL));
+            else CHECK_OK(c, tern_model_step(c, &m, &s));
+            for (i = 0; i < 17; i++) CHECK_OK(c, tern_param_get(c, &p, i, trits[k] + i * 60, NULL, NULL));
+            record_bytes(r, trits[k], (int64_t)bytes);
+        }
+        CHECK((memcmp(trits[0], trits[1], bytes) != 0) == noisy && (memcmp(trits[1], trits[2], bytes) != 0) == noisy, "noise %d: the steps' trits", noisy);
+        CHECK(memcmp(trits[1], trits[3], bytes) == 0, "the same step again has other noise");
+        CHECK(memcmp(trits[0], trits[4], bytes) == 0, "tern_param_set left noise");
+        tern_param_free(c, &p, -1);
+        release();
+    }
+}
+static void test_step_noise(void) { same_for_threads(step_noise); }
+
+/* A step goes on with the average of the scales that are stored. */
+static void test_step_average(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_param p = param_of("w", 3, 40, TERN_ABSMEAN, TERN_PER_ROW), *items[1];
+    tern_model m = TERN_ZERO;
+    tern_step s = TERN_ZERO;
+    float now, after;
+    items[0] = &p;
+    m.items = items;
+    m.count = 1;
+    CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_GRADIENT));
+    set_random(t.c, &p);
+    CHECK_OK(t.c, tern_param_get(t.c, &p, 1, NULL, &now, NULL));
+    ((float *)p.buffer[TERN_SCALES].data)[1] = 1.0f;
+    p.rho = 0.9f;
+    s.optimizer = TERN_SGD;
+    s.step = 1;
+    CHECK_OK(t.c, tern_model_step(t.c, &m, &s));
+    CHECK_OK(t.c, tern_param_get(t.c, &p, 1, NULL, &after, NULL));
+    CHECK(after == 0.9f + (1.0f - 0.9f) * now, "0.9 of 1 and 0.1 of %g is %g", now, after);
+    tern_param_free(t.c, &p, -1);
+    test_close(&t);
+}
+
+/* -- BF16 moments, and plain rounding -- */
+
+/* Between bf16 neighbours a moment goes up as often as it is near the upper one; its random numbers are not those of the weights. */
+static void bf16_moments(tern_context *c, record *r)
+{
+    enum { N = 20000 };
+    uint16_t *w = (uint16_t *)hold(N * 2), *m1 = (uint16_t *)hold(N * 2), *m2 = (uint16_t *)hold(N * 2);
+    float *grad = hold_output(N);
+    tern_optimize_args a = sgd_of(w, grad, N);
+    double up1 = 0.0, up2 = 0.0, both = 0.0, weights = 0.0, with_weight = 0.0;
+    int i;
+    a.kind = TERN_ADAMW;
+    a.moment_type = TERN_BF16;
+    a.moment1 = m1;
+    a.moment2 = m2;
+    a.beta1 = 0.5f;
+    a.beta2 = 0.5f;
+    a.eps = 1e30f; /* the weight falls by rate * moment / eps */
+    a.rate = 1e30f / 2048;
+    a.step = 1;
+    memset(m1, 0, N * 2);
+    memset(m2, 0, N * 2);
+    for (i = 0; i < N; i++) { /* the first moment becomes 1 + 2^-9, a quarter of the way from 1 to its upper neighbour */
+        w[i] = 0x3F80;
+        m1[i] = m2[i] = 0x3F80;
+        grad[i] = 1.0f + 1.0f / 256;
+    }
+    CHECK_OK(c, tern_optimize(c, &a));
+    for (i = 0; i < N; i++) {
+        CHECK((m1[i] == 0x3F80 || m1[i] == 0x3F81) && (m2[i] == 0x3F80 || m2[i] == 0x3F81), "moments %04x and %04x", (unsigned)m1[i], (unsigned)m2[i]);
+        up1 += m1[i] == 0x3F81;
+        up2 += m2[i] == 0x3F81;
+        both += m1[i] == 0x3F81 && m2[i] == 0x3F81;
+        weights += w[i] == 0x3F7F;
+        with_weight += w[i] == 0x3F7F && m1[i] == 0x3F80;
+    }
+    CHECK(fabs(up1 / N - 0.25) < 0.015, "%g of the first moments went up, not 1/4", up1 / N);
+    CHECK(fabs(up2 / N - 0.5) < 0.02, "%g of the second moments went up, not 1/2", up2 / N); /* (1 + 1/256)^2 is twice as far */
+    CHECK(fabs(both / N - 0.125) < 0.015, "both moments went up %g of the time, not 1/8", both / N);
+    CHECK(weights / N > 0.05 && fabs(with_weight / weights - 0.75) < 0.04, "of %g weights that fell %g kept their moment, not 3/4", weights / N, with_weight / weights);
+    record_bytes(r, m1, N * 2);
+    record_bytes(r, m2, N * 2);
+}
+static void test_bf16_moments(void) { same_for_threads(bf16_moments); }
+
+/* Updates below half a step of bf16 are lost to plain rounding, which TERN_NEAREST asks for. */
+static void test_plain_rounding(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    int nearest;
+    for (nearest = 0; nearest < 2; nearest++) {
+        tern_step s = TERN_ZERO;
+        int64_t i, moved = 0;
+        pair o;
+        pair_open(t.c, &o, 20, 30, TERN_BF16, TERN_FOR_GRADIENT);
+        for (i = 0; i < 600; i++) ((uint16_t *)o.w.buffer[TERN_SHADOW].data)[i] = 0x3F80;
+        o.w.flags = nearest ? TERN_NEAREST : 0;
+        s.optimizer = TERN_SGD;
+        s.rate = 1.0f / 2048;
+        for (s.step = 1; s.step <= 5; s.step++) {
+            for (i = 0; i < 600; i++) grad_of(&o.w)[i] = 1.0f;
+            CHECK_OK(t.c, tern_model_step(t.c, &o.m, &s));
+        }
+        for (i = 0; i < 600; i++) moved += ((uint16_t *)o.w.buffer[TERN_SHADOW].data)[i] != 0x3F80;
+        CHECK(nearest ? moved == 0 : moved > 200, "%d of 600 weights moved, nearest %d", (int)moved, nearest);
+        pair_close(t.c, &o);
+    }
+    test_close(&t);
+}
+
 /* -- learning: a ternary matrix is found again from inputs and outputs -- */
 
 static void regression(tern_context *c, record *r)
 {
     enum { TOKENS = 64, ROWS = 8, COLS = 32, STEPS = 150 };
-    int shadow;
-    for (shadow = 0; shadow < 2; shadow++) {
+    static const struct { tern_rule rule; int32_t grain; tern_type shadow, moments; float rho, noise; double most; } recipes[] = {
+        {TERN_ABSMEAN, TERN_PER_ROW, TERN_F32, TERN_F32, 0.0f, 0.0f, 0.02},
+        {TERN_ABSMEAN, TERN_PER_ROW, TERN_BF16, TERN_F32, 0.0f, 0.0f, 0.02},
+        {TERN_ABSMEAN_SIGMA, 16, TERN_BF16, TERN_BF16, 0.0f, 0.0f, 0.02},
+        {TERN_TWN, TERN_PER_TENSOR, TERN_F32, TERN_F32, 0.9f, 0.0f, 0.02},
+        {TERN_ABSMEAN, TERN_PER_ROW, TERN_F32, TERN_F32, 0.9f, 0.02f, 0.02},
+        {TERN_LSQ, TERN_PER_TENSOR, TERN_BF16, TERN_BF16, 0.0f, 0.0f, 0.05},
+        {TERN_SEQ, TERN_PER_ROW, TERN_F32, TERN_F32, 0.0f, 0.0f, 0.05}
+    };
+    int k;
+    for (k = 0; k < 7; k++) {
         float *x = hold_floats(TOKENS * COLS), *y = hold_output(TOKENS * ROWS), *target = hold_zeros(TOKENS * ROWS), *dy = hold_output(TOKENS * ROWS);
         int8_t truth[ROWS * COLS];
         double first = 0.0, loss = 0.0;
@@ -341,10 +662,25 @@ static void regression(tern_context *c, record *r)
         tern_step s = TERN_ZERO;
         void *saved;
         int64_t i, t;
-        pair o;
-        pair_open(c, &o, ROWS, COLS, shadow ? TERN_BF16 : TERN_F32, TERN_FOR_ADAMW);
+        tern_param bias = param_of("b", 1, ROWS, TERN_DENSE, 0), *items[3];
+        tern_model m = TERN_ZERO;
+        learner o;
+        learner_open(c, &o, ROWS, COLS, recipes[k].rule, recipes[k].grain, recipes[k].shadow, TERN_F32, TERN_FOR_GRADIENT);
+        CHECK_OK(c, tern_param_alloc(c, &bias, TERN_FOR_ADAMW));
+        o.w.buffer[TERN_MOMENT1].type = o.w.buffer[TERN_MOMENT2].type = recipes[k].moments;
+        CHECK_OK(c, tern_param_alloc(c, &o.w, TERN_FOR_ADAMW));
+        CHECK_OK(c, tern_param_alloc(c, &o.alpha, TERN_FOR_ADAMW));
+        set_random(c, &o.w);
+        set_random(c, &bias);
+        o.w.rho = recipes[k].rho;
+        o.w.noise = o.w.zone = recipes[k].noise;
+        items[0] = &o.w;
+        items[1] = &bias;
+        items[2] = &o.alpha; /* without a use where the rule has none */
+        m.items = items;
+        m.count = 3;
         l.w = &o.w;
-        l.bias = &o.b;
+        l.bias = &bias;
         CHECK_OK(c, tern_linear_need(c, &l, TOKENS, &need));
         CHECK_OK(c, tern_reserve(c, need.scratch));
         saved = hold(need.saved);
@@ -361,11 +697,12 @@ static void regression(tern_context *c, record *r)
             }
             if (s.step == 1) first = loss;
             CHECK_OK(c, tern_linear_backward(c, &l, TOKENS, x, saved, dy, NULL));
-            CHECK_OK(c, tern_model_step(c, &o.m, &s));
+            CHECK_OK(c, tern_model_step(c, &m, &s));
         }
-        CHECK(loss < 0.02 * first, "the loss went from %g to %g", first, loss);
-        record_pair(r, &o);
-        pair_close(c, &o);
+        CHECK(loss < recipes[k].most * first, "recipe %d: the loss went from %g to %g", k, first, loss);
+        for (i = 0; i < 3; i++) record_bytes(r, items[i]->buffer[TERN_SHADOW].data, items[i]->rows * items[i]->cols * tern__type_bytes(items[i]->buffer[TERN_SHADOW].type));
+        tern_param_free(c, &bias, -1);
+        learner_close(c, &o);
         release();
     }
 }
@@ -491,6 +828,13 @@ static void suite_optimizers(void)
     RUN(test_bytes_per_weight);
     RUN(test_nonfinite_gradients);
     RUN(test_step_refusals);
+    RUN(test_scale_gradients);
+    RUN(test_learned_step);
+    RUN(test_learned_step_refusals);
+    RUN(test_step_noise);
+    RUN(test_step_average);
+    RUN(test_bf16_moments);
+    RUN(test_plain_rounding);
     RUN(test_regression);
     RUN(test_schedules);
     RUN(test_schedule_refusals);

@@ -296,6 +296,102 @@ static void files_chunks(void)
     tern_close(c);
 }
 
+/* -- training goes on where it stopped -- */
+
+enum { RESUME_TOKENS = 24, RESUME_PARAMS = 5 };
+
+/* Every kind of state: learned scales of both rules, an average, noise, BF16 shadows and moments. */
+static void resume_open(tern_context *c, file_model *f)
+{
+    tern_param *p;
+    int32_t i;
+    memset(f, 0, sizeof *f);
+    file_add(f, "lsq", 20, 17, TERN_LSQ, TERN_PER_TENSOR)->alpha = &f->p[1];
+    file_add(f, "lsq.alpha", 1, 1, TERN_DENSE, 0)->flags = TERN_NO_DECAY;
+    p = file_add(f, "seq", 9, 20, TERN_SEQ, TERN_PER_ROW);
+    p->alpha = &f->p[3];
+    p->flags = TERN_PLAIN_ALPHA;
+    file_add(f, "seq.alpha", 1, 9, TERN_DENSE, 0);
+    p = file_add(f, "average", 5, 9, TERN_ABSMEAN, 4);
+    p->rho = 0.8f;
+    p->buffer[TERN_SHADOW].type = TERN_BF16;
+    for (i = 0; i < RESUME_PARAMS; i += 2) {
+        f->p[i].noise = 0.1f;
+        f->p[i].zone = 0.3f;
+        f->p[i].buffer[TERN_MOMENT1].type = f->p[i].buffer[TERN_MOMENT2].type = i < 4 ? TERN_BF16 : TERN_F32;
+    }
+    file_alloc(c, f, TERN_FOR_ADAMW);
+}
+
+/* Three layers, one after the other, whose gradient depends on the trits of this step. */
+static void resume_steps(tern_context *c, file_model *f, uint32_t first, uint32_t last)
+{
+    float x[RESUME_TOKENS * 17], y[3][RESUME_TOKENS * 20], dy[2][RESUME_TOKENS * 20];
+    tern_linear l[3];
+    tern_step s = TERN_ZERO;
+    void *saved[3];
+    int i;
+    s.rate = 0.02f;
+    s.clip = 1.0f;
+    s.decay = 0.05f;
+    s.seed = 11;
+    for (s.step = first; s.step <= last; s.step++) {
+        test_seed = s.step;
+        for (i = 0; i < RESUME_TOKENS * 17; i++) x[i] = test_float();
+        for (i = 0; i < 3; i++) {
+            tern_need need;
+            memset(&l[i], 0, sizeof l[i]);
+            l[i].w = &f->p[2 * i];
+            l[i].norm = TERN_NORM_RMS;
+            CHECK_OK(c, tern_linear_need(c, &l[i], RESUME_TOKENS, &need));
+            CHECK_OK(c, tern_reserve(c, need.scratch));
+            saved[i] = malloc(need.saved);
+            CHECK_OK(c, tern_linear_forward(c, &l[i], RESUME_TOKENS, i ? y[i - 1] : x, y[i], saved[i]));
+        }
+        for (i = 0; i < RESUME_TOKENS * 5; i++) dy[0][i] = y[2][i] - (float)(i % 3);
+        for (i = 2; i >= 0; i--) {
+            CHECK_OK(c, tern_linear_backward(c, &l[i], RESUME_TOKENS, i ? y[i - 1] : x, saved[i], dy[i & 1], i ? dy[1 - (i & 1)] : NULL));
+            free(saved[i]);
+        }
+        CHECK_OK(c, tern_model_step(c, &f->m, &s));
+    }
+}
+
+static void files_resume(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 2);
+    file_model straight, half, fresh;
+    file_bytes f;
+    uint64_t middle;
+    int32_t i;
+    if (!t.c) return;
+    resume_open(t.c, &straight);
+    resume_open(t.c, &half);
+    resume_open(t.c, &fresh);
+    for (i = 0; i < RESUME_PARAMS; i++) {
+        float *w = test_floats(straight.p[i].rows * straight.p[i].cols);
+        if (straight.p[i].rule != TERN_DENSE) { /* learned scales start with their weights */
+            CHECK_OK(t.c, tern_param_set(t.c, &straight.p[i], TERN_F32, w));
+            CHECK_OK(t.c, tern_param_set(t.c, &half.p[i], TERN_F32, w));
+        }
+        free(w);
+    }
+    resume_steps(t.c, &straight, 1, 6);
+    resume_steps(t.c, &half, 1, 3);
+    middle = file_hash(&half);
+    file_save(t.c, &half, TERN_FOR_TRAINING, &f);
+    CHECK_OK(t.c, tern_model_load(t.c, &fresh.m, f.data, f.size));
+    CHECK(file_hash(&fresh) == middle, "the model that comes back is another");
+    resume_steps(t.c, &fresh, 4, 6);
+    CHECK(file_hash(&fresh) == file_hash(&straight) && file_hash(&fresh) != middle, "three steps, a file and three more are not six");
+    for (i = 0; i < RESUME_PARAMS; i++) CHECK(file_equal(t.c, &straight.p[i], &fresh.p[i], TERN_FOR_TRAINING), "%s", straight.p[i].name);
+    free(f.data);
+    file_free(t.c, &straight);
+    file_free(t.c, &half);
+    file_free(t.c, &fresh);
+    test_close(&t);
+}
+
 /* -- refusals -- */
 
 /* Loads a changed file. With its hash stated right a change may go unnoticed, but then all of it loads. */
@@ -841,6 +937,7 @@ static void suite_files(void)
 {
     RUN(files_round_trip);
     RUN(files_chunks);
+    RUN(files_resume);
     RUN(files_subsets);
     RUN(files_golden);
     RUN(files_damaged);

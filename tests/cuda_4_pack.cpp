@@ -172,6 +172,82 @@ static void test_cuda_ternarize_bad_weights()
             pack_check_bad(pack_shape(19, 50, grain, TERN_BASE3, TERN_F32), rule, pack_types[(int)rule % 3]);
 }
 
+/* Learned scales, not yet set, set and negative; averages; noise near the threshold: several steps, each from what the last left. */
+static void pack_check_options(const tern_matrix &shape, tern_rule rule, tern_type type, float set, float rho, float noise)
+{
+    packed p(shape);
+    pack_weights w(type, shape.rows, shape.cols);
+    mirror<float> alpha(shape.rows, [&] { return set * (1.5f + test_uniform()); });
+    const int before = test_errors;
+    p.random_scales();
+    for (uint32_t step = 1; step <= 3; step++) {
+        test_both([&](tern_context *c, int side) {
+            tern_ternarize_args a = {};
+            a.m = p.m[side];
+            a.rule = rule;
+            a.type = type;
+            a.w = w.bytes[side];
+            a.alpha = alpha[side];
+            a.rho = rho;
+            a.noise = noise; a.zone = 0.4f;
+            a.seed = 12345678901234u; a.step = step; a.stream = 9;
+            return tern_ternarize(c, &a);
+        });
+        CHECK_SAME(p.trits);
+        CHECK_SAME(p.scales);
+        CHECK_SAME(alpha);
+        for (int64_t i = 0; i < shape.rows * shape.cols; i++) w.set(i, test_uniform() * 2.0f);
+        w.bytes.send();
+    }
+    if (test_errors > before) printf("  %d x %d, grain %d, rule %d, weights %d, alpha %g, rho %g, noise %g\n", (int)shape.rows, (int)shape.cols, shape.grain, rule, type, set, rho, noise);
+}
+
+static void test_cuda_ternarize_options()
+{
+    const int64_t shapes[][2] = {{1, 1}, {18, 45}, {5, 2049}, {17, 1024}, {3, 17000}};
+    int i = 0;
+    for (const auto &s : shapes)
+        for (float set : {0.0f, 0.4f, -0.1f})
+            for (tern_rule rule : {TERN_LSQ, TERN_SEQ}) {
+                const tern_matrix shape = pack_shape(s[0], s[1], rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW, pack_encodings[i % 2], pack_scale_types[i % 3]);
+                pack_check_options(shape, rule, pack_types[i++ / 2 % 3], set, 0.0f, i % 3 ? 0.0f : 0.3f);
+            }
+    for (tern_rule rule : {TERN_ABSMEAN, TERN_ABSMEAN_SIGMA, TERN_TWN})
+        for (int32_t grain : {(int32_t)TERN_PER_TENSOR, (int32_t)TERN_PER_ROW, 7, 40})
+            for (float noise : {0.0f, 0.2f}) pack_check_options(pack_shape(18, 45, grain, pack_encodings[i % 2], TERN_F32), rule, pack_types[i % 3], 1.0f, i++ % 4 ? 0.9f : 0.0f, noise);
+}
+
+/* A learned scale that is not finite: its row becomes zeros and it stays; the first one is reported. */
+static void test_cuda_ternarize_bad_alpha()
+{
+    packed p(pack_shape(18, 45, TERN_PER_ROW, TERN_2BIT, TERN_F32));
+    pack_weights w(TERN_F32, 18, 45);
+    mirror<float> alpha(18, [] { return 0.5f; });
+    alpha[CPU][7] = INFINITY;
+    alpha[CPU][17] = NAN;
+    alpha.send();
+    alpha[CPU][7] = alpha[CPU][17] = 0.5f; /* of zeros */
+    for (int64_t j = 0; j < 45; j++) {
+        w.set(7 * 45 + j, 0.0f);
+        w.set(17 * 45 + j, 0.0f);
+    }
+    for (int side = CPU; side <= GPU; side++) {
+        tern_ternarize_args a = {};
+        a.m = p.m[side];
+        a.rule = TERN_SEQ;
+        a.w = w.bytes[side];
+        a.alpha = alpha[side];
+        CHECK(tern_ternarize(test_context[side], &a) == TERN_OK);
+    }
+    p.set_scale(7, 0.0f);
+    p.set_scale(17, 0.0f);
+    CHECK(tern_sync(test_context[GPU]) == TERN_E_NONFINITE);
+    CHECK(!strcmp(tern_last_error(test_context[GPU])->text, "ternarize: alpha[7] is not a finite number below 2^96; its grain was taken as zero"));
+    CHECK_SAME(p.trits);
+    CHECK_SAME(p.scales);
+    CHECK(alpha.fetch()[7] == INFINITY && alpha.fetch()[17] != alpha.fetch()[17]);
+}
+
 /* A scale that is bad, in the matrix or in its padding, is reported and taken as zero. */
 static void test_cuda_ternarize_bad_scales()
 {
@@ -344,6 +420,8 @@ static void suite_cuda_pack()
     RUN(test_cuda_ternarize_extremes);
     RUN(test_cuda_ternarize_bad_weights);
     RUN(test_cuda_ternarize_bad_scales);
+    RUN(test_cuda_ternarize_options);
+    RUN(test_cuda_ternarize_bad_alpha);
     RUN(test_cuda_pack_limits);
     RUN(test_cuda_pack_trits);
     RUN(test_cuda_pack_bad_trits);

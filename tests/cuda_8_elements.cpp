@@ -442,13 +442,13 @@ static void test_cuda_sum()
 
 /* -- optimizers -- */
 
-enum { OPTIMIZE_SGD = 1, OPTIMIZE_BF16 = 2, OPTIMIZE_CLIP = 4, OPTIMIZE_NO_MOMENTUM = 8, OPTIMIZE_VARIANTS = 16 };
+enum { OPTIMIZE_SGD = 1, OPTIMIZE_BF16 = 2, OPTIMIZE_CLIP = 4, OPTIMIZE_NO_MOMENTUM = 8, OPTIMIZE_BF16_MOMENTS = 16, OPTIMIZE_NEAREST = 32, OPTIMIZE_VARIANTS = 64 };
 
 static void test_optimized(int64_t n, int64_t shift, int variant, float last_norm2)
 {
-    const bool bf16 = variant & OPTIMIZE_BF16, momentum = !(variant & OPTIMIZE_SGD && variant & OPTIMIZE_NO_MOMENTUM);
+    const bool bf16 = variant & OPTIMIZE_BF16, halves = variant & OPTIMIZE_BF16_MOMENTS, momentum = !(variant & OPTIMIZE_SGD && variant & OPTIMIZE_NO_MOMENTUM);
     mirror<float> w32(n + shift, test_uniform), grad(n + shift, test_uniform), m1(n + shift), m2(n + shift), norm2(1, [] { return 9.0f; });
-    mirror<uint16_t> w16(n + shift, [] { return tern__to_bf16(test_uniform()); });
+    mirror<uint16_t> w16(n + shift, [] { return tern__to_bf16(test_uniform()); }), h1(n + shift), h2(n + shift);
     for (uint32_t step = 1; step <= 3; step++) {
         for (int64_t i = 0; i < n + shift; i++) grad[CPU][i] = test_uniform();
         grad.send();
@@ -461,8 +461,10 @@ static void test_optimized(int64_t n, int64_t shift, int variant, float last_nor
             a.type = bf16 ? TERN_BF16 : TERN_F32;
             a.w = bf16 ? (void *)(w16[side] + shift) : w32[side] + shift;
             a.grad = grad[side] + shift;
-            a.moment1 = momentum ? m1[side] + shift : NULL;
-            a.moment2 = m2[side] + shift;
+            a.nearest = variant & OPTIMIZE_NEAREST;
+            a.moment_type = halves ? TERN_BF16 : TERN_F32;
+            a.moment1 = !momentum ? NULL : halves ? (void *)(h1[side] + shift) : m1[side] + shift;
+            a.moment2 = halves ? (void *)(h2[side] + shift) : m2[side] + shift;
             a.norm2 = variant & OPTIMIZE_CLIP ? norm2[side] : NULL;
             a.clip = variant & OPTIMIZE_CLIP ? 1.5f : 0.0f;
             a.rate = 0.01f; a.beta1 = 0.9f; a.beta2 = 0.95f; a.eps = 1e-8f; a.decay = 0.1f;
@@ -475,6 +477,8 @@ static void test_optimized(int64_t n, int64_t shift, int variant, float last_nor
     CHECK_SAME(grad);
     CHECK_SAME(m1);
     CHECK_SAME(m2);
+    CHECK_SAME(h1);
+    CHECK_SAME(h2);
 }
 
 static void test_cuda_optimize()
@@ -489,6 +493,38 @@ static void test_cuda_optimize_norms()
     const float norms[] = {1.0f, 0.0f, test_infinity, test_nan};
     for (float norm2 : norms)
         for (int variant = OPTIMIZE_CLIP; variant < OPTIMIZE_CLIP + 4; variant++) test_optimized(1027, 0, variant, norm2);
+}
+
+/* -- learned scales -- */
+
+static void test_cuda_scale_grad()
+{
+    const int64_t shapes[][2] = {{1, 1}, {17, 127}, {16, 1024}, {3, 4097}, {1500, 20}};
+    const tern_type types[] = {TERN_F32, TERN_F16, TERN_BF16};
+    int i = 0;
+    for (const auto &s : shapes)
+        for (tern_rule rule : {TERN_LSQ, TERN_SEQ})
+            for (int plain : {0, 1}) {
+                const tern_type encoding = i % 2 ? TERN_BASE3 : TERN_2BIT;
+                packed p(pack_shape(s[0], s[1], rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW, encoding, TERN_F32));
+                pack_weights w(types[i++ % 3], s[0], s[1]);
+                mirror<float> alpha(s[0], [] { return 0.6f + 0.2f * test_uniform(); }), dw(s[0] * s[1], test_uniform), dalpha(s[0], test_uniform);
+                test_both([&](tern_context *c, int side) {
+                    tern_ternarize_args t = {};
+                    tern_scale_grad_args a = {};
+                    t.m = a.m = p.m[side];
+                    t.rule = a.rule = rule;
+                    t.type = a.type = w.type;
+                    t.w = a.w = w.bytes[side];
+                    t.alpha = alpha[side];
+                    a.dw = dw[side];
+                    a.dalpha = dalpha[side];
+                    a.plain = plain;
+                    TERN__TRY(tern_ternarize(c, &t));
+                    return tern_scale_grad(c, &a);
+                });
+                CHECK_SAME(dalpha);
+            }
 }
 
 /* -- limits -- */
@@ -537,5 +573,6 @@ static void suite_cuda_elements()
     RUN(test_cuda_sum);
     RUN(test_cuda_optimize);
     RUN(test_cuda_optimize_norms);
+    RUN(test_cuda_scale_grad);
     RUN(test_cuda_element_limits);
 }

@@ -424,6 +424,51 @@ static void test_cuda_training()
     }
 }
 
+/* Steps with a learned scale, noise, and shadow and moments converted to BF16; then a ternary tensor, whose shadow keeps it. */
+static void test_cuda_learned_scales()
+{
+    const int64_t rows = 20, cols = 70;
+    for (tern_rule rule : {TERN_LSQ, TERN_SEQ, TERN_ABSMEAN}) {
+        both_params w{rows, cols, TERN_ABSMEAN, TERN_FOR_ADAMW, rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW};
+        both_params alpha{1, rule == TERN_SEQ ? rows : 1, TERN_DENSE, TERN_FOR_ADAMW};
+        mirror<float> zeros(rows), grad(rows * cols, test_uniform);
+        std::vector<int8_t> trits((size_t)(rows * cols));
+        std::vector<float> scales((size_t)rows);
+        test_both([&](tern_context *c, int side) {
+            tern_param *p = &w.at[side], *q = &alpha.at[side], *items[] = {p, q};
+            const tern_model m = {items, 2};
+            tern_step s = {};
+            p->rule = rule;
+            p->alpha = q;
+            p->noise = p->zone = 0.2f;
+            p->rho = rule == TERN_ABSMEAN ? 0.5f : 0.0f;
+            TERN__TRY(tern_copy(c, q->buffer[TERN_SHADOW].data, zeros[side], (size_t)q->cols * sizeof(float), TERN_ON_DEVICE));
+            for (int which : {TERN_SHADOW, TERN_MOMENT1, TERN_MOMENT2}) TERN__TRY(tern_param_convert(c, p, which, TERN_BF16));
+            TERN__TRY(tern_param_set(c, p, TERN_TYPE_DEFAULT, NULL));
+            s.rate = 0.05f;
+            s.clip = 1.0f;
+            for (s.step = 1; s.step <= 3; s.step++) {
+                TERN__TRY(tern_copy(c, p->buffer[TERN_GRAD].data, grad[side], (size_t)(rows * cols) * sizeof(float), TERN_ON_DEVICE));
+                TERN__TRY(tern_model_step(c, &m, &s));
+            }
+            return TERN_OK;
+        });
+        CHECK(w.same() && alpha.same());
+        for (int8_t &t : trits) t = (int8_t)((int)(test_random() % 3) - 1);
+        for (float &x : scales) x = 1.5f + test_uniform();
+        test_both([&](tern_context *c, int side) {
+            TERN__TRY(tern_param_give(c, &w.at[side], trits.data(), scales.data()));
+            return tern_param_set(c, &w.at[side], TERN_TYPE_DEFAULT, NULL);
+        });
+        CHECK(w.same() && alpha.same());
+        for (int64_t r = 0; r < rows; r++) {
+            std::vector<int8_t> back((size_t)cols);
+            CHECK_OK(tern_param_get(test_context[GPU], &w.at[GPU], r, back.data(), nullptr, nullptr));
+            CHECK(!memcmp(back.data(), trits.data() + r * cols, (size_t)cols));
+        }
+    }
+}
+
 /* Forward and backward as one graph, replayed for other tokens; what it did lies in losses and gradients. */
 static void test_cuda_graph()
 {
@@ -469,5 +514,6 @@ static void suite_cuda_layers()
     RUN(test_cuda_embedding);
     RUN(test_cuda_parameters);
     RUN(test_cuda_training);
+    RUN(test_cuda_learned_scales);
     RUN(test_cuda_graph);
 }
