@@ -647,12 +647,12 @@ static void test_kernels_round(void)
             int32_t sum;
             int64_t i;
             for (i = 0; i <= size; i++) if (variant & 2) x[i] = (float)(i % 254 - 127) + 0.5f; /* ties */
-            sum = tern__round_scalar(size, x + 1, g, inverse, wanted + 1);
+            sum = tern__round_scalar(size, x + 1, g, inverse, 127, wanted + 1);
             for (i = 0; i < size; i++) CHECK(wanted[1 + i] == (int8_t)rintf((g ? x[1 + i] * g[i] : x[1 + i]) * inverse), "element %d of %d", (int)i, (int)size);
             for (i = 0; i < size; i++) sum -= wanted[1 + i];
             CHECK(sum == 0, "the sum of %d rounded floats is off by %d", (int)size, (int)sum);
             KERNELS_EACH_TIER(
-                sum = k->round(size, x + 1, g, inverse, got + 1);
+                sum = k->round(size, x + 1, g, inverse, 127, got + 1);
                 CHECK(memcmp(wanted + 1, got + 1, (size_t)size) == 0, "%s: %d floats, variant %d", tier, (int)size, variant);
                 for (i = 0; i < size; i++) sum -= got[1 + i];
                 CHECK(sum == 0, "%s: the sum of %d rounded floats is off by %d", tier, (int)size, (int)sum));
