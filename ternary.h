@@ -2150,26 +2150,22 @@ static void tern__quantize_numbers(const tern__kernels *k, const tern_quantize_a
 TERN__ANYWHERE int64_t tern__bit_words(int64_t units, int64_t unit) { return tern__ceil_div(units * unit, 32); }
 TERN__ANYWHERE int32_t tern__bit_of(const int8_t *bits, int64_t i) { return (uint8_t)bits[i / 32 * 4 + i % 4] >> (i / 4 % 4 * 2 + i / 16 % 2) & 1; }
 
-/* The bits of n inputs; how many are 1. Constant trip counts, so that compilers vectorise. */
+/* The bits of n inputs; how many are 1. Constant trip counts, so that compilers vectorise at -O2. */
 static int32_t tern__bits_of_floats(int64_t n, const float *x, int8_t *bits)
 {
-    int64_t at;
-    int32_t i, j, ones = 0;
-    for (at = 0; at < n; at += 32, bits += 4) {
-        const int64_t len = tern__min(32, n - at);
-        float v[32] = {0};
-        int32_t byte[4] = {0}, one[4] = {0};
-        memcpy(v, x + at, sizeof(float) * (size_t)len);
-        for (i = 0; i < 8; i++)
-            for (j = 0; j < 4; j++) {
-                const int32_t bit = v[16 * (i % 2) + 4 * (i / 2) + j] != 0.0f;
-                byte[j] |= bit << i;
-                one[j] += bit;
-            }
-        for (j = 0; j < 4; j++) {
-            bits[j] = (int8_t)(uint8_t)byte[j];
-            ones += one[j];
-        }
+#define TERN__BITS(i) 1u << (i), 1u << (8 + (i)), 1u << (16 + (i)), 1u << (24 + (i))
+    static const uint32_t place[32] = {TERN__BITS(0), TERN__BITS(2), TERN__BITS(4), TERN__BITS(6), TERN__BITS(1), TERN__BITS(3), TERN__BITS(5), TERN__BITS(7)};
+#undef TERN__BITS
+    int32_t i, ones = 0;
+    for (; n > 0; n -= 32, x += 32, bits += 4) {
+        float last[32] = {0};
+        const float *v = n < 32 ? (const float *)memcpy(last, x, sizeof(float) * (size_t)n) : x;
+        uint32_t word = 0;
+        for (i = 0; i < 32; i++) word += v[i] != 0.0f ? place[i] : 0u;
+        for (i = 0; i < 4; i++) bits[i] = (int8_t)(uint8_t)(word >> 8 * i);
+        word = (word & 0x55555555u) + (word >> 1 & 0x55555555u);
+        word = (word & 0x33333333u) + (word >> 2 & 0x33333333u);
+        ones += (int32_t)((((word + (word >> 4)) & 0x0F0F0F0Fu) * 0x01010101u) >> 24);
     }
     return ones;
 }
