@@ -59,6 +59,7 @@ ONE WAY THROUGH
 
     float weights --ternarize--> trits + scales --pack--> panels --+
     float input --(norm)--quantize--> int8 + scale ----------------+--matmul--> int32 --scales, bias--> output
+                                      (or int4, or bits)
     training: shadow --ternarize, pack--> the same forward --> dy --> dx, dw --> optimizer --> shadow
 
     Layers are compositions of the operations in [TERN-3], and hold no data: a tern_linear is a handful of
@@ -223,7 +224,7 @@ typedef enum {
 
 enum { TERN_PER_TENSOR = 0, TERN_PER_ROW = -1 }; /* grain; a positive grain is a group of that many inputs */
 
-typedef enum { TERN_ACT_INT8, TERN_ACT_FLOAT } tern_act;   /* activations of a BitLinear */
+typedef enum { TERN_ACT_INT8, TERN_ACT_FLOAT, TERN_ACT_INT4, TERN_ACT_BIT } tern_act; /* activations of a BitLinear */
 typedef enum { TERN_NORM_NONE, TERN_NORM_RMS } tern_norm_kind;
 
 /* CPU tiers, slowest first. One list drives detection, tests, benchmarks and documentation. */
@@ -378,12 +379,17 @@ typedef struct tern_unpack_args {
     float *values;
 } tern_unpack_args;
 
-/* Activations x [n, cols] -> int8, one scale per token, with RMSNorm fused when asked:
-   m = max|x g|, q = rne(x g 127/m), scale = (m/127) r, r = 1/sqrt(mean(x^2) + eps) (1 without norm).
+/* Activations x [n, cols] -> q, one scale per token, with RMSNorm fused when asked, r = 1/sqrt(mean(x^2) + eps)
+   (1 without norm):
+     INT8  m = max|x g|, q = rne(x g 127/m), scale = (m/127) r
+     INT4  m = mean|x g|, q = rne(x g sqrt(7)/m) held to -8..7, scale = (m/sqrt(7)) r, stored as INT8 (BitNet v2, Wang 2025)
+     BIT   q = 1 where x is not 0, scale = 1; neither norm nor gain. A group's bits begin a byte: [TERN-9]
    q is [n, stride], zero in the padding; sum [n, groups] holds the sums of q (the packed codes are
-   trit + 1). stride and groups: tern_activation_shape. A non-finite row is a data fault and a zero row. */
+   trit + 1). stride and groups: tern_activation_shape. A row with NaN or Inf, or whose m or mean(x^2) is not finite, is
+   a data fault and a zero row of scale 0. */
 typedef struct tern_quantize_args {
     tern_matrix m;     /* only cols, grain and encoding are read */
+    tern_act act;      /* INT8 (default), INT4 or BIT */
     int64_t n;
     const float *x;
     tern_norm_kind norm;
@@ -394,9 +400,11 @@ typedef struct tern_quantize_args {
 
 /* y [n, rows] = activations [n, cols] * W^T + bias. Activations: q, scale, sum (exact int32 dot
    products, cols <= 262144; y = float(dot) * (scale * S) + bias), or x (float32; each sum in order of
-   the inputs in segments of 2048). Groups: acc += float(dot_g) * S_g in order, then * scale. */
+   the inputs in segments of 2048). Groups: acc += float(dot_g) * S_g in order, then * scale. Bits: dot =
+   popcount(q & plus) - popcount(q & minus). */
 typedef struct tern_matmul_args {
     tern_matrix m;
+    tern_act act;      /* of q, as quantize left it: INT8 (default), INT4 or BIT */
     int64_t n;
     const int8_t *q; const float *scale; const int32_t *sum;
     const float *x;    /* used when q is NULL */
@@ -411,6 +419,7 @@ typedef struct tern_matmul_dx_args { tern_matrix m; int64_t n; const float *dy; 
    NULL). Activations as in matmul: q with scale, or x. */
 typedef struct tern_matmul_dw_args {
     tern_matrix m; /* trits and scales are not read */
+    tern_act act;  /* of q */
     int64_t n;
     const float *dy;
     const int8_t *q; const float *scale;
@@ -538,7 +547,7 @@ typedef struct tern_optimize_args {
     uint64_t seed; uint32_t step, stream; /* step counts from 1 */
 } tern_optimize_args;
 
-/* A whole layer on int8 activations, tokens quantized while they are in cache: quantize, whose m has trits and
+/* A whole layer on quantized activations, tokens quantized while they are in cache: quantize, whose m has trits and
    scales here, then matmul into y [n, rows]. */
 typedef struct tern_linear_args { tern_quantize_args quantize; const float *bias; float *y; } tern_linear_args;
 
@@ -681,7 +690,7 @@ TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern
 typedef struct tern_need { size_t saved, scratch; } tern_need;
 
 /* BitLinear: y = q(norm(x)) W^T * scales + bias. w may be dense: then activations are float, and a NaN
-   row without a norm passes through unreported. */
+   row without a norm passes through unreported. TERN_ACT_BIT takes no norm. */
 typedef struct tern_linear {
     tern_param *w, *bias, *gain; /* bias, gain: dense [1, rows], [1, cols], or NULL */
     tern_norm_kind norm;
@@ -927,7 +936,7 @@ static int32_t tern__cpu_has(tern_isa tier)
     if ((xcr0 & 0xE0) != 0xE0) return 0;
     if (!(b7 >> 16 & 1) || !(b7 >> 17 & 1) || !(b7 >> 30 & 1) || !(b7 >> 31 & 1) || !(c7 >> 11 & 1)) return 0; /* F, DQ, BW, VL, VNNI */
     if (tier == TERN_ISA_AVX512_VNNI) return 1;
-    if (!(c7 >> 1 & 1)) return 0; /* VBMI */
+    if (!(c7 >> 1 & 1) || !(c7 >> 14 & 1)) return 0; /* VBMI, VPOPCNTDQ */
     return tier == TERN_ISA_AVX512_VBMI || tern__cpu_has_tiles(d7, xcr0);
 #else
     return tier == TERN_ISA_SCALAR;
@@ -1562,7 +1571,7 @@ typedef struct tern__dot {
     const uint8_t *panel; int64_t panel_stride; /* bytes from panel to panel */
     int64_t left;                               /* bytes from here to the end of the panel */
     int64_t units, last_units, groups;          /* 64 bytes: 16 inputs each (2-bit) or 20 (base-3); of a group, of the last */
-    const int8_t *q; int64_t q_stride;          /* -127..127 */
+    const int8_t *q; int64_t q_stride;          /* -127..127, or bits */
     const int32_t *sum; int64_t sum_stride;     /* sums of a token's q, one for each group */
     int32_t panels, tokens;
     int32_t *acc;                               /* aligned to 64 */
@@ -1618,12 +1627,13 @@ typedef struct tern__kernels {
     tern__tile *tile_fused; /* one rounding where the tier has FMA */
     float (*sum)(int32_t kind, int64_t n, const float *x);              /* canonical, n <= 1024, kind a tern_sum_kind */
     uint32_t (*absmax)(int64_t n, const float *x, const float *gain);   /* largest bits of |x gain|: NaN and Inf win */
-    int32_t (*round)(int64_t n, const float *x, const float *gain, float inverse, int8_t *q); /* q = rne(x gain inverse); their sum */
+    int32_t (*round)(int64_t n, const float *x, const float *gain, float inverse, int32_t most, int8_t *q); /* q = rne(x gain inverse), |it| < 2^22, held to -most - 1..most; their sum */
     /* The same dots with bytes in place of trits, for any number of tokens: a unit is a quad, whose byte 4r+j is code
        0..255 of row r and input j of four; at most TERN__I8_K / 4 units; panels aligned to 64; q may be -128. Modulo
        2^32, acc[token * acc_row + 16 panel + row] = (add ? what it was : 0) - sum + sum of code * q. */
     void (*dot_i8)(const tern__dot *d, int64_t acc_row, int32_t add);
     void (*floats)(const tern__float_dot *f);
+    void (*dot_bits)(const tern__dot *d, tern_type encoding); /* as dot_2bit and dot_base3, on bits ([TERN-9]) */
     int32_t tokens; /* that a dot call should get: many share what is decoded once, few keep their activations in L1 */
 } tern__kernels;
 
@@ -2185,9 +2195,11 @@ static tern_result tern__cpu_unpack(tern_run *run, const tern_unpack_args *a)
 
 /* ------------------------------------------------------------------------------------------------
    [TERN-9] Activations
-   What enters: float rows. What leaves: int8 rows in the matrix's group layout, a scale and sums per
+   What enters: float rows. What leaves: int8 rows or bits in the matrix's group layout, a scale and sums per
    token, with RMSNorm fused: its factor cancels inside q and enters the scale alone. Called by room 14.
    ------------------------------------------------------------------------------------------------ */
+
+#define TERN__ROOT7 2.6457513f /* steps of int4 to the mean: a normal row then seldom goes beyond 7 */
 
 /* r = 1/sqrt(mean(x^2) + eps); 0 for a row that has no finite mean square. */
 static float tern__rms(const tern__kernels *k, int64_t n, const float *x, float eps)
@@ -2196,17 +2208,36 @@ static float tern__rms(const tern__kernels *k, int64_t n, const float *x, float 
     return tern__finite(mean) ? 1.0f / tern__sqrt(mean + eps) : 0.0f;
 }
 
-static void tern__quantize_tokens(const tern__kernels *k, const tern_quantize_args *a, int64_t begin, int64_t end, int64_t *bad)
+/* mean|x g|; with a gain, of products that are rounded first. */
+static float tern__mean_abs(const tern__kernels *k, int64_t n, const float *x, const float *gain)
+{
+    float product[TERN__BLOCK];
+    tern__tree tree;
+    int64_t i, j;
+    if (!gain) return tern__sum_of(k, TERN_SUM_ABS, n, x) / (float)n;
+    tern__tree_init(&tree, k);
+    for (i = 0; i < n; i += TERN__BLOCK) {
+        const int64_t len = tern__min(TERN__BLOCK, n - i);
+        for (j = 0; j < len; j++) product[j] = x[i + j] * gain[i + j];
+        tern__tree_push(&tree, k->sum(TERN_SUM_ABS, len, product));
+    }
+    return tern__tree_total(&tree) / (float)n;
+}
+
+/* INT8 and INT4: q = x g times steps / size, in at most `most` of them. */
+static void tern__quantize_numbers(const tern__kernels *k, const tern_quantize_args *a, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern__shape s = tern__shape_of(&a->m);
+    const int32_t int4 = a->act == TERN_ACT_INT4, most = int4 ? 7 : 127;
+    const float steps = int4 ? TERN__ROOT7 : 127.0f;
     int64_t t, g;
     for (t = begin; t < end; t++) {
         const float *x = a->x + t * a->m.cols;
         int8_t *q = a->q + t * s.stride;
-        const float largest = tern__float(k->absmax(a->m.cols, x, a->gain));
+        const float size = int4 ? tern__mean_abs(k, a->m.cols, x, a->gain) : tern__float(k->absmax(a->m.cols, x, a->gain));
         const float r = a->norm == TERN_NORM_RMS ? tern__rms(k, a->m.cols, x, a->eps) : 1.0f;
-        const float inverse = 127.0f / largest;
-        const int32_t usable = tern__finite(largest) && r > 0.0f;
+        const float inverse = steps / size;
+        const int32_t usable = tern__finite(size) && r > 0.0f;
         if (!usable) *bad = tern__min(*bad, t);
         a->scale[t] = 0.0f;
         memset(a->sum + t * s.groups, 0, sizeof(int32_t) * (size_t)s.groups);
@@ -2214,15 +2245,62 @@ static void tern__quantize_tokens(const tern__kernels *k, const tern_quantize_ar
             memset(q, 0, (size_t)s.stride);
             continue;
         }
-        a->scale[t] = largest / 127.0f * r;
+        a->scale[t] = size / steps * r;
         for (g = 0; g < s.groups; g++, q += s.group_units * s.unit) {
             const int64_t n = tern__group_cols(&a->m, &s, g);
-            a->sum[t * s.groups + g] = k->round(n, x + g * s.group, a->gain ? a->gain + g * s.group : NULL, inverse, q);
+            a->sum[t * s.groups + g] = k->round(n, x + g * s.group, a->gain ? a->gain + g * s.group : NULL, inverse, most, q);
             memset(q + n, 0, (size_t)(tern__group_run(&a->m, &s, g) * s.unit - n));
         }
         q = a->q + t * s.stride;
         memset(q + s.units * s.unit, 0, (size_t)(s.stride - s.units * s.unit));
     }
+}
+
+/* A group's bits, in words of 32 inputs: of a word, input 16 b + 4 d + j is bit 2 d + b of byte j. So the bits of a 2-bit
+   unit lie as its codes do. */
+TERN__ANYWHERE int64_t tern__bit_words(int64_t units, int64_t unit) { return tern__ceil_div(units * unit, 32); }
+TERN__ANYWHERE int32_t tern__bit_of(const int8_t *bits, int64_t i) { return (uint8_t)bits[i / 32 * 4 + i % 4] >> (i / 4 % 4 * 2 + i / 16 % 2) & 1; }
+
+/* The bits of n inputs; how many are 1. Constant trip counts, so that compilers vectorise at -O2. */
+static int32_t tern__bits_of_floats(int64_t n, const float *x, int8_t *bits)
+{
+#define TERN__BITS(i) 1u << (i), 1u << (8 + (i)), 1u << (16 + (i)), 1u << (24 + (i))
+    static const uint32_t place[32] = {TERN__BITS(0), TERN__BITS(2), TERN__BITS(4), TERN__BITS(6), TERN__BITS(1), TERN__BITS(3), TERN__BITS(5), TERN__BITS(7)};
+#undef TERN__BITS
+    int32_t i, ones = 0;
+    for (; n > 0; n -= 32, x += 32, bits += 4) {
+        float last[32] = {0};
+        const float *v = n < 32 ? (const float *)memcpy(last, x, sizeof(float) * (size_t)n) : x;
+        uint32_t word = 0;
+        for (i = 0; i < 32; i++) word += v[i] != 0.0f ? place[i] : 0u;
+        for (i = 0; i < 4; i++) bits[i] = (int8_t)(uint8_t)(word >> 8 * i);
+        word = (word & 0x55555555u) + (word >> 1 & 0x55555555u);
+        word = (word & 0x33333333u) + (word >> 2 & 0x33333333u);
+        ones += (int32_t)((((word + (word >> 4)) & 0x0F0F0F0Fu) * 0x01010101u) >> 24);
+    }
+    return ones;
+}
+
+static void tern__quantize_bits(const tern__kernels *k, const tern_quantize_args *a, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern__shape s = tern__shape_of(&a->m);
+    int64_t t, g;
+    for (t = begin; t < end; t++) {
+        const float *x = a->x + t * a->m.cols;
+        int8_t *q = a->q + t * s.stride;
+        const int32_t usable = tern__finite(tern__float(k->absmax(a->m.cols, x, NULL)));
+        if (!usable) *bad = tern__min(*bad, t);
+        a->scale[t] = usable ? 1.0f : 0.0f;
+        memset(a->sum + t * s.groups, 0, sizeof(int32_t) * (size_t)s.groups);
+        memset(q, 0, (size_t)s.stride);
+        for (g = 0; g < s.groups && usable; g++, q += 4 * tern__bit_words(s.group_units, s.unit))
+            a->sum[t * s.groups + g] = tern__bits_of_floats(tern__group_cols(&a->m, &s, g), x + g * s.group, q);
+    }
+}
+
+static void tern__quantize_tokens(const tern__kernels *k, const tern_quantize_args *a, int64_t begin, int64_t end, int64_t *bad)
+{
+    (a->act == TERN_ACT_BIT ? tern__quantize_bits : tern__quantize_numbers)(k, a, begin, end, bad);
 }
 
 static void tern__quantize_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
@@ -2242,6 +2320,14 @@ static tern_result tern__cpu_quantize(tern_run *run, const tern_quantize_args *a
    Every other tier equals these bit for bit. What enters: packed units, int8 rows, float tiles. What
    leaves: sums in the order written here. Called through tern__kernels by rooms 6 to 9 and 14.
    ------------------------------------------------------------------------------------------------ */
+
+/* As tern__dot_group, on bits. */
+static tern__dot tern__bits_group(const tern__dot *d, int64_t g, int32_t inputs)
+{
+    tern__dot one = tern__dot_group(d, g, inputs);
+    one.q = d->q + g * tern__bit_words(d->units, inputs) * 4;
+    return one;
+}
 
 /* From acc to facc; the product of a first group is stored as it is. */
 static void tern__fold_scalar(const tern__dot *d)
@@ -2291,6 +2377,36 @@ static void tern__dot_scalar(const tern__dot *d, tern_type encoding, int32_t inp
 }
 static void tern__dot_2bit_scalar(const tern__dot *d) { tern__dot_scalar(d, TERN_2BIT, 16); }
 static void tern__dot_base3_scalar(const tern__dot *d) { tern__dot_scalar(d, TERN_BASE3, 20); }
+
+/* Bits: popcount(x & plus) - popcount(x & minus) for each row, input by input; what is not active costs nothing. */
+static void tern__dot_bits_run_scalar(const tern__dot *d, tern_type encoding, int32_t inputs)
+{
+    int64_t p, t, u;
+    int32_t r, i;
+    for (p = 0; p < d->panels; p++) {
+        const uint8_t *unit = d->panel + p * d->panel_stride;
+        int32_t *acc = d->acc + p * d->tokens * TERN__ROWS;
+        memset(acc, 0, sizeof(int32_t) * (size_t)(d->tokens * TERN__ROWS));
+        for (u = 0; u < d->units; u++, unit += TERN__UNIT) {
+            tern__unit_trits trit;
+            tern__unpack_rows(encoding, unit, (int64_t)sizeof trit[0], trit[0]);
+            for (t = 0; t < d->tokens; t++)
+                for (i = 0; i < inputs; i++)
+                    if (tern__bit_of(d->q + t * d->q_stride, u * inputs + i))
+                        for (r = 0; r < TERN__ROWS; r++) acc[t * TERN__ROWS + r] += trit[r][i];
+        }
+    }
+}
+static void tern__dot_bits_scalar(const tern__dot *d, tern_type encoding)
+{
+    const int32_t inputs = encoding == TERN_BASE3 ? 20 : 16;
+    int64_t g;
+    for (g = 0; g < d->groups; g++) {
+        const tern__dot one = tern__bits_group(d, g, inputs);
+        tern__dot_bits_run_scalar(&one, encoding, inputs);
+        if (d->facc) tern__fold_scalar(&one);
+    }
+}
 
 static void tern__dot_i8_scalar(const tern__dot *d, int64_t acc_row, int32_t add)
 {
@@ -2360,11 +2476,14 @@ static uint32_t tern__absmax_scalar(int64_t n, const float *x, const float *gain
     return largest;
 }
 
-static int32_t tern__round_scalar(int64_t n, const float *x, const float *gain, float inverse, int8_t *q)
+static int32_t tern__round_scalar(int64_t n, const float *x, const float *gain, float inverse, int32_t most, int8_t *q)
 {
     int64_t i;
     int32_t sum = 0;
-    for (i = 0; i < n; i++) sum += q[i] = (int8_t)tern__round((gain ? x[i] * gain[i] : x[i]) * inverse);
+    for (i = 0; i < n; i++) {
+        const int32_t v = (int32_t)tern__round((gain ? x[i] * gain[i] : x[i]) * inverse);
+        sum += q[i] = (int8_t)(v > most ? most : v < -most - 1 ? -most - 1 : v);
+    }
     return sum;
 }
 
@@ -2401,14 +2520,14 @@ static void tern__floats_scalar(const tern__float_dot *f)
 static const tern__kernels tern__kernels_scalar = {
     tern__dot_2bit_scalar, tern__dot_base3_scalar, tern__emit_scalar,
     tern__tile_scalar, tern__tile_scalar, tern__sum_scalar, tern__absmax_scalar, tern__round_scalar,
-    tern__dot_i8_scalar, tern__floats_scalar, 64
+    tern__dot_i8_scalar, tern__floats_scalar, tern__dot_bits_scalar, 64
 };
 
 /* ------------------------------------------------------------------------------------------------
    [TERN-11] Kernels, x86
    What enters: the tern__kernels contract of [TERN-10]. What leaves: tern__kernels_sse41 (machines with
    SSSE3 and SSE4.1), _avx2 (AVX2, FMA and F16C), _avx_vnni (AVX-VNNI besides), _avx512_vnni (AVX-512 F,
-   BW, DQ, VL and VNNI), _avx512_vbmi (VBMI besides) and _amx_int8 (AMX-TILE and AMX-INT8 besides), equal to the
+   BW, DQ, VL and VNNI), _avx512_vbmi (VBMI and VPOPCNTDQ besides) and _amx_int8 (AMX-TILE and AMX-INT8 besides), equal to the
    scalar kernels bit for bit. The dispatcher of [TERN-14] calls them through the table, after asking the CPU. What
    differs between tiers only in the width of its vectors is written once, as a macro.
    Each function names its own target, so no compiler flags are needed. Float sums and products use the
@@ -2613,13 +2732,14 @@ static TARGET uint32_t tern__absmax_##X(int64_t n, const float *x, const float *
     for (int j = 1; j < W; j++) lane[0] = lane[j] > lane[0] ? lane[j] : lane[0];                         \
     return lane[0];                                                                                      \
 }                                                                                                        \
-static TARGET int32_t tern__round_##X(int64_t n, const float *x, const float *gain, float inverse, int8_t *q) \
+static TARGET int32_t tern__round_##X(int64_t n, const float *x, const float *gain, float inverse, int32_t most, int8_t *q) \
 {                                                                                                        \
+    const I low = MM##set1_epi32(-most - 1), high = MM##set1_epi32(most);                                \
     I sum = MM##set1_epi32(0);                                                                           \
     for (int64_t i = 0; i < n; i += W) {                                                                 \
         V v = tern__load_##X(x + i, n - i);                                                              \
         if (gain) v = v * tern__load_##X(gain + i, n - i);                                               \
-        const I rounded = MM##cvtps_epi32(v * MM##set1_ps(inverse));                                     \
+        const I rounded = MM##max_epi32(low, MM##min_epi32(high, MM##cvtps_epi32(v * MM##set1_ps(inverse)))); \
         tern__store_i8_##X(q + i, rounded, n - i);                                                       \
         sum = MM##add_epi32(sum, rounded);                                                               \
     }                                                                                                    \
@@ -2679,6 +2799,7 @@ static TARGET void NAME(int64_t m, int64_t k, const float *a, int64_t a_row, int
 static const uint8_t tern__floor27[64] = TERN__FOUR_TIMES(0, 0, 27, 27, 54, 54, 81, 108, 108, 135, 135, 162, 189, 189, 216, 216);
 static const uint8_t tern__low_digit[64] = TERN__FOUR_TIMES(0, 1, 2, 0, 1, 2, 0, 1, 2, 1, 0, 0, 1, 2, 0, 0);
 static const uint8_t tern__high_digit[64] = TERN__FOUR_TIMES(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 1, 1, 1, 0, 0);
+static const uint8_t tern__pair_sum[64] = TERN__FOUR_TIMES(0, 1, 2, 3, 1, 2, 3, 4, 2, 3, 4, 5, 3, 4, 5, 6); /* of two 2-bit codes */
 #undef TERN__FOUR_TIMES
 
 /* The codes, the same for every vector width: TERN__X86_FLOAT's parameters, and tern__store_int_X. A remainder
@@ -3037,6 +3158,150 @@ static void tern__floats_##X(const tern__float_dot *f)                          
     tern__float_dots(f, &tiles);                                                                         \
 }
 
+/* Bits: 30 2-bit units at a time, or 24 base-3 units, which hold as many inputs and are made 2-bit units first.
+   Where few bits are 1, only what they meet is read: a nibble of a unit's byte holds two codes, and what a mask leaves of
+   it tells their sum by one byte shuffle. Low nibbles are inputs 0 to 7 of a unit, high ones 8 to 15; a chunk adds at
+   most 60 times 4 to a byte. Where many are, a tier may count bits in planes instead: the low bits of two units' codes,
+   then their high bits. */
+enum { TERN__BIT_UNITS = 30, TERN__BIT_DENSE = 32 /* inputs to one that is 1 */ };
+typedef struct tern__active { int32_t count[2]; int32_t at[2][TERN__BIT_UNITS]; uint32_t mask[2][TERN__BIT_UNITS]; } tern__active;
+
+typedef struct tern__bit_way {
+    void (*decode)(const uint8_t *panel, int64_t units, uint8_t *code); /* base 3, to quads */
+    void (*recode)(const uint8_t *quads, int64_t units, uint8_t *code); /* four quads to each 2-bit unit */
+    /* acc[panel * acc_stride + row] += sum of code * bit, from units that lie as a panel's */
+    void (*few)(const uint8_t *unit, int64_t stride, int32_t panels, const tern__active *a, int32_t *acc, int64_t acc_stride);
+    void (*leave)(const tern__dot *d, int64_t acc_stride); /* acc times scale */
+    void (*split)(const uint8_t *unit, int64_t units, uint8_t *plane); /* or NULL, and */
+    void (*many)(const uint8_t *plane, int32_t panels, const int8_t *bits, int64_t words, int32_t *acc, int64_t acc_stride);
+} tern__bit_way;
+
+/* Which nibbles of which units have active inputs. */
+static void tern__active_units(const int8_t *bits, int64_t words, tern__active *a)
+{
+    int32_t low = 0, high = 0;
+    for (int64_t w = 0; w < words; w++, bits += 4) {
+        uint32_t word;
+        memcpy(&word, bits, 4);
+        if (word == 0) continue;
+        for (int32_t b = 0; b < 2; b++) {
+            const uint32_t mask = (word >> b & 0x55555555u) * 3;
+            a->at[0][low] = a->at[1][high] = (int32_t)(2 * w + b) * TERN__UNIT;
+            a->mask[0][low] = mask & 0x0F0F0F0Fu;
+            a->mask[1][high] = mask & 0xF0F0F0F0u;
+            low += (mask & 0x0F0F0F0Fu) != 0;
+            high += (mask & 0xF0F0F0F0u) != 0;
+        }
+    }
+    a->count[0] = low;
+    a->count[1] = high;
+}
+
+static int32_t tern__is_dense(const tern__dot *d, int64_t t, int64_t inputs) { return (int64_t)d->sum[t * d->sum_stride] * TERN__BIT_DENSE > inputs; }
+
+/* One chunk of one group: `units` from unit u on. */
+static void tern__bit_chunk(const tern__dot *d, const tern__bit_way *way, int32_t base3, int64_t u, int64_t units, int32_t dense)
+{
+    const int64_t unit = base3 ? 20 : 16, words = tern__bit_words(units, unit), acc_stride = (int64_t)d->tokens * 16;
+    uint8_t quads[(TERN__BIT_UNITS * 4 + 3) * 64], code[TERN__PANELS * TERN__BIT_UNITS * 64], plane[TERN__PANELS * TERN__BIT_UNITS * 64];
+    const uint8_t *from = base3 ? code : d->panel + u * 64;
+    const int64_t stride = base3 ? TERN__BIT_UNITS * 64 : d->panel_stride;
+    for (int32_t p = 0; p < d->panels; p++) {
+        const uint8_t *panel = d->panel + p * d->panel_stride + u * 64;
+        for (int64_t i = 0; i < units && (dense || base3); i++) tern__prefetch(d, panel + i * 64, u + i, d->panels);
+        if (base3) {
+            way->decode(panel, units, quads);
+            memset(quads + units * 5 * 64, 0, 3 * 64);
+            way->recode(quads, (units * 5 + 3) / 4, code + p * stride);
+        }
+        if (dense && way->split) way->split(from + p * stride, base3 ? (units * 5 + 3) / 4 : units, plane + p * TERN__BIT_UNITS * 64);
+    }
+    for (int32_t t = 0; t < d->tokens; t++) {
+        const int8_t *bits = d->q + t * d->q_stride + u * unit / 32 * 4;
+        tern__active active;
+        if (way->split && tern__is_dense(d, t, d->units * unit)) way->many(plane, d->panels, bits, words, d->acc + t * 16, acc_stride);
+        else {
+            tern__active_units(bits, words, &active);
+            way->few(from, stride, d->panels, &active, d->acc + t * 16, acc_stride);
+        }
+    }
+}
+
+static void tern__dot_bits(const tern__dot *all, tern_type encoding, const tern__bit_way *way)
+{
+    const int32_t base3 = encoding == TERN_BASE3, inputs = base3 ? 20 : 16;
+    const int64_t chunk = TERN__BIT_UNITS * 16 / inputs;
+    for (int64_t g = 0; g < all->groups; g++) {
+        const tern__dot d = tern__bits_group(all, g, inputs);
+        int32_t dense = 0, *acc = d.acc;
+        for (int32_t t = 0; t < d.tokens; t++) dense |= tern__is_dense(&d, t, d.units * inputs);
+        for (int32_t p = 0; p < d.panels; p++)
+            for (int32_t t = 0; t < d.tokens; t++, acc += TERN__ROWS)
+                for (int32_t r = 0; r < TERN__ROWS; r++) acc[r] = -d.sum[t * d.sum_stride];
+        for (int64_t u = 0; u < d.units; u += chunk) tern__bit_chunk(&d, way, base3, u, d.units - u < chunk ? d.units - u : chunk, dense);
+        if (d.facc) way->leave(&d, (int64_t)d.tokens * 16);
+    }
+}
+
+#define TERN__X86_BITS(X, TARGET, W, V, I, MM)                                                           \
+/* B vectors of rows from vector v on, counted through the panels. */                                    \
+static inline __attribute__((always_inline)) TARGET void tern__few_bits_of_##X(const int B, const uint8_t *unit, int64_t stride, const tern__active *a, int32_t v, int32_t *acc, int64_t acc_stride) \
+{                                                                                                        \
+    const I table = tern__load_int_##X(tern__pair_sum);                                                  \
+    const uint8_t *from[4];                                                                              \
+    I sum[4];                                                                                            \
+    TERN__UNROLL for (int i = 0; i < B; i++) {                                                           \
+        from[i] = unit + (v + i) * W / 16 * stride + (v + i) * W % 16 * 4;                               \
+        sum[i] = MM##set1_epi32(0);                                                                      \
+    }                                                                                                    \
+    TERN__UNROLL for (int high = 0; high < 2; high++)                                                    \
+        for (int32_t n = 0; n < a->count[high]; n++) {                                                   \
+            const int64_t at = a->at[high][n];                                                           \
+            const I mask = MM##set1_epi32((int32_t)a->mask[high][n]);                                    \
+            TERN__UNROLL for (int i = 0; i < B; i++) {                                                   \
+                I code = tern__load_int_##X(from[i] + at) & mask;                                        \
+                if (high) code = MM##srli_epi16(code, 4);                                                \
+                sum[i] = MM##add_epi8(sum[i], MM##shuffle_epi8(table, code));                            \
+            }                                                                                            \
+        }                                                                                                \
+    TERN__UNROLL for (int i = 0; i < B; i++) {                                                           \
+        int32_t *const to = acc + (v + i) * W / 16 * acc_stride + (v + i) * W % 16;                      \
+        const I four = MM##madd_epi16(MM##maddubs_epi16(sum[i], MM##set1_epi8(1)), MM##set1_epi16(1));   \
+        tern__store_int_##X(to, MM##add_epi32(tern__load_int_##X(to), four));                            \
+    }                                                                                                    \
+}                                                                                                        \
+static TARGET void tern__few_bits_##X(const uint8_t *unit, int64_t stride, int32_t panels, const tern__active *a, int32_t *acc, int64_t acc_stride) \
+{                                                                                                        \
+    const int32_t vectors = panels * 16 / W;                                                             \
+    int32_t v = 0;                                                                                       \
+    for (; v + 4 <= vectors; v += 4) tern__few_bits_of_##X(4, unit, stride, a, v, acc, acc_stride);      \
+    for (; v + 2 <= vectors; v += 2) tern__few_bits_of_##X(2, unit, stride, a, v, acc, acc_stride);      \
+    for (; v < vectors; v++) tern__few_bits_of_##X(1, unit, stride, a, v, acc, acc_stride);              \
+}                                                                                                        \
+static TARGET void tern__recode_##X(const uint8_t *quads, int64_t units, uint8_t *code)                  \
+{                                                                                                        \
+    for (int64_t i = 0; i < units; i++, quads += 256, code += 64)                                        \
+        TERN__UNROLL for (int h = 0; h < 64; h += 4 * W) {                                               \
+            I unit = tern__load_int_##X(quads + h);                                                      \
+            TERN__UNROLL for (int s = 1; s < 4; s++) unit = unit | MM##slli_epi16(tern__load_int_##X(quads + s * 64 + h), 2 * s); \
+            tern__store_int_##X(code + h, unit);                                                         \
+        }                                                                                                \
+}                                                                                                        \
+static TARGET void tern__leave_bits_##X(const tern__dot *d, int64_t acc_stride)                          \
+{                                                                                                        \
+    for (int32_t p = 0; p < d->panels; p++)                                                              \
+        for (int32_t r = 0; r < 16; r += W) {                                                            \
+            const V scale = tern__scale_##X(d, p, r);                                                    \
+            for (int64_t at = p * acc_stride + r; at < (p + 1) * acc_stride; at += 16)                   \
+                tern__leave_##X(d, at, tern__load_int_##X(d->acc + at), scale, d->add);                  \
+        }                                                                                                \
+}                                                                                                        \
+static void tern__dot_bits_##X(const tern__dot *d, tern_type encoding)                                   \
+{                                                                                                        \
+    static const tern__bit_way way = {tern__decode_base3_##X, tern__recode_##X, tern__few_bits_##X, tern__leave_bits_##X, NULL, NULL}; \
+    tern__dot_bits(d, encoding, &way);                                                                   \
+}
+
 #ifdef TERN__WITH_SSE41
 /* -- SSE4.1 -- */
 #define TERN__SSE41 __attribute__((target("ssse3,sse4.1")))
@@ -3075,6 +3340,7 @@ TERN__SSE41_INLINE __m128 tern__f16_sse41(const uint16_t *p) /* a float's expone
 TERN__X86_FLOAT(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 TERN__X86_TILE(tern__tile_sse41, TERN__SSE41, 4, __m128, _mm_, 6, 2, TERN__PLAIN_MADD)
 TERN__X86_CODES(sse41, TERN__SSE41, 4, __m128i, _mm_)
+TERN__X86_BITS(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 TERN__SSE41_INLINE __m128 tern__trit_sse41(__m128i code)
 {
     return _mm_cvtepi32_ps(_mm_sub_epi32(_mm_and_si128(code, _mm_set1_epi32(3)), _mm_set1_epi32(1)));
@@ -3088,7 +3354,7 @@ TERN__X86_DOT(sse41, sse41, TERN__SSE41, 4, __m128, __m128i, _mm_, 2, 4, TERN__Q
 
 static const tern__kernels tern__kernels_sse41 = {
     tern__dot_2bit_sse41, tern__dot_base3_sse41, tern__emit_sse41, tern__tile_sse41, tern__tile_sse41,
-    tern__sum_sse41, tern__absmax_sse41, tern__round_sse41, tern__dot_i8_sse41, tern__floats_sse41, 64
+    tern__sum_sse41, tern__absmax_sse41, tern__round_sse41, tern__dot_i8_sse41, tern__floats_sse41, tern__dot_bits_sse41, 64
 };
 #endif /* TERN__WITH_SSE41 */
 
@@ -3127,6 +3393,7 @@ TERN__X86_TILE(tern__tile_avx2, TERN__AVX2, 8, __m256, _mm256_, 6, 2, TERN__PLAI
 TERN__X86_TILE(tern__tile_fused_avx2, __attribute__((target("avx2,fma"))), 8, __m256, _mm256_, 6, 2, _mm256_fmadd_ps)
 
 TERN__X86_CODES(avx2, TERN__AVX2, 8, __m256i, _mm256_)
+TERN__X86_BITS(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
 TERN__AVX2_INLINE __m256 tern__trit_avx2(__m256i code)
 {
     return _mm256_permutevar_ps(_mm256_setr_ps(-1, 0, 1, 0, -1, 0, 1, 0), code);
@@ -3143,7 +3410,7 @@ TERN__X86_DOT(avx2, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 2, 4, TERN__Q
 
 static const tern__kernels tern__kernels_avx2 = {
     tern__dot_2bit_avx2, tern__dot_base3_avx2, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
-    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx2, tern__floats_avx2, 64
+    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx2, tern__floats_avx2, tern__dot_bits_avx2, 64
 };
 #endif /* TERN__WITH_AVX2 */
 
@@ -3168,7 +3435,7 @@ static void tern__dot_i8_avx_vnni(const tern__dot *d, int64_t acc_row, int32_t a
 
 static const tern__kernels tern__kernels_avx_vnni = {
     tern__dot_2bit_avx_vnni, tern__dot_base3_avx_vnni, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
-    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx_vnni, tern__floats_avx2, 64
+    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx_vnni, tern__floats_avx2, tern__dot_bits_avx2, 64
 };
 #endif /* TERN__WITH_AVX_VNNI */
 
@@ -3194,6 +3461,7 @@ TERN__X86_FLOAT(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
 TERN__X86_TILE(tern__tile_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4, TERN__PLAIN_MADD)
 TERN__X86_TILE(tern__tile_fused_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4, _mm512_fmadd_ps)
 TERN__X86_CODES(avx512, TERN__AVX512, 16, __m512i, _mm512_)
+TERN__X86_BITS(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
 TERN__AVX512_INLINE __m512 tern__trit_avx512(__m512i code)
 {
     return _mm512_permutevar_ps(_mm512_setr4_ps(-1, 0, 1, 0), code);
@@ -3409,11 +3677,11 @@ static void tern__dot_i8_avx512(const tern__dot *d, int64_t acc_row, int32_t add
 
 static const tern__kernels tern__kernels_avx512_vnni = {
     tern__dot_2bit_avx512, tern__dot_base3_avx512, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
-    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, 64
+    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512, 64
 };
 
 #ifdef TERN__WITH_AVX512_VBMI
-/* -- AVX-512 with VBMI: the base-3 dot alone differs -- */
+/* -- AVX-512 with VBMI and VPOPCNTDQ, which comes with it: the base-3 dot and that of bits alone differ -- */
 static TERN__AVX512 void tern__decode_base3_avx512_vbmi(const uint8_t *panel, int64_t units, uint8_t *code)
 {
     for (int64_t i = 0; i < units; i++, panel += 64, code += 5 * 64) {
@@ -3424,9 +3692,58 @@ static TERN__AVX512 void tern__decode_base3_avx512_vbmi(const uint8_t *panel, in
 }
 TERN__AVX512_BASE3(avx512_vbmi, TERN__PEEL_VBMI)
 
+/* Two units lie as the words of bits do: the codes' low bits of the first at even bits, of the second at odd ones, then the
+   high bits. An odd last unit is its own second, where all bits are 0. */
+static TERN__AVX512 void tern__split_avx512(const uint8_t *unit, int64_t units, uint8_t *plane)
+{
+    const __m512i even = _mm512_set1_epi8(0x55);
+    for (int64_t i = 0; i < units; i += 2, unit += 128, plane += 128) {
+        const __m512i a = tern__load_int_avx512(unit), b = tern__load_int_avx512(unit + (i + 1 < units ? 64 : 0));
+        tern__store_int_avx512(plane, _mm512_ternarylogic_epi32(even, a, _mm512_slli_epi16(b, 1), 0xCA)); /* even ? a : b << 1 */
+        tern__store_int_avx512(plane + 64, _mm512_ternarylogic_epi32(even, _mm512_srli_epi16(a, 1), b, 0xCA));
+    }
+}
+TERN__AVX512_INLINE __m512i tern__popcount_avx512(__m512i v) /* asm: the tiers share a target */
+{
+    __asm__("vpopcntd {%0, %0|%0, %0}" : "+v"(v));
+    return v;
+}
+TERN__AVX512_INLINE void tern__many_bits_of_avx512(const int P, const uint8_t *plane, const int8_t *bits, int64_t words, int32_t *acc, int64_t acc_stride)
+{
+    __m512i low[4], high[4];
+    TERN__UNROLL for (int p = 0; p < P; p++) low[p] = high[p] = _mm512_setzero_si512();
+    for (int64_t w = 0; w < words; w++, bits += 4, plane += 128) {
+        const __m512i mask = tern__quad_avx512(bits);
+        TERN__UNROLL for (int p = 0; p < P; p++) {
+            const uint8_t *at = plane + p * TERN__BIT_UNITS * 64;
+            low[p] = _mm512_add_epi32(low[p], tern__popcount_avx512(tern__load_int_avx512(at) & mask));
+            high[p] = _mm512_add_epi32(high[p], tern__popcount_avx512(tern__load_int_avx512(at + 64) & mask));
+        }
+    }
+    TERN__UNROLL for (int p = 0; p < P; p++) {
+        const __m512i sum = _mm512_add_epi32(low[p], _mm512_add_epi32(high[p], high[p]));
+        tern__store_int_avx512(acc + p * acc_stride, _mm512_add_epi32(tern__load_int_avx512(acc + p * acc_stride), sum));
+    }
+}
+static TERN__AVX512 void tern__many_bits_avx512(const uint8_t *plane, int32_t panels, const int8_t *bits, int64_t words, int32_t *acc, int64_t acc_stride)
+{
+    switch (panels) {
+    case 1: tern__many_bits_of_avx512(1, plane, bits, words, acc, acc_stride); break;
+    case 2: tern__many_bits_of_avx512(2, plane, bits, words, acc, acc_stride); break;
+    case 3: tern__many_bits_of_avx512(3, plane, bits, words, acc, acc_stride); break;
+    default: tern__many_bits_of_avx512(4, plane, bits, words, acc, acc_stride);
+    }
+}
+static void tern__dot_bits_avx512_vbmi(const tern__dot *d, tern_type encoding)
+{
+    static const tern__bit_way way = {tern__decode_base3_avx512_vbmi, tern__recode_avx512, tern__few_bits_avx512, tern__leave_bits_avx512,
+                                      tern__split_avx512, tern__many_bits_avx512};
+    tern__dot_bits(d, encoding, &way);
+}
+
 static const tern__kernels tern__kernels_avx512_vbmi = {
     tern__dot_2bit_avx512, tern__dot_base3_avx512_vbmi, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
-    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, 64
+    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512_vbmi, 64
 };
 #endif /* TERN__WITH_AVX512_VBMI */
 #undef TERN__CASE
@@ -3615,7 +3932,7 @@ static void tern__dot_base3_amx(const tern__dot *d)
 
 static const tern__kernels tern__kernels_amx_int8 = {
     tern__dot_2bit_amx, tern__dot_base3_amx, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
-    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, TERN__TOKENS
+    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512_vbmi, TERN__TOKENS
 };
 #endif /* TERN__WITH_AMX_INT8 */
 
@@ -3637,7 +3954,7 @@ static const tern__kernels tern__kernels_amx_int8 = {
 #define TERN__ALIGN64
 #endif
 
-/* -- ternary matmul on int8 activations -- */
+/* -- ternary matmul on quantized activations -- */
 
 /* Tokens [t0, t1) of panels [p0, p1). Each token block passes over all panels while it is in cache. */
 static void tern__matmul_range(const tern__kernels *k, const tern_matmul_args *a, const tern__shape *s, int64_t p0, int64_t p1, int64_t t0, int64_t t1)
@@ -3669,7 +3986,8 @@ static void tern__matmul_range(const tern__kernels *k, const tern_matmul_args *a
             d.scale_type = m->scale_type;
             d.scale_stride = s->groups * TERN__ROWS * tern__type_bytes(m->scale_type);
             d.scale = (const uint8_t *)m->scales + (m->grain > 0 ? p * d.scale_stride : 0);
-            (m->encoding == TERN_BASE3 ? k->dot_base3 : k->dot_2bit)(&d);
+            if (a->act == TERN_ACT_BIT) k->dot_bits(&d, m->encoding);
+            else (m->encoding == TERN_BASE3 ? k->dot_base3 : k->dot_2bit)(&d);
             for (i = 0; i < d.panels; i++) {
                 const int64_t row = (p + i) * TERN__ROWS;
                 tern__emit e;
@@ -3791,12 +4109,13 @@ static void tern__matmul_body(tern__job *job, int64_t begin, int64_t end, int64_
 /* -- float matrix products: one blocked driver, several right operands -- */
 
 enum { TERN__M_BLOCK = 192, TERN__K_BLOCK = 160 }; /* both operands of a tile stay in L1 and L2 */
-typedef enum { TERN__B_FLOATS, TERN__B_WEIGHTS, TERN__B_QUANTIZED } tern__operand;
+typedef enum { TERN__B_FLOATS, TERN__B_WEIGHTS, TERN__B_QUANTIZED, TERN__B_BITS } tern__operand;
 
 /* c [m, n] (+)= a [m, k] * b [k, n] (+ bias). Right operands:
      FLOATS     b with strides
      WEIGHTS    packed w as trit * scale
-     QUANTIZED  int8 activations of w's layout times their token's scale */
+     QUANTIZED  int8 activations of w's layout times their token's scale
+     BITS       the same of bits */
 typedef struct tern__gemm {
     int64_t m, n, k;
     const float *a; int64_t a_row, a_col;
@@ -3841,6 +4160,14 @@ static void tern__fill_scaled(const int8_t *__restrict q, int64_t stride, const 
         else for (l = 0; l < lanes; l++) b[l] = (float)q[l] * scale[j];
 }
 
+/* Bits from the one with number `first` on, the same. */
+static void tern__fill_bits(const int8_t *bits, int64_t stride, int64_t first, const float *scale, int64_t len, int64_t lanes, float *b)
+{
+    int64_t j, l;
+    for (j = 0; j < len; j++, bits += stride, b += TERN__LANES)
+        for (l = 0; l < lanes; l++) b[l] = tern__bit_of(bits, first + l) ? scale[j] : 0.0f;
+}
+
 /* Inputs [in_group, in_group + lanes) of a group, panel by panel; k0 is a multiple of 16. */
 static void tern__fill_weights(const tern_matrix *m, const tern__shape *s, int64_t k0, int64_t len, int64_t group, int64_t in_group, int64_t lanes, float *b)
 {
@@ -3868,6 +4195,8 @@ static void tern__gemm_fill(const tern__gemm *g, const tern__shape *s, int64_t k
             const int64_t group = (n0 + l) / s->group, in_group = n0 + l - group * s->group;
             run = tern__min(lanes - l, s->group - in_group);
             if (g->operand == TERN__B_WEIGHTS) tern__fill_weights(g->w, s, k0, len, group, in_group, run, b + l);
+            else if (g->operand == TERN__B_BITS)
+                tern__fill_bits(g->q + k0 * s->stride + group * tern__bit_words(s->group_units, s->unit) * 4, s->stride, in_group, g->scale + k0, len, run, b + l);
             else tern__fill_scaled(g->q + k0 * s->stride + group * s->group_units * s->unit + in_group, s->stride, g->scale + k0, len, run, b + l);
         }
 }
@@ -3982,6 +4311,7 @@ static tern_matmul_args tern__linear_product(const tern_linear_args *a)
     tern_matmul_args m;
     memset(&m, 0, sizeof m);
     m.m = a->quantize.m;
+    m.act = a->quantize.act;
     m.n = a->quantize.n;
     m.q = a->quantize.q; m.scale = a->quantize.scale; m.sum = a->quantize.sum;
     m.bias = a->bias;
@@ -4219,7 +4549,7 @@ static tern_result tern__cpu_matmul_dw(tern_run *run, const tern_matmul_dw_args 
 {
     if (a->dw) {
         tern__gemm g = tern__gemm_of(a->m.rows, a->m.cols, a->n, a->dy, 1, a->m.rows, a->dw, a->m.cols);
-        g.operand = a->q ? TERN__B_QUANTIZED : TERN__B_FLOATS;
+        g.operand = !a->q ? TERN__B_FLOATS : a->act == TERN_ACT_BIT ? TERN__B_BITS : TERN__B_QUANTIZED;
         g.w = &a->m;
         g.q = a->q; g.scale = a->scale;
         g.b = a->x; g.b_row = a->m.cols; g.b_col = 1;
@@ -5080,6 +5410,13 @@ static tern_result tern__check_unpack(tern_run *r, const tern_unpack_args *a)
     return TERN_OK;
 }
 
+static tern_result tern__check_act(tern_run *r, const char *op, tern_act act)
+{
+    TERN__REQUIRE(r, act == TERN_ACT_INT8 || act == TERN_ACT_INT4 || act == TERN_ACT_BIT, TERN_E_ARGUMENT,
+                  "%s: act %d is not TERN_ACT_INT8, _INT4 or _BIT", op, (int64_t)(int32_t)act);
+    return TERN_OK;
+}
+
 static tern_result tern__check_quantize(tern_run *r, const tern_quantize_args *a)
 {
     tern_matrix m = a->m;
@@ -5093,6 +5430,8 @@ static tern_result tern__check_quantize(tern_run *r, const tern_quantize_args *a
     TERN__NEED("quantize", sum);
     TERN__REQUIRE(r, a->norm == TERN_NORM_NONE || (a->norm == TERN_NORM_RMS && a->eps > 0 && tern__finite(a->eps)), TERN_E_ARGUMENT,
                   "quantize: norm %d is unknown or its eps is not positive and finite", (int64_t)(int32_t)a->norm);
+    TERN__TRY(tern__check_act(r, "quantize", a->act));
+    TERN__REQUIRE(r, a->act != TERN_ACT_BIT || (a->norm == TERN_NORM_NONE && !a->gain), TERN_E_ARGUMENT, "quantize: bits take neither norm nor gain");
     return TERN_OK;
 }
 
@@ -5102,6 +5441,7 @@ static tern_result tern__check_matmul(tern_run *r, const tern_matmul_args *a)
     TERN__TRY(tern__check_count(r, "matmul", "n", a->n, a->m.rows));
     TERN__TRY(tern__check_count(r, "matmul", "n", a->n, tern__shape_of(&a->m).stride));
     if (a->q) {
+        TERN__TRY(tern__check_act(r, "matmul", a->act));
         TERN__NEED("matmul", scale);
         TERN__NEED("matmul", sum);
     } else TERN__NEED("matmul", x);
@@ -5128,6 +5468,7 @@ static tern_result tern__check_matmul_dw(tern_run *r, const tern_matmul_dw_args 
     TERN__NEED("matmul_dw", dy);
     TERN__MAY("matmul_dw", dw);
     TERN__MAY("matmul_dw", dbias);
+    if (a->dw && a->q) TERN__TRY(tern__check_act(r, "matmul_dw", a->act));
     if (a->dw && a->q) TERN__NEED("matmul_dw", scale);
     if (a->dw && !a->q) TERN__NEED("matmul_dw", x);
     return TERN_OK;
@@ -6009,7 +6350,7 @@ TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern
 
 /* -- BitLinear (Wang et al. 2023; Ma et al. 2024) -- */
 
-static int32_t tern__is_int8(const tern_linear *l) { return l->act == TERN_ACT_INT8 && l->w->rule != TERN_DENSE; }
+static int32_t tern__is_quantized(const tern_linear *l) { return l->act != TERN_ACT_FLOAT && l->w->rule != TERN_DENSE; }
 
 /* What the forward leaves for the backward, at the start of `saved` or of scratch: the quantized
    activations, or nothing where they are float. */
@@ -6023,7 +6364,7 @@ static tern__kept tern__kept_at(const tern_linear *l, int64_t n, void *base)
     tern__kept k = {NULL, NULL, NULL, 0};
     const int64_t scale = tern__scratch_piece(tern__mul(n, s.stride));
     const int64_t sum = tern__add(scale, tern__scratch_piece(tern__mul(n, 4)));
-    if (!tern__is_int8(l)) return k;
+    if (!tern__is_quantized(l)) return k;
     k.bytes = tern__add(sum, tern__scratch_piece(tern__mul(tern__mul(n, s.groups), 4)));
     if (!p) return k;
     k.q = (int8_t *)p;
@@ -6040,9 +6381,10 @@ static tern_result tern__check_linear(tern_context *c, const tern_linear *l, int
     TERN__REQUIRE(r, l && l->w, TERN_E_ARGUMENT, "linear: the layer or its w is NULL");
     TERN__TRY(tern__check_ready(c, l->w));
     TERN__TRY(tern__check_count(r, l->w->name, "n", n, tern__add(l->w->rows, tern__mul(32, l->w->cols))));
-    TERN__REQUIRE(r, (l->norm == TERN_NORM_NONE || l->norm == TERN_NORM_RMS) && (l->act == TERN_ACT_INT8 || l->act == TERN_ACT_FLOAT) &&
+    TERN__REQUIRE(r, (l->norm == TERN_NORM_NONE || l->norm == TERN_NORM_RMS) && (int32_t)l->act >= TERN_ACT_INT8 && l->act <= TERN_ACT_BIT &&
                   l->eps >= 0 && tern__finite(l->eps), TERN_E_ARGUMENT,
                   "%s: norm %d, act %d or eps is out of range", l->w->name, (int64_t)(int32_t)l->norm, (int64_t)(int32_t)l->act);
+    TERN__REQUIRE(r, l->act != TERN_ACT_BIT || l->norm == TERN_NORM_NONE, TERN_E_ARGUMENT, "%s: bits take no norm", l->w->name);
     if (l->bias) {
         TERN__TRY(tern__check_ready(c, l->bias));
         TERN__REQUIRE(r, l->bias->rule == TERN_DENSE && l->bias->rows * l->bias->cols == l->w->rows, TERN_E_SHAPE,
@@ -6061,7 +6403,7 @@ static tern_result tern__check_linear(tern_context *c, const tern_linear *l, int
 static int64_t tern__linear_scratch(const tern_linear *l, int64_t n)
 {
     const int64_t row = tern__scratch_piece(tern__mul(tern__mul(n, l->w->cols), 4));
-    return l->norm == TERN_NORM_NONE ? 0 : tern__add(row, tern__is_int8(l) ? 0 : row);
+    return l->norm == TERN_NORM_NONE ? 0 : tern__add(row, tern__is_quantized(l) ? 0 : row);
 }
 
 TERN_API tern_result tern_linear_need(tern_context *c, const tern_linear *l, int64_t n, tern_need *out)
@@ -6135,9 +6477,10 @@ TERN_API tern_result tern_linear_forward(tern_context *c, const tern_linear *l, 
     TERN__TRY(tern__check_pointer(&c->run, l->w->name, "y", y, 4));
     if (saved) TERN__TRY(tern__check_pointer(&c->run, l->w->name, "saved", saved, 4));
     kept = tern__kept_at(l, n, saved ? saved : tern__take(c, tern__kept_at(l, n, NULL).bytes));
-    if (tern__is_int8(l)) {
+    if (tern__is_quantized(l)) {
         tern_linear_args a;
         a.quantize.m = tern_param_matrix(l->w);
+        a.quantize.act = l->act;
         a.quantize.n = n;
         a.quantize.x = x;
         a.quantize.norm = l->norm;
@@ -6175,6 +6518,7 @@ static tern_result tern__linear_dw(tern_context *c, const tern_linear *l, int64_
     a.dy = dy;
     a.dw = tern__floats(l->w, TERN_GRAD);
     a.dbias = tern__floats(l->bias, TERN_GRAD);
+    a.act = l->act;
     a.q = kept->q;
     a.scale = kept->scale;
     if (a.dw && !a.q) TERN__TRY(tern__linear_input(c, l, n, x, &a.x));

@@ -802,23 +802,32 @@ static __device__ float tern__block_rms(int64_t n, const float *x, float eps, fl
     return tern__finite(mean) ? 1.0f / tern__sqrt(mean + eps) : 0.0f;
 }
 
+/* What q are steps of: the largest |x g|, or for int4 their mean. */
+static __device__ float tern__block_size(const tern_quantize_args &a, const float *x, float *room)
+{
+    const int64_t n = a.m.cols;
+    uint32_t bits = 0;
+    if (a.act == TERN_ACT_INT4) return tern__block_sum(n, [&](int64_t i) { return tern__abs(a.gain ? x[i] * a.gain[i] : x[i]); }, room) / (float)n;
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
+        const uint32_t mine = tern__bits(a.gain ? x[i] * a.gain[i] : x[i]) & 0x7FFFFFFFu;
+        bits = mine > bits ? mine : bits;
+    }
+    return tern__float(tern__block_max(bits, (uint32_t *)room));
+}
+
 /* Row t, by a block; q, scale and sum are that row's. Within a row everything fits 32 bits: at most 2^18 units. */
 static __device__ void tern__quantize_row(const tern_quantize_args &a, const tern__shape &s, int64_t t, int8_t *q, float *scale, int32_t *sum,
                                           tern__blame blame, float *room)
 {
     const int cols = (int)a.m.cols, group = (int)s.group, groups = (int)s.groups, run = (int)(s.group_units * s.unit), used = (int)(s.units * s.unit);
     const int pieces = (run + TERN__PIECE - 1) / TERN__PIECE, lane = (int)threadIdx.x % 32, warps = (int)blockDim.x / 32;
-    const float *x = a.x + t * cols;
-    uint32_t bits = 0;
-    for (int i = (int)threadIdx.x; i < cols; i += (int)blockDim.x) {
-        const uint32_t mine = tern__bits(a.gain ? x[i] * a.gain[i] : x[i]) & 0x7FFFFFFFu;
-        bits = mine > bits ? mine : bits;
-    }
-    const float largest = tern__float(tern__block_max(bits, (uint32_t *)room));
+    const int most = a.act == TERN_ACT_INT4 ? 7 : 127;
+    const float *x = a.x + t * cols, steps = a.act == TERN_ACT_INT4 ? TERN__ROOT7 : 127.0f;
+    const float size = tern__block_size(a, x, room);
     const float r = a.norm == TERN_NORM_RMS ? tern__block_rms(cols, x, a.eps, room) : 1.0f;
-    const float inverse = 127.0f / largest;
-    const bool usable = tern__finite(largest) && r > 0.0f, zero = !usable || !tern__finite(inverse);
-    if (threadIdx.x == 0) *scale = zero ? 0.0f : largest / 127.0f * r;
+    const float inverse = steps / size;
+    const bool usable = tern__finite(size) && r > 0.0f, zero = !usable || !tern__finite(inverse);
+    if (threadIdx.x == 0) *scale = zero ? 0.0f : size / steps * r;
     if (threadIdx.x == 0 && !usable) tern__report(blame, t);
     for (int g = (int)threadIdx.x; g < groups; g += (int)blockDim.x) sum[g] = 0;
     for (int i = used + 4 * (int)threadIdx.x; i < s.stride; i += 4 * (int)blockDim.x) *(uint32_t *)(q + i) = 0;
@@ -830,7 +839,8 @@ static __device__ void tern__quantize_row(const tern_quantize_args &a, const ter
         for (int i = first + 4 * lane; i < end; i += 128) {
             uint32_t four = 0;
             for (int j = 0; j < 4 && i + j < n && !zero; j++) {
-                const int at = g * group + i + j, v = (int)tern__round((a.gain ? x[at] * a.gain[at] : x[at]) * inverse);
+                const int at = g * group + i + j;
+                const int near = min(most, (int)tern__round((a.gain ? x[at] * a.gain[at] : x[at]) * inverse)), v = near < -most - 1 ? -most - 1 : near;
                 total += v;
                 four |= (uint32_t)(v & 255) << 8 * j;
             }
@@ -849,9 +859,16 @@ static __global__ void tern__quantize_rows(tern_quantize_args a, tern__shape s, 
         tern__quantize_row(a, s, t, a.q + t * s.stride, a.scale + t, a.sum + t * s.groups, blame, room);
 }
 
+static tern_result tern__check_no_bits(tern_run *r, const char *op, tern_act act)
+{
+    TERN__REQUIRE(r, act != TERN_ACT_BIT, TERN_E_UNSUPPORTED, "cuda: bit activations are not supported by %s", op);
+    return TERN_OK;
+}
+
 static tern_result tern__gpu_quantize(tern_run *r, tern__gpu *d, const tern_quantize_args *a)
 {
     const int threads = a->m.cols > 2048 ? 1024 : TERN__THREADS; /* few long rows still fill a multiprocessor */
+    TERN__TRY(tern__check_no_bits(r, "quantize", a->act));
     TERN__TRY(tern__check_aligned16(r, "quantize: q", a->q));
     TERN__LAUNCH(tern__quantize_rows, tern__grid(d, a->n, 1), threads, TERN__ROOM, d->stream, *a, tern__shape_of(&a->m),
                  tern__blame_of(d, TERN__FAULT_QUANTIZE));
@@ -1247,6 +1264,7 @@ static tern_result tern__gpu_matmul_many(tern_run *r, tern__gpu *d, const tern_m
 static tern_result tern__gpu_matmul_int8(tern_run *r, tern__gpu *d, const tern_matmul_args *a)
 {
     const tern__shape s = tern__shape_of(&a->m);
+    TERN__TRY(tern__check_no_bits(r, "matmul", a->act));
     TERN__TRY(tern__check_aligned16(r, "matmul: m.trits", a->m.trits));
     TERN__TRY(tern__check_aligned16(r, "matmul: q", a->q));
     return a->n <= TERN__FEW_TOKENS ? tern__gpu_matmul_few(d, a, s) : tern__gpu_matmul_many(r, d, a, s);
@@ -1259,6 +1277,7 @@ static tern_result tern__gpu_linear(tern_run *r, tern__gpu *d, const tern_linear
     const tern__shape s = tern__shape_of(&m.m);
     const int64_t bytes = tern__mul(m.n, s.stride + 4 + 4 * s.groups);
     const int pieces = tern__pieces(d, s, m.n);
+    TERN__TRY(tern__check_no_bits(r, "linear", m.act));
     if (m.n > TERN__FUSED_TOKENS || bytes > TERN__FUSED_BYTES || tern__few_tokens_grid(s, pieces) > 2 * (unsigned)d->processors) {
         TERN__TRY(tern__gpu_quantize(r, d, &a->quantize));
         return tern__gpu_matmul_int8(r, d, &m);
@@ -1716,6 +1735,7 @@ static tern_result tern__gpu_matmul_dw(tern_run *r, tern__gpu *d, const tern_mat
     b.scale = a->scale;
     b.s = tern__shape_of(&a->m);
     g.add = 1;
+    if (a->dw && a->q) TERN__TRY(tern__check_no_bits(r, "matmul_dw", a->act));
     if (a->dw && a->q) TERN__TRY(tern__gpu_product<true>(r, d, "matmul_dw", g, b));
     if (a->dw && !a->q) TERN__TRY(tern__gpu_product<true>(r, d, "matmul_dw", g, tern__b_floats_of(a->x, a->m.cols, 1, none)));
     if (a->dbias) TERN__LAUNCH(tern__bias_columns, tern__grid(d, a->m.rows, 64), 64, 0, d->stream, a->n, a->m.rows, a->dy, a->dbias);

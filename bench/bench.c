@@ -564,14 +564,27 @@ typedef struct product {
 
 static size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
+/* Its activations of a kind, from p->x. */
+static void product_quantize(product *p, tern_act act)
+{
+    tern_quantize_args q;
+    memset(&q, 0, sizeof q);
+    q.m = p->a.m;
+    q.act = p->a.act = p->layer.act = act;
+    q.n = p->a.n;
+    q.x = p->x;
+    q.q = (int8_t *)(uintptr_t)p->a.q;
+    q.scale = (float *)(uintptr_t)p->a.scale;
+    q.sum = (int32_t *)(uintptr_t)p->a.sum;
+    must(plain, tern_quantize(plain, &q));
+}
+
 static product product_open(int64_t rows, int64_t cols, int32_t grain, tern_type encoding, int64_t n)
 {
     product p;
     float *w = random_floats(rows * cols);
-    tern_quantize_args q;
     int64_t stride, groups;
     memset(&p, 0, sizeof p);
-    memset(&q, 0, sizeof q);
     snprintf(p.w.name, sizeof p.w.name, "w");
     p.w.rows = rows;
     p.w.cols = cols;
@@ -585,18 +598,12 @@ static product product_open(int64_t rows, int64_t cols, int32_t grain, tern_type
     must(plain, tern_matrix_bytes(plain, &p.a.m, &p.trits, &p.scales));
     must(plain, tern_activation_shape(plain, &p.a.m, &stride, &groups));
     p.x = random_floats(n * cols);
-    q.m = p.a.m;
-    q.n = n;
-    q.x = p.x;
-    q.q = (int8_t *)memory((size_t)(n * stride));
-    q.scale = (float *)memory((size_t)n * 4);
-    q.sum = (int32_t *)memory((size_t)(n * groups) * 4);
-    must(plain, tern_quantize(plain, &q));
-    p.a.q = q.q;
-    p.a.scale = q.scale;
-    p.a.sum = q.sum;
+    p.a.q = (const int8_t *)memory((size_t)(n * stride));
+    p.a.scale = (const float *)memory((size_t)n * 4);
+    p.a.sum = (const int32_t *)memory((size_t)(n * groups) * 4);
     p.a.y = (float *)memory((size_t)(n * rows) * 4);
     p.a.n = n;
+    product_quantize(&p, TERN_ACT_INT8);
     return p;
 }
 
@@ -719,6 +726,36 @@ static void bench_tokens(int64_t rows, int64_t cols, tern_type encoding, int32_t
         if (f > 0) continue;
         measure(MACS, names[f][1], shape, &setups[i], INT8, macs, call_linear, &p);
         if (n <= 64 && n % 8 == 0) measure(MACS, names[f][2], shape, &setups[i], FMA, macs, call_float_matmul, &p);
+    }
+    product_close(&p);
+}
+
+/* Kinds of activations beside each other; bits as many as are 1. */
+static void bench_kinds(int64_t size, tern_type encoding, int64_t n)
+{
+    static const struct { tern_act act; int32_t percent; const char *name; } kinds[] = {
+        {TERN_ACT_INT8, 100, "int8"}, {TERN_ACT_INT4, 100, "int4"}, {TERN_ACT_BIT, 2, "bits 2%"}, {TERN_ACT_BIT, 50, "bits 50%"}
+    };
+    static char names[2][4][2][40];
+    const int base3 = encoding == TERN_BASE3;
+    product p = product_open(size, size, TERN_PER_ROW, encoding, n);
+    float *x = (float *)(uintptr_t)p.x;
+    const double macs = (double)(size * size * n);
+    const char *shape = shape_text("%ldx%ld N=%ld", (long)size, (long)size, (long)n);
+    int64_t i;
+    int k, s;
+    for (k = 0; k < 4; k++) {
+        char *matmul = names[base3][k][0], *linear = names[base3][k][1];
+        for (i = 0; i < n * size; i++) x[i] = kinds[k].percent == 100 ? (float)random24() / 8388608.0f - 1.0f : (float)(random24() % 100 < (uint32_t)kinds[k].percent);
+        product_quantize(&p, kinds[k].act);
+        snprintf(matmul, 40, "matmul %s%s", base3 ? "base-3 " : "", kinds[k].name);
+        snprintf(linear, 40, "linear %s%s", base3 ? "base-3 " : "", kinds[k].name);
+        for (s = 0; s < setup_count; s++) {
+            if (setups[s].isa == TERN_ISA_SCALAR || setups[s].threads > 1) continue;
+            product_use(&p, &setups[s]);
+            if (kinds[k].act != TERN_ACT_INT4) measure(MACS, matmul, shape, &setups[s], INT8, macs, call_matmul, &p); /* int4 is int8 there */
+            measure(MACS, linear, shape, &setups[s], INT8, macs, call_linear, &p);
+        }
     }
     product_close(&p);
 }
@@ -1609,6 +1646,8 @@ int main(int argc, char **argv)
     bench_batch(batch[q]);
     if (!q) bench_tokens(14336, 4096, TERN_2BIT, TERN_PER_ROW, 128, best->isa);
     if (!q) bench_tokens(14336, 4096, TERN_2BIT, TERN_PER_ROW, 512, best->isa);
+    title("Kinds of activations");
+    for (i = 0; i < 6; i++) bench_kinds(batch[q], i < 3 ? TERN_2BIT : TERN_BASE3, sgemm_tokens[i % 3]);
     title("Steps from one number of tokens to the next");
     bench_steps(batch[q] / 2);
     for (i = 0; i < 4; i++) bench_blas(sgemm_tokens[i], batch[q], batch[q], 0);

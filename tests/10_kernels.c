@@ -1,4 +1,6 @@
-/* [TERN-10] Kernels: the scalar ones against their definition, every other tier against the scalar ones. */
+/* [TERN-10] Kernels: the scalar ones against their definition, every other tier against the scalar ones.
+   Mutations that test_kernels_bits saw: the second unit's high bit left in place; a chunk's words counted by 2-bit units in base 3;
+   the unit behind an odd last one read; idle nibbles counted by their units; a last group of full length. */
 
 /* The tier's kernels, or NULL where it is not here. */
 static const tern__kernels *kernels_of(tern_isa isa)
@@ -342,6 +344,90 @@ static void test_kernels_groups(void)
                     if (units[j] <= totals[i]) n++, kernels_compare_groups(base3, totals[i], units[j], 1 + n % 4, tokens[t], types[n % 3]);
 }
 
+/* -- dot products of bits -- */
+
+/* One in `each` inputs is 1; groups of so many units (0: none). Weights, bits and sums right behind a page that
+   faults, or right before one. */
+static void kernels_bits(int base3, int64_t total, int64_t group, int32_t panels, int32_t tokens, uint32_t each, int at_end)
+{
+    const int64_t unit = base3 ? 20 : 16, units = group ? group : total, stride = (total / units + 1) * tern__bit_words(units, unit) * 4 + tokens % 3;
+    const int64_t count = panels * tokens * TERN__ROWS, groups = (total + units - 1) / units;
+    const size_t q_bytes = (size_t)((tokens - 1) * stride + (groups - 1) * tern__bit_words(units, unit) * 4 + tern__bit_words(total - (groups - 1) * units, unit) * 4);
+    static int32_t wanted[KERNELS_ACC];
+    static float summed[KERNELS_ACC];
+    kernels_dot x = kernels_dot_new(base3, total, panels, tokens, 1, 0, KERNELS_RANDOM);
+    uint8_t *q = (uint8_t *)calloc(1, q_bytes);
+    void *panel, *bits, *sum;
+    int64_t g, t, i, p, r;
+    tern_isa isa;
+    kernels_dot_split(&x, units, TERN_F16);
+    memset(x.sum, 0, x.sum_bytes);
+    memset(summed, 0, sizeof summed);
+    for (g = 0; g < groups; g++) {
+        const int64_t inputs = (g < groups - 1 ? units : total - g * units) * unit;
+        memset(wanted, 0, sizeof wanted);
+        for (t = 0; t < tokens; t++)
+            for (i = 0; i < inputs; i++) {
+                if (test_random() % each) continue;
+                q[t * stride + g * tern__bit_words(units, unit) * 4 + i / 32 * 4 + i % 4] |= (uint8_t)(1u << (i % 16 / 4 * 2 + i % 32 / 16));
+                x.sum[t * groups + g]++;
+                for (p = 0; p < panels; p++)
+                    for (r = 0; r < TERN__ROWS; r++) {
+                        int8_t trits[20];
+                        tern__unpack_unit(base3 ? TERN_BASE3 : TERN_2BIT, x.d.panel + p * x.d.panel_stride + (g * units + i / unit) * 64, r, trits);
+                        wanted[(p * tokens + t) * TERN__ROWS + r] += trits[i % unit];
+                    }
+            }
+        for (i = 0; i < count; i++) {
+            const float product = (float)wanted[i] * tern__load_scale(TERN_F16, x.scale, (i / TERN__ROWS / tokens * groups + g) * TERN__ROWS + i % TERN__ROWS);
+            summed[i] = g ? summed[i] + product : product;
+        }
+    }
+    panel = test_guard(x.d.panel, x.panel_bytes, at_end);
+    bits = test_guard(q, q_bytes, at_end);
+    sum = test_guard(x.sum, x.sum_bytes, at_end);
+    x.d.panel = (const uint8_t *)panel;
+    x.d.q = (const int8_t *)bits;
+    x.d.q_stride = stride;
+    x.d.sum = (const int32_t *)sum;
+    x.d.acc = kernels_acc[0];
+    if (!group) x.d.facc = NULL;
+    for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++) {
+        const tern__kernels *k = kernels_of(isa);
+        if (!k) continue;
+        memset(kernels_acc[0], 0x3C, sizeof kernels_acc[0]);
+        memset(kernels_facc[0], 0x3C, sizeof kernels_facc[0]);
+        k->dot_bits(&x.d, base3 ? TERN_BASE3 : TERN_2BIT);
+        CHECK(memcmp(group ? (const void *)kernels_facc[0] : kernels_acc[0], group ? (const void *)summed : wanted, (size_t)count * 4) == 0,
+              "%s: base3 %d, %d units in groups of %d, %d panels, %d tokens, one in %d", test_tier_name[isa], base3, (int)total, (int)group, (int)panels, (int)tokens, (int)each);
+        for (i = count; i < KERNELS_ACC; i++)
+            CHECK(kernels_acc[0][i] == 0x3C3C3C3C && tern__bits(kernels_facc[0][i]) == 0x3C3C3C3Cu, "%s: written beside %d panels of %d tokens", test_tier_name[isa], (int)panels, (int)tokens);
+    }
+    test_unguard(panel, x.panel_bytes);
+    test_unguard(bits, q_bytes);
+    test_unguard(sum, x.sum_bytes);
+    free(q);
+    kernels_dot_free(&x);
+}
+
+static void test_kernels_bits(void)
+{
+    const int64_t totals[] = {1, 2, 3, 7, 23, 24, 25, 29, 30, 31, 61, 97}, groups[] = {0, 0, 1, 3, 8, 30};
+    const int32_t tokens[] = {1, 2, 3, 8, 17};
+    const uint32_t each[] = {1, 2, 50, 7, 1u << 20};
+    int base3, u, g, n = 0;
+    int32_t panels;
+    for (base3 = 0; base3 < 2; base3++)
+        for (u = 0; u < 12; u++)
+            for (g = 0; g < 6; g++)
+                for (panels = 1; panels <= TERN__PANELS; panels++, n++)
+                    if (groups[g] <= totals[u]) kernels_bits(base3, totals[u], groups[g], panels, tokens[n % 5], each[(n + u + g) % 5], n % 2);
+    for (base3 = 0; base3 < 2; base3++) {
+        kernels_bits(base3, 5, 0, 2, TERN__TOKENS, 3, 1);
+        kernels_bits(base3, 5, 0, 4, TERN__PAIRS / 4, 60, 0);
+    }
+}
+
 /* -- epilogues -- */
 
 static void test_kernels_emit(void)
@@ -639,20 +725,24 @@ static void test_kernels_round(void)
     const int64_t sizes[] = {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 127, 130, 1025, 4097};
     int n, variant;
     for (n = 0; n < 21; n++)
-        for (variant = 0; variant < 4; variant++) {
+        for (variant = 0; variant < 8; variant++) {
             const int64_t size = sizes[n];
+            const int32_t most = variant & 4 ? 7 : 127;
             float *x = test_floats(size + 1), *gain = test_floats(size + 1), *g = variant & 1 ? gain + 1 : NULL;
             int8_t *wanted = (int8_t *)malloc((size_t)size + 1), *got = (int8_t *)malloc((size_t)size + 1);
             const float inverse = variant & 2 ? 1.0f : 127.0f;
             int32_t sum;
             int64_t i;
             for (i = 0; i <= size; i++) if (variant & 2) x[i] = (float)(i % 254 - 127) + 0.5f; /* ties */
-            sum = tern__round_scalar(size, x + 1, g, inverse, wanted + 1);
-            for (i = 0; i < size; i++) CHECK(wanted[1 + i] == (int8_t)rintf((g ? x[1 + i] * g[i] : x[1 + i]) * inverse), "element %d of %d", (int)i, (int)size);
+            sum = tern__round_scalar(size, x + 1, g, inverse, most, wanted + 1);
+            for (i = 0; i < size; i++) {
+                const float v = rintf((g ? x[1 + i] * g[i] : x[1 + i]) * inverse);
+                CHECK(wanted[1 + i] == (int8_t)fmaxf(fminf(v, (float)most), (float)(-most - 1)), "element %d of %d", (int)i, (int)size);
+            }
             for (i = 0; i < size; i++) sum -= wanted[1 + i];
             CHECK(sum == 0, "the sum of %d rounded floats is off by %d", (int)size, (int)sum);
             KERNELS_EACH_TIER(
-                sum = k->round(size, x + 1, g, inverse, got + 1);
+                sum = k->round(size, x + 1, g, inverse, most, got + 1);
                 CHECK(memcmp(wanted + 1, got + 1, (size_t)size) == 0, "%s: %d floats, variant %d", tier, (int)size, variant);
                 for (i = 0; i < size; i++) sum -= got[1 + i];
                 CHECK(sum == 0, "%s: the sum of %d rounded floats is off by %d", tier, (int)size, (int)sum));
@@ -675,6 +765,7 @@ static void suite_kernels(void)
     RUN(test_kernels_dot_extremes);
     RUN(test_kernels_groups);
     RUN(test_kernels_dot_i8);
+    RUN(test_kernels_bits);
     RUN(test_kernels_emit);
     RUN(test_kernels_tile);
     RUN(test_kernels_tile_fused_is_close);

@@ -148,12 +148,13 @@ static tern_matrix hold_matrix(tern_context *c, int64_t rows, int64_t cols, int3
     return a.m;
 }
 
-static tern_quantize_args hold_quantized(tern_context *c, const tern_matrix *m, int64_t n, const float *x, tern_norm_kind norm, const float *gain)
+static tern_quantize_args hold_activations(tern_context *c, tern_act act, const tern_matrix *m, int64_t n, const float *x, tern_norm_kind norm, const float *gain)
 {
     tern_quantize_args a = TERN_ZERO;
     int64_t stride = 0, groups = 0;
     CHECK_OK(c, tern_activation_shape(c, m, &stride, &groups));
     a.m = *m;
+    a.act = act;
     a.n = n;
     a.x = x;
     a.norm = norm;
@@ -164,6 +165,27 @@ static tern_quantize_args hold_quantized(tern_context *c, const tern_matrix *m, 
     a.sum = (int32_t *)hold((size_t)(n * groups) * 4);
     CHECK_OK(c, tern_quantize(c, &a));
     return a;
+}
+
+static tern_quantize_args hold_quantized(tern_context *c, const tern_matrix *m, int64_t n, const float *x, tern_norm_kind norm, const float *gain)
+{
+    return hold_activations(c, TERN_ACT_INT8, m, n, x, norm, gain);
+}
+
+/* Floats of which one in `each` is not 0. */
+static float *hold_sparse(int64_t n, uint32_t each)
+{
+    float *x = hold_floats(n);
+    int64_t i;
+    for (i = 0; i < n; i++) if (test_random() % each) x[i] = 0.0f;
+    return x;
+}
+
+/* Where input `col` of a token lies in its int8 activations. */
+static int64_t place_of(const tern_matrix *m, int64_t col)
+{
+    const int64_t unit = m->encoding == TERN_BASE3 ? 20 : 16;
+    return m->grain > 0 ? col / m->grain * ((m->grain + unit - 1) / unit * unit) + col % m->grain : col;
 }
 
 static void record_quantized(tern_context *c, record *r, const tern_quantize_args *a)
@@ -183,6 +205,7 @@ static tern_matmul_args matmul_of(const tern_quantize_args *q, const float *bias
 {
     tern_matmul_args a = TERN_ZERO;
     a.m = q->m;
+    a.act = q->act;
     a.n = q->n;
     a.q = q->q; a.scale = q->scale; a.sum = q->sum;
     a.bias = bias;
@@ -259,6 +282,56 @@ static void large_products(tern_context *c, record *r)
     }
 }
 static void test_large_products(void) { same_everywhere(large_products, UINT64_C(0x0643D90C80E1489C)); }
+
+/* Int4 and bits. A product of bits is that of the int8 activations 0 and 1; a token has the same y alone. */
+static void record_kinds(tern_context *c, record *r, const tern_matrix *m, int64_t n, uint32_t each)
+{
+    const float *x = hold_sparse(n * m->cols, each), *bias = hold_floats(m->rows);
+    const tern_quantize_args bits = hold_activations(c, TERN_ACT_BIT, m, n, x, TERN_NORM_NONE, NULL);
+    const tern_quantize_args last = hold_activations(c, TERN_ACT_BIT, m, 1, x + (n - 1) * m->cols, TERN_NORM_NONE, NULL);
+    const tern_quantize_args int4 = hold_activations(c, TERN_ACT_INT4, m, n, x, TERN_NORM_RMS, NULL);
+    const tern_quantize_args ones = hold_activations(c, TERN_ACT_INT8, m, n, x, TERN_NORM_NONE, NULL);
+    float *y = hold_output(n * m->rows);
+    tern_matmul_args a = matmul_of(&bits, bias, y);
+    int64_t stride = 0, groups = 0, t, col;
+    CHECK_OK(c, tern_activation_shape(c, m, &stride, &groups));
+    record_quantized(c, r, &bits);
+    record_quantized(c, r, &int4);
+    CHECK_OK(c, tern_matmul(c, &a));
+    record_words(r, y, n * m->rows);
+    a = matmul_of(&last, bias, hold_output(m->rows));
+    CHECK_OK(c, tern_matmul(c, &a));
+    CHECK(memcmp(a.y, y + (n - 1) * m->rows, (size_t)m->rows * 4) == 0, "the last of %d tokens differs", (int)n);
+    for (t = 0; t < n; t++)
+        for (col = 0; col < m->cols; col++) ones.q[t * stride + place_of(m, col)] = x[t * m->cols + col] != 0.0f;
+    a = matmul_of(&ones, bias, hold_output(n * m->rows));
+    a.scale = bits.scale;
+    a.sum = bits.sum;
+    CHECK_OK(c, tern_matmul(c, &a));
+    CHECK(memcmp(a.y, y, (size_t)(n * m->rows) * 4) == 0, "%d x %d, grain %d, %d tokens: bits are not 0 and 1", (int)m->rows, (int)m->cols, (int)m->grain, (int)n);
+    a = matmul_of(&int4, NULL, y);
+    CHECK_OK(c, tern_matmul(c, &a));
+    record_words(r, y, n * m->rows);
+}
+
+static void kind_products(tern_context *c, record *r)
+{
+    static const int64_t tokens[] = {1, 3, 70};
+    int i, j, g, variant = 0;
+    for (i = 0; i < TEST_SIZES; i++)
+        for (j = 0; j < TEST_SIZES; j++)
+            for (g = 0; g < 5; g++, variant++) {
+                const tern_matrix m = hold_matrix(c, test_sizes[i], test_sizes[j], every_grain[g], variant & 1 ? TERN_BASE3 : TERN_2BIT, variant & 2 ? TERN_POW2 : TERN_F32);
+                record_kinds(c, r, &m, tokens[variant % 3], variant % 4 ? 2 : 40);
+                release();
+            }
+    for (g = 0; g < 8; g++) {
+        const tern_matrix m = hold_matrix(c, 70, 4097, g & 1 ? 700 : TERN_PER_ROW, g & 2 ? TERN_BASE3 : TERN_2BIT, TERN_F32);
+        record_kinds(c, r, &m, g & 1 ? 67 : 300, g & 4 ? 2 : 50);
+        release();
+    }
+}
+static void test_kind_products(void) { same_everywhere(kind_products, UINT64_C(0xA26995AB567BE63B)); }
 
 /* Both products of one shape on each tier, every input and output between pages that must not be touched. */
 static void guarded_product(const test_context *t, int64_t rows, int64_t cols, int64_t n, int32_t grain, int variant)
@@ -1328,23 +1401,21 @@ static void matmul_gradients(tern_context *c, record *r)
     static const int64_t shapes[][3] = {{1, 1, 1}, {3, 17, 35}, {70, 40, 130}, {200, 33, 20}, {2, 330, 100}}; /* n, rows, cols */
     int i, g;
     for (i = 0; i < 5; i++)
-        for (g = 0; g < 5; g++) {
+        for (g = 0; g < 10; g++) {
             const int64_t n = shapes[i][0], rows = shapes[i][1], cols = shapes[i][2];
-            const int int8_mode = (i + g) & 1;
-            const tern_matrix m = hold_matrix(c, rows, cols, every_grain[g], g & 1 ? TERN_2BIT : TERN_BASE3, g & 2 ? TERN_POW2 : TERN_F32);
-            const float *x = hold_floats(n * cols), *before = hold_floats(rows * cols);
-            const tern_quantize_args q = hold_quantized(c, &m, n, x, TERN_NORM_RMS, NULL);
+            const tern_act act = g < 5 ? (i + g) & 1 ? TERN_ACT_INT8 : TERN_ACT_FLOAT : (i + g) & 1 ? TERN_ACT_INT4 : TERN_ACT_BIT;
+            const tern_matrix m = hold_matrix(c, rows, cols, every_grain[g % 5], g & 1 ? TERN_2BIT : TERN_BASE3, g & 2 ? TERN_POW2 : TERN_F32);
+            const float *x = act == TERN_ACT_BIT ? hold_sparse(n * cols, 2) : hold_floats(n * cols), *before = hold_floats(rows * cols);
+            const tern_quantize_args q = hold_activations(c, act == TERN_ACT_FLOAT ? TERN_ACT_INT8 : act, &m, n, x, act == TERN_ACT_BIT ? TERN_NORM_NONE : TERN_NORM_RMS, NULL);
             float *used = hold_copy(x, n * cols); /* the activations that the forward used */
             tern_unpack_args u = TERN_ZERO;
             tern_matmul_dx_args dx = TERN_ZERO;
             tern_matmul_dw_args dw = TERN_ZERO;
             int64_t t, row, col, stride = 0, groups = 0;
             CHECK_OK(c, tern_activation_shape(c, &m, &stride, &groups));
-            for (t = 0; int8_mode && t < n; t++)
-                for (col = 0; col < cols; col++) {
-                    const int64_t group = m.grain > 0 ? col / m.grain : 0, padded = m.encoding == TERN_BASE3 ? (m.grain + 19) / 20 * 20 : (m.grain + 15) / 16 * 16;
-                    used[t * cols + col] = (float)q.q[t * stride + (m.grain > 0 ? group * padded + col % m.grain : col)] * q.scale[t];
-                }
+            for (t = 0; act != TERN_ACT_FLOAT && t < n; t++)
+                for (col = 0; col < cols; col++)
+                    used[t * cols + col] = (act == TERN_ACT_BIT ? (float)(x[t * cols + col] != 0.0f) : (float)q.q[t * stride + place_of(&m, col)]) * q.scale[t];
             u.m = m;
             u.count = rows;
             u.values = hold_output(rows * cols);
@@ -1355,7 +1426,8 @@ static void matmul_gradients(tern_context *c, record *r)
             dx.dx = hold_output(n * cols);
             dw.dw = hold_copy(before, rows * cols);
             dw.dbias = hold_zeros(rows);
-            if (int8_mode) { dw.q = q.q; dw.scale = q.scale; } else dw.x = x;
+            dw.act = q.act;
+            if (act != TERN_ACT_FLOAT) { dw.q = q.q; dw.scale = q.scale; } else dw.x = x;
             CHECK_OK(c, tern_matmul_dx(c, &dx));
             CHECK_OK(c, tern_matmul_dw(c, &dw));
             for (t = 0; t < n; t++)
@@ -1632,12 +1704,12 @@ static const wrong wrongs[] = {
     WRONG(unpack, count, TO_INT64, 0, TERN_E_SHAPE, "of 3") WRONG(unpack, count, TO_INT64, 9e18, TERN_E_SHAPE, "of 3")
     MATRIX_COLS(quantize) COUNTED(quantize, n) NEEDED(quantize, x) ALIGNED(quantize, gain) NEEDED_BYTES(quantize, q)
     NEEDED(quantize, scale) NEEDED(quantize, sum)
-    RANGED32(quantize, norm, 2) RANGED_FLOAT(quantize, eps, 0) RANGED_FLOAT(quantize, eps, NAN) RANGED_FLOAT(quantize, eps, INFINITY)
+    RANGED32(quantize, norm, 2) RANGED32(quantize, act, TERN_ACT_FLOAT) RANGED32(quantize, act, TERN_ACT_BIT) RANGED_FLOAT(quantize, eps, 0) RANGED_FLOAT(quantize, eps, NAN) RANGED_FLOAT(quantize, eps, INFINITY)
     PACKED(matmul) COUNTED(matmul, n) NEEDED(matmul, scale) NEEDED(matmul, sum) ALIGNED(matmul, bias) NEEDED(matmul, y)
-    WRONG(matmul, q, TO_NULL, 0, TERN_E_ARGUMENT, "x is NULL")
+    WRONG(matmul, q, TO_NULL, 0, TERN_E_ARGUMENT, "x is NULL") RANGED32(matmul, act, TERN_ACT_FLOAT) RANGED32(matmul, act, 4) RANGED32(matmul, act, -1)
     PACKED(matmul_dx) COUNTED(matmul_dx, n) NEEDED(matmul_dx, dy) NEEDED(matmul_dx, dx)
     MATRIX(matmul_dw) COUNTED(matmul_dw, n) NEEDED(matmul_dw, dy) ALIGNED(matmul_dw, dw) ALIGNED(matmul_dw, dbias) NEEDED(matmul_dw, scale)
-    WRONG(matmul_dw, q, TO_NULL, 0, TERN_E_ARGUMENT, "x is NULL")
+    WRONG(matmul_dw, q, TO_NULL, 0, TERN_E_ARGUMENT, "x is NULL") RANGED32(matmul_dw, act, TERN_ACT_FLOAT) RANGED32(matmul_dw, act, 4)
     COUNTED(dense, m) NEEDED(dense, a) NEEDED(dense, b) ALIGNED(dense, bias) NEEDED(dense, c)
     WRONG(dense, n, TO_INT64, 0, TERN_E_SHAPE, "[2 x 4] * [4 x 0]") WRONG(dense, k, TO_INT64, 0, TERN_E_SHAPE, "[2 x 0]") WRONG(dense, k, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
     WRONG(dense, a_row, TO_INT64, -1, TERN_E_SHAPE, "strides") WRONG(dense, a_col, TO_INT64, -1, TERN_E_SHAPE, "strides")
@@ -1776,6 +1848,7 @@ static void suite_backends(void)
 {
     RUN(test_odd_products);
     RUN(test_large_products);
+    RUN(test_kind_products);
     RUN(test_every_shape);
     RUN(test_many_tokens);
     RUN(test_literal_products);

@@ -495,7 +495,16 @@ static void test_model_audit(void)
 
 typedef struct layer { tern_param w, bias, gain; tern_linear l; tern_need need; } layer;
 
-enum { WITH_NORM = 1, WITH_BIAS = 2, WITH_FLOATS = 4, WITH_DENSE = 8, VARIANTS = 16 };
+enum { WITH_NORM = 1, WITH_BIAS = 2, WITH_FLOATS = 4, WITH_DENSE = 8, WITH_INT4 = 16, WITH_BITS = 20, VARIANTS = 24 };
+
+/* From WITH_INT4 on, WITH_FLOATS tells bits from int4. Bits take no norm. */
+static tern_act act_of(int variant)
+{
+    if (variant >= WITH_INT4) return variant & WITH_FLOATS ? TERN_ACT_BIT : TERN_ACT_INT4;
+    return variant & WITH_FLOATS ? TERN_ACT_FLOAT : TERN_ACT_INT8;
+}
+static float *layer_input(int64_t n, int variant) { return act_of(variant) == TERN_ACT_BIT ? hold_sparse(n, 3) : hold_floats(n); }
+
 
 static void layer_open(tern_context *c, layer *o, int64_t rows, int64_t cols, int32_t grain, int variant, int64_t n)
 {
@@ -511,9 +520,9 @@ static void layer_open(tern_context *c, layer *o, int64_t rows, int64_t cols, in
     set_random(c, &o->bias);
     set_random(c, &o->gain);
     o->l.w = &o->w;
-    o->l.act = variant & WITH_FLOATS ? TERN_ACT_FLOAT : TERN_ACT_INT8;
+    o->l.act = act_of(variant);
     if (variant & WITH_BIAS) o->l.bias = &o->bias;
-    if (variant & WITH_NORM) { o->l.norm = TERN_NORM_RMS; o->l.gain = &o->gain; }
+    if (variant & WITH_NORM && o->l.act != TERN_ACT_BIT) { o->l.norm = TERN_NORM_RMS; o->l.gain = &o->gain; }
     CHECK_OK(c, tern_linear_need(c, &o->l, n, &o->need));
     CHECK_OK(c, tern_reserve(c, o->need.scratch));
 }
@@ -534,8 +543,8 @@ static const float *composed_forward(tern_context *c, layer *o, int64_t n, const
     const float *gain = o->l.gain ? (const float *)o->gain.buffer[TERN_SHADOW].data : NULL;
     const tern_matrix m = tern_param_matrix(&o->w);
     tern_matmul_args a;
-    if (o->l.act == TERN_ACT_INT8 && o->w.rule != TERN_DENSE) {
-        const tern_quantize_args q = hold_quantized(c, &m, n, x, o->l.norm, gain);
+    if (o->l.act != TERN_ACT_FLOAT && o->w.rule != TERN_DENSE) {
+        const tern_quantize_args q = hold_activations(c, o->l.act, &m, n, x, o->l.norm, gain);
         a = matmul_of(&q, bias, y);
         CHECK_OK(c, tern_matmul(c, &a));
         return NULL;
@@ -572,7 +581,7 @@ static void linear_forwards(tern_context *c, record *r)
         const int64_t n = 1 + 6 * (variant % 3), rows = 33, cols = 70;
         const size_t bytes = (size_t)(n * rows) * 4;
         float *y = hold_output(n * rows), *other = hold_output(n * rows);
-        const float *x = hold_floats(n * cols);
+        const float *x = layer_input(n * cols, variant);
         layer o;
         layer_open(c, &o, rows, cols, variant & 1 ? 20 : TERN_PER_ROW, variant, n);
         CHECK_OK(c, tern_linear_forward(c, &o.l, n, x, y, hold(o.need.saved + 1)));
@@ -598,13 +607,13 @@ static void linear_fusions(tern_context *c, record *r)
     tern_backend lacking = *whole;
     int i;
     lacking.linear = NULL;
-    for (i = 0; i < 10; i++) {
-        const int64_t n = tokens[i], rows = i & 1 ? 33 : 5, cols = 70;
+    for (i = 0; i < 30; i++) {
+        const int64_t n = tokens[i % 10], rows = i & 1 ? 33 : 5, cols = 70;
         const size_t bytes = (size_t)(n * rows) * 4;
         float *y = hold_output(n * rows), *other = hold_output(n * rows), *x = hold_floats(n * cols);
         char text[2][sizeof c->run.fault.text];
         layer o;
-        layer_open(c, &o, rows, cols, i & 2 ? 20 : TERN_PER_ROW, i & (WITH_NORM | WITH_BIAS), n);
+        layer_open(c, &o, rows, cols, i & 2 ? 20 : TERN_PER_ROW, (i & (WITH_NORM | WITH_BIAS)) + (i < 10 ? 0 : i < 20 ? WITH_INT4 : WITH_BITS), n);
         x[n / 2 * cols + 3] = NAN;
         CHECK_OK(c, tern_linear_forward(c, &o.l, n, x, y, NULL));
         CHECK_FAILS(c, tern_sync(c), TERN_E_DATA, "not finite");
@@ -625,9 +634,9 @@ static void linear_fusions(tern_context *c, record *r)
         release();
     }
 }
-static void test_linear_fused(void) { same_everywhere(linear_fusions, UINT64_C(0xFA3E568345FEBBA7)); }
+static void test_linear_fused(void) { same_everywhere(linear_fusions, UINT64_C(0x8CA556BD8BC039C6)); }
 
-static void test_linear_forward(void) { same_everywhere(linear_forwards, UINT64_C(0x9584209E3A1D6F64)); }
+static void test_linear_forward(void) { same_everywhere(linear_forwards, UINT64_C(0x74D5E3766C93A1B1)); }
 
 /* <dy, y> in float64 with the quantizers as identity and the packed weights fixed. */
 static double linear_literal(const layer *o, const double *w, int64_t n, const double *x, const double *gain, const double *bias, const float *dy)
@@ -654,7 +663,7 @@ static void linear_backwards(tern_context *c, record *r)
     const double h = 1e-4;
     int variant;
     for (variant = 0; variant < VARIANTS; variant++) {
-        const float *x = hold_floats(n * cols), *dy = hold_floats(n * rows), *used;
+        const float *x = layer_input(n * cols, variant), *dy = hold_floats(n * rows), *used;
         float *y = hold_output(n * rows), *dx = hold_output(n * cols), *values = hold_output(rows * cols), *expected = hold_zeros(rows * cols);
         double *xd = hold_doubles(x, n * cols), *w, *gain, *bias;
         void *saved;
@@ -687,9 +696,10 @@ static void linear_backwards(tern_context *c, record *r)
                 for (i = 0; i < rows * cols; i++) expected[i] += dy[t * rows + i / cols] * used[t * cols + i % cols];
         } else {
             const tern_matrix m = tern_param_matrix(&o.w);
-            const tern_quantize_args q = hold_quantized(c, &m, n, x, o.l.norm, o.l.gain ? (const float *)o.gain.buffer[TERN_SHADOW].data : NULL);
+            const tern_quantize_args q = hold_activations(c, o.l.act, &m, n, x, o.l.norm, o.l.gain ? (const float *)o.gain.buffer[TERN_SHADOW].data : NULL);
             tern_matmul_dw_args a = TERN_ZERO;
             a.m = m;
+            a.act = q.act;
             a.n = n;
             a.dy = dy;
             a.q = q.q; a.scale = q.scale;
@@ -778,11 +788,12 @@ static void test_linear_faults(void)
 {
     test_context t = test_open(TERN_ISA_BEST, 1);
     int variant;
-    for (variant = 0; variant < WITH_DENSE; variant++) {
+    for (variant = 0; variant < VARIANTS; variant++) {
         const int64_t n = 4, rows = 18, cols = 40;
         float *x = hold_floats(n * cols), *y = hold_output(n * rows), *clean = hold_output(n * rows);
         int64_t j;
         layer o;
+        if (variant & WITH_DENSE) continue;
         layer_open(t.c, &o, rows, cols, TERN_PER_ROW, variant & ~WITH_BIAS, n);
         CHECK_OK(t.c, tern_linear_forward(t.c, &o.l, n, x, clean, NULL));
         x[2 * cols + 5] = NAN;
@@ -814,6 +825,8 @@ static void test_linear_refusals(void)
     bad = o.l; bad.bias = &o.gain; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_SHAPE, "w: its bias has 20 values for 6 rows");
     bad = o.l; bad.gain = &o.bias; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_SHAPE, "w: its gain has 6 values for 20 columns");
     bad = o.l; bad.norm = TERN_NORM_NONE; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "a gain without a norm");
+    bad = o.l; bad.act = TERN_ACT_BIT; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "w: bits take no norm");
+    bad = o.l; bad.act = (tern_act)-1; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "act -1");
     bad = o.l; bad.act = (tern_act)7; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "act 7");
     bad = o.l; bad.norm = (tern_norm_kind)5; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "norm 5");
     bad = o.l; bad.eps = -1.0f; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "eps");

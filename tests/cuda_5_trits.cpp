@@ -53,7 +53,7 @@ struct quantized {
     void into(tern_matmul_args *a, int side) const { a->q = q[side]; a->scale = scale[side]; a->sum = sum[side]; }
 };
 
-static void check_quantize(int64_t n, int64_t cols, int32_t grain, tern_type encoding, bool norm, bool gain, bool poison)
+static void check_quantize(int64_t n, int64_t cols, int32_t grain, tern_type encoding, bool norm, bool gain, bool poison, tern_act act = TERN_ACT_INT8)
 {
     const tern_matrix m = shape_of(1, cols, grain, encoding, TERN_F32);
     mirror<float> x(n * cols, test_uniform), g(cols, test_uniform);
@@ -67,6 +67,7 @@ static void check_quantize(int64_t n, int64_t cols, int32_t grain, tern_type enc
     test_both([&](tern_context *c, int side) {
         tern_quantize_args a = {};
         a.m = m;
+        a.act = act;
         a.n = n;
         a.x = x[side];
         a.norm = norm ? TERN_NORM_RMS : TERN_NORM_NONE;
@@ -91,6 +92,46 @@ static void test_cuda_quantize()
     check_quantize(5, 300, 50, TERN_BASE3, false, false, false);
     check_quantize(2, 37, 1, TERN_2BIT, true, false, false);
     check_quantize(2, 1300, 1100, TERN_BASE3, true, false, false);
+}
+
+/* Values beyond -8 and 7 among them: one of a row is far larger than the others. */
+static void test_cuda_quantize_int4()
+{
+    const int64_t cols[] = {1, 15, 16, 17, 127, 1024, 1025, 2049, 4097};
+    for (int64_t k : cols) {
+        check_quantize(3, k, TERN_PER_ROW, TERN_2BIT, true, false, false, TERN_ACT_INT4);
+        check_quantize(2, k, 50, TERN_BASE3, false, true, false, TERN_ACT_INT4);
+    }
+    check_quantize(7, 130, 32, TERN_BASE3, false, true, true, TERN_ACT_INT4);
+    check_quantize(7, 130, TERN_PER_ROW, TERN_2BIT, true, false, true, TERN_ACT_INT4);
+}
+
+/* Every operation that meets bits says so. */
+static void test_cuda_no_bits()
+{
+    const tern_matrix shape = shape_of(16, 64, TERN_PER_ROW, TERN_2BIT, TERN_F32);
+    trits_matrix w(shape);
+    mirror<float> x(64, test_uniform), y(16), dw(16 * 64);
+    quantized act(shape, 1);
+    tern_context *c = test_context[GPU];
+    tern_linear_args linear = {};
+    tern_matmul_args product = {};
+    tern_matmul_dw_args gradient = {};
+    linear.quantize.m = product.m = gradient.m = w.in(GPU);
+    linear.quantize.act = product.act = gradient.act = TERN_ACT_BIT;
+    linear.quantize.n = product.n = gradient.n = 1;
+    linear.quantize.x = x[GPU];
+    act.into(&linear.quantize, GPU);
+    act.into(&product, GPU);
+    linear.y = product.y = y[GPU];
+    gradient.dy = y[GPU];
+    gradient.dw = dw[GPU];
+    gradient.q = product.q;
+    gradient.scale = product.scale;
+    CHECK(test_failed_with(c, tern_quantize(c, &linear.quantize), TERN_E_UNSUPPORTED, "cuda: bit activations are not supported by quantize"));
+    CHECK(test_failed_with(c, tern_matmul(c, &product), TERN_E_UNSUPPORTED, "cuda: bit activations are not supported by matmul"));
+    CHECK(test_failed_with(c, tern_matmul_dw(c, &gradient), TERN_E_UNSUPPORTED, "cuda: bit activations are not supported by matmul_dw"));
+    CHECK(test_failed_with(c, tern__run_linear(c, &linear), TERN_E_UNSUPPORTED, "cuda: bit activations are not supported by linear"));
 }
 
 static void test_cuda_quantize_bad_rows()
@@ -193,7 +234,7 @@ static void test_cuda_product_extremes()
         }
 }
 
-static void check_layer(int64_t rows, int64_t cols, int32_t grain, tern_type encoding, int64_t n, bool poison)
+static void check_layer(int64_t rows, int64_t cols, int32_t grain, tern_type encoding, int64_t n, bool poison, tern_act kind = TERN_ACT_INT8)
 {
     const tern_matrix shape = shape_of(rows, cols, grain, encoding, TERN_F32);
     trits_matrix w(shape);
@@ -203,6 +244,7 @@ static void check_layer(int64_t rows, int64_t cols, int32_t grain, tern_type enc
     test_both([&](tern_context *c, int side) {
         tern_linear_args a = {};
         a.quantize.m = w.in(side);
+        a.quantize.act = kind;
         a.quantize.n = n;
         a.quantize.x = x[side];
         a.quantize.norm = TERN_NORM_RMS;
@@ -226,6 +268,7 @@ static void test_cuda_fused_layer()
         for (int64_t n : {1, 3, 4, 5, 18}) {
             check_layer(40, 133, TERN_PER_ROW, encoding, n, false);
             check_layer(17, 260, 64, encoding, n, n == 3);
+            check_layer(20, 133, TERN_PER_ROW, encoding, n, n == 3, TERN_ACT_INT4);
         }
     check_layer(33, 1500, TERN_PER_TENSOR, TERN_2BIT, 2, true);
 }
@@ -233,6 +276,8 @@ static void test_cuda_fused_layer()
 static void suite_cuda_trits()
 {
     RUN(test_cuda_quantize);
+    RUN(test_cuda_quantize_int4);
+    RUN(test_cuda_no_bits);
     RUN(test_cuda_quantize_bad_rows);
     RUN(test_cuda_product_few_tokens);
     RUN(test_cuda_product_many_tokens);
