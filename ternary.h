@@ -1485,6 +1485,12 @@ static uint64_t tern__fnv(uint64_t hash, const uint8_t *p, size_t bytes)
     return hash;
 }
 
+#if defined(__GNUC__)
+#define TERN__ALIGN64 __attribute__((aligned(64)))
+#else
+#define TERN__ALIGN64
+#endif
+
 /* The inner table of micro-kernels: all that differs between CPU tiers. Room 10, scalar, specifies it. */
 enum {
     TERN__ROWS = 16,     /* rows of a panel */
@@ -1573,7 +1579,7 @@ typedef struct tern__kernels {
     void (*floats)(const tern__float_dot *f);
     void (*widen)(tern_type type, int64_t n, const void *from, float *to); /* f16 or bf16 */
     /* Packed units of n inputs of up to 16 rows, `stride` floats apart: sign(x) where |x| > threshold[row], else and behind
-       the ends 0. The thresholds are not negative, x is finite. */
+       the ends 0. Of the 16 thresholds none is negative and those without a row are FLT_MAX; x is finite. */
     void (*ternarize)(int32_t base3, int64_t n, const float *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit);
     void (*optimize)(const tern__optimize_work *w, int64_t begin, int64_t end); /* of these weights; begin is a multiple of 4 */
     int32_t tokens; /* that a dot call should get: many share what is decoded once, few keep their activations in L1 */
@@ -1688,7 +1694,7 @@ static void tern__scan_body(tern__job *job, int64_t begin, int64_t end, int64_t 
 {
     const tern_ternarize_args *a = (const tern_ternarize_args *)job->arg;
     const int64_t stop = tern__min(end * TERN__BLOCK, a->m.rows * a->m.cols);
-    float buffer[TERN__BLOCK];
+    float buffer[TERN__BLOCK] TERN__ALIGN64;
     int64_t i, n;
     for (i = begin * TERN__BLOCK; i < stop; i += n) {
         const float *w = tern__load_block(job->k, a, i, n = tern__min(TERN__BLOCK, stop - i), buffer);
@@ -1704,7 +1710,7 @@ static void tern__scan_body(tern__job *job, int64_t begin, int64_t end, int64_t 
 static float tern__sum_row(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, float delta, int64_t *count)
 {
     tern__tree tree;
-    float buffer[TERN__BLOCK], above[TERN__BLOCK];
+    float buffer[TERN__BLOCK] TERN__ALIGN64, above[TERN__BLOCK] TERN__ALIGN64;
     int64_t j, len;
     tern__tree_init(&tree, k);
     for (; n > 0; i += len, n -= len) {
@@ -1960,11 +1966,11 @@ static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_
     const int64_t col = g * w->s.group, cols = tern__group_cols(m, &w->s, g);
     const int32_t narrow = a->type == TERN_BF16 || a->type == TERN_F16;
     uint8_t *unit = (uint8_t *)m->trits + panel * w->s.panel_bytes + g * w->s.group_units * TERN__UNIT;
-    float threshold[TERN__ROWS], buffer[TERN__ROWS * TERN__CHUNK];
+    float buffer[TERN__ROWS * TERN__CHUNK] TERN__ALIGN64, threshold[TERN__ROWS];
     int64_t r, i, n;
     for (r = 0; r < TERN__ROWS; r++) {
         const int64_t at = tern__scale_index(m, &w->s, row + r, g);
-        threshold[r] = w->threshold;
+        threshold[r] = r < rows ? w->threshold : FLT_MAX;
         if (m->grain == TERN_PER_TENSOR) continue;
         if (r < rows) threshold[r] = tern__apply_rule(k, a, row + r, 1, col, cols, at);
         else tern__store_scale(m->scale_type, m->scales, at, 0.0f);
@@ -2573,7 +2579,15 @@ static TARGET uint32_t tern__absmax_##X(int64_t n, const float *x, const float *
 {                                                                                                        \
     const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
     I most = MM##set1_epi32(0);                                                                          \
-    for (int64_t i = 0; i < n; i += W) {                                                                 \
+    int64_t i = 0;                                                                                       \
+    if (!gain) for (; i <= n - 8 * W; i += 8 * W) { /* as fast as memory */                              \
+        I v[8];                                                                                          \
+        TERN__UNROLL for (int j = 0; j < 8; j++) v[j] = (I)MM##loadu_ps(x + i + j * W) & magnitude;      \
+        TERN__UNROLL for (int half = 4; half; half /= 2)                                                 \
+            TERN__UNROLL for (int j = 0; j < half; j++) v[j] = MM##max_epu32(v[j], v[j + half]);         \
+        most = MM##max_epu32(most, v[0]);                                                                \
+    }                                                                                                    \
+    for (; i < n; i += W) {                                                                              \
         V v = tern__load_##X(x + i, n - i);                                                              \
         if (gain) v = v * tern__load_##X(gain + i, n - i);                                               \
         most = MM##max_epu32(most, (I)v & magnitude);                                                    \
@@ -2599,8 +2613,15 @@ static TARGET int32_t tern__round_##X(int64_t n, const float *x, const float *ga
     return lane[0];                                                                                      \
 }
 
+/* What an input of a unit is worth in its byte: digit s of each row covers inputs 4s to 4s + 3. */
+static const int32_t tern__places[2][32] = {
+    {1, 1, 1, 1, 4, 4, 4, 4, 16, 16, 16, 16, 64, 64, 64, 64},
+    {1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27, 81, 81, 81, 81}
+};
+
 /* Weights in training, for the same vectors. The tier brings tern__bf16_X, which widens, and tern__store_i16_X.
-   A 128-bit lane of packed trits holds four inputs of four rows: one digit of each of their bytes. */
+   A 128-bit lane of packed trits holds four inputs of four rows, one digit of each of their bytes:
+   tern__add_lanes_X adds up these. The panel before is what ternarize gets next, so it is asked for. */
 #define TERN__X86_WEIGHTS(X, TARGET, W, V, I, MM)                                                        \
 static TARGET void tern__widen_##X(tern_type type, int64_t n, const void *from, float *to)               \
 {                                                                                                        \
@@ -2608,36 +2629,45 @@ static TARGET void tern__widen_##X(tern_type type, int64_t n, const void *from, 
     int64_t i = 0;                                                                                       \
     if (type == TERN_F16) for (; i <= n - W; i += W) MM##storeu_ps(to + i, tern__f16_##X(half + i));     \
     else for (; i <= n - W; i += W) MM##storeu_ps(to + i, tern__bf16_##X(half + i));                     \
-    tern__widen_scalar(type, n - i, half + i, to + i);                                                   \
+    for (; i < n; i++) to[i] = tern__load_float(type, from, i);                                          \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(const int base3, int64_t left, const float *const *row, int64_t at, \
+                                                                                  int64_t ahead, const float *threshold) \
+{                                                                                                        \
+    const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
+    const int inputs = base3 ? 20 : 16;                                                                  \
+    I sum = MM##set1_epi32(0);                                                                           \
+    TERN__UNROLL for (int j = 0; j < inputs; j += W) {                                                   \
+        const I place = tern__load_int_##X(tern__places[base3] + j);                                     \
+        I t[4];                                                                                          \
+        TERN__UNROLL for (int k = 0; k < 4; k++) {                                                       \
+            const V v = tern__load_##X(row[k] + at + j, left - j);                                       \
+            const I sign = MM##srai_epi32((I)v, 31), above = (I)((V)((I)v & magnitude) > MM##set1_ps(threshold[k])); \
+            t[k] = above & MM##sub_epi32(place ^ sign, sign);                                            \
+            __builtin_prefetch((const void *)((uintptr_t)(row[k] + at + j) + (uintptr_t)ahead), 0, 3);   \
+        }                                                                                                \
+        sum = MM##add_epi8(sum, MM##packs_epi16(MM##packs_epi32(t[0], t[1]), MM##packs_epi32(t[2], t[3]))); \
+    }                                                                                                    \
+    return tern__add_lanes_##X(sum);                                                                     \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET void tern__unit_##X(const int base3, int64_t left, const float *const *row, int64_t at, \
+                                                                        int64_t ahead, const float *threshold, uint8_t *unit) \
+{                                                                                                        \
+    TERN__UNROLL for (int r = 0; r < 16; r += 4) {                                                       \
+        const __m128i byte = tern__four_rows_##X(base3, left, row + r, at, ahead, threshold + r);        \
+        _mm_storeu_si128((__m128i *)(void *)(unit + 4 * r), _mm_add_epi8(byte, _mm_set1_epi8(base3 ? 121 : 85))); \
+    }                                                                                                    \
 }                                                                                                        \
 static inline __attribute__((always_inline)) TARGET void tern__units_##X(const int base3, int64_t n, const float *x, int64_t stride, int64_t rows, \
                                                                          const float *threshold, uint8_t *unit) \
 {                                                                                                        \
-    const I magnitude = MM##set1_epi32(0x7fffffff), one = MM##set1_epi32(1);                             \
     const int inputs = base3 ? 20 : 16;                                                                  \
-    for (int64_t i = 0; i < n; i += inputs, unit += 64) {                                                \
-        const int64_t left = n - i < inputs ? n - i : inputs;                                            \
-        TERN__UNROLL for (int r = 0; r < 16; r += 4) {                                                   \
-            __m128i digit[8], byte;                                                                      \
-            TERN__UNROLL for (int j = 0; j < inputs; j += W) {                                           \
-                I t[4];                                                                                  \
-                TERN__UNROLL for (int k = 0; k < 4; k++) {                                               \
-                    const V v = r + k < rows ? tern__load_##X(x + (r + k) * stride + i + j, left - j) : MM##setzero_ps(); \
-                    const I above = (I)((V)((I)v & magnitude) > MM##set1_ps(threshold[r + k]));          \
-                    t[k] = above & (MM##srai_epi32((I)v, 31) | one);                                     \
-                }                                                                                        \
-                t[0] = MM##packs_epi16(MM##packs_epi32(t[0], t[1]), MM##packs_epi32(t[2], t[3]));        \
-                memcpy(digit + j / 4, t, sizeof t[0]);                                                   \
-            }                                                                                            \
-            byte = digit[inputs / 4 - 1];                                                                \
-            TERN__UNROLL for (int s = inputs / 4 - 2; s >= 0; s--) {                                     \
-                const __m128i twice = _mm_add_epi8(byte, byte);                                          \
-                byte = _mm_add_epi8(digit[s], _mm_add_epi8(twice, base3 ? byte : twice));                \
-            }                                                                                            \
-            byte = _mm_add_epi8(byte, _mm_set1_epi8(base3 ? 121 : 85));                                  \
-            memcpy(unit + 4 * r, &byte, 16);                                                             \
-        }                                                                                                \
-    }                                                                                                    \
+    const int64_t ahead = -16 * stride * 4;                                                              \
+    const float *row[16];                                                                                \
+    int64_t i;                                                                                           \
+    for (int r = 0; r < 16; r++) row[r] = x + (r < rows ? r : 0) * stride;                               \
+    for (i = 0; i <= n - inputs; i += inputs, unit += 64) tern__unit_##X(base3, inputs, row, i, ahead, threshold, unit); \
+    if (i < n) tern__unit_##X(base3, n - i, row, i, ahead, threshold, unit);                             \
 }                                                                                                        \
 static TARGET void tern__ternarize_##X(int32_t base3, int64_t n, const float *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit) \
 {                                                                                                        \
@@ -2651,20 +2681,17 @@ static TARGET void tern__ternarize_##X(int32_t base3, int64_t n, const float *x,
 #define TERN__BLOCKS_8 0, 2, 1, 3
 #define TERN__BLOCKS_16 0, 4, 1, 5, 2, 6, 3, 7
 #define TERN__X86_OPTIMIZE(X, TARGET, W, V, I, MM)                                                       \
-static inline __attribute__((always_inline)) TARGET void tern__philox_##X(const tern_optimize_args *a, int64_t block, I *word) \
+static inline __attribute__((always_inline)) TARGET void tern__philox_##X(const tern_optimize_args *a, const uint32_t *keys, int64_t block, I *word) \
 {                                                                                                        \
     static const int64_t blocks[W / 2] = {TERN__BLOCKS_##W};                                             \
     const I m0 = MM##set1_epi32((int32_t)0xD2511F53), m1 = MM##set1_epi32((int32_t)0xCD9E8D57);          \
     I c0 = tern__load_int_##X(blocks) + block, c1 = MM##srli_epi64(c0, 32), c2 = MM##set1_epi32((int32_t)a->step), c3 = MM##set1_epi32((int32_t)a->stream); \
-    I k0 = MM##set1_epi32((int32_t)a->seed), k1 = MM##set1_epi32((int32_t)(a->seed >> 32));              \
-    TERN__UNROLL for (int round = 0; round < 10; round++) {                                              \
+    TERN__UNROLL for (int round = 0; round < 20; round += 2) {                                           \
         const I p0 = MM##mul_epu32(c0, m0), p1 = MM##mul_epu32(c2, m1);                                  \
-        c0 = MM##srli_epi64(p1, 32) ^ c1 ^ k0;                                                           \
+        c0 = MM##srli_epi64(p1, 32) ^ c1 ^ MM##set1_epi32((int32_t)keys[round]);                         \
         c1 = p1;                                                                                         \
-        c2 = MM##srli_epi64(p0, 32) ^ c3 ^ k1;                                                           \
+        c2 = MM##srli_epi64(p0, 32) ^ c3 ^ MM##set1_epi32((int32_t)keys[round + 1]);                     \
         c3 = p0;                                                                                         \
-        k0 = MM##add_epi32(k0, MM##set1_epi32((int32_t)0x9E3779B9));                                     \
-        k1 = MM##add_epi32(k1, MM##set1_epi32((int32_t)0xBB67AE85));                                     \
     }                                                                                                    \
     c0 = (c0 & 0xffffffff) | MM##slli_epi64(c1, 32);                                                     \
     c2 = (c2 & 0xffffffff) | MM##slli_epi64(c3, 32);                                                     \
@@ -2680,17 +2707,22 @@ static inline __attribute__((always_inline)) TARGET I tern__round_bf16_##X(V x, 
     const words kept = (beyond & ((u >> 16 & 0x8000) | 0x7f7f)) | (~beyond & sum >> 16);                 \
     return (I)((special & (u >> 16 | ((words)((u & 0xffff) != 0) & 1))) | (~special & kept));            \
 }                                                                                                        \
-static TARGET void tern__optimize_##X(const tern__optimize_work *work, int64_t begin, int64_t end)       \
+static TARGET int64_t tern__optimize_most_##X(const tern__optimize_work *work, int64_t begin, int64_t end) \
 {                                                                                                        \
     const tern_optimize_args *a = work->a;                                                               \
     const V factor = MM##set1_ps(work->factor), correct1 = MM##set1_ps(work->correct1), correct2 = MM##set1_ps(work->correct2); \
     const V beta1 = MM##set1_ps(a->beta1), other1 = MM##set1_ps(1.0f - a->beta1), rate = MM##set1_ps(a->rate), decay = MM##set1_ps(a->decay); \
     const V beta2 = MM##set1_ps(a->beta2), other2 = MM##set1_ps(1.0f - a->beta2), eps = MM##set1_ps(a->eps); \
     const int32_t bf16 = a->type == TERN_BF16;                                                           \
+    uint32_t keys[20];                                                                                   \
     int64_t i;                                                                                           \
+    for (uint32_t round = 0; round < 10; round++) {                                                      \
+        keys[2 * round] = (uint32_t)a->seed + round * 0x9E3779B9u;                                       \
+        keys[2 * round + 1] = (uint32_t)(a->seed >> 32) + round * 0xBB67AE85u;                           \
+    }                                                                                                    \
     for (i = begin; i <= end - 2 * W; i += 2 * W) {                                                      \
         I word[2];                                                                                       \
-        if (bf16) tern__philox_##X(a, i / 4, word);                                                      \
+        if (bf16) tern__philox_##X(a, keys, i / 4, word);                                                \
         TERN__UNROLL for (int h = 0; h < 2; h++) {                                                       \
             const int64_t at = i + h * W;                                                                \
             const V g = MM##loadu_ps(a->grad + at) * factor;                                             \
@@ -2711,7 +2743,11 @@ static TARGET void tern__optimize_##X(const tern__optimize_work *work, int64_t b
             MM##storeu_ps(a->grad + at, MM##setzero_ps());                                               \
         }                                                                                                \
     }                                                                                                    \
-    tern__optimize_scalar(work, i, end);                                                                 \
+    return i;                                                                                            \
+}                                                                                                        \
+static void tern__optimize_##X(const tern__optimize_work *work, int64_t begin, int64_t end)              \
+{ /* not the TARGET's: gcc 12 leaves the vectors dirty where a function ends in another's call */        \
+    tern__optimize_scalar(work, tern__optimize_most_##X(work, begin, end), end);                         \
 }
 
 /* The float tile: R rows of p by 2 W lanes stay in registers for all of k; the 32 lanes take 16/W passes.
@@ -3157,6 +3193,7 @@ TERN__SSE41_INLINE __m128 tern__f16_sse41(const uint16_t *p) /* a float's expone
     const __m128i magnitude = (__m128i)((__m128)_mm_slli_epi32(bits, 13) * _mm_set1_ps(5192296858534827628530496329220096.0f));
     return (__m128)(magnitude | (special & _mm_set1_epi32(0x7f800000)) | _mm_slli_epi32(half & sign, 16));
 }
+TERN__SSE41_INLINE __m128i tern__add_lanes_sse41(__m128i v) { return v; }
 TERN__SSE41_INLINE __m128 tern__bf16_sse41(const uint16_t *p)
 {
     return (__m128)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)(const void *)p));
@@ -3217,6 +3254,10 @@ TERN__AVX2_INLINE void tern__store_i8_avx2(int8_t *q, __m256i v, int64_t n)
 }
 TERN__AVX2_INLINE __m256i tern__i8_avx2(const int8_t *p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)); }
 TERN__AVX2_INLINE __m256 tern__f16_avx2(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p)); }
+TERN__AVX2_INLINE __m128i tern__add_lanes_avx2(__m256i v)
+{
+    return _mm_add_epi8(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+}
 TERN__AVX2_INLINE __m256 tern__bf16_avx2(const uint16_t *p)
 {
     return (__m256)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)), 16);
@@ -3299,6 +3340,11 @@ TERN__AVX512_INLINE void tern__store_i8_avx512(int8_t *q, __m512i v, int64_t n)
 }
 TERN__AVX512_INLINE __m512i tern__i8_avx512(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)); }
 TERN__AVX512_INLINE __m512 tern__f16_avx512(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p)); }
+TERN__AVX512_INLINE __m128i tern__add_lanes_avx512(__m512i v)
+{
+    const __m256i half = _mm256_add_epi8(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+    return _mm_add_epi8(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
 TERN__AVX512_INLINE __m512 tern__bf16_avx512(const uint16_t *p)
 {
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p)), 16);
@@ -3751,12 +3797,6 @@ static const tern__kernels tern__kernels_amx_int8 = {
    inference path. The operations are written once; tiers differ in tern__kernels alone. Called by the
    public tern_NAME functions at the end of the room, and through them by the layers.
    ------------------------------------------------------------------------------------------------ */
-
-#if defined(__GNUC__)
-#define TERN__ALIGN64 __attribute__((aligned(64)))
-#else
-#define TERN__ALIGN64
-#endif
 
 /* -- ternary matmul on int8 activations -- */
 
