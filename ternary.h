@@ -1550,6 +1550,12 @@ static uint64_t tern__fnv(uint64_t hash, const uint8_t *p, size_t bytes)
     return hash;
 }
 
+#if defined(__GNUC__)
+#define TERN__ALIGN64 __attribute__((aligned(64)))
+#else
+#define TERN__ALIGN64
+#endif
+
 /* The inner table of micro-kernels: all that differs between CPU tiers. Room 10, scalar, specifies it. */
 enum {
     TERN__ROWS = 16,     /* rows of a panel */
@@ -1616,6 +1622,9 @@ typedef struct tern__float_dot {
     int32_t base3, panels, tokens, first;
 } tern__float_dot;
 
+/* What all weights of an optimizer's step share. */
+typedef struct tern__optimize_work { const tern_optimize_args *a; float factor, correct1, correct2; } tern__optimize_work;
+
 typedef void tern__tile(int64_t m, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b, float *p, int32_t first);
 
 typedef struct tern__kernels {
@@ -1634,6 +1643,11 @@ typedef struct tern__kernels {
     void (*dot_i8)(const tern__dot *d, int64_t acc_row, int32_t add);
     void (*floats)(const tern__float_dot *f);
     void (*dot_bits)(const tern__dot *d, tern_type encoding); /* as dot_2bit and dot_base3, on bits ([TERN-9]) */
+    void (*widen)(tern_type type, int64_t n, const void *from, float *to); /* f16 or bf16 */
+    /* Packed units of n inputs of up to 16 rows, `stride` floats apart: sign(x) where |x| > threshold[row], else and behind
+       the ends 0. Of the 16 thresholds none is negative and those without a row are FLT_MAX; x is finite. */
+    void (*ternarize)(int32_t base3, int64_t n, const float *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit);
+    void (*optimize)(const tern__optimize_work *w, int64_t begin, int64_t end); /* of these weights; begin is a multiple of 4 */
     int32_t tokens; /* that a dot call should get: many share what is decoded once, few keep their activations in L1 */
 } tern__kernels;
 
@@ -1734,11 +1748,10 @@ static int64_t tern__for(tern_run *r, tern__body *body, const void *arg, int64_t
 TERN__ANYWHERE int32_t tern__weight_ok(float w) { return (tern__bits(w) & 0x7FFFFFFFu) < 0x6F800000u; }
 
 /* Up to 1024 weights from element i as floats: where they lie, or converted into the buffer. */
-static const float *tern__load_block(const tern_ternarize_args *a, int64_t i, int64_t n, float *buffer)
+static const float *tern__load_block(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, float *buffer)
 {
-    int64_t j;
     if (a->type != TERN_BF16 && a->type != TERN_F16) return (const float *)a->w + i;
-    for (j = 0; j < n; j++) buffer[j] = tern__load_float(a->type, a->w, i + j);
+    k->widen(a->type, n, (const uint16_t *)a->w + i, buffer);
     return buffer;
 }
 
@@ -1747,10 +1760,10 @@ static void tern__scan_body(tern__job *job, int64_t begin, int64_t end, int64_t 
 {
     const tern_ternarize_args *a = (const tern_ternarize_args *)job->arg;
     const int64_t stop = tern__min(end * TERN__BLOCK, a->m.rows * a->m.cols);
-    float buffer[TERN__BLOCK];
+    float buffer[TERN__BLOCK] TERN__ALIGN64;
     int64_t i, n;
     for (i = begin * TERN__BLOCK; i < stop; i += n) {
-        const float *w = tern__load_block(a, i, n = tern__min(TERN__BLOCK, stop - i), buffer);
+        const float *w = tern__load_block(job->k, a, i, n = tern__min(TERN__BLOCK, stop - i), buffer);
         int64_t j = 0;
         if (tern__weight_ok(tern__float(job->k->absmax(n, w, NULL)))) continue;
         while (tern__weight_ok(w[j])) j++;
@@ -1763,11 +1776,11 @@ static void tern__scan_body(tern__job *job, int64_t begin, int64_t end, int64_t 
 static float tern__sum_row(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, float delta, int64_t *count)
 {
     tern__tree tree;
-    float buffer[TERN__BLOCK], above[TERN__BLOCK];
+    float buffer[TERN__BLOCK] TERN__ALIGN64, above[TERN__BLOCK] TERN__ALIGN64;
     int64_t j, len;
     tern__tree_init(&tree, k);
     for (; n > 0; i += len, n -= len) {
-        const float *w = tern__load_block(a, i, len = tern__min(n, TERN__BLOCK), buffer);
+        const float *w = tern__load_block(k, a, i, len = tern__min(n, TERN__BLOCK), buffer);
         if (delta < 0.0f) *count += len;
         else for (j = 0; j < len; j++) {
             above[j] = tern__abs(w[j]) > delta ? w[j] : 0.0f;
@@ -1828,7 +1841,7 @@ static float tern__row_max(const tern__kernels *k, const tern_ternarize_args *a,
     uint32_t bits = 0;
     int64_t len;
     for (; n > 0; i += len, n -= len) {
-        const float *w = tern__load_block(a, i, len = tern__min(n, TERN__BLOCK), buffer);
+        const float *w = tern__load_block(k, a, i, len = tern__min(n, TERN__BLOCK), buffer);
         const uint32_t some = k->absmax(len, w, NULL);
         if (some > bits) bits = some;
     }
@@ -2048,50 +2061,64 @@ static int32_t tern__unpack_range(const tern_matrix *m, const tern__shape *s, in
     return valid;
 }
 
-/* Ternarize and pack in one pass over the weights, panel by panel. */
+/* Ternarize and pack, panel by panel. */
 typedef struct tern__ternarize_work {
     const tern_ternarize_args *a;
     tern__shape s;
     float threshold; /* of the tensor, where the grain is the tensor */
 } tern__ternarize_work;
 
+enum { TERN__CHUNK = 320 }; /* inputs that are converted before they are packed: whole units of both encodings */
+
+/* n weights of a row and group, from element `first` on, as noise near the threshold decides them. */
+static void tern__add_noise(const tern__ternarize_work *w, int64_t row, int64_t g, int64_t first, int64_t n, float threshold, float *x)
+{
+    const tern_matrix *m = &w->a->m;
+    const float scale = tern__load_scale(m->scale_type, m->scales, tern__scale_index(m, &w->s, row, g));
+    int64_t j;
+    for (j = 0; j < n; j++) x[j] = tern__decisive(w->a, first + j, x[j], scale, threshold);
+}
+
+/* A group of a panel. */
+static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_work *w, int64_t panel, int64_t g)
+{
+    const tern_ternarize_args *a = w->a;
+    const tern_matrix *m = &a->m;
+    const int64_t row = panel * TERN__ROWS, rows = tern__min(TERN__ROWS, m->rows - row);
+    const int64_t col = g * w->s.group, cols = tern__group_cols(m, &w->s, g);
+    const int32_t narrow = a->type == TERN_BF16 || a->type == TERN_F16, copied = narrow || a->noise > 0.0f;
+    uint8_t *unit = (uint8_t *)m->trits + panel * w->s.panel_bytes + g * w->s.group_units * TERN__UNIT;
+    float buffer[TERN__ROWS * TERN__CHUNK] TERN__ALIGN64, threshold[TERN__ROWS];
+    int64_t r, i, n;
+    for (r = 0; r < TERN__ROWS; r++) {
+        const int64_t at = tern__scale_index(m, &w->s, row + r, g);
+        threshold[r] = r < rows ? w->threshold : FLT_MAX;
+        if (m->grain == TERN_PER_TENSOR) continue;
+        if (r < rows) threshold[r] = tern__apply_rule(k, a, row + r, 1, col, cols, at);
+        else tern__store_scale(m->scale_type, m->scales, at, 0.0f);
+    }
+    for (i = 0; i < cols; i += n) {
+        const int64_t at = row * m->cols + col + i;
+        const float *x = copied ? buffer : (const float *)a->w + at;
+        n = tern__min(TERN__CHUNK, cols - i);
+        for (r = 0; copied && r < rows; r++) {
+            float *to = buffer + r * TERN__CHUNK;
+            if (narrow) k->widen(a->type, n, (const uint16_t *)a->w + at + r * m->cols, to);
+            else memcpy(to, (const float *)a->w + at + r * m->cols, sizeof(float) * (size_t)n);
+            if (a->noise > 0.0f) tern__add_noise(w, row + r, g, at + r * m->cols, n, threshold[r], to);
+        }
+        k->ternarize(m->encoding == TERN_BASE3, n, x, copied ? (int64_t)TERN__CHUNK : m->cols, rows, threshold, unit + i / w->s.unit * TERN__UNIT);
+    }
+}
+
+/* From the last panel on: the scan has read that last, so it is in cache. */
 static void tern__ternarize_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern__ternarize_work *w = (const tern__ternarize_work *)job->arg;
-    const tern_ternarize_args *a = w->a;
-    const tern_matrix *m = &a->m;
-    int64_t panel, g, r, i, j;
+    int64_t panel, g;
     (void)bad;
-    for (panel = begin; panel < end; panel++)
-        for (g = 0; g < w->s.groups; g++) {
-            const int64_t row = panel * TERN__ROWS, rows = tern__min(TERN__ROWS, m->rows - row);
-            const int64_t col = g * w->s.group, cols = tern__group_cols(m, &w->s, g);
-            uint8_t *unit = (uint8_t *)m->trits + panel * w->s.panel_bytes + g * w->s.group_units * TERN__UNIT;
-            float threshold[TERN__ROWS], buffer[20];
-            tern__unit_trits t;
-            for (r = 0; r < TERN__ROWS; r++) {
-                const int64_t at = tern__scale_index(m, &w->s, row + r, g);
-                if (m->grain == TERN_PER_TENSOR) threshold[r] = w->threshold;
-                else if (r < rows) threshold[r] = tern__apply_rule(job->k, a, row + r, 1, col, cols, at);
-                else tern__store_scale(m->scale_type, m->scales, at, 0.0f);
-            }
-            memset(t, 0, sizeof t);
-            for (i = 0; i < cols; i += w->s.unit, unit += TERN__UNIT) {
-                const int64_t n = tern__min(w->s.unit, cols - i);
-                for (r = 0; r < rows; r++) {
-                    const int64_t first = (row + r) * m->cols + col + i;
-                    const float *x = tern__load_block(a, first, n, buffer);
-                    if (a->noise > 0.0f) {
-                        const float scale = tern__load_scale(m->scale_type, m->scales, tern__scale_index(m, &w->s, row + r, g));
-                        for (j = 0; j < n; j++) buffer[j] = tern__decisive(a, first + j, x[j], scale, threshold[r]);
-                        x = buffer;
-                    }
-                    for (j = 0; j < n; j++) t[r][j] = (int8_t)((x[j] > threshold[r]) - (x[j] < -threshold[r]));
-                    for (; j < w->s.unit; j++) t[r][j] = 0;
-                }
-                tern__pack_unit(m->encoding, t, unit);
-            }
-        }
+    for (panel = end - 1; panel >= begin; panel--)
+        for (g = 0; g < w->s.groups; g++) tern__ternarize_group(job->k, w, panel, g);
 }
 
 static tern_result tern__cpu_ternarize(tern_run *run, const tern_ternarize_args *a)
@@ -2517,10 +2544,91 @@ static void tern__floats_scalar(const tern__float_dot *f)
     }
 }
 
+static void tern__widen_scalar(tern_type type, int64_t n, const void *from, float *to)
+{
+    int64_t i;
+    for (i = 0; i < n; i++) to[i] = tern__load_float(type, from, i);
+}
+
+static void tern__ternarize_scalar(int32_t base3, int64_t n, const float *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit)
+{
+    const int64_t inputs = base3 ? 20 : 16;
+    tern__unit_trits t;
+    int64_t i, j, r;
+    for (i = 0; i < n; i += inputs, unit += TERN__UNIT) {
+        memset(t, 0, sizeof t);
+        for (r = 0; r < rows; r++)
+            for (j = 0; j < tern__min(inputs, n - i); j++) {
+                const float v = x[r * stride + i + j];
+                t[r][j] = (int8_t)((v > threshold[r]) - (v < -threshold[r]));
+            }
+        tern__pack_unit(base3 ? TERN_BASE3 : TERN_2BIT, t, unit);
+    }
+}
+
+#ifndef TERNARY_NO_TRAINING
+/* A weight and its state. Without momentum moment1 is not used, without AdamW moment2 is not. */
+typedef struct tern__trained { float w, grad, moment1, moment2; } tern__trained;
+
+/* One of them, not yet rounded to its type. */
+TERN__ANYWHERE void tern__optimize_one(const tern_optimize_args *a, float factor, float correct1, float correct2, tern__trained *e)
+{
+    const float g = e->grad * factor;
+    float step = g;
+    if (a->kind == TERN_ADAMW) {
+        e->moment1 = a->beta1 * e->moment1 + (1.0f - a->beta1) * g;
+        e->moment2 = a->beta2 * e->moment2 + (1.0f - a->beta2) * g * g;
+        step = e->moment1 * correct1 / (tern__sqrt(e->moment2 * correct2) + a->eps);
+    } else if (a->moment1) step = e->moment1 = a->beta1 * e->moment1 + g;
+    e->w = e->w - a->rate * (step + a->decay * e->w);
+    e->grad = 0.0f;
+}
+
+/* A float that bf16 holds, above or below x: the low 16 bits of `random` say which. */
+TERN__ANYWHERE float tern__stochastic(float x, uint32_t random) { return tern__from_bf16(tern__to_bf16_with(x, random & 0xFFFF)); }
+
+/* Words for the moments of four elements: the first moment takes the low half of its word, the second the high half. */
+TERN__ANYWHERE void tern__moment_random(const tern_optimize_args *a, int64_t four, uint32_t random[4])
+{
+    tern__philox(a->seed, (uint64_t)four, a->step, a->stream ^ 0x80000000u, random);
+}
+TERN__ANYWHERE float tern__moment_rounded(const tern_optimize_args *a, float x, uint32_t random)
+{
+    return a->moment_type == TERN_BF16 ? tern__stochastic(x, random) : x;
+}
+
+static void tern__optimize_scalar(const tern__optimize_work *work, int64_t begin, int64_t end)
+{
+    const tern_optimize_args *a = work->a;
+    uint32_t random[4] = {0, 0, 0, 0}, moments[4] = {0, 0, 0, 0};
+    int64_t i;
+    for (i = begin; i < end; i++) { /* weight i takes word i % 4 of block i / 4 */
+        tern__trained e;
+        if (a->type == TERN_BF16 && (i & 3) == 0) tern__philox(a->seed, (uint64_t)(i >> 2), a->step, a->stream, random);
+        if (a->moment_type == TERN_BF16 && (i & 3) == 0) tern__moment_random(a, i >> 2, moments);
+        e.w = tern__load_float(a->type, a->w, i);
+        e.grad = a->grad[i];
+        e.moment1 = a->moment1 ? tern__load_float(a->moment_type, a->moment1, i) : 0.0f;
+        e.moment2 = a->kind == TERN_ADAMW ? tern__load_float(a->moment_type, a->moment2, i) : 0.0f;
+        tern__optimize_one(a, work->factor, work->correct1, work->correct2, &e);
+        tern__store_float(a->type, a->w, i, a->type == TERN_BF16 && !a->nearest ? tern__stochastic(e.w, random[i & 3]) : e.w);
+        a->grad[i] = e.grad;
+        if (a->moment1) tern__store_float(a->moment_type, a->moment1, i, tern__moment_rounded(a, e.moment1, moments[i & 3]));
+        if (a->kind == TERN_ADAMW) tern__store_float(a->moment_type, a->moment2, i, tern__moment_rounded(a, e.moment2, moments[i & 3] >> 16));
+    }
+}
+#else
+#define tern__optimize_scalar NULL
+#define tern__optimize_sse41 NULL
+#define tern__optimize_avx2 NULL
+#define tern__optimize_avx512 NULL
+#endif
+
 static const tern__kernels tern__kernels_scalar = {
     tern__dot_2bit_scalar, tern__dot_base3_scalar, tern__emit_scalar,
     tern__tile_scalar, tern__tile_scalar, tern__sum_scalar, tern__absmax_scalar, tern__round_scalar,
-    tern__dot_i8_scalar, tern__floats_scalar, tern__dot_bits_scalar, 64
+    tern__dot_i8_scalar, tern__floats_scalar, tern__dot_bits_scalar,
+    tern__widen_scalar, tern__ternarize_scalar, tern__optimize_scalar, 64
 };
 
 /* ------------------------------------------------------------------------------------------------
@@ -2722,7 +2830,15 @@ static TARGET uint32_t tern__absmax_##X(int64_t n, const float *x, const float *
 {                                                                                                        \
     const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
     I most = MM##set1_epi32(0);                                                                          \
-    for (int64_t i = 0; i < n; i += W) {                                                                 \
+    int64_t i = 0;                                                                                       \
+    if (!gain) for (; i <= n - 8 * W; i += 8 * W) { /* as fast as memory */                              \
+        I v[8];                                                                                          \
+        TERN__UNROLL for (int j = 0; j < 8; j++) v[j] = (I)MM##loadu_ps(x + i + j * W) & magnitude;      \
+        TERN__UNROLL for (int half = 4; half; half /= 2)                                                 \
+            TERN__UNROLL for (int j = 0; j < half; j++) v[j] = MM##max_epu32(v[j], v[j + half]);         \
+        most = MM##max_epu32(most, v[0]);                                                                \
+    }                                                                                                    \
+    for (; i < n; i += W) {                                                                              \
         V v = tern__load_##X(x + i, n - i);                                                              \
         if (gain) v = v * tern__load_##X(gain + i, n - i);                                               \
         most = MM##max_epu32(most, (I)v & magnitude);                                                    \
@@ -2747,6 +2863,144 @@ static TARGET int32_t tern__round_##X(int64_t n, const float *x, const float *ga
     tern__store_int_##X(lane, sum);                                                                      \
     for (int j = 1; j < W; j++) lane[0] += lane[j];                                                      \
     return lane[0];                                                                                      \
+}
+
+/* What an input of a unit is worth in its byte: digit s of each row covers inputs 4s to 4s + 3. */
+static const int32_t tern__places[2][32] = {
+    {1, 1, 1, 1, 4, 4, 4, 4, 16, 16, 16, 16, 64, 64, 64, 64},
+    {1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27, 81, 81, 81, 81}
+};
+
+/* Weights in training, for the same vectors. The tier brings tern__bf16_X, which widens, and tern__store_i16_X.
+   A 128-bit lane of packed trits holds four inputs of four rows, one digit of each of their bytes:
+   tern__add_lanes_X adds up these. The panel before is what ternarize gets next, so it is asked for. */
+#define TERN__X86_WEIGHTS(X, TARGET, W, V, I, MM)                                                        \
+static TARGET void tern__widen_##X(tern_type type, int64_t n, const void *from, float *to)               \
+{                                                                                                        \
+    const uint16_t *half = (const uint16_t *)from;                                                       \
+    int64_t i = 0;                                                                                       \
+    if (type == TERN_F16) for (; i <= n - W; i += W) MM##storeu_ps(to + i, tern__f16_##X(half + i));     \
+    else for (; i <= n - W; i += W) MM##storeu_ps(to + i, tern__bf16_##X(half + i));                     \
+    for (; i < n; i++) to[i] = tern__load_float(type, from, i);                                          \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(const int base3, int64_t left, const float *const *row, int64_t at, \
+                                                                                  int64_t ahead, const float *threshold) \
+{                                                                                                        \
+    const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
+    const int inputs = base3 ? 20 : 16;                                                                  \
+    I sum = MM##set1_epi32(0);                                                                           \
+    TERN__UNROLL for (int j = 0; j < inputs; j += W) {                                                   \
+        const I place = tern__load_int_##X(tern__places[base3] + j);                                     \
+        I t[4];                                                                                          \
+        TERN__UNROLL for (int k = 0; k < 4; k++) {                                                       \
+            const V v = tern__load_##X(row[k] + at + j, left - j);                                       \
+            const I sign = MM##srai_epi32((I)v, 31), above = (I)((V)((I)v & magnitude) > MM##set1_ps(threshold[k])); \
+            t[k] = above & MM##sub_epi32(place ^ sign, sign);                                            \
+            __builtin_prefetch((const void *)((uintptr_t)(row[k] + at + j) + (uintptr_t)ahead), 0, 3);   \
+        }                                                                                                \
+        sum = MM##add_epi8(sum, MM##packs_epi16(MM##packs_epi32(t[0], t[1]), MM##packs_epi32(t[2], t[3]))); \
+    }                                                                                                    \
+    return tern__add_lanes_##X(sum);                                                                     \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET void tern__unit_##X(const int base3, int64_t left, const float *const *row, int64_t at, \
+                                                                        int64_t ahead, const float *threshold, uint8_t *unit) \
+{                                                                                                        \
+    TERN__UNROLL for (int r = 0; r < 16; r += 4) {                                                       \
+        const __m128i byte = tern__four_rows_##X(base3, left, row + r, at, ahead, threshold + r);        \
+        _mm_storeu_si128((__m128i *)(void *)(unit + 4 * r), _mm_add_epi8(byte, _mm_set1_epi8(base3 ? 121 : 85))); \
+    }                                                                                                    \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET void tern__units_##X(const int base3, int64_t n, const float *x, int64_t stride, int64_t rows, \
+                                                                         const float *threshold, uint8_t *unit) \
+{                                                                                                        \
+    const int inputs = base3 ? 20 : 16;                                                                  \
+    const int64_t ahead = -16 * stride * 4;                                                              \
+    const float *row[16];                                                                                \
+    int64_t i;                                                                                           \
+    for (int r = 0; r < 16; r++) row[r] = x + (r < rows ? r : 0) * stride;                               \
+    for (i = 0; i <= n - inputs; i += inputs, unit += 64) tern__unit_##X(base3, inputs, row, i, ahead, threshold, unit); \
+    if (i < n) tern__unit_##X(base3, n - i, row, i, ahead, threshold, unit);                             \
+}                                                                                                        \
+static TARGET void tern__ternarize_##X(int32_t base3, int64_t n, const float *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit) \
+{                                                                                                        \
+    if (base3) tern__units_##X(1, n, x, stride, rows, threshold, unit);                                  \
+    else tern__units_##X(0, n, x, stride, rows, threshold, unit);                                        \
+}
+
+/* Philox has a block in the low half of each 64-bit lane: 2 W words at a time. In this order of the blocks two unpacks
+   put the words into that of the weights. The high halves hold what multiplications do not look at. */
+#define TERN__BLOCKS_4 0, 1
+#define TERN__BLOCKS_8 0, 2, 1, 3
+#define TERN__BLOCKS_16 0, 4, 1, 5, 2, 6, 3, 7
+#define TERN__X86_OPTIMIZE(X, TARGET, W, V, I, MM)                                                       \
+static inline __attribute__((always_inline)) TARGET void tern__philox_##X(const tern_optimize_args *a, const uint32_t *keys, int64_t block, I *word) \
+{                                                                                                        \
+    static const int64_t blocks[W / 2] = {TERN__BLOCKS_##W};                                             \
+    const I m0 = MM##set1_epi32((int32_t)0xD2511F53), m1 = MM##set1_epi32((int32_t)0xCD9E8D57);          \
+    I c0 = tern__load_int_##X(blocks) + block, c1 = MM##srli_epi64(c0, 32), c2 = MM##set1_epi32((int32_t)a->step), c3 = MM##set1_epi32((int32_t)a->stream); \
+    TERN__UNROLL for (int round = 0; round < 20; round += 2) {                                           \
+        const I p0 = MM##mul_epu32(c0, m0), p1 = MM##mul_epu32(c2, m1);                                  \
+        c0 = MM##srli_epi64(p1, 32) ^ c1 ^ MM##set1_epi32((int32_t)keys[round]);                         \
+        c1 = p1;                                                                                         \
+        c2 = MM##srli_epi64(p0, 32) ^ c3 ^ MM##set1_epi32((int32_t)keys[round + 1]);                     \
+        c3 = p0;                                                                                         \
+    }                                                                                                    \
+    c0 = (c0 & 0xffffffff) | MM##slli_epi64(c1, 32);                                                     \
+    c2 = (c2 & 0xffffffff) | MM##slli_epi64(c3, 32);                                                     \
+    word[0] = MM##unpacklo_epi64(c0, c2);                                                                \
+    word[1] = MM##unpackhi_epi64(c0, c2);                                                                \
+}                                                                                                        \
+/* tern__to_bf16_with on each lane. */                                                                   \
+static inline __attribute__((always_inline)) TARGET I tern__round_bf16_##X(V x, I word)                  \
+{                                                                                                        \
+    typedef uint32_t words __attribute__((vector_size(4 * W)));                                          \
+    const words u = (words)x, sum = u + ((words)word & 0xffff), inf = u - u + 0x7f800000;                \
+    const words beyond = (words)((sum & inf) == inf), special = (words)((u & inf) == inf);               \
+    const words kept = (beyond & ((u >> 16 & 0x8000) | 0x7f7f)) | (~beyond & sum >> 16);                 \
+    return (I)((special & (u >> 16 | ((words)((u & 0xffff) != 0) & 1))) | (~special & kept));            \
+}                                                                                                        \
+static TARGET int64_t tern__optimize_most_##X(const tern__optimize_work *work, int64_t begin, int64_t end) \
+{                                                                                                        \
+    const tern_optimize_args *a = work->a;                                                               \
+    const V factor = MM##set1_ps(work->factor), correct1 = MM##set1_ps(work->correct1), correct2 = MM##set1_ps(work->correct2); \
+    const V beta1 = MM##set1_ps(a->beta1), other1 = MM##set1_ps(1.0f - a->beta1), rate = MM##set1_ps(a->rate), decay = MM##set1_ps(a->decay); \
+    const V beta2 = MM##set1_ps(a->beta2), other2 = MM##set1_ps(1.0f - a->beta2), eps = MM##set1_ps(a->eps); \
+    const int32_t bf16 = a->type == TERN_BF16;                                                           \
+    float *first = (float *)a->moment1, *second = (float *)a->moment2; /* floats: see tern__optimize_body */ \
+    uint32_t keys[20];                                                                                   \
+    int64_t i;                                                                                           \
+    for (uint32_t round = 0; round < 10; round++) {                                                      \
+        keys[2 * round] = (uint32_t)a->seed + round * 0x9E3779B9u;                                       \
+        keys[2 * round + 1] = (uint32_t)(a->seed >> 32) + round * 0xBB67AE85u;                           \
+    }                                                                                                    \
+    for (i = begin; i <= end - 2 * W; i += 2 * W) {                                                      \
+        I word[2];                                                                                       \
+        if (bf16) tern__philox_##X(a, keys, i / 4, word);                                                \
+        TERN__UNROLL for (int h = 0; h < 2; h++) {                                                       \
+            const int64_t at = i + h * W;                                                                \
+            const V g = MM##loadu_ps(a->grad + at) * factor;                                             \
+            V w = bf16 ? tern__bf16_##X((const uint16_t *)a->w + at) : MM##loadu_ps((const float *)a->w + at), step = g; \
+            if (a->kind == TERN_ADAMW) {                                                                 \
+                const V m1 = beta1 * MM##loadu_ps(first + at) + other1 * g;                              \
+                const V m2 = beta2 * MM##loadu_ps(second + at) + other2 * g * g;                         \
+                step = m1 * correct1 / (MM##sqrt_ps(m2 * correct2) + eps);                               \
+                MM##storeu_ps(first + at, m1);                                                           \
+                MM##storeu_ps(second + at, m2);                                                          \
+            } else if (first) {                                                                          \
+                step = beta1 * MM##loadu_ps(first + at) + g;                                             \
+                MM##storeu_ps(first + at, step);                                                         \
+            }                                                                                            \
+            w = w - rate * (step + decay * w);                                                           \
+            if (bf16) tern__store_i16_##X((uint16_t *)a->w + at, tern__round_bf16_##X(w, word[h]));      \
+            else MM##storeu_ps((float *)a->w + at, w);                                                   \
+            MM##storeu_ps(a->grad + at, MM##setzero_ps());                                               \
+        }                                                                                                \
+    }                                                                                                    \
+    return i;                                                                                            \
+}                                                                                                        \
+static void tern__optimize_##X(const tern__optimize_work *work, int64_t begin, int64_t end)              \
+{ /* not the TARGET's: gcc 12 leaves the vectors dirty where a function ends in another's call */        \
+    tern__optimize_scalar(work, tern__optimize_most_##X(work, begin, end), end);                         \
 }
 
 /* The float tile: R rows of p by 2 W lanes stay in registers for all of k; the 32 lanes take 16/W passes.
@@ -3283,7 +3537,7 @@ static TARGET void tern__recode_##X(const uint8_t *quads, int64_t units, uint8_t
     for (int64_t i = 0; i < units; i++, quads += 256, code += 64)                                        \
         TERN__UNROLL for (int h = 0; h < 64; h += 4 * W) {                                               \
             I unit = tern__load_int_##X(quads + h);                                                      \
-            TERN__UNROLL for (int s = 1; s < 4; s++) unit = unit | MM##slli_epi16(tern__load_int_##X(quads + s * 64 + h), 2 * s); \
+            TERN__UNROLL for (int s = 1; s < 4; s++) unit = unit | tern__load_int_##X(quads + s * 64 + h) << 2 * s; \
             tern__store_int_##X(code + h, unit);                                                         \
         }                                                                                                \
 }                                                                                                        \
@@ -3337,7 +3591,17 @@ TERN__SSE41_INLINE __m128 tern__f16_sse41(const uint16_t *p) /* a float's expone
     const __m128i magnitude = (__m128i)((__m128)_mm_slli_epi32(bits, 13) * _mm_set1_ps(5192296858534827628530496329220096.0f));
     return (__m128)(magnitude | (special & _mm_set1_epi32(0x7f800000)) | _mm_slli_epi32(half & sign, 16));
 }
+TERN__SSE41_INLINE __m128i tern__add_lanes_sse41(__m128i v) { return v; }
+TERN__SSE41_INLINE __m128 tern__bf16_sse41(const uint16_t *p)
+{
+    return (__m128)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)(const void *)p));
+}
+TERN__SSE41_INLINE void tern__store_i16_sse41(uint16_t *p, __m128i v) { _mm_storel_epi64((__m128i *)(void *)p, _mm_packus_epi32(v, v)); }
 TERN__X86_FLOAT(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
+TERN__X86_WEIGHTS(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
+#ifndef TERNARY_NO_TRAINING
+TERN__X86_OPTIMIZE(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
+#endif
 TERN__X86_TILE(tern__tile_sse41, TERN__SSE41, 4, __m128, _mm_, 6, 2, TERN__PLAIN_MADD)
 TERN__X86_CODES(sse41, TERN__SSE41, 4, __m128i, _mm_)
 TERN__X86_BITS(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
@@ -3354,7 +3618,8 @@ TERN__X86_DOT(sse41, sse41, TERN__SSE41, 4, __m128, __m128i, _mm_, 2, 4, TERN__Q
 
 static const tern__kernels tern__kernels_sse41 = {
     tern__dot_2bit_sse41, tern__dot_base3_sse41, tern__emit_sse41, tern__tile_sse41, tern__tile_sse41,
-    tern__sum_sse41, tern__absmax_sse41, tern__round_sse41, tern__dot_i8_sse41, tern__floats_sse41, tern__dot_bits_sse41, 64
+    tern__sum_sse41, tern__absmax_sse41, tern__round_sse41, tern__dot_i8_sse41, tern__floats_sse41, tern__dot_bits_sse41,
+    tern__widen_sse41, tern__ternarize_sse41, tern__optimize_sse41, 64
 };
 #endif /* TERN__WITH_SSE41 */
 
@@ -3388,7 +3653,23 @@ TERN__AVX2_INLINE void tern__store_i8_avx2(int8_t *q, __m256i v, int64_t n)
 }
 TERN__AVX2_INLINE __m256i tern__i8_avx2(const int8_t *p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)); }
 TERN__AVX2_INLINE __m256 tern__f16_avx2(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p)); }
+TERN__AVX2_INLINE __m128i tern__add_lanes_avx2(__m256i v)
+{
+    return _mm_add_epi8(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+}
+TERN__AVX2_INLINE __m256 tern__bf16_avx2(const uint16_t *p)
+{
+    return (__m256)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)), 16);
+}
+TERN__AVX2_INLINE void tern__store_i16_avx2(uint16_t *p, __m256i v)
+{
+    _mm_storeu_si128((__m128i *)(void *)p, _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+}
 TERN__X86_FLOAT(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
+TERN__X86_WEIGHTS(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
+#ifndef TERNARY_NO_TRAINING
+TERN__X86_OPTIMIZE(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
+#endif
 TERN__X86_TILE(tern__tile_avx2, TERN__AVX2, 8, __m256, _mm256_, 6, 2, TERN__PLAIN_MADD)
 TERN__X86_TILE(tern__tile_fused_avx2, __attribute__((target("avx2,fma"))), 8, __m256, _mm256_, 6, 2, _mm256_fmadd_ps)
 
@@ -3410,7 +3691,8 @@ TERN__X86_DOT(avx2, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 2, 4, TERN__Q
 
 static const tern__kernels tern__kernels_avx2 = {
     tern__dot_2bit_avx2, tern__dot_base3_avx2, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
-    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx2, tern__floats_avx2, tern__dot_bits_avx2, 64
+    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx2, tern__floats_avx2, tern__dot_bits_avx2,
+    tern__widen_avx2, tern__ternarize_avx2, tern__optimize_avx2, 64
 };
 #endif /* TERN__WITH_AVX2 */
 
@@ -3435,7 +3717,8 @@ static void tern__dot_i8_avx_vnni(const tern__dot *d, int64_t acc_row, int32_t a
 
 static const tern__kernels tern__kernels_avx_vnni = {
     tern__dot_2bit_avx_vnni, tern__dot_base3_avx_vnni, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
-    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx_vnni, tern__floats_avx2, tern__dot_bits_avx2, 64
+    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx_vnni, tern__floats_avx2, tern__dot_bits_avx2,
+    tern__widen_avx2, tern__ternarize_avx2, tern__optimize_avx2, 64
 };
 #endif /* TERN__WITH_AVX_VNNI */
 
@@ -3457,7 +3740,21 @@ TERN__AVX512_INLINE void tern__store_i8_avx512(int8_t *q, __m512i v, int64_t n)
 }
 TERN__AVX512_INLINE __m512i tern__i8_avx512(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)); }
 TERN__AVX512_INLINE __m512 tern__f16_avx512(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p)); }
+TERN__AVX512_INLINE __m128i tern__add_lanes_avx512(__m512i v)
+{
+    const __m256i half = _mm256_add_epi8(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+    return _mm_add_epi8(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+TERN__AVX512_INLINE __m512 tern__bf16_avx512(const uint16_t *p)
+{
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p)), 16);
+}
+TERN__AVX512_INLINE void tern__store_i16_avx512(uint16_t *p, __m512i v) { _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(v)); }
 TERN__X86_FLOAT(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
+TERN__X86_WEIGHTS(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
+#ifndef TERNARY_NO_TRAINING
+TERN__X86_OPTIMIZE(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
+#endif
 TERN__X86_TILE(tern__tile_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4, TERN__PLAIN_MADD)
 TERN__X86_TILE(tern__tile_fused_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4, _mm512_fmadd_ps)
 TERN__X86_CODES(avx512, TERN__AVX512, 16, __m512i, _mm512_)
@@ -3677,7 +3974,8 @@ static void tern__dot_i8_avx512(const tern__dot *d, int64_t acc_row, int32_t add
 
 static const tern__kernels tern__kernels_avx512_vnni = {
     tern__dot_2bit_avx512, tern__dot_base3_avx512, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
-    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512, 64
+    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512,
+    tern__widen_avx512, tern__ternarize_avx512, tern__optimize_avx512, 64
 };
 
 #ifdef TERN__WITH_AVX512_VBMI
@@ -3743,7 +4041,8 @@ static void tern__dot_bits_avx512_vbmi(const tern__dot *d, tern_type encoding)
 
 static const tern__kernels tern__kernels_avx512_vbmi = {
     tern__dot_2bit_avx512, tern__dot_base3_avx512_vbmi, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
-    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512_vbmi, 64
+    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512_vbmi,
+    tern__widen_avx512, tern__ternarize_avx512, tern__optimize_avx512, 64
 };
 #endif /* TERN__WITH_AVX512_VBMI */
 #undef TERN__CASE
@@ -3932,7 +4231,8 @@ static void tern__dot_base3_amx(const tern__dot *d)
 
 static const tern__kernels tern__kernels_amx_int8 = {
     tern__dot_2bit_amx, tern__dot_base3_amx, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
-    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512_vbmi, TERN__TOKENS
+    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512_vbmi,
+    tern__widen_avx512, tern__ternarize_avx512, tern__optimize_avx512, TERN__TOKENS
 };
 #endif /* TERN__WITH_AMX_INT8 */
 
@@ -3947,12 +4247,6 @@ static const tern__kernels tern__kernels_amx_int8 = {
    inference path. The operations are written once; tiers differ in tern__kernels alone. Called by the
    public tern_NAME functions at the end of the room, and through them by the layers.
    ------------------------------------------------------------------------------------------------ */
-
-#if defined(__GNUC__)
-#define TERN__ALIGN64 __attribute__((aligned(64)))
-#else
-#define TERN__ALIGN64
-#endif
 
 /* -- ternary matmul on quantized activations -- */
 
@@ -4987,9 +5281,6 @@ static tern_result tern__cpu_sum(tern_run *run, const tern_sum_args *a)
 /* -- optimizers (Loshchilov and Hutter 2017 for AdamW) -- */
 
 #ifndef TERNARY_NO_TRAINING
-/* What all elements of a step share. */
-typedef struct tern__optimize_work { const tern_optimize_args *a; float factor, correct1, correct2; } tern__optimize_work;
-
 /* min(1, clip / norm) */
 TERN__ANYWHERE float tern__clip_factor(float clip, const float *norm2)
 {
@@ -4997,57 +5288,12 @@ TERN__ANYWHERE float tern__clip_factor(float clip, const float *norm2)
     return norm > clip ? clip / norm : 1.0f;
 }
 
-/* A weight and its state. Without momentum moment1 is not used, without AdamW moment2 is not. */
-typedef struct tern__trained { float w, grad, moment1, moment2; } tern__trained;
-
-/* One of them, not yet rounded to its type. */
-TERN__ANYWHERE void tern__optimize_one(const tern_optimize_args *a, float factor, float correct1, float correct2, tern__trained *e)
-{
-    const float g = e->grad * factor;
-    float step = g;
-    if (a->kind == TERN_ADAMW) {
-        e->moment1 = a->beta1 * e->moment1 + (1.0f - a->beta1) * g;
-        e->moment2 = a->beta2 * e->moment2 + (1.0f - a->beta2) * g * g;
-        step = e->moment1 * correct1 / (tern__sqrt(e->moment2 * correct2) + a->eps);
-    } else if (a->moment1) step = e->moment1 = a->beta1 * e->moment1 + g;
-    e->w = e->w - a->rate * (step + a->decay * e->w);
-    e->grad = 0.0f;
-}
-
-/* A float that bf16 holds, above or below x: the low 16 bits of `random` say which. */
-TERN__ANYWHERE float tern__stochastic(float x, uint32_t random) { return tern__from_bf16(tern__to_bf16_with(x, random & 0xFFFF)); }
-
-/* Words for the moments of four elements: the first moment takes the low half of its word, the second the high half. */
-TERN__ANYWHERE void tern__moment_random(const tern_optimize_args *a, int64_t four, uint32_t random[4])
-{
-    tern__philox(a->seed, (uint64_t)four, a->step, a->stream ^ 0x80000000u, random);
-}
-TERN__ANYWHERE float tern__moment_rounded(const tern_optimize_args *a, float x, uint32_t random)
-{
-    return a->moment_type == TERN_BF16 ? tern__stochastic(x, random) : x;
-}
-
+/* Items are blocks of 1024 weights. What is seldom asked for has no vectors. */
 static void tern__optimize_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
-    const tern__optimize_work *work = (const tern__optimize_work *)job->arg;
-    const tern_optimize_args *a = work->a;
-    uint32_t random[4] = {0, 0, 0, 0}, moments[4] = {0, 0, 0, 0};
-    int64_t i;
+    const tern__optimize_work *w = (const tern__optimize_work *)job->arg;
     (void)bad;
-    for (i = begin; i < end; i++) { /* element i takes word i % 4 of block i / 4 */
-        tern__trained e;
-        if (a->type == TERN_BF16 && (i == begin || (i & 3) == 0)) tern__philox(a->seed, (uint64_t)(i >> 2), a->step, a->stream, random);
-        if (a->moment_type == TERN_BF16 && (i == begin || (i & 3) == 0)) tern__moment_random(a, i >> 2, moments);
-        e.w = tern__load_float(a->type, a->w, i);
-        e.grad = a->grad[i];
-        e.moment1 = a->moment1 ? tern__load_float(a->moment_type, a->moment1, i) : 0.0f;
-        e.moment2 = a->kind == TERN_ADAMW ? tern__load_float(a->moment_type, a->moment2, i) : 0.0f;
-        tern__optimize_one(a, work->factor, work->correct1, work->correct2, &e);
-        tern__store_float(a->type, a->w, i, a->type == TERN_BF16 && !a->nearest ? tern__stochastic(e.w, random[i & 3]) : e.w);
-        a->grad[i] = e.grad;
-        if (a->moment1) tern__store_float(a->moment_type, a->moment1, i, tern__moment_rounded(a, e.moment1, moments[i & 3]));
-        if (a->kind == TERN_ADAMW) tern__store_float(a->moment_type, a->moment2, i, tern__moment_rounded(a, e.moment2, moments[i & 3] >> 16));
-    }
+    (w->a->moment_type == TERN_BF16 || w->a->nearest ? tern__optimize_scalar : job->k->optimize)(w, begin * TERN__BLOCK, tern__min(end * TERN__BLOCK, w->a->count));
 }
 
 TERN__ANYWHERE float tern__power(float base, uint32_t exponent)
@@ -5070,7 +5316,7 @@ static tern_result tern__cpu_optimize(tern_run *run, const tern_optimize_args *a
     w.factor = tern__clip_factor(a->clip, a->norm2);
     w.correct1 = 1.0f / (1.0f - tern__power(a->beta1, a->step));
     w.correct2 = 1.0f / (1.0f - tern__power(a->beta2, a->step));
-    tern__for(run, tern__optimize_body, &w, a->count, a->type == TERN_BF16 ? 120 : 50);
+    tern__for(run, tern__optimize_body, &w, tern__ceil_div(a->count, TERN__BLOCK), TERN__BLOCK * 20);
     return TERN_OK;
 }
 

@@ -753,6 +753,132 @@ static void test_kernels_round(void)
         }
 }
 
+/* -- weights in training -- */
+
+/* Every f16 and bf16 but the NaNs of f16, whose payloads may change. */
+static void test_kernels_widen(void)
+{
+    enum { ALL = 65536 };
+    static uint16_t from[ALL];
+    static float wanted[ALL], got[ALL];
+    int type, n, i;
+    for (type = 0; type < 2; type++) {
+        const tern_type of = type ? TERN_BF16 : TERN_F16;
+        for (i = 0; i < ALL; i++) from[i] = (uint16_t)(!type && (i & 0x7C00) == 0x7C00 && (i & 0x3FF) ? 0 : i);
+        tern__widen_scalar(of, ALL, from, wanted);
+        KERNELS_EACH_TIER(
+            k->widen(of, ALL, from, got);
+            CHECK(memcmp(wanted, got, sizeof got) == 0, "%s: type %d", tier, (int)of);
+            for (n = 1; n < 130; n += n % 16 == 1 ? 14 : 1) {
+                memset(got, 0x3C, sizeof got);
+                k->widen(of, n, from + 0x3C01, got);
+                CHECK(memcmp(wanted + 0x3C01, got, (size_t)n * 4) == 0 && tern__bits(got[n]) == 0x3C3C3C3C, "%s: %d of type %d", tier, n, (int)of);
+            });
+    }
+}
+
+/* Buffers of exactly what is needed; weights at their thresholds, zeros of both signs, and thresholds that are zero. */
+static void test_kernels_ternarize(void)
+{
+    static const int64_t sizes[] = {1, 4, 15, 16, 17, 19, 20, 21, 127, 320, 4097}, heights[] = {1, 3, 15, 16};
+    int n, h, base3;
+    for (n = 0; n < 11; n++)
+        for (h = 0; h < 4; h++)
+            for (base3 = 0; base3 < 2; base3++) {
+                const int64_t size = sizes[n], rows = heights[h], stride = size + 3 * (n % 3);
+                const size_t bytes = (size_t)((size + (base3 ? 19 : 15)) / (base3 ? 20 : 16)) * TERN__UNIT;
+                uint8_t *wanted = (uint8_t *)malloc(bytes), *got = (uint8_t *)malloc(bytes);
+                float *x = test_floats((rows - 1) * stride + size), threshold[TERN__ROWS];
+                int64_t r, i;
+                int zeros = 0;
+                for (r = 0; r < TERN__ROWS; r++) threshold[r] = r >= rows ? FLT_MAX : r % 5 == 2 ? 0.0f : 0.4f;
+                for (r = 0; r < rows; r++)
+                    for (i = 0; i < size; i++) {
+                        float *v = &x[r * stride + i];
+                        if ((r + i) % 7 == 0) *v = i & 1 ? threshold[r] : -threshold[r];
+                        if ((r + i) % 7 == 1) *v = i & 1 ? 1e-45f : -1e-45f;
+                        if ((r + i) % 7 == 2) *v = i & 1 ? 9e28f : -9e28f;
+                    }
+                tern__ternarize_scalar(base3, size, x, stride, rows, threshold, wanted);
+                for (i = 0; i < size; i++) {
+                    int8_t t[20];
+                    tern__unpack_unit(base3 ? TERN_BASE3 : TERN_2BIT, wanted + i / (base3 ? 20 : 16) * TERN__UNIT, 0, t);
+                    CHECK(t[i % (base3 ? 20 : 16)] == (fabsf(x[i]) > threshold[0] ? x[i] > 0 ? 1 : -1 : 0), "trit %d of %d", (int)i, (int)size);
+                    zeros += t[i % (base3 ? 20 : 16)] == 0;
+                }
+                CHECK(zeros > 0, "no zeros");
+                KERNELS_EACH_TIER(
+                    memset(got, 0x3C, bytes);
+                    k->ternarize(base3, size, x, stride, rows, threshold, got);
+                    CHECK(memcmp(wanted, got, bytes) == 0, "%s: %d rows of %d, base3 %d", tier, (int)rows, (int)size, base3));
+                free(wanted);
+                free(got);
+                free(x);
+            }
+}
+
+#ifndef TERNARY_NO_TRAINING
+typedef struct kernels_weights { float w[4100], grad[4100], moment1[4100], moment2[4100]; } kernels_weights;
+
+static void kernels_optimize(const tern__kernels *k, tern_optimize_args a, kernels_weights *s, int64_t begin, int64_t end)
+{
+    tern__optimize_work work;
+    a.w = s->w;
+    a.grad = s->grad;
+    a.moment1 = a.moment1 ? s->moment1 : NULL;
+    a.moment2 = s->moment2;
+    work.a = &a;
+    work.factor = 0.7f;
+    work.correct1 = 5.3f;
+    work.correct2 = 50.3f;
+    k->optimize(&work, begin, end);
+}
+
+/* Every kind and type. Some weights in bf16 end as infinities, some would but for the bound on the carry. Seed, step
+   and stream have their high bits set. */
+static void test_kernels_optimize(void)
+{
+    static const int64_t sizes[] = {0, 1, 3, 15, 16, 17, 31, 32, 33, 63, 64, 127, 4097}, starts[] = {0, 4, 20};
+    static kernels_weights first, wanted, got;
+    int n, b, variant, i;
+    for (variant = 0; variant < 6; variant++) {
+        tern_optimize_args a = TERN_ZERO;
+        a.kind = variant / 2 == 0 ? TERN_ADAMW : TERN_SGD;
+        a.type = variant % 2 ? TERN_BF16 : TERN_F32;
+        a.moment1 = variant / 2 < 2 ? first.moment1 : NULL;
+        a.rate = 0.3f; a.beta1 = 0.9f; a.beta2 = 0.98f; a.eps = 1e-6f; a.decay = variant / 2 < 2 ? 0.1f : 0.0f;
+        a.seed = UINT64_C(0xFEDCBA9876543210); a.step = 0x89ABCDEF; a.stream = 0xF0E1D2C3;
+        for (i = 0; i < 4100; i++) {
+            const float w = i % 9 == 4 && variant / 2 == 2 ? 3.38e38f : test_float();
+            first.grad[i] = i % 9 == 4 ? (i & 1 ? -4e36f : -3e38f) * (float)(variant / 2 == 2) : i % 9 == 5 ? 0.0f : test_float();
+            first.moment1[i] = test_float();
+            first.moment2[i] = i % 9 == 6 ? 0.0f : fabsf(test_float());
+            if (variant % 2) tern__store_float(TERN_BF16, first.w, i, w);
+            else first.w[i] = w;
+        }
+        for (n = 0; n < 13; n++)
+            for (b = 0; b < 3; b++) {
+                const int64_t begin = starts[b], end = tern__min(begin + sizes[n], 4100);
+                wanted = first;
+                kernels_optimize(&tern__kernels_scalar, a, &wanted, begin, end);
+                if (sizes[n]) CHECK(memcmp(&wanted, &first, sizeof first) != 0 && wanted.grad[begin] == 0.0f, "nothing happened");
+                KERNELS_EACH_TIER(
+                    got = first;
+                    kernels_optimize(k, a, &got, begin, end);
+                    CHECK(memcmp(&wanted, &got, sizeof got) == 0, "%s: variant %d, weights %d to %d", tier, variant, (int)begin, (int)end));
+            }
+        if (variant == 5) { /* both did occur */
+            int infinite = 0, bounded = 0;
+            for (i = 4; i < 4096; i++) {
+                infinite += ((uint16_t *)(void *)wanted.w)[i] == 0x7F80;
+                bounded += ((uint16_t *)(void *)wanted.w)[i] == 0x7F7F;
+            }
+            CHECK(infinite > 0 && bounded > 0, "%d infinities, %d at the bound", infinite, bounded);
+        }
+    }
+}
+#endif
+
 static void suite_kernels(void)
 {
     RUN(test_kernels_dot_by_definition);
@@ -773,4 +899,9 @@ static void suite_kernels(void)
     RUN(test_kernels_sum);
     RUN(test_kernels_absmax);
     RUN(test_kernels_round);
+    RUN(test_kernels_widen);
+    RUN(test_kernels_ternarize);
+#ifndef TERNARY_NO_TRAINING
+    RUN(test_kernels_optimize);
+#endif
 }
