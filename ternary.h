@@ -601,7 +601,9 @@ TERN_API const tern_backend *tern_cpu_backend(tern_isa isa);
    trits, q and saved are aligned to 16. */
 #define tern_cuda_backend(device) tern_cuda_backend_checked(device, TERN_LAYOUT)
 extern const tern_backend *tern_cuda_backend_checked(int32_t device, uint64_t layout);
-/* The context's cudaStream_t, on which forward and backward can be captured into a graph; NULL for another backend. */
+/* The context's cudaStream_t, on which forward and backward can be captured into a graph; NULL for another backend.
+   It does not wait for the default stream, nor that for it. A graph keeps the addresses of scratch and buffers: reserve
+   before the capture and no more after it, free nothing that it uses, launch it on this stream. */
 extern void *tern_cuda_stream(const tern_context *c);
 
 /* -- parameters ([TERN-15]) -- */

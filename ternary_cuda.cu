@@ -28,6 +28,11 @@ CONTENTS (search for the tag)
 
 Licence: MIT or Unlicense, at your choice; see the end of LICENSE.
 */
+#if defined(__CUDACC__) && defined(__GNUC__) && !defined(__clang__) /* -fmad=false speaks of the GPU; this, of the host */
+#pragma nv_diag_suppress 1675 /* nvcc hands on what it does not know */
+#pragma GCC optimize("fp-contract=off")
+#pragma nv_diag_default 1675
+#endif
 #define TERNARY_STATIC
 #define TERNARY_NO_SIMD
 #define TERNARY_NO_THREADS
@@ -852,7 +857,7 @@ static __device__ void tern__quantize_row(const tern_quantize_args &a, const ter
     __syncthreads();
 }
 
-static __global__ void tern__quantize_rows(tern_quantize_args a, tern__shape s, tern__blame blame)
+static __global__ void __launch_bounds__(1024) tern__quantize_rows(tern_quantize_args a, tern__shape s, tern__blame blame)
 {
     TERN__SHARED(float, room);
     for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x)
