@@ -3538,9 +3538,9 @@ static TARGET void tern__recode_##X(const uint8_t *quads, int64_t units, uint8_t
 {                                                                                                        \
     for (int64_t i = 0; i < units; i++, quads += 256, code += 64)                                        \
         TERN__UNROLL for (int h = 0; h < 64; h += 4 * W) {                                               \
-            I unit = tern__load_int_##X(quads + h);                                                      \
-            TERN__UNROLL for (int s = 1; s < 4; s++) unit = unit | tern__load_int_##X(quads + s * 64 + h) << 2 * s; \
-            tern__store_int_##X(code + h, unit);                                                         \
+            const I low = tern__load_int_##X(quads + h) | MM##slli_epi16(tern__load_int_##X(quads + 64 + h), 2); \
+            const I high = tern__load_int_##X(quads + 128 + h) | MM##slli_epi16(tern__load_int_##X(quads + 192 + h), 2); \
+            tern__store_int_##X(code + h, low | MM##slli_epi16(high, 4));                                \
         }                                                                                                \
 }                                                                                                        \
 static TARGET void tern__leave_bits_##X(const tern__dot *d, int64_t acc_stride)                          \

@@ -1,6 +1,6 @@
 /* [TERN-9] Activations: the quantizers against their definition, data faults, independence of the batch.
    Mutations that these tests saw: no clamp, or one at -7; the mean's division left out; a gain left out of the mean; the
-   sum of bits counted twice; a bit of the second half word shifted by one; -0 taken as 1. */
+   sum of bits counted twice; a bit of the second half of a word beside its place; -0 taken as 1. */
 
 typedef struct activations { tern_matrix m; tern_act act; int64_t n, stride, groups; float *scale; int8_t *q; int32_t *sum; } activations;
 

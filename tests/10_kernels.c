@@ -1,5 +1,5 @@
 /* [TERN-10] Kernels: the scalar ones against their definition, every other tier against the scalar ones.
-   Mutations that test_kernels_bits saw: the second unit's high bit left in place; a chunk's words counted by 2-bit units in base 3;
+   Mutations that test_kernels_bits saw: high nibbles shifted by 3; a chunk's words counted by 2-bit units in base 3;
    the unit behind an odd last one read; idle nibbles counted by their units; a last group of full length. */
 
 /* The tier's kernels, or NULL where it is not here. */
