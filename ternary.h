@@ -1980,7 +1980,7 @@ static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_
         const float *x = narrow ? buffer : (const float *)a->w + at;
         n = tern__min(TERN__CHUNK, cols - i);
         for (r = 0; narrow && r < rows; r++) k->widen(a->type, n, (const uint16_t *)a->w + at + r * m->cols, buffer + r * TERN__CHUNK);
-        k->ternarize(m->encoding == TERN_BASE3, n, x, narrow ? TERN__CHUNK : m->cols, rows, threshold, unit + i / w->s.unit * TERN__UNIT);
+        k->ternarize(m->encoding == TERN_BASE3, n, x, narrow ? (int64_t)TERN__CHUNK : m->cols, rows, threshold, unit + i / w->s.unit * TERN__UNIT);
     }
 }
 
