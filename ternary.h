@@ -1955,7 +1955,7 @@ typedef struct tern__ternarize_work {
     float threshold; /* of the tensor, where the grain is the tensor */
 } tern__ternarize_work;
 
-enum { TERN__CHUNK = 320 }; /* inputs that are converted before they are packed: whole units of both encodings */
+enum { TERN__NARROW = 320 }; /* inputs that are converted before they are packed: whole units of both encodings */
 
 /* A group of a panel. */
 static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_work *w, int64_t panel, int64_t g)
@@ -1966,7 +1966,7 @@ static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_
     const int64_t col = g * w->s.group, cols = tern__group_cols(m, &w->s, g);
     const int32_t narrow = a->type == TERN_BF16 || a->type == TERN_F16;
     uint8_t *unit = (uint8_t *)m->trits + panel * w->s.panel_bytes + g * w->s.group_units * TERN__UNIT;
-    float buffer[TERN__ROWS * TERN__CHUNK] TERN__ALIGN64, threshold[TERN__ROWS];
+    float buffer[TERN__ROWS * TERN__NARROW] TERN__ALIGN64, threshold[TERN__ROWS];
     int64_t r, i, n;
     for (r = 0; r < TERN__ROWS; r++) {
         const int64_t at = tern__scale_index(m, &w->s, row + r, g);
@@ -1978,9 +1978,9 @@ static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_
     for (i = 0; i < cols; i += n) {
         const int64_t at = row * m->cols + col + i;
         const float *x = narrow ? buffer : (const float *)a->w + at;
-        n = tern__min(TERN__CHUNK, cols - i);
-        for (r = 0; narrow && r < rows; r++) k->widen(a->type, n, (const uint16_t *)a->w + at + r * m->cols, buffer + r * TERN__CHUNK);
-        k->ternarize(m->encoding == TERN_BASE3, n, x, narrow ? (int64_t)TERN__CHUNK : m->cols, rows, threshold, unit + i / w->s.unit * TERN__UNIT);
+        n = tern__min(TERN__NARROW, cols - i);
+        for (r = 0; narrow && r < rows; r++) k->widen(a->type, n, (const uint16_t *)a->w + at + r * m->cols, buffer + r * TERN__NARROW);
+        k->ternarize(m->encoding == TERN_BASE3, n, x, narrow ? (int64_t)TERN__NARROW : m->cols, rows, threshold, unit + i / w->s.unit * TERN__UNIT);
     }
 }
 
