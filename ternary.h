@@ -2070,7 +2070,7 @@ typedef struct tern__ternarize_work {
     float threshold; /* of the tensor, where the grain is the tensor */
 } tern__ternarize_work;
 
-enum { TERN__CHUNK = 320 }; /* inputs that are converted before they are packed: whole units of both encodings */
+enum { TERN__NARROW = 320 }; /* inputs that are converted before they are packed: whole units of both encodings */
 
 /* n weights of a row and group, from element `first` on, as noise near the threshold decides them. */
 static void tern__add_noise(const tern__ternarize_work *w, int64_t row, int64_t g, int64_t first, int64_t n, float threshold, float *x)
@@ -2090,7 +2090,7 @@ static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_
     const int64_t col = g * w->s.group, cols = tern__group_cols(m, &w->s, g);
     const int32_t narrow = a->type == TERN_BF16 || a->type == TERN_F16, copied = narrow || a->noise > 0.0f;
     uint8_t *unit = (uint8_t *)m->trits + panel * w->s.panel_bytes + g * w->s.group_units * TERN__UNIT;
-    float buffer[TERN__ROWS * TERN__CHUNK] TERN__ALIGN64, threshold[TERN__ROWS];
+    float buffer[TERN__ROWS * TERN__NARROW] TERN__ALIGN64, threshold[TERN__ROWS];
     int64_t r, i, n;
     for (r = 0; r < TERN__ROWS; r++) {
         const int64_t at = tern__scale_index(m, &w->s, row + r, g);
@@ -2102,14 +2102,14 @@ static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_
     for (i = 0; i < cols; i += n) {
         const int64_t at = row * m->cols + col + i;
         const float *x = copied ? buffer : (const float *)a->w + at;
-        n = tern__min(TERN__CHUNK, cols - i);
+        n = tern__min(TERN__NARROW, cols - i);
         for (r = 0; copied && r < rows; r++) {
-            float *to = buffer + r * TERN__CHUNK;
+            float *to = buffer + r * TERN__NARROW;
             if (narrow) k->widen(a->type, n, (const uint16_t *)a->w + at + r * m->cols, to);
             else memcpy(to, (const float *)a->w + at + r * m->cols, sizeof(float) * (size_t)n);
             if (a->noise > 0.0f) tern__add_noise(w, row + r, g, at + r * m->cols, n, threshold[r], to);
         }
-        k->ternarize(m->encoding == TERN_BASE3, n, x, copied ? (int64_t)TERN__CHUNK : m->cols, rows, threshold, unit + i / w->s.unit * TERN__UNIT);
+        k->ternarize(m->encoding == TERN_BASE3, n, x, copied ? (int64_t)TERN__NARROW : m->cols, rows, threshold, unit + i / w->s.unit * TERN__UNIT);
     }
 }
 
