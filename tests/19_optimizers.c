@@ -637,7 +637,7 @@ static void test_plain_rounding(void)
 
 /* -- learning: a ternary matrix is found again from inputs and outputs -- */
 
-static void regression(tern_context *c, record *r)
+static void learn(tern_context *c, record *r, int first_recipe, int last_recipe)
 {
     enum { TOKENS = 64, ROWS = 8, COLS = 32, STEPS = 150 };
     static const struct { tern_rule rule; int32_t grain; tern_type shadow, moments; float rho, noise; double most; } recipes[] = {
@@ -650,7 +650,7 @@ static void regression(tern_context *c, record *r)
         {TERN_SEQ, TERN_PER_ROW, TERN_F32, TERN_F32, 0.0f, 0.0f, 0.05}
     };
     int k;
-    for (k = 0; k < 7; k++) {
+    for (k = first_recipe; k <= last_recipe; k++) {
         float *x = hold_floats(TOKENS * COLS), *y = hold_output(TOKENS * ROWS), *target = hold_zeros(TOKENS * ROWS), *dy = hold_output(TOKENS * ROWS);
         int8_t truth[ROWS * COLS];
         double first = 0.0, loss = 0.0;
@@ -703,7 +703,11 @@ static void regression(tern_context *c, record *r)
         release();
     }
 }
+static void regression(tern_context *c, record *r) { learn(c, r, 0, 1); }
 static void test_regression(void) { same_for_threads(regression); }
+
+static void other_recipes(tern_context *c, record *r) { learn(c, r, 2, 6); }
+static void test_other_recipes(void) { free(record_of(other_recipes, TERN_ISA_BEST, 1).data); }
 
 static void suite_optimizers(void)
 {
@@ -722,4 +726,5 @@ static void suite_optimizers(void)
     RUN(test_bf16_moments);
     RUN(test_plain_rounding);
     RUN(test_regression);
+    RUN(test_other_recipes);
 }
