@@ -175,7 +175,7 @@ static void test_cuda_ternarize_bad_weights()
 /* Learned scales, not yet set, set and negative; averages; noise near the threshold: several steps, each from what the last left. */
 static void pack_check_options(const tern_matrix &shape, tern_rule rule, tern_type type, float set, float rho, float noise)
 {
-    packed p(shape);
+    pack_pair p(shape);
     pack_weights w(type, shape.rows, shape.cols);
     mirror<float> alpha(shape.rows, [&] { return set * (1.5f + test_uniform()); });
     const int before = test_errors;
@@ -220,7 +220,7 @@ static void test_cuda_ternarize_options()
 /* A learned scale that is not finite: its row becomes zeros and it stays; the first one is reported. */
 static void test_cuda_ternarize_bad_alpha()
 {
-    packed p(pack_shape(18, 45, TERN_PER_ROW, TERN_2BIT, TERN_F32));
+    pack_pair p(pack_shape(18, 45, TERN_PER_ROW, TERN_2BIT, TERN_F32));
     pack_weights w(TERN_F32, 18, 45);
     mirror<float> alpha(18, [] { return 0.5f; });
     alpha[CPU][7] = INFINITY;
