@@ -1,4 +1,5 @@
-/* Room 15, parameters and BitLinear. */
+/* Room 15, parameters and BitLinear. Mutations that the tests of parameters see: no density or sqrt(2/pi) in the shadow of a given
+   tensor, its alpha not set or (SEQ) without 1.5, rho applied to given weights or left out. */
 
 static tern_param param_of(const char *name, int64_t rows, int64_t cols, tern_rule rule, int32_t grain)
 {

@@ -1,7 +1,8 @@
-/* Room 19, optimizers and shadow weights.
-   Mutations tried on schedules and accumulation, each seen to fail: cosine for its square, decay ignored, sqrt(t) for
-   1 - sqrt(t), a warm-up one step longer, the floor left out, the check of warm-up against decay left out; gradients of
-   weights and of the bias overwritten instead of added. */
+/* Room 19, optimizers and shadow weights. Mutations that these tests see: the gradient of a scale clipped elsewhere, with the other
+   sign of w/S, without its root or 1.5, or never plain; BF16 moments rounded to nearest or by one half word; given scales kept
+   by a step; arguments of the optimizer checked after the gradient of alpha was added to. Of schedules: cosine for its square, decay
+   ignored, sqrt(t) for 1 - sqrt(t), a warm-up one step longer, the floor or the check of warm-up against decay left out. Of
+   accumulation: gradients of weights and of the bias overwritten instead of added. */
 
 /* A ternary parameter and a dense one that is not decayed. */
 typedef struct pair { tern_param w, b; tern_param *items[2]; tern_model m; } pair;
@@ -568,6 +569,32 @@ static void test_step_average(void)
     test_close(&t);
 }
 
+/* Given scales stay until the first step, which takes them from its weights. */
+static void test_step_after_give(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_param p = param_of("w", 1, 4, TERN_ABSMEAN, TERN_PER_ROW), *items[1];
+    const int8_t trits[4] = {1, 0, -1, 0};
+    const float scale = 1.5f; /* so the shadow is 3, 0, -3, 0 */
+    tern_model m = TERN_ZERO;
+    tern_step s = TERN_ZERO;
+    float now;
+    items[0] = &p;
+    m.items = items;
+    m.count = 1;
+    CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_GRADIENT));
+    CHECK_OK(t.c, tern_param_give(t.c, &p, trits, &scale));
+    grad_of(&p)[0] = -1.0f;
+    s.optimizer = TERN_SGD;
+    s.rate = 2.0f;
+    s.step = 1;
+    CHECK_OK(t.c, tern_model_step(t.c, &m, &s));
+    CHECK_OK(t.c, tern_param_get(t.c, &p, 0, NULL, &now, NULL));
+    CHECK(now == 2.0f, "the mean of 5, 0, 3 and 0 is %g", now);
+    tern_param_free(t.c, &p, -1);
+    test_close(&t);
+}
+
 /* -- BF16 moments, and plain rounding -- */
 
 /* Between bf16 neighbours a moment goes up as often as it is near the upper one; its random numbers are not those of the weights. */
@@ -640,7 +667,7 @@ static void test_plain_rounding(void)
 
 /* -- learning: a ternary matrix is found again from inputs and outputs -- */
 
-static void regression(tern_context *c, record *r)
+static void learn(tern_context *c, record *r, int first_recipe, int last_recipe)
 {
     enum { TOKENS = 64, ROWS = 8, COLS = 32, STEPS = 150 };
     static const struct { tern_rule rule; int32_t grain; tern_type shadow, moments; float rho, noise; double most; } recipes[] = {
@@ -653,7 +680,7 @@ static void regression(tern_context *c, record *r)
         {TERN_SEQ, TERN_PER_ROW, TERN_F32, TERN_F32, 0.0f, 0.0f, 0.05}
     };
     int k;
-    for (k = 0; k < 7; k++) {
+    for (k = first_recipe; k <= last_recipe; k++) {
         float *x = hold_floats(TOKENS * COLS), *y = hold_output(TOKENS * ROWS), *target = hold_zeros(TOKENS * ROWS), *dy = hold_output(TOKENS * ROWS);
         int8_t truth[ROWS * COLS];
         double first = 0.0, loss = 0.0;
@@ -706,7 +733,11 @@ static void regression(tern_context *c, record *r)
         release();
     }
 }
+static void regression(tern_context *c, record *r) { learn(c, r, 0, 1); }
 static void test_regression(void) { same_for_threads(regression); }
+
+static void other_recipes(tern_context *c, record *r) { learn(c, r, 2, 6); }
+static void test_other_recipes(void) { free(record_of(other_recipes, TERN_ISA_BEST, 1).data); }
 
 /* -- schedules -- */
 
@@ -833,9 +864,11 @@ static void suite_optimizers(void)
     RUN(test_learned_step_refusals);
     RUN(test_step_noise);
     RUN(test_step_average);
+    RUN(test_step_after_give);
     RUN(test_bf16_moments);
     RUN(test_plain_rounding);
     RUN(test_regression);
+    RUN(test_other_recipes);
     RUN(test_schedules);
     RUN(test_schedule_refusals);
     RUN(test_accumulation);

@@ -506,7 +506,7 @@ static void test_cuda_scale_grad()
         for (tern_rule rule : {TERN_LSQ, TERN_SEQ})
             for (int plain : {0, 1}) {
                 const tern_type encoding = i % 2 ? TERN_BASE3 : TERN_2BIT;
-                packed p(pack_shape(s[0], s[1], rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW, encoding, TERN_F32));
+                pack_pair p(pack_shape(s[0], s[1], rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW, encoding, TERN_F32));
                 pack_weights w(types[i++ % 3], s[0], s[1]);
                 mirror<float> alpha(s[0], [] { return 0.6f + 0.2f * test_uniform(); }), dw(s[0] * s[1], test_uniform), dalpha(s[0], test_uniform);
                 test_both([&](tern_context *c, int side) {
