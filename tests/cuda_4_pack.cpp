@@ -1,29 +1,11 @@
 /* Tests of [CUDA-4] in ternary_cuda.cu. */
 
-static tern_matrix pack_shape(int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_type scale_type)
-{
-    tern_matrix m = {};
-    m.rows = rows;
-    m.cols = cols;
-    m.grain = grain;
-    m.encoding = encoding;
-    m.scale_type = scale_type;
-    return m;
-}
-
-static int64_t pack_bytes(const tern_matrix &m, bool of_scales)
-{
-    size_t trits = 0, scales = 0;
-    CHECK(tern_matrix_bytes(test_context[CPU], &m, &trits, &scales) == TERN_OK);
-    return (int64_t)(of_scales ? scales : trits);
-}
-
 /* A matrix in both memories, full of what an operation has to overwrite. */
 struct pack_pair {
     mirror<uint8_t> trits, scales;
     tern_matrix m[2];
     explicit pack_pair(const tern_matrix &shape)
-        : trits(pack_bytes(shape, false), [] { return 0xFE; }), scales(pack_bytes(shape, true), [] { return 0x3A; })
+        : trits(test_bytes(shape, false), [] { return 0xFE; }), scales(test_bytes(shape, true), [] { return 0x3A; })
     {
         for (int side = CPU; side <= GPU; side++) {
             m[side] = shape;
@@ -89,7 +71,7 @@ static void test_cuda_ternarize_every()
             for (tern_type encoding : pack_encodings)
                 for (tern_type scale_type : pack_scale_types)
                     for (int32_t grain : grains)
-                        if (i++ % TEST_SCHEDULES == 0) pack_check(pack_shape(18, 45, grain, encoding, scale_type), rule, type);
+                        if (i++ % TEST_SCHEDULES == 0) pack_check(test_shape(18, 45, grain, encoding, scale_type), rule, type);
 }
 
 /* Rows of several blocks, patches of every height, many groups to a patch, groups of several blocks, and more patches than
@@ -107,7 +89,7 @@ static void test_cuda_ternarize_shapes()
     int i = 0;
     for (const auto &s : shapes) {
         const tern_type encoding = pack_encodings[i / 2 % 2];
-        pack_check(pack_shape(s.rows, s.cols, s.grain, encoding, TERN_F32), i++ % 2 ? TERN_TWN : TERN_ABSMEAN, s.type);
+        pack_check(test_shape(s.rows, s.cols, s.grain, encoding, TERN_F32), i++ % 2 ? TERN_TWN : TERN_ABSMEAN, s.type);
     }
 }
 
@@ -115,14 +97,14 @@ static void test_cuda_ternarize_shapes()
 static void test_cuda_ternarize_longest()
 {
     static int turn;
-    if (turn++ == 0) pack_check(pack_shape(1, TERN__MAX_COLS, TERN_PER_ROW, TERN_2BIT, TERN_F32), TERN_TWN, TERN_F32);
+    if (turn++ == 0) pack_check(test_shape(1, TERN__MAX_COLS, TERN_PER_ROW, TERN_2BIT, TERN_F32), TERN_TWN, TERN_F32);
 }
 
 /* The largest weights there are, subnormal ones, scales that are too large for their type; weights that start anywhere. */
 static void test_cuda_ternarize_extremes()
 {
     const float good = tern__float(0x6F7FFFFFu);
-    pack_pair p(pack_shape(4, 40, TERN_PER_ROW, TERN_2BIT, TERN_F16));
+    pack_pair p(test_shape(4, 40, TERN_PER_ROW, TERN_2BIT, TERN_F16));
     mirror<float> w(1 + 4 * 40, test_uniform);
     for (int j = 0; j < 40; j++) {
         w[CPU][1 + j] = j % 3 ? good : -good;
@@ -169,7 +151,7 @@ static void test_cuda_ternarize_bad_weights()
 {
     for (int32_t grain : {(int32_t)TERN_PER_TENSOR, (int32_t)TERN_PER_ROW, 20})
         for (tern_rule rule : pack_rules)
-            pack_check_bad(pack_shape(19, 50, grain, TERN_BASE3, TERN_F32), rule, pack_types[(int)rule % 3]);
+            pack_check_bad(test_shape(19, 50, grain, TERN_BASE3, TERN_F32), rule, pack_types[(int)rule % 3]);
 }
 
 /* Learned scales, not yet set, set and negative; averages; noise near the threshold: several steps, each from what the last left. */
@@ -209,18 +191,18 @@ static void test_cuda_ternarize_options()
     for (const auto &s : shapes)
         for (float set : {0.0f, 0.4f, -0.1f})
             for (tern_rule rule : {TERN_LSQ, TERN_SEQ}) {
-                const tern_matrix shape = pack_shape(s[0], s[1], rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW, pack_encodings[i % 2], pack_scale_types[i % 3]);
+                const tern_matrix shape = test_shape(s[0], s[1], rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW, pack_encodings[i % 2], pack_scale_types[i % 3]);
                 pack_check_options(shape, rule, pack_types[i++ / 2 % 3], set, 0.0f, i % 3 ? 0.0f : 0.3f);
             }
     for (tern_rule rule : {TERN_ABSMEAN, TERN_ABSMEAN_SIGMA, TERN_TWN})
         for (int32_t grain : {(int32_t)TERN_PER_TENSOR, (int32_t)TERN_PER_ROW, 7, 40})
-            for (float noise : {0.0f, 0.2f}) pack_check_options(pack_shape(18, 45, grain, pack_encodings[i % 2], TERN_F32), rule, pack_types[i % 3], 1.0f, i++ % 4 ? 0.9f : 0.0f, noise);
+            for (float noise : {0.0f, 0.2f}) pack_check_options(test_shape(18, 45, grain, pack_encodings[i % 2], TERN_F32), rule, pack_types[i % 3], 1.0f, i++ % 4 ? 0.9f : 0.0f, noise);
 }
 
 /* A learned scale that is not finite: its row becomes zeros and it stays; the first one is reported. */
 static void test_cuda_ternarize_bad_alpha()
 {
-    pack_pair p(pack_shape(18, 45, TERN_PER_ROW, TERN_2BIT, TERN_F32));
+    pack_pair p(test_shape(18, 45, TERN_PER_ROW, TERN_2BIT, TERN_F32));
     pack_weights w(TERN_F32, 18, 45);
     mirror<float> alpha(18, [] { return 0.5f; });
     alpha[CPU][7] = INFINITY;
@@ -255,7 +237,7 @@ static void test_cuda_ternarize_bad_scales()
     for (int i = 0; i < 4; i++)
         for (int64_t at : {5, 19, 31}) {
             char text[128];
-            pack_pair p(pack_shape(18, 45, TERN_PER_ROW, TERN_2BIT, TERN_F32));
+            pack_pair p(test_shape(18, 45, TERN_PER_ROW, TERN_2BIT, TERN_F32));
             pack_weights w(TERN_F32, 18, 45);
             p.random_scales();
             p.set_scale(at, bad[i]);
@@ -277,7 +259,7 @@ static void test_cuda_ternarize_bad_scales()
 static void test_cuda_pack_limits()
 {
     tern_context *c = test_context[GPU];
-    pack_pair p(pack_shape(16, 32, TERN_PER_TENSOR, TERN_2BIT, TERN_F32));
+    pack_pair p(test_shape(16, 32, TERN_PER_TENSOR, TERN_2BIT, TERN_F32));
     mirror<float> w(16 * 32);
     tern_matrix m = p.m[GPU];
     m.rows = TERN__WORK + 1;
@@ -308,7 +290,7 @@ static void test_cuda_pack_trits()
 {
     for (const auto &s : pack_shapes)
         for (tern_type encoding : pack_encodings) {
-            pack_pair p(pack_shape(s.rows, s.cols, s.grain, encoding, TERN_F32));
+            pack_pair p(test_shape(s.rows, s.cols, s.grain, encoding, TERN_F32));
             mirror<int8_t> trits(s.rows * s.cols, pack_trit);
             test_both([&](tern_context *c, int side) {
                 tern_pack_args a = {};
@@ -325,7 +307,7 @@ static void test_cuda_pack_bad_trits()
 {
     for (tern_type encoding : pack_encodings)
         for (int bad : {2, -2, 127, -128}) {
-            pack_pair p(pack_shape(35, 70, 30, encoding, TERN_F32));
+            pack_pair p(test_shape(35, 70, 30, encoding, TERN_F32));
             mirror<int8_t> trits(35 * 70, pack_trit);
             const int64_t at[] = {20 * 70 + 69, 20 * 70 + 29, 34 * 70};
             for (int64_t i : at) trits[CPU][i] = (int8_t)bad;
@@ -373,7 +355,7 @@ static void test_cuda_unpack()
     for (const auto &s : pack_shapes)
         for (tern_type encoding : pack_encodings) {
             const int64_t row = s.rows / 3, count = tern__min(s.rows - row, 18);
-            pack_pair p(pack_shape(s.rows, s.cols, s.grain, encoding, pack_scale_types[i % 3]));
+            pack_pair p(test_shape(s.rows, s.cols, s.grain, encoding, pack_scale_types[i % 3]));
             mirror<int8_t> trits(count * s.cols);
             mirror<float> values(count * s.cols);
             pack_random(&p);
@@ -391,7 +373,7 @@ static void test_cuda_unpack()
 static void test_cuda_unpack_bad_codes()
 {
     for (tern_type encoding : pack_encodings) {
-        const tern_matrix shape = pack_shape(2100, 35, 30, encoding, TERN_F32);
+        const tern_matrix shape = test_shape(2100, 35, 30, encoding, TERN_F32);
         const tern__shape s = tern__shape_of(&shape);
         const int64_t bad[] = {1, 34, 21, 2069, 2099};
         pack_pair p(shape);

@@ -1,47 +1,5 @@
 /* Tests of [CUDA-5] in ternary_cuda.cu. */
 
-/* A matrix with random trits and scales, packed by the CPU. */
-struct trits_matrix {
-    mirror<uint8_t> trits, scales;
-    tern_matrix m;
-    static int64_t bytes_of(const tern_matrix &m, int which)
-    {
-        size_t bytes[2];
-        if (tern_matrix_bytes(test_context[CPU], &m, &bytes[0], &bytes[1]) != TERN_OK) abort();
-        return (int64_t)bytes[which];
-    }
-    explicit trits_matrix(const tern_matrix &shape) : trits(bytes_of(shape, 0)), scales(bytes_of(shape, 1)), m(shape)
-    {
-        const tern_pack_args a = {in(CPU), random_trits(m.rows * m.cols)};
-        const int64_t each = tern__type_bytes(m.scale_type);
-        if (tern_pack(test_context[CPU], &a) != TERN_OK) abort();
-        for (int64_t i = 0; i < (int64_t)scales.count / each; i++) tern__store_scale(m.scale_type, scales[CPU], i, 0.1f + 0.05f * test_uniform());
-        trits.send();
-        scales.send();
-    }
-    tern_matrix in(int side) const
-    {
-        tern_matrix here = m;
-        here.trits = trits[side];
-        here.scales = scales[side];
-        return here;
-    }
-    static const int8_t *random_trits(int64_t n)
-    {
-        static std::vector<int8_t> t;
-        t.resize((size_t)n);
-        for (int8_t &v : t) v = (int8_t)((int)(test_random() % 3) - 1);
-        return t.data();
-    }
-};
-
-static tern_matrix shape_of(int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_type scales)
-{
-    tern_matrix m = {};
-    m.rows = rows; m.cols = cols; m.grain = grain; m.encoding = encoding; m.scale_type = scales;
-    return m;
-}
-
 /* Activations of both sides. Memory behind the padding is what it was. */
 struct quantized {
     tern__shape s;
@@ -55,7 +13,7 @@ struct quantized {
 
 static void check_quantize(int64_t n, int64_t cols, int32_t grain, tern_type encoding, bool norm, bool gain, bool poison, tern_act act = TERN_ACT_INT8)
 {
-    const tern_matrix m = shape_of(1, cols, grain, encoding, TERN_F32);
+    const tern_matrix m = test_shape(1, cols, grain, encoding, TERN_F32);
     mirror<float> x(n * cols, test_uniform), g(cols, test_uniform);
     quantized out(m, n);
     if (poison) {
@@ -109,15 +67,15 @@ static void test_cuda_quantize_int4()
 /* Every operation that meets bits says so. */
 static void test_cuda_no_bits()
 {
-    const tern_matrix shape = shape_of(16, 64, TERN_PER_ROW, TERN_2BIT, TERN_F32);
-    trits_matrix w(shape);
+    const tern_matrix shape = test_shape(16, 64, TERN_PER_ROW, TERN_2BIT, TERN_F32);
+    test_matrix w(shape);
     mirror<float> x(64, test_uniform), y(16), dw(16 * 64);
     quantized act(shape, 1);
     tern_context *c = test_context[GPU];
     tern_linear_args linear = {};
     tern_matmul_args product = {};
     tern_matmul_dw_args gradient = {};
-    linear.quantize.m = product.m = gradient.m = w.in(GPU);
+    linear.quantize.m = product.m = gradient.m = w.on(GPU);
     linear.quantize.act = product.act = gradient.act = TERN_ACT_BIT;
     linear.quantize.n = product.n = gradient.n = 1;
     linear.quantize.x = x[GPU];
@@ -144,7 +102,7 @@ static void test_cuda_quantize_bad_rows()
 /* Activations quantized by the CPU; products by both. Outputs lie between what must stay as it is. */
 static void check_product(const tern_matrix &shape, int64_t n, bool with_bias)
 {
-    trits_matrix w(shape);
+    test_matrix w(shape);
     mirror<float> x(n * shape.cols, test_uniform), bias(shape.rows, test_uniform), y(n * shape.rows);
     quantized act(shape, n);
     tern_quantize_args quantize = {};
@@ -158,7 +116,7 @@ static void check_product(const tern_matrix &shape, int64_t n, bool with_bias)
     act.sum.send();
     test_both([&](tern_context *c, int side) {
         tern_matmul_args a = {};
-        a.m = w.in(side);
+        a.m = w.on(side);
         a.n = n;
         act.into(&a, side);
         a.bias = with_bias ? bias[side] : NULL;
@@ -176,10 +134,10 @@ static void check_products(int64_t rows, int64_t cols, int64_t n)
 {
     const tern_type encodings[] = {TERN_2BIT, TERN_BASE3};
     for (tern_type encoding : encodings) {
-        check_product(shape_of(rows, cols, TERN_PER_ROW, encoding, TERN_F32), n, true);
-        check_product(shape_of(rows, cols, TERN_PER_TENSOR, encoding, TERN_POW2), n, false);
-        check_product(shape_of(rows, cols, 64, encoding, TERN_F16), n, true);
-        check_product(shape_of(rows, cols, 50, encoding, TERN_POW2), n, false);
+        check_product(test_shape(rows, cols, TERN_PER_ROW, encoding, TERN_F32), n, true);
+        check_product(test_shape(rows, cols, TERN_PER_TENSOR, encoding, TERN_POW2), n, false);
+        check_product(test_shape(rows, cols, 64, encoding, TERN_F16), n, true);
+        check_product(test_shape(rows, cols, 50, encoding, TERN_POW2), n, false);
     }
 }
 
@@ -188,9 +146,9 @@ static void test_cuda_product_few_tokens()
     const int64_t rows[] = {1, 15, 17, 32, 33, 100}, cols[] = {1, 15, 16, 17, 127, 1030}, tokens[] = {1, 2, 7, 8, 9, 16};
     for (int i = 0; i < 6; i++) check_products(rows[i], cols[(i + 2) % 6], tokens[i]);
     check_products(130, 70, 3);
-    check_product(shape_of(33, 4097, TERN_PER_ROW, TERN_2BIT, TERN_F32), 1, true);
-    check_product(shape_of(33, 4097, 128, TERN_BASE3, TERN_F32), 2, true);
-    check_product(shape_of(17, 40, 1, TERN_2BIT, TERN_F32), 5, false);
+    check_product(test_shape(33, 4097, TERN_PER_ROW, TERN_2BIT, TERN_F32), 1, true);
+    check_product(test_shape(33, 4097, 128, TERN_BASE3, TERN_F32), 2, true);
+    check_product(test_shape(17, 40, 1, TERN_2BIT, TERN_F32), 5, false);
 }
 
 static void test_cuda_product_many_tokens()
@@ -198,9 +156,9 @@ static void test_cuda_product_many_tokens()
     check_products(33, 127, 17);
     check_products(130, 300, 40);
     check_products(36, 200, 70);
-    check_product(shape_of(129, 500, TERN_PER_ROW, TERN_2BIT, TERN_F32), 131, true);
-    check_product(shape_of(20, 500, TERN_PER_ROW, TERN_BASE3, TERN_F32), 129, false);
-    check_product(shape_of(20, 17, 1, TERN_BASE3, TERN_F16), 33, false);
+    check_product(test_shape(129, 500, TERN_PER_ROW, TERN_2BIT, TERN_F32), 131, true);
+    check_product(test_shape(20, 500, TERN_PER_ROW, TERN_BASE3, TERN_F32), 129, false);
+    check_product(test_shape(20, 17, 1, TERN_BASE3, TERN_F16), 33, false);
 }
 
 /* The largest dots: all trits and all activations the same. */
@@ -210,8 +168,8 @@ static void test_cuda_product_extremes()
     for (tern_type encoding : encodings)
         for (int64_t n : {1, 17}) {
             const int64_t cols = n == 1 ? 1 << 18 : 1 << 14;
-            tern_matrix m = shape_of(1, cols, TERN_PER_ROW, encoding, TERN_F32);
-            trits_matrix w(m);
+            tern_matrix m = test_shape(1, cols, TERN_PER_ROW, encoding, TERN_F32);
+            test_matrix w(m);
             mirror<float> x(n * cols), y(n);
             quantized act(m, n);
             for (size_t i = 0; i < w.trits.count; i++) w.trits[CPU][i] = encoding == TERN_BASE3 ? 242 : 0xAA;
@@ -221,7 +179,7 @@ static void test_cuda_product_extremes()
             test_both([&](tern_context *c, int side) {
                 tern_linear_args a = {};
                 tern_matmul_args product = {};
-                a.quantize.m = product.m = w.in(side);
+                a.quantize.m = product.m = w.on(side);
                 a.quantize.n = product.n = n;
                 a.quantize.x = x[side];
                 act.into(&a.quantize, side);
@@ -236,14 +194,14 @@ static void test_cuda_product_extremes()
 
 static void check_layer(int64_t rows, int64_t cols, int32_t grain, tern_type encoding, int64_t n, bool poison, tern_act kind = TERN_ACT_INT8)
 {
-    const tern_matrix shape = shape_of(rows, cols, grain, encoding, TERN_F32);
-    trits_matrix w(shape);
+    const tern_matrix shape = test_shape(rows, cols, grain, encoding, TERN_F32);
+    test_matrix w(shape);
     mirror<float> x(n * cols, test_uniform), gain(cols, test_uniform), bias(rows, test_uniform), y(n * rows);
     quantized act(shape, n);
     if (poison) x[CPU][(n - 1) * cols] = tern__float(0x7FC00000u), x.send();
     test_both([&](tern_context *c, int side) {
         tern_linear_args a = {};
-        a.quantize.m = w.in(side);
+        a.quantize.m = w.on(side);
         a.quantize.act = kind;
         a.quantize.n = n;
         a.quantize.x = x[side];

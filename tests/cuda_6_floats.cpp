@@ -1,50 +1,6 @@
 /* Tests of [CUDA-6] in ternary_cuda.cu. Gradients are compared byte by byte where the emulator does not fuse, as the scalar
    tier does not, and with float64 where it does. */
 
-/* A packed matrix in both memories. */
-struct floats_matrix {
-    tern_matrix m;
-    mirror<uint8_t> trits, scales;
-    static size_t bytes(const tern_matrix &m, bool of_scales)
-    {
-        size_t b[2] = {};
-        CHECK(tern_matrix_bytes(test_context[CPU], &m, &b[0], &b[1]) == TERN_OK);
-        return b[of_scales];
-    }
-    /* Packed on the CPU, whichever operations the device has. */
-    explicit floats_matrix(const tern_matrix &shape) : m(shape), trits((int64_t)bytes(shape, false)), scales((int64_t)bytes(shape, true))
-    {
-        std::vector<int8_t> t((size_t)(m.rows * m.cols));
-        tern_pack_args a = {};
-        for (int8_t &x : t) x = (int8_t)((int)(test_random() % 3) - 1);
-        a.m = on(CPU);
-        a.trits = t.data();
-        CHECK(tern_pack(test_context[CPU], &a) == TERN_OK);
-        for (int64_t i = 0; i < (int64_t)scales.count / tern__type_bytes(m.scale_type); i++)
-            tern__store_scale(m.scale_type, scales[CPU], i, 0.01f + (float)(test_random() % 1000) / 1000.0f);
-        trits.send();
-        scales.send();
-    }
-    tern_matrix on(int side) const
-    {
-        tern_matrix w = m;
-        w.trits = trits[side];
-        w.scales = scales[side];
-        return w;
-    }
-};
-
-static tern_matrix floats_shape(int64_t rows, int64_t cols, int grain, tern_type encoding, tern_type scale_type)
-{
-    tern_matrix m = {};
-    m.rows = rows;
-    m.cols = cols;
-    m.grain = grain;
-    m.encoding = encoding;
-    m.scale_type = scale_type;
-    return m;
-}
-
 /* Products in float64, each with the sum of its terms' sizes: what float sums may miss is a part of that. */
 struct floats_exact {
     int64_t m, n;
@@ -180,7 +136,7 @@ static const matmul_case matmul_cases[] = {
 
 static void matmul_both(const matmul_case &t, const char *fault_rows)
 {
-    const floats_matrix w(floats_shape(t.rows, t.cols, t.grain, t.encoding, t.scales));
+    const test_matrix w(test_shape(t.rows, t.cols, t.grain, t.encoding, t.scales));
     mirror<float> x(t.n * t.cols, test_uniform), bias(t.rows, test_uniform), y(t.n * t.rows, test_uniform);
     for (const char *row = fault_rows; *row; row++)
         x[CPU][(*row - '0') * t.cols + (int64_t)test_random() % t.cols] = tern__float(*row % 2 ? 0x7FC00000u : 0xFF800000u);
@@ -214,7 +170,7 @@ static void test_cuda_matmul_dx()
 {
     test_fuse(false);
     for (const matmul_case &t : matmul_cases) {
-        const floats_matrix w(floats_shape(t.cols, t.rows, t.grain, t.encoding, t.scales)); /* the long side is the sum */
+        const test_matrix w(test_shape(t.cols, t.rows, t.grain, t.encoding, t.scales)); /* the long side is the sum */
         mirror<float> dy(t.n * t.cols, test_uniform), dx(t.n * t.rows, test_uniform);
         test_both([&](tern_context *context, int side) {
             tern_matmul_dx_args a = {};
@@ -231,7 +187,7 @@ static void test_cuda_matmul_dx()
 /* Tokens are the terms, so n and cols change places. */
 static void matmul_dw_both(const matmul_case &t, bool quantized, bool dw, bool dbias)
 {
-    tern_matrix m = floats_shape(t.rows, t.n, t.grain, t.encoding, t.scales);
+    tern_matrix m = test_shape(t.rows, t.n, t.grain, t.encoding, t.scales);
     const tern__shape s = tern__shape_of(&m);
     mirror<float> dy(t.cols * t.rows, test_uniform), x(t.cols * t.n, test_uniform), scale(t.cols, test_uniform);
     mirror<int8_t> q(t.cols * s.stride, [] { return (int)(test_random() % 255) - 127; });
@@ -267,7 +223,7 @@ static void test_cuda_matmul_gradients_fused()
 {
     test_fuse(true);
     const int64_t n = 21, rows = 67, cols = 75;
-    const floats_matrix w(floats_shape(rows, cols, 20, TERN_BASE3, TERN_F16));
+    const test_matrix w(test_shape(rows, cols, 20, TERN_BASE3, TERN_F16));
     const tern__shape s = tern__shape_of(&w.m);
     mirror<float> dy(n * rows, test_uniform), scale(n, test_uniform), dx(n * cols), dw(rows * cols);
     mirror<int8_t> q(n * s.stride, [] { return (int)(test_random() % 255) - 127; });

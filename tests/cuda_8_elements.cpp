@@ -19,40 +19,10 @@ static const float test_nan = tern__float(0x7FC00000u), test_infinity = tern__fl
 
 /* -- rows by id -- */
 
-/* A matrix in both memories, its trits and scales from random weights. */
-struct test_packed {
-    tern_matrix m = {};
-    mirror<uint8_t> trits, scales;
-    static size_t bytes_of(const tern_matrix &m, int which)
-    {
-        size_t bytes[2];
-        CHECK(tern_matrix_bytes(test_context[CPU], &m, &bytes[0], &bytes[1]) == TERN_OK);
-        return bytes[which];
-    }
-    explicit test_packed(const tern_matrix &shape) : m(shape), trits((int64_t)bytes_of(m, 0)), scales((int64_t)bytes_of(m, 1))
-    {
-        std::vector<float> w((size_t)(m.rows * m.cols));
-        tern_ternarize_args a = {};
-        for (float &x : w) x = test_uniform();
-        a.m = on(CPU);
-        a.w = w.data();
-        CHECK(tern_ternarize(test_context[CPU], &a) == TERN_OK);
-        trits.send();
-        scales.send();
-    }
-    tern_matrix on(int side) const
-    {
-        tern_matrix here = m;
-        here.trits = trits[side];
-        here.scales = scales[side];
-        return here;
-    }
-};
-
 static void test_gathered(const tern_matrix &shape, int64_t shift)
 {
     const int64_t n = 11;
-    const test_packed packed(shape);
+    const test_matrix packed(shape);
     mirror<int32_t> ids(n, [&] { return (int32_t)(test_random() % (uint32_t)shape.rows); });
     mirror<float> y(n * shape.cols + shift, test_uniform);
     test_both([&](tern_context *c, int side) {
@@ -506,7 +476,7 @@ static void test_cuda_scale_grad()
         for (tern_rule rule : {TERN_LSQ, TERN_SEQ})
             for (int plain : {0, 1}) {
                 const tern_type encoding = i % 2 ? TERN_BASE3 : TERN_2BIT;
-                pack_pair p(pack_shape(s[0], s[1], rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW, encoding, TERN_F32));
+                pack_pair p(test_shape(s[0], s[1], rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW, encoding, TERN_F32));
                 pack_weights w(types[i++ % 3], s[0], s[1]);
                 mirror<float> alpha(s[0], [] { return 0.6f + 0.2f * test_uniform(); }), dw(s[0] * s[1], test_uniform), dalpha(s[0], test_uniform);
                 test_both([&](tern_context *c, int side) {

@@ -41,10 +41,10 @@ static void check_fault(const scenario &s, cuda_sabotage_kind kind)
 static const scenario products[] = {
     /* of sums, before the next; of rows, the same */
     {"quantize", [] { check_quantize(40, 1100, TERN_PER_ROW, TERN_2BIT, true, true, false); }, {4, 6}},
-    {"few tokens", [] { check_product(shape_of(33, 300, TERN_PER_ROW, TERN_2BIT, TERN_F32), 3, true); }, {2}}, /* before the next group */
-    {"few tokens, groups", [] { check_product(shape_of(33, 300, 20, TERN_BASE3, TERN_F32), 12, true); }, {}},
-    {"many tokens", [] { check_product(shape_of(33, 500, TERN_PER_ROW, TERN_2BIT, TERN_F32), 40, true); }, {}},
-    {"many tokens, groups", [] { check_product(shape_of(33, 500, 250, TERN_BASE3, TERN_F32), 20, true); }, {}},
+    {"few tokens", [] { check_product(test_shape(33, 300, TERN_PER_ROW, TERN_2BIT, TERN_F32), 3, true); }, {2}}, /* before the next group */
+    {"few tokens, groups", [] { check_product(test_shape(33, 300, 20, TERN_BASE3, TERN_F32), 12, true); }, {}},
+    {"many tokens", [] { check_product(test_shape(33, 500, TERN_PER_ROW, TERN_2BIT, TERN_F32), 40, true); }, {}},
+    {"many tokens, groups", [] { check_product(test_shape(33, 500, 250, TERN_BASE3, TERN_F32), 20, true); }, {}},
     {"layer", [] { check_layer(40, 1300, 100, TERN_BASE3, 3, false); }, {4}}, /* of sums, before the next */
     {"int8", [] { int8_check(70, 65, 300, INT8_PLAIN, INT8_TRANSPOSED, 0); }, {}},
 };
@@ -61,9 +61,9 @@ static void check_attention()
 /* What makes a barrier spare: one block of 1024 or one warp to a sum, one patch, panel or tile to a block, another barrier
    right behind. */
 static const scenario others[] = {
-    {"ternarize rows", [] { pack_check(pack_shape(40, 1030, TERN_PER_ROW, TERN_2BIT, TERN_F32), TERN_TWN, TERN_F32); }, {4, 5, 6}},
-    {"ternarize groups", [] { pack_check(pack_shape(560, 70, 35, TERN_BASE3, TERN_F16), TERN_ABSMEAN, TERN_BF16); }, {2, 4, 5}},
-    {"ternarize a tensor", [] { pack_check(pack_shape(40, 70, TERN_PER_TENSOR, TERN_2BIT, TERN_F32), TERN_TWN, TERN_F32); }, {2, 4, 6}},
+    {"ternarize rows", [] { pack_check(test_shape(40, 1030, TERN_PER_ROW, TERN_2BIT, TERN_F32), TERN_TWN, TERN_F32); }, {4, 5, 6}},
+    {"ternarize groups", [] { pack_check(test_shape(560, 70, 35, TERN_BASE3, TERN_F16), TERN_ABSMEAN, TERN_BF16); }, {2, 4, 5}},
+    {"ternarize a tensor", [] { pack_check(test_shape(40, 70, TERN_PER_TENSOR, TERN_2BIT, TERN_F32), TERN_TWN, TERN_F32); }, {2, 4, 6}},
     {"unpack", [] { test_cuda_unpack_bad_codes(); }, {}},
     {"dense", [] { dense_both({20, 65, 70, false, true, 1, true, true, false}); }, {2}},
     {"matmul", [] { matmul_both({40, 70, 20, 20, TERN_BASE3, TERN_F32, true}, "3"); }, {2}},

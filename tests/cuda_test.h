@@ -88,6 +88,50 @@ template <typename T> struct mirror {
 };
 #define CHECK_SAME(array) CHECK((array).same(#array))
 
+/* A matrix as a shape: without data. */
+static tern_matrix test_shape(int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_type scale_type)
+{
+    tern_matrix m = {};
+    m.rows = rows;
+    m.cols = cols;
+    m.grain = grain;
+    m.encoding = encoding;
+    m.scale_type = scale_type;
+    return m;
+}
+static int64_t test_bytes(const tern_matrix &m, bool of_scales)
+{
+    size_t trits = 0, scales = 0;
+    CHECK(tern_matrix_bytes(test_context[CPU], &m, &trits, &scales) == TERN_OK);
+    return (int64_t)(of_scales ? scales : trits);
+}
+
+/* A matrix in both memories with random trits, packed by the CPU whichever operations the device has, and random scales. */
+struct test_matrix {
+    tern_matrix m;
+    mirror<uint8_t> trits, scales;
+    explicit test_matrix(const tern_matrix &shape) : m(shape), trits(test_bytes(shape, false)), scales(test_bytes(shape, true))
+    {
+        std::vector<int8_t> t((size_t)(m.rows * m.cols));
+        tern_pack_args a = {};
+        for (int8_t &x : t) x = (int8_t)((int)(test_random() % 3) - 1);
+        a.m = on(CPU);
+        a.trits = t.data();
+        CHECK(tern_pack(test_context[CPU], &a) == TERN_OK);
+        for (int64_t i = 0; i < (int64_t)scales.count / tern__type_bytes(m.scale_type); i++)
+            tern__store_scale(m.scale_type, scales[CPU], i, 0.01f + (float)(test_random() % 1000) / 1000.0f);
+        trits.send();
+        scales.send();
+    }
+    tern_matrix on(int side) const
+    {
+        tern_matrix here = m;
+        here.trits = trits[side];
+        here.scales = scales[side];
+        return here;
+    }
+};
+
 /* Runs body(context, side) on both sides; both must succeed, with the same faults of data. */
 template <typename Body> static void test_both(Body body)
 {
