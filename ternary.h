@@ -490,6 +490,20 @@ typedef struct tern_norm_args {
     int32_t add;     /* backward: dx is added to */
 } tern_norm_args;
 
+/* y = x H, n rows (inverse: y = x H^T), H orthogonal at any size: columns change sign by a diagonal drawn from
+   (seed, column), then a normalised Sylvester transform takes the first p columns and, where p < cols, another the
+   last p; p is the largest power of two <= cols. In O(cols log cols), additions in a fixed order. y may be x. */
+typedef struct tern_hadamard_args { int64_t n, cols; const float *x; float *y; uint32_t seed; int32_t inverse; } tern_hadamard_args;
+
+/* The dead zone of a matrix: its weights whose trit is 0 (Tequila, Huang et al. 2025). bias [rows] = lambda * the sums
+   of w [rows, cols] in it; lambda * dbias [rows] is added to dw [rows, cols] in it. bias or dw may be NULL. */
+typedef struct tern_dead_zone_args {
+    tern_matrix m; /* scales are not read */
+    float lambda;
+    tern_type type; const void *w; float *bias; /* w: F32 (default), F16 or BF16 */
+    const float *dbias; float *dw;
+} tern_dead_zone_args;
+
 /* Rotary positions in place on heads of dim (even) numbers: pairs (i, i + dim/2) turn by
    position * base^(-2i/dim), where token t has position start + t % period, below 2^24; angles beyond 8192
    lose accuracy (the same on every machine). inverse: the backward. */
@@ -554,7 +568,7 @@ typedef struct tern_linear_args { tern_quantize_args quantize; const float *bias
 #define TERN_OPS(X)                                                                    \
     X(ternarize) X(pack) X(unpack) X(quantize) X(matmul) X(matmul_dx) X(matmul_dw)     \
     X(dense) X(dense_i8) X(gather) X(scatter) X(fill) X(cast) X(map) X(norm) X(rope)   \
-    X(attention) X(loss) X(sum) X(optimize) X(scale_grad)
+    X(attention) X(loss) X(sum) X(optimize) X(scale_grad) X(hadamard) X(dead_zone)
 
 /* Operations that a backend may leave out: layers then compose others, with the same bits. */
 #define TERN_FUSED(X) X(linear)
@@ -643,8 +657,18 @@ typedef struct tern_param {
                                  model with buffers of its own, best TERN_NO_DECAY; zeros in it are set by tern_param_set. Frozen: NULL */
     float rho;                /* running average of the scales, and ... */
     float noise, zone;        /* ... noise near the threshold: see tern_ternarize_args */
+    uint32_t rotate;         /* 0, or the seed of a tern_hadamard rotation H: the matrix is W H, below */
+    struct tern_param *dead; /* NULL, or the bias of the dead zone (Tequila): dense [1, rows], below, with */
+    float lambda;            /* its factor, above 0 (1e-3 is usual) */
     tern_buffer buffer[TERN_BUFFERS];
 } tern_param;
+
+/* A rotated parameter lives in the rotated basis: tern_param_set rotates the rows it is given (with memory for a float
+   matrix meanwhile), layers their activations, so that x W^T = (x H)(W H)^T. Trits, scales, shadow, gradient and what
+   give, get, verify and stats see are those of W H; tern_linear_rebuild gives W. ggml's forms and embeddings refuse it.
+   dead is computed again with every ternarize; layers add it to their bias and its column sums of dy to its TERN_GRAD,
+   which tern_model_step spreads over the dead zone before it clips. It may be in the model's list, for files and
+   reports: the optimizer leaves it alone. tern_linear_fold puts it into a bias for good. */
 
 /* Allocates the buffers in the mask that are absent (of a dense parameter, TERN_TRITS in the mask asks for
    its values, which lie in TERN_SHADOW). All or nothing. tern_param_free frees or detaches those in the mask:
@@ -698,15 +722,31 @@ typedef struct tern_linear {
     tern_norm_kind norm;
     float eps;                   /* 0: 1e-6 */
     tern_act act;
+    tern_param *lora_a, *lora_b; /* low-rank update: dense [r, cols] and [rows, r], or both NULL ... */
+    float lora_scale;            /* ... y += (x~ A^T) B^T * lora_scale (Hu et al. 2021) */
+    float arenas;                /* eps of y += eps x~ shadow^T, from 0; ramp it to exactly 0 before w is frozen */
 } tern_linear;
+/* x~: the normalised (and rotated) activations in float. With LoRA or arenas and without a norm, a row with NaN gives
+   a row with NaN besides the fault that is reported. */
 TERN_API tern_result tern_linear_need(tern_context *c, const tern_linear *l, int64_t n, tern_need *out);
 /* x [n, cols] -> y [n, rows], apart. saved: need.saved bytes, aligned to 4 (on a GPU: 16), for the backward, or NULL for inference. */
 TERN_API tern_result tern_linear_forward(tern_context *c, const tern_linear *l, int64_t n, const float *x, float *y, void *saved);
-/* Straight-through: adds into the TERN_GRAD of w, bias and gain where present; dx [n, cols] (or NULL) is
-   overwritten. x and saved as in the forward. No two of the pointers may overlap. */
+/* Straight-through: adds into the TERN_GRAD of w (with arenas: times 1 + eps), bias, gain, lora_a, lora_b and w->dead
+   where present; dx [n, cols] (or NULL) is overwritten. x and saved as in the forward. No two of the pointers may overlap. */
 #ifndef TERNARY_NO_TRAINING
 TERN_API tern_result tern_linear_backward(tern_context *c, const tern_linear *l, int64_t n, const float *x, const void *saved, const float *dy, float *dx);
 #endif
+/* Adds lora_scale * B A to w and makes B zero, so that the layer goes on with a fresh update: to its shadow where there
+   is one, else to trit times scale, and ternarizes again. It allocates; rows are taken in chunks (of a frozen matrix
+   with one scale per tensor: all at once). Nothing changes where the sum is not finite. */
+TERN_API tern_result tern_linear_merge(tern_context *c, const tern_linear *l);
+/* Adds w->dead to the bias and makes it zero until w is ternarized again: the last step before a model without it,
+   whose outputs have the same bits. */
+TERN_API tern_result tern_linear_fold(tern_context *c, const tern_linear *l);
+/* The matrix that the layer stands for, as floats [rows, cols] in backend memory, for checking: trit times scale (or
+   dense values), plus arenas * shadow, plus lora_scale * B A, rotated back: y = norm(x) W^T + bias + w->dead but for
+   the rounding of activations. It allocates. */
+TERN_API tern_result tern_linear_rebuild(tern_context *c, const tern_linear *l, float *w);
 
 /* Embedding: y[i] = row ids[i] of w. Tied output: tern_embedding_as_linear. */
 typedef struct tern_embedding { tern_param *w; } tern_embedding;
@@ -759,7 +799,7 @@ typedef struct tern_sink { int (*write)(void *user, const void *data, size_t byt
    1 to 55 bytes and differ. Nothing is written before the whole model is known to be fit to be saved. */
 TERN_API tern_result tern_model_save(tern_context *c, const tern_model *m, int32_t mask, const tern_sink *sink);
 /* Loads from memory (any alignment) into allocated parameters, by name: rule (TERN_GIVEN takes any that
-   is not dense), rows, cols, grain, type of scales and of shadow must be those of the file, the encoding of
+   is not dense), rows, cols, grain, rotate, type of scales and of shadow must be those of the file, the encoding of
    trits need not. A ternary parameter with
    a shadow needs the shadow in the file; moments that the file lacks stay as they are; tensors of other
    names are ignored. Every byte is checked before anything is written: TERN_E_FORMAT, TERN_E_MISSING or
@@ -1630,6 +1670,8 @@ typedef struct tern__optimize_work { const tern_optimize_args *a; float factor, 
 typedef void tern__tile(int64_t m, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b, float *p, int32_t first);
 
 typedef struct tern__kernels {
+    void (*flip)(int64_t n, const uint32_t *signs, const float *x, float *y); /* y = x, but -x where bit i % 32 of word i / 32 is set */
+    void (*hadamard)(int64_t p, float factor, float *x); /* x * factor, then a + b and a - b at distances 1, 2, .. p/2 */
     void (*dot_2bit)(const tern__dot *d);
     void (*dot_base3)(const tern__dot *d);
     void (*emit)(const tern__emit *e);
@@ -2626,7 +2668,27 @@ static void tern__optimize_scalar(const tern__optimize_work *work, int64_t begin
 #define tern__optimize_avx512 NULL
 #endif
 
+static void tern__flip_scalar(int64_t n, const uint32_t *signs, const float *x, float *y)
+{
+    int64_t i;
+    for (i = 0; i < n; i++) y[i] = signs[i / 32] >> i % 32 & 1 ? -x[i] : x[i];
+}
+
+static void tern__hadamard_scalar(int64_t p, float factor, float *x)
+{
+    int64_t distance, block, i;
+    for (i = 0; i < p; i++) x[i] = x[i] * factor;
+    for (distance = 1; distance < p; distance *= 2)
+        for (block = 0; block < p; block += 2 * distance)
+            for (i = block; i < block + distance; i++) {
+                const float a = x[i], b = x[i + distance];
+                x[i] = a + b;
+                x[i + distance] = a - b;
+            }
+}
+
 static const tern__kernels tern__kernels_scalar = {
+    tern__flip_scalar, tern__hadamard_scalar,
     tern__dot_2bit_scalar, tern__dot_base3_scalar, tern__emit_scalar,
     tern__tile_scalar, tern__tile_scalar, tern__sum_scalar, tern__absmax_scalar, tern__round_scalar,
     tern__dot_i8_scalar, tern__floats_scalar, tern__dot_bits_scalar,
@@ -3003,6 +3065,59 @@ static TARGET int64_t tern__optimize_most_##X(const tern__optimize_work *work, i
 static void tern__optimize_##X(const tern__optimize_work *work, int64_t begin, int64_t end)              \
 { /* not the TARGET's: gcc 12 leaves the vectors dirty where a function ends in another's call */        \
     tern__optimize_scalar(work, tern__optimize_most_##X(work, begin, end), end);                         \
+}
+
+/* Tier X brings tern__swap_X, whose lane i is lane i ^ h, h a power of two below W. Within a vector a + b and a - b are one
+   addition: to the lanes at distance h those with a sign. Beyond it vectors meet, two distances in one pass over x. */
+#define TERN__X86_HADAMARD(X, TARGET, W, V, I, MM)                                                       \
+static TARGET void tern__flip_##X(int64_t n, const uint32_t *signs, const float *x, float *y)             \
+{                                                                                                        \
+    uint32_t to_top[W]; /* factors that bring bit i to the top */                                        \
+    for (int i = 0; i < W; i++) to_top[i] = 0x80000000u >> i;                                            \
+    const I shift = tern__load_int_##X(to_top), top = MM##set1_epi32(INT32_MIN);                         \
+    for (int64_t i = 0; i < n; i += W) {                                                                 \
+        const I word = MM##set1_epi32((int32_t)(signs[i / 32] >> i % 32));                               \
+        const V v = tern__load_##X(x + i, n - i);                                                        \
+        tern__store_##X(y + i, (V)((I)v ^ (MM##mullo_epi32(word, shift) & top)), n - i);                 \
+    }                                                                                                    \
+}                                                                                                        \
+static TARGET void tern__hadamard_##X(int64_t p, float factor, float *x)                                 \
+{                                                                                                        \
+    float lane[W];                                                                                       \
+    V sign[4];                                                                                           \
+    int64_t distance = W;                                                                                \
+    if (p < W) { tern__hadamard_scalar(p, factor, x); return; }                                          \
+    for (int h = 1, j = 0; h < W; h *= 2, j++) {                                                         \
+        for (int i = 0; i < W; i++) lane[i] = i & h ? -1.0f : 1.0f;                                      \
+        sign[j] = MM##loadu_ps(lane);                                                                    \
+    }                                                                                                    \
+    for (int64_t i = 0; i < p; i += W) {                                                                 \
+        V v = MM##loadu_ps(x + i) * MM##set1_ps(factor);                                                 \
+        v = tern__swap_##X(v, 1) + v * sign[0];                                                          \
+        v = tern__swap_##X(v, 2) + v * sign[1];                                                          \
+        if (W > 4) v = tern__swap_##X(v, 4) + v * sign[2];                                               \
+        if (W > 8) v = tern__swap_##X(v, 8) + v * sign[3];                                               \
+        MM##storeu_ps(x + i, v);                                                                         \
+    }                                                                                                    \
+    if (p / W & 0x2AAAAAAA) { /* an odd number of distances */                                           \
+        for (int64_t i = 0; i < p; i += 2 * W) {                                                         \
+            const V a = MM##loadu_ps(x + i), b = MM##loadu_ps(x + i + W);                                \
+            MM##storeu_ps(x + i, a + b);                                                                 \
+            MM##storeu_ps(x + i + W, a - b);                                                             \
+        }                                                                                                \
+        distance = 2 * W;                                                                                \
+    }                                                                                                    \
+    for (; distance < p; distance *= 4)                                                                  \
+        for (int64_t block = 0; block < p; block += 4 * distance)                                        \
+            for (float *at = x + block; at < x + block + distance; at += W) {                            \
+                const V a = MM##loadu_ps(at), b = MM##loadu_ps(at + distance);                           \
+                const V c = MM##loadu_ps(at + 2 * distance), d = MM##loadu_ps(at + 3 * distance);        \
+                const V ab = a + b, cd = c + d, minus_ab = a - b, minus_cd = c - d;                      \
+                MM##storeu_ps(at, ab + cd);                                                              \
+                MM##storeu_ps(at + distance, minus_ab + minus_cd);                                       \
+                MM##storeu_ps(at + 2 * distance, ab - cd);                                               \
+                MM##storeu_ps(at + 3 * distance, minus_ab - minus_cd);                                   \
+            }                                                                                            \
 }
 
 /* The float tile: R rows of p by 2 W lanes stay in registers for all of k; the 32 lanes take 16/W passes.
@@ -3604,6 +3719,8 @@ TERN__X86_WEIGHTS(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 #ifndef TERNARY_NO_TRAINING
 TERN__X86_OPTIMIZE(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 #endif
+TERN__SSE41_INLINE __m128 tern__swap_sse41(__m128 v, int h) { return h == 1 ? _mm_shuffle_ps(v, v, 0xB1) : _mm_shuffle_ps(v, v, 0x4E); }
+TERN__X86_HADAMARD(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 TERN__X86_TILE(tern__tile_sse41, TERN__SSE41, 4, __m128, _mm_, 6, 2, TERN__PLAIN_MADD)
 TERN__X86_CODES(sse41, TERN__SSE41, 4, __m128i, _mm_)
 TERN__X86_BITS(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
@@ -3619,6 +3736,7 @@ TERN__X86_WORDS(sse41, TERN__SSE41, 4, __m128i, _mm_)
 TERN__X86_DOT(sse41, sse41, TERN__SSE41, 4, __m128, __m128i, _mm_, 2, 4, TERN__QUADS)
 
 static const tern__kernels tern__kernels_sse41 = {
+    tern__flip_sse41, tern__hadamard_sse41,
     tern__dot_2bit_sse41, tern__dot_base3_sse41, tern__emit_sse41, tern__tile_sse41, tern__tile_sse41,
     tern__sum_sse41, tern__absmax_sse41, tern__round_sse41, tern__dot_i8_sse41, tern__floats_sse41, tern__dot_bits_sse41,
     tern__widen_sse41, tern__ternarize_sse41, tern__optimize_sse41, 64
@@ -3672,6 +3790,11 @@ TERN__X86_WEIGHTS(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
 #ifndef TERNARY_NO_TRAINING
 TERN__X86_OPTIMIZE(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
 #endif
+TERN__AVX2_INLINE __m256 tern__swap_avx2(__m256 v, int h)
+{
+    return h == 1 ? _mm256_permute_ps(v, 0xB1) : h == 2 ? _mm256_permute_ps(v, 0x4E) : _mm256_permute2f128_ps(v, v, 1);
+}
+TERN__X86_HADAMARD(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
 TERN__X86_TILE(tern__tile_avx2, TERN__AVX2, 8, __m256, _mm256_, 6, 2, TERN__PLAIN_MADD)
 TERN__X86_TILE(tern__tile_fused_avx2, __attribute__((target("avx2,fma"))), 8, __m256, _mm256_, 6, 2, _mm256_fmadd_ps)
 
@@ -3692,6 +3815,7 @@ TERN__X86_WORDS(avx2, TERN__AVX2, 8, __m256i, _mm256_)
 TERN__X86_DOT(avx2, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 2, 4, TERN__QUADS)
 
 static const tern__kernels tern__kernels_avx2 = {
+    tern__flip_avx2, tern__hadamard_avx2,
     tern__dot_2bit_avx2, tern__dot_base3_avx2, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
     tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx2, tern__floats_avx2, tern__dot_bits_avx2,
     tern__widen_avx2, tern__ternarize_avx2, tern__optimize_avx2, 64
@@ -3718,6 +3842,7 @@ static void tern__dot_i8_avx_vnni(const tern__dot *d, int64_t acc_row, int32_t a
 }
 
 static const tern__kernels tern__kernels_avx_vnni = {
+    tern__flip_avx2, tern__hadamard_avx2,
     tern__dot_2bit_avx_vnni, tern__dot_base3_avx_vnni, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
     tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx_vnni, tern__floats_avx2, tern__dot_bits_avx2,
     tern__widen_avx2, tern__ternarize_avx2, tern__optimize_avx2, 64
@@ -3757,6 +3882,12 @@ TERN__X86_WEIGHTS(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
 #ifndef TERNARY_NO_TRAINING
 TERN__X86_OPTIMIZE(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
 #endif
+TERN__AVX512_INLINE __m512 tern__swap_avx512(__m512 v, int h)
+{
+    return h == 1 ? _mm512_permute_ps(v, 0xB1) : h == 2 ? _mm512_permute_ps(v, 0x4E)
+         : h == 4 ? _mm512_shuffle_f32x4(v, v, 0xB1) : _mm512_shuffle_f32x4(v, v, 0x4E);
+}
+TERN__X86_HADAMARD(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
 TERN__X86_TILE(tern__tile_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4, TERN__PLAIN_MADD)
 TERN__X86_TILE(tern__tile_fused_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4, _mm512_fmadd_ps)
 TERN__X86_CODES(avx512, TERN__AVX512, 16, __m512i, _mm512_)
@@ -3975,6 +4106,7 @@ static void tern__dot_i8_avx512(const tern__dot *d, int64_t acc_row, int32_t add
 }
 
 static const tern__kernels tern__kernels_avx512_vnni = {
+    tern__flip_avx512, tern__hadamard_avx512,
     tern__dot_2bit_avx512, tern__dot_base3_avx512, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
     tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512,
     tern__widen_avx512, tern__ternarize_avx512, tern__optimize_avx512, 64
@@ -4042,6 +4174,7 @@ static void tern__dot_bits_avx512_vbmi(const tern__dot *d, tern_type encoding)
 }
 
 static const tern__kernels tern__kernels_avx512_vbmi = {
+    tern__flip_avx512, tern__hadamard_avx512,
     tern__dot_2bit_avx512, tern__dot_base3_avx512_vbmi, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
     tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512_vbmi,
     tern__widen_avx512, tern__ternarize_avx512, tern__optimize_avx512, 64
@@ -4232,6 +4365,7 @@ static void tern__dot_base3_amx(const tern__dot *d)
 }
 
 static const tern__kernels tern__kernels_amx_int8 = {
+    tern__flip_avx512, tern__hadamard_avx512,
     tern__dot_2bit_amx, tern__dot_base3_amx, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
     tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512_vbmi,
     tern__widen_avx512, tern__ternarize_avx512, tern__optimize_avx512, TERN__TOKENS
@@ -5054,6 +5188,96 @@ static tern_result tern__cpu_norm(tern_run *run, const tern_norm_args *a)
     if (a->dy && a->dgain) tern__for(run, tern__norm_gain_body, a, a->cols, tern__mul(a->n, 10)); /* first: dx may be dy */
     bad = tern__for(run, tern__norm_body, a, a->n, tern__mul(a->cols, 15));
     if (bad != INT64_MAX) tern__set_fault(run, TERN__FAULT_NORM, bad);
+    return TERN_OK;
+}
+
+/* -- Hadamard rotation (against outliers: Ashkboos et al. 2024, BitNet v2) -- */
+
+enum { TERN__ROTATION = 0x48414441 }; /* the stream of its signs */
+
+TERN__ANYWHERE int64_t tern__power_below(int64_t n)
+{
+    int64_t p = 1;
+    while (2 * p <= n) p *= 2;
+    return p;
+}
+
+/* 1 / sqrt(p), p a power of two. */
+TERN__ANYWHERE float tern__rotation_factor(int64_t p)
+{
+    float factor = 1.0f;
+    for (; p >= 4; p /= 4) factor = factor * 0.5f;
+    return p == 2 ? factor * 0.70710678f : factor;
+}
+
+/* The words for flip: 4 to 128 columns. */
+static void tern__rotation_signs(uint32_t seed, int64_t cols, uint32_t *words)
+{
+    int64_t i;
+    for (i = 0; i < cols; i += 128) tern__philox(seed, (uint64_t)(i / 128), 0, TERN__ROTATION, words + i / 32);
+}
+
+static void tern__hadamard_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_hadamard_args *a = (const tern_hadamard_args *)job->arg;
+    const int64_t p = tern__power_below(a->cols), rest = a->cols - p;
+    const float factor = tern__rotation_factor(p);
+    uint32_t signs[TERN__MAX_COLS / 32];
+    int64_t t;
+    (void)bad;
+    tern__rotation_signs(a->seed, a->cols, signs);
+    for (t = begin; t < end; t++) {
+        const float *x = a->x + t * a->cols;
+        float *y = a->y + t * a->cols;
+        if (a->inverse) {
+            if (y != x) memcpy(y, x, sizeof(float) * (size_t)a->cols);
+            if (rest) job->k->hadamard(p, factor, y + rest);
+            job->k->hadamard(p, factor, y);
+            job->k->flip(a->cols, signs, y, y);
+        } else {
+            job->k->flip(a->cols, signs, x, y);
+            job->k->hadamard(p, factor, y);
+            if (rest) job->k->hadamard(p, factor, y + rest);
+        }
+    }
+}
+
+static tern_result tern__cpu_hadamard(tern_run *run, const tern_hadamard_args *a)
+{
+    tern__for(run, tern__hadamard_body, a, a->n, tern__mul(a->cols, 10));
+    return TERN_OK;
+}
+
+/* -- the dead zone of a matrix -- */
+
+/* Up to 1024 trits of a row at a time. */
+static void tern__dead_zone_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_dead_zone_args *a = (const tern_dead_zone_args *)job->arg;
+    const tern__shape s = tern__shape_of(&a->m);
+    int8_t t[TERN__BLOCK];
+    float block[TERN__BLOCK];
+    tern__tree tree;
+    int64_t row, col, n, j;
+    (void)bad;
+    for (row = begin; row < end; row++) {
+        const float slope = a->dw ? a->lambda * a->dbias[row] : 0.0f;
+        tern__tree_init(&tree, job->k);
+        for (col = 0; col < a->m.cols; col += n) {
+            const int64_t at = row * a->m.cols + col;
+            n = tern__min(TERN__BLOCK, a->m.cols - col);
+            tern__unpack_range(&a->m, &s, row, col, n, t);
+            for (j = 0; a->bias && j < n; j++) block[j] = t[j] ? 0.0f : tern__load_float(a->type, a->w, at + j);
+            if (a->bias) tern__tree_push(&tree, job->k->sum(TERN_SUM, n, block));
+            for (j = 0; a->dw && j < n; j++) if (!t[j]) a->dw[at + j] = a->dw[at + j] + slope;
+        }
+        if (a->bias) a->bias[row] = a->lambda * tern__tree_total(&tree);
+    }
+}
+
+static tern_result tern__cpu_dead_zone(tern_run *run, const tern_dead_zone_args *a)
+{
+    tern__for(run, tern__dead_zone_body, a, a->m.rows, tern__mul(a->m.cols, 30));
     return TERN_OK;
 }
 
@@ -5917,6 +6141,29 @@ static tern_result tern__check_scale_grad(tern_run *r, const tern_scale_grad_arg
     return TERN_OK;
 }
 
+static tern_result tern__check_hadamard(tern_run *r, const tern_hadamard_args *a)
+{
+    TERN__REQUIRE(r, a->cols <= TERN__MAX_COLS, TERN_E_SHAPE, "hadamard: rows of %d; %d is the most", a->cols, (int64_t)TERN__MAX_COLS);
+    TERN__TRY(tern__check_count(r, "hadamard", "cols", a->cols, 1));
+    TERN__TRY(tern__check_count(r, "hadamard", "n", a->n, a->cols));
+    TERN__NEED("hadamard", x);
+    TERN__NEED("hadamard", y);
+    return TERN_OK;
+}
+
+static tern_result tern__check_dead_zone(tern_run *r, const tern_dead_zone_args *a)
+{
+    TERN__TRY(tern__check_matrix(r, "dead_zone", &a->m));
+    TERN__TRY(tern__check_pointer(r, "dead_zone", "m.trits", a->m.trits, 1));
+    TERN__TRY(tern__check_float_type(r, "dead_zone", a->type));
+    TERN__REQUIRE(r, tern__finite(a->lambda), TERN_E_ARGUMENT, "dead_zone: lambda is not finite");
+    TERN__MAY("dead_zone", bias);
+    TERN__MAY("dead_zone", dw);
+    if (a->bias) TERN__TRY(tern__check_pointer(r, "dead_zone", "w", a->w, tern__type_bytes(a->type)));
+    if (a->dw) TERN__NEED("dead_zone", dbias);
+    return TERN_OK;
+}
+
 #define TERN__PUBLIC(op)                                                                                            \
     static tern_result tern__checked_##op(tern_context *c, const tern_##op##_args *a)                               \
     {                                                                                                               \
@@ -6001,6 +6248,7 @@ static tern_result tern__check_param(tern_context *c, const tern_param *p)
         TERN__TRY(tern__check_count(r, p->name, "rows", p->rows, p->cols));
         TERN__REQUIRE(r, p->buffer[TERN_SHADOW].type == TERN_TYPE_DEFAULT || p->buffer[TERN_SHADOW].type == TERN_F32, TERN_E_ARGUMENT,
                       "%s: a dense parameter is TERN_F32", p->name);
+        TERN__REQUIRE(r, !p->rotate && !p->dead, TERN_E_ARGUMENT, "%s: a dense parameter has neither a rotation nor a dead zone", p->name);
     } else TERN__TRY(tern__check_matrix(r, p->name, &m));
     if (tern__is_learned(p->rule) && p->alpha) {
         const int64_t scales = tern__learned_scales(p->rule, &m);
@@ -6010,6 +6258,7 @@ static tern_result tern__check_param(tern_context *c, const tern_param *p)
     for (i = 0; i < TERN_BUFFERS; i++)
         TERN__REQUIRE(r, p->buffer[i].type == TERN_TYPE_DEFAULT || p->buffer[i].type == tern__buffer_type(p, i), TERN_E_ARGUMENT,
                       "%s: %s of type %d cannot be used", p->name, tern__buffer_names[i], (int64_t)p->buffer[i].type);
+    TERN__REQUIRE(r, !p->dead || (p->lambda > 0 && tern__finite(p->lambda)), TERN_E_ARGUMENT, "%s: a dead zone needs a finite lambda above 0", p->name);
     return TERN_OK;
 }
 
@@ -6039,6 +6288,15 @@ static tern_result tern__check_ready(tern_context *c, const tern_param *p)
     if (p->rule == TERN_DENSE) return tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols);
     TERN__TRY(tern__check_buffer(c, p, TERN_TRITS, tern__buffer_count(p, TERN_TRITS)));
     return tern__check_buffer(c, p, TERN_SCALES, tern__buffer_count(p, TERN_SCALES));
+}
+
+/* A dense parameter of these sizes that belongs to another. */
+static tern_result tern__check_dense_of(tern_context *c, const tern_param *p, const tern_param *of, const char *what, int64_t rows, int64_t cols)
+{
+    TERN__TRY(tern__check_ready(c, p));
+    TERN__REQUIRE(&c->run, p->rule == TERN_DENSE && p->rows == rows && p->cols == cols, TERN_E_SHAPE,
+                  "%s: its %s is %d x %d, not dense and %d x %d", of->name, what, p->rows, p->cols, rows, cols);
+    return TERN_OK;
 }
 
 static float *tern__floats(const tern_param *p, int32_t which) { return p ? (float *)p->buffer[which].data : NULL; }
@@ -6080,6 +6338,19 @@ TERN_API void tern_param_free(tern_context *c, tern_param *p, int32_t mask)
     }
 }
 
+/* The bias of the dead zone from the weights that were ternarized. */
+static tern_result tern__fill_dead(tern_context *c, const tern_param *p, tern_type type, const void *w)
+{
+    tern_dead_zone_args a;
+    memset(&a, 0, sizeof a);
+    a.m = tern_param_matrix(p);
+    a.lambda = p->lambda;
+    a.type = type;
+    a.w = w;
+    a.bias = tern__floats(p->dead, TERN_SHADOW);
+    return tern_dead_zone(c, &a);
+}
+
 /* What the shadow is ternarized with, but for the noise. */
 static tern_ternarize_args tern__param_args(const tern_param *p)
 {
@@ -6103,6 +6374,43 @@ static tern_result tern__param_ternarize(tern_context *c, tern_param *p, const t
         const tern_error e = c->run.error;
         tern__set_error(&c->run.error, result, "%s: %s", p->name, e.text); /* which of a model's weights diverged */
     }
+    return result == TERN_OK && p->dead ? tern__fill_dead(c, p, a->type, a->w) : result;
+}
+
+/* y = x H of n rows, or back. */
+static tern_result tern__rotate(tern_context *c, const tern_param *p, int64_t n, const float *x, float *y, int32_t inverse)
+{
+    tern_hadamard_args a;
+    a.n = n;
+    a.cols = p->cols;
+    a.x = x;
+    a.y = y;
+    a.seed = p->rotate;
+    a.inverse = inverse;
+    return tern_hadamard(c, &a);
+}
+
+/* Sets a rotated parameter to W H. */
+static tern_result tern__param_set_rotated(tern_context *c, tern_param *p, tern_type type, const void *w)
+{
+    const int64_t count = p->rows * p->cols;
+    tern_param plain = *p;
+    tern_cast_args a;
+    tern_result result;
+    float *rows = (float *)tern_alloc(c, (size_t)count * sizeof(float));
+    TERN__REQUIRE(&c->run, rows, TERN_E_MEMORY, "%s: no memory to rotate %d weights", p->name, count);
+    plain.rotate = 0;
+    a.count = count;
+    a.from = type;
+    a.to = TERN_F32;
+    a.src = w;
+    a.dst = rows;
+    a.finite = 1;
+    result = tern_cast(c, &a);
+    if (result == TERN_OK) result = tern__rotate(c, p, p->rows, rows, rows, 0);
+    if (result == TERN_OK) result = tern_param_set(c, &plain, TERN_F32, rows);
+    p->flags = plain.flags;
+    tern_free(c, rows);
     return result;
 }
 
@@ -6122,6 +6430,8 @@ TERN_API tern_result tern_param_set(tern_context *c, tern_param *p, tern_type ty
     TERN__TRY(tern__check_alpha(c, p));
     shadow = p->buffer[TERN_SHADOW].data;
     if (shadow || !w) TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
+    if (p->dead) TERN__TRY(tern__check_dense_of(c, p->dead, p, "dead zone", 1, p->rows));
+    if (w && p->rotate) return tern__param_set_rotated(c, p, type, w);
     t = tern__param_args(p);
     if (w && p->rule != TERN_DENSE) { /* refuses bad weights before anything is written */
         t.rule = p->rule;
@@ -6199,6 +6509,16 @@ static tern_result tern__upload_rows(tern_context *c, const tern_param *p, int64
     return tern_pack(c, &a);
 }
 
+/* A dense parameter becomes zero. */
+static tern_result tern__clear(tern_context *c, const tern_param *p)
+{
+    tern_fill_args a;
+    memset(&a, 0, sizeof a);
+    a.count = p->rows * p->cols;
+    a.x = tern__floats(p, TERN_SHADOW);
+    return tern_fill(c, &a);
+}
+
 /* Row-major scales from the host to those of m, through `ordered`: host memory for the scales in panel order. */
 static tern_result tern__upload_scales(tern_context *c, const tern_matrix *m, const float *scales, void *ordered)
 {
@@ -6209,6 +6529,28 @@ static tern_result tern__upload_scales(tern_context *c, const tern_matrix *m, co
         for (g = 0; g < s.groups; g++)
             tern__store_scale(m->scale_type, ordered, tern__scale_index(m, &s, i, g), scales[i * s.groups + g]);
     return tern_copy(c, m->scales, ordered, (size_t)(s.scales * tern__type_bytes(m->scale_type)), TERN_TO_DEVICE);
+}
+
+/* Rows as floats: of the shadow (a dense parameter's values), or trit times scale. */
+static tern_result tern__values(tern_context *c, const tern_param *p, int64_t row, int64_t rows, int32_t shadow, float *to)
+{
+    tern_unpack_args u;
+    tern_cast_args a;
+    if (!shadow) {
+        memset(&u, 0, sizeof u);
+        u.m = tern_param_matrix(p);
+        u.row = row;
+        u.count = rows;
+        u.values = to;
+        return tern_unpack(c, &u);
+    }
+    memset(&a, 0, sizeof a);
+    a.count = rows * p->cols;
+    a.from = tern__buffer_type(p, TERN_SHADOW);
+    a.to = TERN_F32;
+    a.src = (const uint8_t *)p->buffer[TERN_SHADOW].data + row * p->cols * tern__type_bytes(a.from);
+    a.dst = to;
+    return tern_cast(c, &a);
 }
 
 /* The shadow becomes trit times scale, the scales those of m; staging holds a chunk of floats. */
@@ -6291,6 +6633,7 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
     alpha = tern__is_learned(p->rule) && p->alpha;
     if (shadow) TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
     if (alpha) TERN__TRY(tern__check_alpha(c, p));
+    if (p->dead) TERN__TRY(tern__check_dense_of(c, p->dead, p, "dead zone", 1, p->rows));
     m = tern_param_matrix(p);
     s = tern__shape_of(&m);
     stored = m.grain == TERN_PER_TENSOR ? 1 : m.rows * s.groups;
@@ -6317,6 +6660,7 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
     if (result == TERN_OK) result = tern__upload_scales(c, &m, scales, g.ordered);
     if (result == TERN_OK && shadow) result = tern__give_shadow(c, p, trits, scales, &g);
     if (result == TERN_OK && alpha) result = tern__give_alpha(c, p, scales, &g);
+    if (result == TERN_OK && p->dead) result = tern__clear(c, p->dead); /* given trits of 0 are weights of 0 */
     if (result == TERN_OK) p->flags |= TERN_KEEP_SCALES;
     if (g.staging) tern_free(c, g.staging);
     if (g.shadow_scales) tern_free(c, g.shadow_scales);
@@ -6600,25 +6944,46 @@ TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern
 
 static int32_t tern__is_quantized(const tern_linear *l) { return l->act != TERN_ACT_FLOAT && l->w->rule != TERN_DENSE; }
 
-/* What the forward leaves for the backward, at the start of `saved` or of scratch: the quantized
-   activations, or nothing where they are float. */
-typedef struct tern__kept { int8_t *q; float *scale; int32_t *sum; int64_t bytes; } tern__kept;
+/* Columns of LoRA. */
+static int64_t tern__rank(const tern_linear *l) { return l->lora_a ? l->lora_a->rows : 0; }
+
+/* What the forward leaves for the backward, at the start of `saved` or of scratch: the quantized activations (none
+   where they are float), and LoRA's x~ A^T * lora_scale [n, r]. */
+typedef struct tern__kept { int8_t *q; float *scale; int32_t *sum; float *low; int64_t bytes; } tern__kept;
 
 static tern__kept tern__kept_at(const tern_linear *l, int64_t n, void *base)
 {
     const tern_matrix m = tern_param_matrix(l->w);
     const tern__shape s = tern__shape_of(&m);
     unsigned char *p = (unsigned char *)base;
-    tern__kept k = {NULL, NULL, NULL, 0};
-    const int64_t scale = tern__scratch_piece(tern__mul(n, s.stride));
-    const int64_t sum = tern__add(scale, tern__scratch_piece(tern__mul(n, 4)));
-    if (!tern__is_quantized(l)) return k;
-    k.bytes = tern__add(sum, tern__scratch_piece(tern__mul(tern__mul(n, s.groups), 4)));
+    const int32_t quantized = tern__is_quantized(l);
+    const int64_t scale = quantized ? tern__scratch_piece(tern__mul(n, s.stride)) : 0;
+    const int64_t sum = quantized ? tern__add(scale, tern__scratch_piece(tern__mul(n, 4))) : 0;
+    const int64_t low = quantized ? tern__add(sum, tern__scratch_piece(tern__mul(tern__mul(n, s.groups), 4))) : 0;
+    tern__kept k = {NULL, NULL, NULL, NULL, 0};
+    k.bytes = tern__add(low, tern__scratch_piece(tern__mul(tern__mul(n, tern__rank(l)), 4)));
     if (!p) return k;
+    k.low = (float *)(void *)(p + low);
+    if (!quantized) return k;
     k.q = (int8_t *)p;
     k.scale = (float *)(void *)(p + scale);
     k.sum = (int32_t *)(void *)(p + sum);
     return k;
+}
+
+static tern_result tern__check_lora(tern_context *c, const tern_linear *l)
+{
+    TERN__REQUIRE(&c->run, l->lora_a && l->lora_b, TERN_E_ARGUMENT, "%s: lora_a and lora_b come together", l->w->name);
+    TERN__REQUIRE(&c->run, tern__finite(l->lora_scale), TERN_E_ARGUMENT, "%s: lora_scale is not finite", l->w->name);
+    TERN__TRY(tern__check_dense_of(c, l->lora_a, l->w, "lora_a", l->lora_a->rows, l->w->cols));
+    return tern__check_dense_of(c, l->lora_b, l->w, "lora_b", l->w->rows, l->lora_a->rows);
+}
+
+static tern_result tern__check_arenas(tern_context *c, const tern_linear *l)
+{
+    TERN__REQUIRE(&c->run, l->arenas > 0 && tern__finite(l->arenas), TERN_E_ARGUMENT, "%s: arenas is negative or not finite", l->w->name);
+    TERN__REQUIRE(&c->run, l->w->rule != TERN_DENSE, TERN_E_ARGUMENT, "%s: arenas beside dense weights", l->w->name);
+    return tern__check_buffer(c, l->w, TERN_SHADOW, l->w->rows * l->w->cols);
 }
 
 static tern_result tern__check_linear(tern_context *c, const tern_linear *l, int64_t n)
@@ -6632,7 +6997,7 @@ static tern_result tern__check_linear(tern_context *c, const tern_linear *l, int
     TERN__REQUIRE(r, (l->norm == TERN_NORM_NONE || l->norm == TERN_NORM_RMS) && (int32_t)l->act >= TERN_ACT_INT8 && l->act <= TERN_ACT_BIT &&
                   l->eps >= 0 && tern__finite(l->eps), TERN_E_ARGUMENT,
                   "%s: norm %d, act %d or eps is out of range", l->w->name, (int64_t)(int32_t)l->norm, (int64_t)(int32_t)l->act);
-    TERN__REQUIRE(r, l->act != TERN_ACT_BIT || l->norm == TERN_NORM_NONE, TERN_E_ARGUMENT, "%s: bits take no norm", l->w->name);
+    TERN__REQUIRE(r, l->act != TERN_ACT_BIT || (l->norm == TERN_NORM_NONE && !l->w->rotate), TERN_E_ARGUMENT, "%s: bits take neither norm nor rotation", l->w->name);
     if (l->bias) {
         TERN__TRY(tern__check_ready(c, l->bias));
         TERN__REQUIRE(r, l->bias->rule == TERN_DENSE && l->bias->rows * l->bias->cols == l->w->rows, TERN_E_SHAPE,
@@ -6644,14 +7009,34 @@ static tern_result tern__check_linear(tern_context *c, const tern_linear *l, int
                       "%s: its gain has %d values for %d columns", l->w->name, l->gain->rows * l->gain->cols, l->w->cols);
         TERN__REQUIRE(r, l->norm == TERN_NORM_RMS, TERN_E_ARGUMENT, "%s: a gain without a norm", l->w->name);
     }
-    return TERN_OK;
+    if (l->w->dead) TERN__TRY(tern__check_dense_of(c, l->w->dead, l->w, "dead zone", 1, l->w->rows));
+    if (l->lora_a || l->lora_b) TERN__TRY(tern__check_lora(c, l));
+    return l->arenas != 0.0f ? tern__check_arenas(c, l) : TERN_OK;
 }
 
-/* Scratch: normalised float activations, and in the backward the gradient before the norm. */
+/* Whether the forward reads float activations, and whether those are not x itself. */
+static int32_t tern__reads_floats(const tern_linear *l) { return !tern__is_quantized(l) || l->w->rotate || l->lora_a || l->arenas > 0.0f; }
+static int32_t tern__has_input(const tern_linear *l) { return tern__reads_floats(l) && (l->norm != TERN_NORM_NONE || l->w->rotate); }
+
+/* A BF16 shadow is multiplied as floats, some rows at a time. */
+static int64_t tern__shadow_rows(const tern_param *p) { return tern__buffer_type(p, TERN_SHADOW) == TERN_BF16 ? tern__chunk_rows(p, sizeof(float)) : p->rows; }
+static int64_t tern__shadow_bytes(const tern_param *p) { return tern__buffer_type(p, TERN_SHADOW) == TERN_BF16 ? tern__shadow_rows(p) * p->cols * 4 : 0; }
+
+/* Scratch: x~, in the backward the gradient before the norm; the bias with the dead zone's; LoRA's gradient of x~ A^T;
+   of arenas outputs or their gradient. */
 static int64_t tern__linear_scratch(const tern_linear *l, int64_t n)
 {
     const int64_t row = tern__scratch_piece(tern__mul(tern__mul(n, l->w->cols), 4));
-    return l->norm == TERN_NORM_NONE ? 0 : tern__add(row, tern__is_quantized(l) ? 0 : row);
+    int64_t bytes = 0;
+    if (tern__has_input(l)) bytes = row;
+    if (l->norm != TERN_NORM_NONE) bytes = tern__add(bytes, row);
+    if (l->w->dead) bytes = tern__add(bytes, tern__scratch_piece(l->w->rows * 4));
+    if (l->lora_a) bytes = tern__add(bytes, tern__scratch_piece(tern__mul(tern__mul(n, tern__rank(l)), 4)));
+    if (l->arenas > 0.0f) {
+        bytes = tern__add(bytes, tern__scratch_piece(tern__mul(tern__mul(n, l->w->rows), 4)));
+        bytes = tern__add(bytes, tern__scratch_piece(tern__shadow_bytes(l->w)));
+    }
+    return bytes;
 }
 
 TERN_API tern_result tern_linear_need(tern_context *c, const tern_linear *l, int64_t n, tern_need *out)
@@ -6690,17 +7075,21 @@ static tern_norm_args tern__linear_norm(const tern_linear *l, int64_t n, const f
     return a;
 }
 
-/* The float activations that the matmul used: x itself, or normalised into scratch. */
+/* x~: x itself, or normalised and rotated into scratch. */
 static tern_result tern__linear_input(tern_context *c, const tern_linear *l, int64_t n, const float *x, const float **out)
 {
+    float *y;
     *out = x;
+    if (!tern__has_input(l)) return TERN_OK;
+    y = (float *)tern__take(c, n * l->w->cols * 4);
+    *out = y;
     if (l->norm != TERN_NORM_NONE) {
         tern_norm_args a = tern__linear_norm(l, n, x);
-        a.y = (float *)tern__take(c, n * l->w->cols * 4);
-        *out = a.y;
-        return tern_norm(c, &a);
+        a.y = y;
+        TERN__TRY(tern_norm(c, &a));
+        x = y;
     }
-    return TERN_OK;
+    return l->w->rotate ? tern__rotate(c, l->w, n, x, y, 0) : TERN_OK;
 }
 
 /* y = x W^T (+ bias) in float, W dense. */
@@ -6716,30 +7105,100 @@ static tern_dense_args tern__linear_dense(const tern_linear *l, int64_t n, const
     return a;
 }
 
-TERN_API tern_result tern_linear_forward(tern_context *c, const tern_linear *l, int64_t n, const float *x, float *y, void *saved)
+static tern_result tern__add_scaled(tern_context *c, int64_t count, const float *a, float alpha, const float *b, float *y)
 {
-    tern__kept kept;
-    const float *input;
-    TERN__TRY(tern__need_scratch(c, l, n));
-    TERN__TRY(tern__check_pointer(&c->run, l->w->name, "x", x, 4));
-    TERN__TRY(tern__check_pointer(&c->run, l->w->name, "y", y, 4));
-    if (saved) TERN__TRY(tern__check_pointer(&c->run, l->w->name, "saved", saved, 4));
-    kept = tern__kept_at(l, n, saved ? saved : tern__take(c, tern__kept_at(l, n, NULL).bytes));
+    tern_map_args m;
+    memset(&m, 0, sizeof m);
+    m.fn = b ? TERN_MAP_ADD : TERN_MAP_SCALE; /* y = a + alpha b, or alpha a */
+    m.count = count;
+    m.alpha = alpha;
+    m.a = a;
+    m.b = b;
+    m.y = y;
+    return tern_map(c, &m);
+}
+
+/* The bias, with the dead zone's where there is one. */
+static tern_result tern__linear_bias(tern_context *c, const tern_linear *l, const float **out)
+{
+    const float *dead = tern__floats(l->w->dead, TERN_SHADOW);
+    float *sum;
+    *out = tern__floats(l->bias, TERN_SHADOW);
+    if (!dead) return TERN_OK;
+    if (!*out) { *out = dead; return TERN_OK; }
+    sum = (float *)tern__take(c, l->w->rows * 4);
+    TERN__TRY(tern__add_scaled(c, l->w->rows, *out, 1.0f, dead, sum));
+    *out = sum;
+    return TERN_OK;
+}
+
+/* c [m, n] = a [m, k] b^T, b [n, k]; with add: c += . All contiguous. */
+static tern_result tern__times_rows(tern_context *c, int64_t m, int64_t n, int64_t k, const float *a, const float *b, float *y, int32_t add)
+{
+    tern_dense_args d;
+    memset(&d, 0, sizeof d);
+    d.m = m; d.n = n; d.k = k;
+    d.a = a; d.a_row = k; d.a_col = 1;
+    d.b = b; d.b_row = 1; d.b_col = k;
+    d.c = y; d.c_row = n;
+    d.add = add;
+    return tern_dense(c, &d);
+}
+
+/* y += (x~ A^T * lora_scale) B^T; the product in brackets is kept. */
+static tern_result tern__lora_forward(tern_context *c, const tern_linear *l, int64_t n, const float *input, const tern__kept *kept, float *y)
+{
+    const int64_t rank = tern__rank(l);
+    TERN__TRY(tern__times_rows(c, n, rank, l->w->cols, input, tern__floats(l->lora_a, TERN_SHADOW), kept->low, 0));
+    TERN__TRY(tern__add_scaled(c, n * rank, kept->low, l->lora_scale, NULL, kept->low));
+    return tern__times_rows(c, n, l->w->rows, rank, kept->low, tern__floats(l->lora_b, TERN_SHADOW), y, 1);
+}
+
+/* out [n, rows] = x shadow^T, or (back) out [n, cols] += x shadow. */
+static tern_result tern__times_shadow(tern_context *c, const tern_linear *l, int64_t n, const float *x, float *out, int32_t back)
+{
+    const tern_param *p = l->w;
+    const int64_t bytes = tern__shadow_bytes(p);
+    float *staging = bytes ? (float *)tern__take(c, bytes) : NULL;
+    tern_dense_args d = tern__linear_dense(l, n, x, out);
+    int64_t row, rows;
+    d.bias = NULL;
+    for (row = 0; row < p->rows; row += rows) {
+        rows = tern__min(tern__shadow_rows(p), p->rows - row);
+        d.b = staging ? staging : tern__floats(p, TERN_SHADOW);
+        if (staging) TERN__TRY(tern__values(c, p, row, rows, 1, staging));
+        if (back) {
+            d.n = p->cols; d.k = rows;
+            d.a = x + row; d.a_row = p->rows;
+            d.b_row = p->cols; d.b_col = 1;
+            d.c_row = p->cols;
+            d.add = d.fused = 1;
+        } else {
+            d.n = rows;
+            d.c = out + row;
+        }
+        TERN__TRY(tern_dense(c, &d));
+    }
+    return TERN_OK;
+}
+
+/* y = activations W^T + bias, from x where they are quantized together with the norm, else from x~. */
+static tern_result tern__linear_weights(tern_context *c, const tern_linear *l, int64_t n, const float *x, const float *input, const tern__kept *kept, const float *bias, float *y)
+{
     if (tern__is_quantized(l)) {
         tern_linear_args a;
         a.quantize.m = tern_param_matrix(l->w);
         a.quantize.act = l->act;
         a.quantize.n = n;
-        a.quantize.x = x;
-        a.quantize.norm = l->norm;
-        a.quantize.gain = tern__floats(l->gain, TERN_SHADOW);
+        a.quantize.x = l->w->rotate ? input : x;
+        a.quantize.norm = l->w->rotate ? TERN_NORM_NONE : l->norm;
+        a.quantize.gain = l->w->rotate ? NULL : tern__floats(l->gain, TERN_SHADOW);
         a.quantize.eps = tern__linear_eps(l);
-        a.quantize.q = kept.q; a.quantize.scale = kept.scale; a.quantize.sum = kept.sum;
-        a.bias = tern__floats(l->bias, TERN_SHADOW);
+        a.quantize.q = kept->q; a.quantize.scale = kept->scale; a.quantize.sum = kept->sum;
+        a.bias = bias;
         a.y = y;
         return tern__run_linear(c, &a);
     }
-    TERN__TRY(tern__linear_input(c, l, n, x, &input));
     if (l->w->rule == TERN_DENSE) {
         tern_dense_args a = tern__linear_dense(l, n, input, y);
         return tern_dense(c, &a);
@@ -6749,31 +7208,217 @@ TERN_API tern_result tern_linear_forward(tern_context *c, const tern_linear *l, 
         a.m = tern_param_matrix(l->w);
         a.n = n;
         a.x = input;
-        a.bias = tern__floats(l->bias, TERN_SHADOW);
+        a.bias = bias;
         a.y = y;
         return tern_matmul(c, &a);
     }
 }
 
+TERN_API tern_result tern_linear_forward(tern_context *c, const tern_linear *l, int64_t n, const float *x, float *y, void *saved)
+{
+    tern__kept kept;
+    const float *input = x, *bias;
+    TERN__TRY(tern__need_scratch(c, l, n));
+    TERN__TRY(tern__check_pointer(&c->run, l->w->name, "x", x, 4));
+    TERN__TRY(tern__check_pointer(&c->run, l->w->name, "y", y, 4));
+    if (saved) TERN__TRY(tern__check_pointer(&c->run, l->w->name, "saved", saved, 4));
+    kept = tern__kept_at(l, n, saved ? saved : tern__take(c, tern__kept_at(l, n, NULL).bytes));
+    TERN__TRY(tern__linear_bias(c, l, &bias));
+    if (tern__reads_floats(l)) TERN__TRY(tern__linear_input(c, l, n, x, &input));
+    TERN__TRY(tern__linear_weights(c, l, n, x, input, &kept, bias, y));
+    if (l->lora_a) TERN__TRY(tern__lora_forward(c, l, n, input, &kept, y));
+    if (l->arenas > 0.0f) {
+        float *shadow = (float *)tern__take(c, n * l->w->rows * 4);
+        TERN__TRY(tern__times_shadow(c, l, n, input, shadow, 0));
+        TERN__TRY(tern__add_scaled(c, n * l->w->rows, y, l->arenas, shadow, y));
+    }
+    return TERN_OK;
+}
+
+/* -- what a layer stands for, and what is put into it for good; rows in chunks -- */
+
+/* B * lora_scale, to be freed. */
+static tern_result tern__scaled_b(tern_context *c, const tern_linear *l, float **out)
+{
+    const int64_t count = l->w->rows * tern__rank(l);
+    *out = (float *)tern_alloc(c, (size_t)count * sizeof(float));
+    TERN__REQUIRE(&c->run, *out, TERN_E_MEMORY, "%s: no memory for %d floats of lora_b", l->w->name, count);
+    return tern__add_scaled(c, count, tern__floats(l->lora_b, TERN_SHADOW), l->lora_scale, NULL, *out);
+}
+
+/* Rows [row, row + rows) of W += (B * lora_scale) A. */
+static tern_result tern__add_lora(tern_context *c, const tern_linear *l, int64_t row, int64_t rows, const float *scaled_b, float *w)
+{
+    tern_dense_args d;
+    memset(&d, 0, sizeof d);
+    d.m = rows; d.n = l->w->cols; d.k = tern__rank(l);
+    d.a = scaled_b + row * d.k; d.a_row = d.k; d.a_col = 1;
+    d.b = tern__floats(l->lora_a, TERN_SHADOW); d.b_row = l->w->cols; d.b_col = 1;
+    d.c = w; d.c_row = l->w->cols;
+    d.add = 1;
+    return tern_dense(c, &d);
+}
+
+/* What a merge takes and puts: some rows at a time, first all of them to see that they are finite. */
+typedef struct tern__merge { tern_context *c; const tern_linear *l; float *scaled_b, *staging; tern_matrix trial; int64_t most; int32_t shadow; } tern__merge;
+
+/* Whole panels of a parameter, as a parameter of their own. */
+static tern_param tern__panels_of(const tern_param *p, int64_t row, int64_t rows)
+{
+    const tern_matrix m = tern_param_matrix(p);
+    const tern__shape s = tern__shape_of(&m);
+    const int64_t scale = m.grain == TERN_PER_TENSOR ? 0 : tern__scale_index(&m, &s, row, 0);
+    tern_param part = *p;
+    part.rows = rows;
+    part.buffer[TERN_TRITS].data = (uint8_t *)m.trits + row / TERN__ROWS * s.panel_bytes;
+    part.buffer[TERN_SCALES].data = (uint8_t *)m.scales + scale * tern__type_bytes(m.scale_type);
+    return part;
+}
+
+static tern_result tern__merge_rows(const tern__merge *g, int64_t row, int64_t rows, int32_t trial)
+{
+    const tern_param *p = g->l->w;
+    tern_ternarize_args t;
+    tern_cast_args a;
+    tern_param part;
+    tern_result result;
+    TERN__TRY(tern__values(g->c, p, row, rows, g->shadow, g->staging));
+    TERN__TRY(tern__add_lora(g->c, g->l, row, rows, g->scaled_b, g->staging));
+    memset(&t, 0, sizeof t);
+    t.m = g->trial;
+    t.m.rows = rows;
+    t.w = g->staging;
+    if (trial) {
+        result = tern_ternarize(g->c, &t);
+        if (result != TERN_OK) {
+            const tern_error e = g->c->run.error;
+            tern__set_error(&g->c->run.error, result, "%s: merged rows from %d on: %s", p->name, row, e.text);
+        }
+        return result;
+    }
+    if (!g->shadow) {
+        part = tern__panels_of(p, row, rows);
+        t = tern__param_args(&part);
+        t.rule = p->rule;
+        t.type = TERN_F32;
+        t.w = g->staging;
+        t.rho = 0.0f;
+        t.alpha = tern__floats(p->alpha, TERN_SHADOW);
+        if (p->rule == TERN_SEQ) t.alpha += row;
+        return tern__param_ternarize(g->c, &part, &t);
+    }
+    a.count = rows * p->cols;
+    a.from = TERN_F32;
+    a.to = tern__buffer_type(p, TERN_SHADOW);
+    a.src = g->staging;
+    a.dst = (uint8_t *)p->buffer[TERN_SHADOW].data + row * p->cols * tern__type_bytes(a.to);
+    a.finite = 0;
+    return tern_cast(g->c, &a);
+}
+
+static tern_result tern__merge_run(tern__merge *g)
+{
+    const tern_param *p = g->l->w;
+    int64_t row, rows;
+    int32_t trial;
+    TERN__TRY(tern__scaled_b(g->c, g->l, &g->scaled_b));
+    TERN__REQUIRE(&g->c->run, g->staging && g->trial.trits && g->trial.scales, TERN_E_MEMORY, "%s: no memory to merge %d rows at a time", p->name, g->most);
+    for (trial = 1; trial >= 0; trial--)
+        for (row = 0; row < p->rows; row += rows) {
+            rows = tern__min(g->most, p->rows - row);
+            TERN__TRY(tern__merge_rows(g, row, rows, trial));
+        }
+    TERN__TRY(tern__clear(g->c, g->l->lora_b));
+    return g->shadow ? tern_param_set(g->c, g->l->w, TERN_TYPE_DEFAULT, NULL) : TERN_OK;
+}
+
+TERN_API tern_result tern_linear_merge(tern_context *c, const tern_linear *l)
+{
+    tern__merge g;
+    tern_result result;
+    size_t trits, scales;
+    TERN__TRY(tern__check_linear(c, l, 1));
+    TERN__REQUIRE(&c->run, l->lora_a, TERN_E_MISSING, "%s: there is no lora_a to merge", l->w->name);
+    memset(&g, 0, sizeof g);
+    g.c = c;
+    g.l = l;
+    g.shadow = l->w->buffer[TERN_SHADOW].data != NULL;
+    if (g.shadow) TERN__TRY(tern__check_buffer(c, l->w, TERN_SHADOW, l->w->rows * l->w->cols));
+    TERN__REQUIRE(&c->run, g.shadow || !l->w->dead, TERN_E_MISSING, "%s: a merge changes the dead zone, which needs a shadow (or fold it first)", l->w->name);
+    g.most = !g.shadow && l->w->grain == TERN_PER_TENSOR ? tern__ceil_div(l->w->rows, TERN__ROWS) * TERN__ROWS : tern__chunk_rows(l->w, sizeof(float));
+    g.trial.rows = g.most;
+    g.trial.cols = l->w->cols;
+    g.trial.grain = TERN_PER_ROW;
+    TERN__TRY(tern_matrix_bytes(c, &g.trial, &trits, &scales));
+    g.trial.trits = tern_alloc(c, trits);
+    g.trial.scales = tern_alloc(c, scales);
+    g.staging = (float *)tern_alloc(c, (size_t)(g.most * l->w->cols) * sizeof(float));
+    result = tern__merge_run(&g);
+    tern_free(c, g.trial.trits);
+    tern_free(c, g.trial.scales);
+    tern_free(c, g.staging);
+    tern_free(c, g.scaled_b);
+    return result;
+}
+
+TERN_API tern_result tern_linear_fold(tern_context *c, const tern_linear *l)
+{
+    TERN__TRY(tern__check_linear(c, l, 1));
+    TERN__REQUIRE(&c->run, l->w->dead && l->bias, TERN_E_MISSING, "%s: to fold needs a dead zone, and a bias that takes it", l->w->name);
+    TERN__TRY(tern__add_scaled(c, l->w->rows, tern__floats(l->bias, TERN_SHADOW), 1.0f, tern__floats(l->w->dead, TERN_SHADOW), tern__floats(l->bias, TERN_SHADOW)));
+    return tern__clear(c, l->w->dead);
+}
+
+static tern_result tern__rebuild_rows(tern_context *c, const tern_linear *l, int64_t row, int64_t rows, const float *scaled_b, float *staging, float *w)
+{
+    const tern_param *p = l->w;
+    TERN__TRY(tern__values(c, p, row, rows, p->rule == TERN_DENSE, w));
+    if (l->arenas > 0.0f) {
+        TERN__TRY(tern__values(c, p, row, rows, 1, staging));
+        TERN__TRY(tern__add_scaled(c, rows * p->cols, w, l->arenas, staging, w));
+    }
+    if (l->lora_a) TERN__TRY(tern__add_lora(c, l, row, rows, scaled_b, w));
+    return p->rotate ? tern__rotate(c, p, rows, w, w, 1) : TERN_OK;
+}
+
+TERN_API tern_result tern_linear_rebuild(tern_context *c, const tern_linear *l, float *w)
+{
+    tern_result result = TERN_OK;
+    float *scaled_b = NULL, *staging;
+    int64_t row, rows;
+    TERN__TRY(tern__check_linear(c, l, 1));
+    TERN__TRY(tern__check_pointer(&c->run, l->w->name, "w", w, 4));
+    staging = (float *)tern_alloc(c, (size_t)(tern__chunk_rows(l->w, sizeof(float)) * l->w->cols) * sizeof(float));
+    if (!staging) result = tern__set_error(&c->run.error, TERN_E_MEMORY, "%s: no memory to rebuild", l->w->name);
+    if (result == TERN_OK && l->lora_a) result = tern__scaled_b(c, l, &scaled_b);
+    for (row = 0; result == TERN_OK && row < l->w->rows; row += rows) {
+        rows = tern__min(tern__chunk_rows(l->w, sizeof(float)), l->w->rows - row);
+        result = tern__rebuild_rows(c, l, row, rows, scaled_b, staging, w + row * l->w->cols);
+    }
+    tern_free(c, staging);
+    tern_free(c, scaled_b);
+    return result;
+}
+
 #ifndef TERNARY_NO_TRAINING
-/* dW += dy^T x~ and db += column sums, x~ the activations that the forward used. */
-static tern_result tern__linear_dw(tern_context *c, const tern_linear *l, int64_t n, const float *x, const tern__kept *kept, const float *dy)
+/* dW += dy^T x~ and db += column sums of dy, each or NULL; x~ in float where the activations were not quantized. */
+static tern_result tern__linear_dw(tern_context *c, const tern_linear *l, int64_t n, const float *input, const tern__kept *kept, const float *dy, float *dw, float *dbias)
 {
     tern_matmul_dw_args a;
     memset(&a, 0, sizeof a);
     a.m = tern_param_matrix(l->w);
     a.n = n;
     a.dy = dy;
-    a.dw = tern__floats(l->w, TERN_GRAD);
-    a.dbias = tern__floats(l->bias, TERN_GRAD);
+    a.dw = dw;
+    a.dbias = dbias;
     a.act = l->act;
     a.q = kept->q;
     a.scale = kept->scale;
-    if (a.dw && !a.q) TERN__TRY(tern__linear_input(c, l, n, x, &a.x));
+    a.x = input;
     return a.dw || a.dbias ? tern_matmul_dw(c, &a) : TERN_OK;
 }
 
-/* dx before the norm: dy W. */
+/* dx~ of the weights: dy W. */
 static tern_result tern__linear_dx(tern_context *c, const tern_linear *l, int64_t n, const float *dy, float *dx)
 {
     tern_matmul_dx_args a;
@@ -6794,29 +7439,91 @@ static tern_result tern__linear_dx(tern_context *c, const tern_linear *l, int64_
     return tern_matmul_dx(c, &a);
 }
 
+/* c [m, n] (+)= a b, with a [m, k] or transposed [k, m], and b [k, n]. */
+static tern_result tern__times_columns(tern_context *c, int64_t m, int64_t n, int64_t k, const float *a, int32_t transposed, const float *b, float *y, int32_t add)
+{
+    tern_dense_args d;
+    memset(&d, 0, sizeof d);
+    d.m = m; d.n = n; d.k = k;
+    d.a = a; d.a_row = transposed ? 1 : k; d.a_col = transposed ? m : 1;
+    d.b = b; d.b_row = n; d.b_col = 1;
+    d.c = y; d.c_row = n;
+    d.add = add;
+    d.fused = 1;
+    return tern_dense(c, &d);
+}
+
+/* dlow [n, r] = dy B * lora_scale; dB += dy^T low; dA += dlow^T x~. */
+static tern_result tern__lora_backward(tern_context *c, const tern_linear *l, int64_t n, const float *input, const tern__kept *kept, const float *dy, float *dlow)
+{
+    const int64_t rows = l->w->rows, rank = tern__rank(l);
+    float *da = tern__floats(l->lora_a, TERN_GRAD), *db = tern__floats(l->lora_b, TERN_GRAD);
+    TERN__TRY(tern__times_columns(c, n, rank, rows, dy, 0, tern__floats(l->lora_b, TERN_SHADOW), dlow, 0));
+    TERN__TRY(tern__add_scaled(c, n * rank, dlow, l->lora_scale, NULL, dlow));
+    if (db) TERN__TRY(tern__times_columns(c, rows, rank, n, dy, 1, kept->low, db, 1));
+    return da ? tern__times_columns(c, rank, l->w->cols, n, dlow, 1, input, da, 1) : TERN_OK;
+}
+
+/* dx~ of all parts, rotated back. dlow and scaled: of LoRA, and memory for arenas * dy. */
+static tern_result tern__linear_dinput(tern_context *c, const tern_linear *l, int64_t n, const float *dy, const float *dlow, float *scaled, float *dx)
+{
+    TERN__TRY(tern__linear_dx(c, l, n, dy, dx));
+    if (dlow) TERN__TRY(tern__times_columns(c, n, l->w->cols, tern__rank(l), dlow, 0, tern__floats(l->lora_a, TERN_SHADOW), dx, 1));
+    if (scaled) {
+        TERN__TRY(tern__add_scaled(c, n * l->w->rows, dy, l->arenas, NULL, scaled));
+        TERN__TRY(tern__times_shadow(c, l, n, scaled, dx, 1));
+    }
+    return l->w->rotate ? tern__rotate(c, l->w, n, dx, dx, 1) : TERN_OK;
+}
+
+static tern_result tern__check_gradients(tern_context *c, const tern_linear *l)
+{
+    const tern_param *const all[] = {l->w, l->bias, l->gain, l->lora_a, l->lora_b, l->w->dead};
+    size_t i;
+    for (i = 0; i < sizeof all / sizeof *all; i++)
+        if (tern__floats(all[i], TERN_GRAD)) TERN__TRY(tern__check_buffer(c, all[i], TERN_GRAD, all[i]->rows * all[i]->cols));
+    return TERN_OK;
+}
+
+/* The gradients of w (with arenas: of both its parts, for the activations of the first), bias and dead zone. */
+static tern_result tern__linear_dparams(tern_context *c, const tern_linear *l, int64_t n, const float *input, const tern__kept *kept, const float *dy, float *scaled)
+{
+    float *dw = tern__floats(l->w, TERN_GRAD), *dbias = tern__floats(l->bias, TERN_GRAD);
+    TERN__TRY(tern__linear_dw(c, l, n, input, kept, dy, NULL, tern__floats(l->w->dead, TERN_GRAD)));
+    if (!scaled) return tern__linear_dw(c, l, n, input, kept, dy, dw, dbias);
+    TERN__TRY(tern__linear_dw(c, l, n, input, kept, dy, NULL, dbias));
+    TERN__TRY(tern__add_scaled(c, n * l->w->rows, dy, 1.0f + l->arenas, NULL, scaled));
+    return tern__linear_dw(c, l, n, input, kept, scaled, dw, NULL);
+}
+
 TERN_API tern_result tern_linear_backward(tern_context *c, const tern_linear *l, int64_t n, const float *x, const void *saved, const float *dy, float *dx)
 {
     tern__kept kept;
     tern_norm_args norm;
-    float *dgain;
+    const float *input = NULL;
+    float *dgain, *dlow = NULL, *scaled = NULL;
     TERN__TRY(tern__need_scratch(c, l, n));
     TERN__TRY(tern__check_pointer(&c->run, l->w->name, "x", x, 4));
     TERN__TRY(tern__check_pointer(&c->run, l->w->name, "dy", dy, 4));
     if (dx) TERN__TRY(tern__check_pointer(&c->run, l->w->name, "dx", dx, 4));
     if (tern__kept_at(l, n, NULL).bytes) TERN__TRY(tern__check_pointer(&c->run, l->w->name, "saved", saved, 4));
-    if (tern__floats(l->w, TERN_GRAD)) TERN__TRY(tern__check_buffer(c, l->w, TERN_GRAD, l->w->rows * l->w->cols));
-    if (tern__floats(l->bias, TERN_GRAD)) TERN__TRY(tern__check_buffer(c, l->bias, TERN_GRAD, l->w->rows));
-    if (tern__floats(l->gain, TERN_GRAD)) TERN__TRY(tern__check_buffer(c, l->gain, TERN_GRAD, l->w->cols));
+    TERN__TRY(tern__check_gradients(c, l));
     kept = tern__kept_at(l, n, (void *)(uintptr_t)saved);
-    TERN__TRY(tern__linear_dw(c, l, n, x, &kept, dy));
+    if ((tern__floats(l->w, TERN_GRAD) && !kept.q) || tern__floats(l->lora_a, TERN_GRAD)) TERN__TRY(tern__linear_input(c, l, n, x, &input));
+    if (l->arenas > 0.0f) scaled = (float *)tern__take(c, n * l->w->rows * 4);
+    TERN__TRY(tern__linear_dparams(c, l, n, input, &kept, dy, scaled));
+    if (l->lora_a) {
+        dlow = (float *)tern__take(c, n * tern__rank(l) * 4);
+        TERN__TRY(tern__lora_backward(c, l, n, input, &kept, dy, dlow));
+    }
     dgain = tern__floats(l->gain, TERN_GRAD);
-    if (l->norm == TERN_NORM_NONE) return dx ? tern__linear_dx(c, l, n, dy, dx) : TERN_OK;
+    if (l->norm == TERN_NORM_NONE) return dx ? tern__linear_dinput(c, l, n, dy, dlow, scaled, dx) : TERN_OK;
     if (!dx && !dgain) return TERN_OK;
     norm = tern__linear_norm(l, n, x);
     norm.dx = dx;
     norm.dgain = dgain;
     norm.dy = (float *)tern__take(c, n * l->w->cols * 4);
-    TERN__TRY(tern__linear_dx(c, l, n, dy, (float *)(uintptr_t)norm.dy));
+    TERN__TRY(tern__linear_dinput(c, l, n, dy, dlow, scaled, (float *)(uintptr_t)norm.dy));
     return tern_norm(c, &norm);
 }
 #endif
@@ -6832,6 +7539,7 @@ TERN_API tern_result tern_embedding_forward(tern_context *c, const tern_embeddin
     if (!c) return TERN_E_ARGUMENT;
     TERN__REQUIRE(&c->run, e, TERN_E_ARGUMENT, "embedding: the embedding is NULL");
     TERN__TRY(tern__check_ready(c, e->w));
+    TERN__REQUIRE(&c->run, !e->w->rotate && !e->w->dead, TERN_E_UNSUPPORTED, "%s: an embedding has neither a rotation nor a dead zone", e->w->name);
     a.m = tern_param_matrix(e->w);
     if (e->w->rule == TERN_DENSE) a.m.trits = NULL;
     a.w = tern__floats(e->w, TERN_SHADOW);
@@ -6848,6 +7556,7 @@ TERN_API tern_result tern_embedding_backward(tern_context *c, const tern_embeddi
     if (!c) return TERN_E_ARGUMENT;
     TERN__REQUIRE(&c->run, e, TERN_E_ARGUMENT, "embedding: the embedding is NULL");
     TERN__TRY(tern__check_ready(c, e->w));
+    TERN__REQUIRE(&c->run, !e->w->rotate && !e->w->dead, TERN_E_UNSUPPORTED, "%s: an embedding has neither a rotation nor a dead zone", e->w->name);
     if (!e->w->buffer[TERN_GRAD].data) return TERN_OK;
     TERN__TRY(tern__check_buffer(c, e->w, TERN_GRAD, e->w->rows * e->w->cols));
     a.rows = e->w->rows;
@@ -6876,6 +7585,31 @@ TERN_API tern_linear tern_embedding_as_linear(const tern_embedding *e, tern_norm
    ------------------------------------------------------------------------------------------------ */
 
 #ifndef TERNARY_NO_TRAINING
+/* Whether a step updates a parameter: a dead zone's bias follows from its weights. */
+static int32_t tern__is_trained(const tern_model *m, const tern_param *p)
+{
+    int32_t i;
+    for (i = 0; i < m->count; i++) if (m->items[i]->dead == p) return 0;
+    return p->buffer[TERN_GRAD].data != NULL;
+}
+
+/* The gradient of the dead zone's bias goes to the weights that it sums. */
+static tern_result tern__spread_dead(tern_context *c, const tern_param *p)
+{
+    tern_dead_zone_args a;
+    tern_fill_args f;
+    memset(&a, 0, sizeof a);
+    a.m = tern_param_matrix(p);
+    a.lambda = p->lambda;
+    a.dbias = tern__floats(p->dead, TERN_GRAD);
+    a.dw = tern__floats(p, TERN_GRAD);
+    TERN__TRY(tern_dead_zone(c, &a));
+    memset(&f, 0, sizeof f);
+    f.count = p->rows;
+    f.x = tern__floats(p->dead, TERN_GRAD);
+    return tern_fill(c, &f);
+}
+
 /* The learned scale of a parameter that trains, where it has a gradient. */
 static tern_param *tern__trained_alpha(const tern_param *p)
 {
@@ -6919,9 +7653,13 @@ static tern_result tern__check_step(tern_context *c, const tern_model *m, const 
     for (i = 0; i < m->count; i++) {
         const tern_param *p = m->items[i];
         tern_optimize_args a;
-        if (!p->buffer[TERN_GRAD].data) continue;
+        if (!tern__is_trained(m, p)) continue;
         trained++;
         TERN__TRY(tern__check_ready(c, p));
+        if (p->dead) {
+            TERN__TRY(tern__check_dense_of(c, p->dead, p, "dead zone", 1, p->rows));
+            TERN__TRY(tern__check_buffer(c, p->dead, TERN_GRAD, p->rows));
+        }
         for (b = TERN_SHADOW; b < TERN_BUFFERS; b++)
             if (p->buffer[b].data || b <= TERN_GRAD || s->optimizer == TERN_ADAMW) TERN__TRY(tern__check_buffer(c, p, b, p->rows * p->cols));
         TERN__REQUIRE(&c->run, s->optimizer != TERN_ADAMW || tern__buffer_type(p, TERN_MOMENT1) == tern__buffer_type(p, TERN_MOMENT2), TERN_E_ARGUMENT,
@@ -6985,7 +7723,8 @@ TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const
     norm2 = s->norm2 ? s->norm2 : (float *)(void *)c->scratch;
     for (i = 0; i < m->count; i++) {
         tern_sum_args a;
-        if (!m->items[i]->buffer[TERN_GRAD].data) continue;
+        if (!tern__is_trained(m, m->items[i])) continue;
+        if (m->items[i]->dead) TERN__TRY(tern__spread_dead(c, m->items[i]));
         a.kind = TERN_SUM_SQUARES;
         a.count = m->items[i]->rows * m->items[i]->cols;
         a.x = tern__floats(m->items[i], TERN_GRAD);
@@ -6996,7 +7735,7 @@ TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const
     }
     for (i = 0; i < m->count; i++) {
         const tern_optimize_args a = tern__step_args(m, i, s, norm2);
-        if (m->items[i]->buffer[TERN_GRAD].data) TERN__TRY(tern_optimize(c, &a));
+        if (tern__is_trained(m, m->items[i])) TERN__TRY(tern_optimize(c, &a));
     }
     return tern__step_ternarize(c, m, s);
 }
@@ -7035,7 +7774,7 @@ TERN_API tern_result tern_schedule_rate(tern_context *c, const tern_schedule *s,
    filled parameters. The container is GGUF v3, little-endian: a header, keys, the names, shapes and
    places of tensors, then their data, each at a multiple of 32. The native form has the keys
    ternary.hash (first, so that its place is fixed: FNV-1a of the whole file with the hash as zero) and
-   ternary.NAME.rule, .rows, .cols and .grain, and these tensors:
+   ternary.NAME.rule, .rows, .cols, .grain and (of a rotated matrix) .rotate, and these tensors:
      NAME.trits    I8, base-3: byte i holds trits 5i .. 5i+4 of the row-major matrix, the first as the
                    lowest digit, as code trit + 1; the digits after the last trit are 1
      NAME.scale    F32, or I8 exponents (-128: zero), [rows, groups]
@@ -7178,6 +7917,7 @@ static int32_t tern__scale_ok(float scale) { return tern__finite(scale) && scale
 
 static tern_result tern__check_block(tern_context *c, const tern_param *p, const tern__block *b)
 {
+    TERN__REQUIRE(&c->run, !p->rotate, TERN_E_UNSUPPORTED, "%s is rotated, which %s cannot say", p->name, b->name);
     TERN__REQUIRE(&c->run, p->cols % b->weights == 0, TERN_E_SHAPE,
                   "%s: %d columns are not whole %s blocks of %d", p->name, p->cols, b->name, (int64_t)b->weights);
     TERN__REQUIRE(&c->run, p->grain <= 0 || p->grain % b->weights == 0, TERN_E_SHAPE,
@@ -7304,6 +8044,9 @@ static void tern__emit_param_keys(tern__writer *w, const tern_param *p)
     tern__emit_number(w, (uint64_t)p->cols, 8);
     tern__emit_key(w, "ternary.", p->name, ".grain", TERN__GGUF_INT32);
     tern__emit_number(w, (uint64_t)(int64_t)p->grain, 4);
+    if (!p->rotate) return;
+    tern__emit_key(w, "ternary.", p->name, ".rotate", TERN__GGUF_UINT32);
+    tern__emit_number(w, p->rotate, 4);
 }
 
 /* An export holds a ternary parameter as one tensor. */
@@ -7326,15 +8069,17 @@ static tern__tensor tern__written_tensor(const tern__writer *w, const tern_param
 
 static void tern__emit_head(tern__writer *w, uint64_t hash)
 {
-    uint64_t tensors = 0;
+    uint64_t tensors = 0, keys = 2 + 4 * (uint64_t)w->m->count;
     int64_t offset = 0;
     int32_t i, b;
-    for (i = 0; i < w->m->count; i++)
+    for (i = 0; i < w->m->count; i++) {
+        keys += w->m->items[i]->rotate != 0;
         for (b = 0; b < TERN_BUFFERS; b++) tensors += (uint64_t)tern__is_written(w, i, b);
+    }
     tern__emit_bytes(w, "GGUF", 4);
     tern__emit_number(w, 3, 4);
     tern__emit_number(w, tensors, 8);
-    tern__emit_number(w, w->block ? 3 : 2 + 4 * (uint64_t)w->m->count, 8);
+    tern__emit_number(w, w->block ? 3 : keys, 8);
     tern__emit_key(w, "ternary.hash", "", "", TERN__GGUF_UINT64);
     tern__emit_number(w, hash, 8);
     tern__emit_key(w, "general.architecture", "", "", TERN__GGUF_STRING);
@@ -7760,7 +8505,10 @@ static tern_result tern__match_param(tern__loader *l, const tern_param *p)
                   "%s: rule is %s in the file and %s in the parameter", p->name, found, tern__rule_names[p->rule]);
     TERN__TRY(tern__match_number(l, p, ".rows", TERN__GGUF_UINT64, p->rows));
     TERN__TRY(tern__match_number(l, p, ".cols", TERN__GGUF_UINT64, p->cols));
-    return tern__match_number(l, p, ".grain", TERN__GGUF_INT32, p->grain);
+    TERN__TRY(tern__match_number(l, p, ".grain", TERN__GGUF_INT32, p->grain));
+    if (!tern__find(&l->file, &l->file.keys, "ternary.", p->name, ".rotate", &e)) e.value = 0;
+    TERN__REQUIRE(&l->c->run, e.value == p->rotate, TERN_E_SHAPE, "%s: rotate is %d in the file and %d in the parameter", p->name, (int64_t)e.value, (int64_t)p->rotate);
+    return TERN_OK;
 }
 
 static tern_result tern__check_trits(tern__loader *l, const tern_param *p, const uint8_t *source)

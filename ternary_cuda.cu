@@ -2376,6 +2376,96 @@ static tern_result tern__gpu_norm(tern_run *r, tern__gpu *d, const tern_norm_arg
     return TERN_OK;
 }
 
+/* -- Hadamard rotation: a block to a row, in shared memory where it fits -- */
+
+enum { TERN__ROTATED_HERE = 8192 }; /* columns */
+
+static __device__ void tern__rotate_part(float *v, int64_t p, float factor)
+{
+    for (int i = (int)threadIdx.x; i < p; i += (int)blockDim.x) v[i] = v[i] * factor;
+    __syncthreads();
+    for (int distance = 1; distance < p; distance *= 2) {
+        for (int i = (int)threadIdx.x; i < p / 2; i += (int)blockDim.x) {
+            float *const at = v + i / distance * 2 * distance + i % distance;
+            const float a = at[0], b = at[distance];
+            at[0] = a + b;
+            at[distance] = a - b;
+        }
+        __syncthreads();
+    }
+}
+
+static __device__ float tern__flipped(uint32_t seed, int i, float x)
+{
+    uint32_t words[4], word = 0;
+    tern__philox(seed, (uint64_t)(i / 128), 0, TERN__ROTATION, words);
+    for (int k = 0; k < 4; k++) if (i / 32 % 4 == k) word = words[k]; /* registers have no index */
+    return word >> i % 32 & 1 ? -x : x;
+}
+
+static __global__ void tern__hadamard_rows(tern_hadamard_args a, int64_t p, float factor)
+{
+    TERN__SHARED(float, room);
+    const int64_t rest = a.cols - p;
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const float *x = a.x + t * a.cols;
+        float *y = a.y + t * a.cols, *v = a.cols <= TERN__ROTATED_HERE ? room : y;
+        for (int i = (int)threadIdx.x; i < a.cols; i += (int)blockDim.x) v[i] = a.inverse ? x[i] : tern__flipped(a.seed, i, x[i]);
+        __syncthreads();
+        if (rest && a.inverse) tern__rotate_part(v + rest, p, factor);
+        tern__rotate_part(v, p, factor);
+        if (rest && !a.inverse) tern__rotate_part(v + rest, p, factor);
+        for (int i = (int)threadIdx.x; i < a.cols; i += (int)blockDim.x) y[i] = a.inverse ? tern__flipped(a.seed, i, v[i]) : v[i];
+        __syncthreads(); /* room may be written again */
+    }
+}
+
+static tern_result tern__gpu_hadamard(tern_run *r, tern__gpu *d, const tern_hadamard_args *a)
+{
+    const int64_t p = tern__power_below(a->cols);
+    const int64_t here = a->cols <= TERN__ROTATED_HERE ? a->cols : 1;
+    (void)r;
+    TERN__LAUNCH(tern__hadamard_rows, tern__grid(d, a->n, 1), TERN__THREADS, sizeof(float) * (size_t)here, d->stream, *a, p, tern__rotation_factor(p));
+    return TERN_OK;
+}
+
+/* -- the dead zone of a matrix: a block to a row -- */
+
+static __device__ bool tern__is_dead(const tern_matrix *m, const tern__shape *s, int64_t row, int col)
+{
+    const int group = (int)s->group, unit = (int)s->unit, g = col / group, in_group = col - g * group, in = in_group % unit;
+    const int64_t u = (int64_t)g * s->group_units + in_group / unit;
+    const uint8_t *panel = (const uint8_t *)m->trits + row / TERN__ROWS * s->panel_bytes;
+    uint32_t code = panel[u * TERN__UNIT + row % TERN__ROWS * 4 + in % 4];
+    if (m->encoding != TERN_BASE3) return (code >> 2 * (in / 4) & 3) == 1;
+    for (int digit = 0; digit < in / 4; digit++) code /= 3;
+    return code % 3 == 1;
+}
+
+static __global__ void tern__dead_zone_rows(tern_dead_zone_args a, tern__shape s)
+{
+    TERN__SHARED(float, sums);
+    for (int64_t row = blockIdx.x; row < a.m.rows; row += gridDim.x) {
+        const int64_t at = row * a.m.cols;
+        const float slope = a.dw ? a.lambda * a.dbias[row] : 0.0f;
+        for (int i = (int)threadIdx.x; a.dw && i < a.m.cols; i += (int)blockDim.x)
+            if (tern__is_dead(&a.m, &s, row, i)) a.dw[at + i] = a.dw[at + i] + slope;
+        if (!a.bias) continue;
+        const float sum = tern__block_sum(a.m.cols, [&](int64_t i) {
+            return tern__is_dead(&a.m, &s, row, (int)i) ? tern__load_float(a.type, a.w, at + i) : 0.0f;
+        }, sums);
+        if (threadIdx.x == 0) a.bias[row] = a.lambda * sum;
+    }
+}
+
+static tern_result tern__gpu_dead_zone(tern_run *r, tern__gpu *d, const tern_dead_zone_args *a)
+{
+    (void)r;
+    TERN__LAUNCH(tern__dead_zone_rows, tern__grid(d, a->m.rows, 1), tern__row_threads(a->m.cols), tern__row_shared(a->m.cols), d->stream,
+                 *a, tern__shape_of(&a->m));
+    return TERN_OK;
+}
+
 /* -- rotary positions: a thread turns a pair of four heads -- */
 
 static __device__ void tern__rope_four(const tern_rope_args *a, float *x, int heads, float sine, float cosine)

@@ -1584,6 +1584,138 @@ static void large_attention_gradients(tern_context *c, record *r)
 }
 static void test_large_attention_gradients(void) { same_for_threads(large_attention_gradients); }
 
+/* -- rotation and dead zone -- */
+
+static void rotated_rows(tern_context *c, record *r)
+{
+    static const int64_t cols[] = {1, 2, 3, 6, 15, 16, 17, 31, 96, 127, 512, 1040, 4097};
+    int i, inverse;
+    for (i = 0; i < 13; i++)
+        for (inverse = 0; inverse < 2; inverse++) {
+            const int64_t n = cols[i] > 1000 ? 3 : 40;
+            tern_hadamard_args a = TERN_ZERO;
+            float *kept;
+            a.n = n;
+            a.cols = cols[i];
+            a.seed = 5;
+            a.inverse = inverse;
+            a.x = kept = hold_floats(n * cols[i]);
+            a.y = hold_output(n * cols[i]);
+            CHECK_OK(c, tern_hadamard(c, &a));
+            record_words(r, a.y, n * cols[i]);
+            a.y = kept; /* in place */
+            CHECK_OK(c, tern_hadamard(c, &a));
+            record_words(r, a.y, n * cols[i]);
+            release();
+        }
+}
+static void test_hadamard(void) { same_everywhere(rotated_rows, UINT64_C(0xCC7702DFE9038181)); }
+
+/* x H of one row in float64, by the definition: signs, then the entries of Sylvester matrices one by one. */
+static void rotate_literal(double *x, int64_t cols, uint32_t seed, int inverse)
+{
+    double *copy = (double *)malloc(sizeof(double) * (size_t)cols);
+    int64_t p = 1, i, j, step;
+    while (2 * p <= cols) p *= 2;
+    for (step = 0; step < 3; step++) {
+        const int64_t what = inverse ? 2 - step : step, from = what == 2 ? cols - p : 0;
+        if (what == 2 && from == 0) continue; /* not twice */
+        memcpy(copy, x, sizeof(double) * (size_t)cols);
+        for (i = 0; what == 0 && i < cols; i++) {
+            uint32_t word[4];
+            tern__philox(seed, (uint64_t)(i / 128), 0, 0x48414441, word);
+            if (word[i % 128 / 32] >> i % 32 & 1) x[i] = -x[i];
+        }
+        for (i = 0; what > 0 && i < p; i++) {
+            x[from + i] = 0.0;
+            for (j = 0; j < p; j++) {
+                int64_t common = i & j, ones = 0;
+                for (; common; common &= common - 1) ones++;
+                x[from + i] += (ones % 2 ? -1.0 : 1.0) / sqrt((double)p) * copy[from + j];
+            }
+        }
+    }
+    free(copy);
+}
+
+static void test_hadamard_literal(void)
+{
+    static const int64_t cols[] = {1, 2, 3, 7, 8, 100, 128, 300};
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    int i, inverse;
+    for (i = 0; i < 8; i++)
+        for (inverse = 0; inverse < 2; inverse++) {
+            tern_hadamard_args a = TERN_ZERO;
+            double *want;
+            float changed = 0.0f;
+            const float *x = hold_floats(cols[i]);
+            int64_t j;
+            a.n = 1;
+            a.cols = cols[i];
+            a.seed = 9;
+            a.inverse = inverse;
+            a.x = x;
+            a.y = hold_output(cols[i]);
+            want = (double *)hold(sizeof(double) * (size_t)cols[i]);
+            for (j = 0; j < cols[i]; j++) want[j] = a.x[j];
+            rotate_literal(want, cols[i], 9, inverse);
+            CHECK_OK(t.c, tern_hadamard(t.c, &a));
+            for (j = 0; j < cols[i]; j++) CHECK(fabs(a.y[j] - want[j]) < 2e-6, "%d columns: [%d] %g, not %g", (int)cols[i], (int)j, a.y[j], want[j]);
+            a.inverse = !inverse; /* there and back */
+            a.x = a.y;
+            CHECK_OK(t.c, tern_hadamard(t.c, &a));
+            for (j = 0; j < cols[i]; j++) CHECK(fabs(a.y[j] - x[j]) < 2e-6, "%d columns: back at [%d] %g, not %g", (int)cols[i], (int)j, a.y[j], x[j]);
+            a.inverse = inverse;
+            a.seed = 10; /* other signs */
+            CHECK_OK(t.c, tern_hadamard(t.c, &a));
+            for (j = 0; j < cols[i]; j++) changed += (float)fabs(a.y[j] - want[j]);
+            CHECK(cols[i] < 7 || changed > 0.1f, "%d columns: the seed changes nothing", (int)cols[i]);
+            release();
+        }
+    test_close(&t);
+}
+
+static void dead_zones(tern_context *c, record *r)
+{
+    static const int64_t cols[] = {1, 17, 130, 2500};
+    int i, g;
+    for (i = 0; i < 4; i++)
+        for (g = 0; g < 5; g++) {
+            const int64_t rows = 19;
+            const tern_matrix m = hold_matrix(c, rows, cols[i], every_grain[g], g & 1 ? TERN_BASE3 : TERN_2BIT, TERN_F32);
+            const float *before = hold_floats(rows * cols[i]);
+            tern_dead_zone_args a = TERN_ZERO;
+            tern_unpack_args u = TERN_ZERO;
+            int64_t row, col;
+            u.m = a.m = m;
+            u.count = rows;
+            u.trits = (int8_t *)hold((size_t)(rows * cols[i]));
+            CHECK_OK(c, tern_unpack(c, &u));
+            a.lambda = 0.25f;
+            a.w = hold_floats(rows * cols[i]);
+            a.bias = hold_output(rows);
+            a.dbias = hold_floats(rows);
+            a.dw = hold_copy(before, rows * cols[i]);
+            CHECK_OK(c, tern_dead_zone(c, &a));
+            for (row = 0; row < rows; row++) {
+                double want = 0.0;
+                for (col = 0; col < cols[i]; col++) {
+                    const int64_t at = row * cols[i] + col;
+                    if (u.trits[at] == 0) want += 0.25 * (double)((const float *)a.w)[at];
+                    CHECK(fabs(a.dw[at] - (before[at] + (u.trits[at] ? 0.0 : 0.25 * a.dbias[row]))) < 1e-6, "dw[%d] is %g", (int)at, a.dw[at]);
+                }
+                CHECK(fabs(a.bias[row] - want) < 1e-5, "bias[%d] %g, not %g", (int)row, a.bias[row], want);
+            }
+            record_words(r, a.bias, rows);
+            record_words(r, a.dw, rows * cols[i]);
+            a.bias = NULL; /* each alone */
+            CHECK_OK(c, tern_dead_zone(c, &a));
+            record_words(r, a.dw, rows * cols[i]);
+            release();
+        }
+}
+static void test_dead_zone(void) { same_everywhere(dead_zones, UINT64_C(0xEF08ACBE1B30D295)); }
+
 /* -- arguments: good ones for every operation, then one wrong field at a time -- */
 
 #define CALL(op) \
@@ -1647,6 +1779,8 @@ static void make_good(void)
     good_cast.count = 10; good_cast.src = x; good_cast.dst = y; good_cast.to = TERN_BF16;
     good_map.count = 10; good_map.a = x; good_map.b = y; good_map.y = z;
     good_norm.n = 2; good_norm.cols = 5; good_norm.x = x; good_norm.gain = y; good_norm.eps = 1e-6f; good_norm.y = z;
+    good_hadamard.n = 2; good_hadamard.cols = 5; good_hadamard.x = x; good_hadamard.y = y; good_hadamard.seed = 3;
+    good_dead_zone.m = m; good_dead_zone.lambda = 0.5f; good_dead_zone.w = x; good_dead_zone.bias = y; good_dead_zone.dbias = z; good_dead_zone.dw = u;
     good_rope.n = 2; good_rope.heads = 2; good_rope.dim = 4; good_rope.x = x; good_rope.stride = 8; good_rope.period = 2;
     good_attention.batch = 1; good_attention.queries = good_attention.keys = 2; good_attention.heads = good_attention.kv_heads = 2; good_attention.dim = 4;
     good_attention.q = x; good_attention.k = y; good_attention.v = z; good_attention.q_stride = good_attention.k_stride = good_attention.v_stride = 8;
@@ -1730,6 +1864,10 @@ static const wrong wrongs[] = {
     COUNTED(map, count) NEEDED(map, a) NEEDED(map, b) NEEDED(map, y) RANGED32(map, fn, -1) RANGED32(map, fn, 7)
     COUNTED(norm, n) COUNTED(norm, cols) NEEDED(norm, x) ALIGNED(norm, gain) NEEDED(norm, y) ALIGNED(norm, dx) ALIGNED(norm, dgain)
     RANGED_FLOAT(norm, eps, 0) RANGED_FLOAT(norm, eps, NAN) RANGED_FLOAT(norm, eps, INFINITY)
+    COUNTED(hadamard, n) NEEDED(hadamard, x) NEEDED(hadamard, y)
+    WRONG(hadamard, cols, TO_INT64, 0, TERN_E_SHAPE, "cols = 0") WRONG(hadamard, cols, TO_INT64, 262145, TERN_E_SHAPE, "hadamard: rows of 262145; 262144 is the most")
+    MATRIX(dead_zone) NEEDED_BYTES(dead_zone, m.trits) NEEDED(dead_zone, w) ALIGNED(dead_zone, bias) NEEDED(dead_zone, dbias) ALIGNED(dead_zone, dw)
+    RANGED32(dead_zone, type, TERN_I8) RANGED_FLOAT(dead_zone, lambda, NAN) RANGED_FLOAT(dead_zone, lambda, INFINITY)
     COUNTED(rope, n) NEEDED(rope, x) WRONG(rope, heads, TO_INT32, 0, TERN_E_SHAPE, "heads = 0") WRONG(rope, stride, TO_INT64, 7, TERN_E_SHAPE, "stride 7 is below heads x dim = 8")
     WRONG(rope, dim, TO_INT32, 3, TERN_E_SHAPE, "dim = 3") WRONG(rope, dim, TO_INT32, 0, TERN_E_SHAPE, "dim = 0") WRONG(rope, dim, TO_INT32, 1026, TERN_E_SHAPE, "dim = 1026")
     WRONG(rope, start, TO_INT64, -1, TERN_E_ARGUMENT, "start -1") WRONG(rope, start, TO_INT64, 16777216, TERN_E_ARGUMENT, "start 16777216")
@@ -1885,6 +2023,9 @@ static void suite_backends(void)
     RUN(test_norm_gradients);
     RUN(test_attention_gradients);
     RUN(test_large_attention_gradients);
+    RUN(test_hadamard);
+    RUN(test_hadamard_literal);
+    RUN(test_dead_zone);
     RUN(test_wrong_arguments);
     RUN(test_wrong_backward_arguments);
     RUN(test_missing_operations);

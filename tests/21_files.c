@@ -933,8 +933,48 @@ static void files_export(void)
     test_close(&t);
 }
 
+/* A rotation is part of the weights: saved with them, and of another seed, of none or in ggml's forms refused. */
+static void file_rotated_model(tern_context *c, file_model *f, uint32_t first, uint32_t second)
+{
+    memset(f, 0, sizeof *f);
+    file_add(f, "a", 5, 256, TERN_ABSMEAN, TERN_PER_ROW)->rotate = first;
+    file_add(f, "b", 4, 256, TERN_ABSMEAN, TERN_PER_ROW)->rotate = second;
+    file_alloc(c, f, TERN_FOR_GRADIENT);
+    file_fill(c, f);
+}
+
+static void files_rotated(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    file_model f, g;
+    file_bytes b, none;
+    tern_sink sink = file_sink(&none);
+    uint64_t before;
+    file_rotated_model(t.c, &f, 5, 0);
+    file_save(t.c, &f, TERN_FOR_TRAINING, &b);
+    file_rotated_model(t.c, &g, 5, 0);
+    CHECK_OK(t.c, tern_model_load(t.c, &g.m, b.data, b.size));
+    CHECK(file_equal(t.c, &f.p[0], &g.p[0], 1 << TERN_SHADOW) && file_equal(t.c, &f.p[1], &g.p[1], 1 << TERN_SHADOW), "a rotated model came back otherwise");
+    before = file_hash(&g);
+    g.p[0].rotate = 6;
+    CHECK_FAILS(t.c, tern_model_load(t.c, &g.m, b.data, b.size), TERN_E_SHAPE, "a: rotate is 5 in the file and 6 in the parameter");
+    g.p[0].rotate = 0;
+    CHECK_FAILS(t.c, tern_model_load(t.c, &g.m, b.data, b.size), TERN_E_SHAPE, "a: rotate is 5 in the file and 0 in the parameter");
+    g.p[0].rotate = 5;
+    g.p[1].rotate = 5;
+    CHECK_FAILS(t.c, tern_model_load(t.c, &g.m, b.data, b.size), TERN_E_SHAPE, "b: rotate is 0 in the file and 5 in the parameter");
+    CHECK(file_hash(&g) == before, "a refused file changed a parameter");
+    CHECK_FAILS(t.c, tern_model_export(t.c, &f.m, TERN_TQ1_0, &sink, NULL), TERN_E_UNSUPPORTED, "a is rotated, which TQ1_0 cannot say");
+    CHECK(none.size == 0, "a refused export wrote %d bytes", (int)none.size);
+    file_free(t.c, &f);
+    file_free(t.c, &g);
+    free(b.data);
+    test_close(&t);
+}
+
 static void suite_files(void)
 {
+    RUN(files_rotated);
     RUN(files_round_trip);
     RUN(files_chunks);
     RUN(files_resume);

@@ -497,6 +497,71 @@ static void test_cuda_scale_grad()
             }
 }
 
+/* -- rotation and dead zone -- */
+
+static void test_rotated(int64_t n, int64_t cols, int inverse, int in_place)
+{
+    mirror<float> x(n * cols, test_uniform), y(n * cols, test_uniform);
+    test_both([&](tern_context *c, int side) {
+        tern_hadamard_args a = {};
+        a.n = n;
+        a.cols = cols;
+        a.x = x[side];
+        a.y = in_place ? x[side] : y[side];
+        a.seed = 77;
+        a.inverse = inverse;
+        return tern_hadamard(c, &a);
+    });
+    CHECK_SAME(x);
+    CHECK_SAME(y);
+}
+
+static void test_cuda_hadamard()
+{
+    for (int variant = 0; variant < 4; variant++) {
+        for (int64_t cols : test_counts) test_rotated(3, cols, variant & 1, variant / 2);
+        test_rotated(70, 24, variant & 1, variant / 2);
+    }
+    test_rotated(1, TERN__ROTATED_HERE, 0, 0);
+    test_rotated(2, TERN__ROTATED_HERE + 1, 0, 0); /* beyond shared memory */
+    test_rotated(2, TERN__ROTATED_HERE + 1, 1, 1);
+}
+
+static void test_dead_zone(int64_t cols, int variant)
+{
+    const int32_t grains[] = {TERN_PER_ROW, TERN_PER_TENSOR, 24, 33};
+    tern_matrix m = {};
+    m.rows = 21;
+    m.cols = cols;
+    m.encoding = variant % 2 ? TERN_BASE3 : TERN_2BIT;
+    m.grain = grains[variant % 4];
+    const test_packed packed(m);
+    mirror<float> w(m.rows * cols, [] { /* two numbers of BF16 too */
+        const uint32_t half = tern__bits(test_uniform()) >> 16;
+        return tern__float(half << 16 | half);
+    });
+    mirror<float> dw(m.rows * cols, test_uniform), bias(m.rows, test_uniform), dbias(m.rows, test_uniform);
+    test_both([&](tern_context *c, int side) {
+        tern_dead_zone_args a = {};
+        a.m = packed.on(side);
+        a.lambda = 0.375f;
+        a.type = variant / 4 == 2 ? TERN_BF16 : TERN_F32;
+        a.w = w[side];
+        if (variant / 4 != 0) a.bias = bias[side];
+        if (variant / 4 != 1) a.dw = dw[side];
+        a.dbias = dbias[side];
+        return tern_dead_zone(c, &a);
+    });
+    CHECK_SAME(bias);
+    CHECK_SAME(dw);
+}
+
+static void test_cuda_dead_zone()
+{
+    for (int64_t cols : test_counts)
+        for (int variant = 0; variant < 12; variant++) test_dead_zone(cols, variant);
+}
+
 /* -- limits -- */
 
 static void test_unsupported(tern_result result, const char *text)
@@ -544,5 +609,7 @@ static void suite_cuda_elements()
     RUN(test_cuda_optimize);
     RUN(test_cuda_optimize_norms);
     RUN(test_cuda_scale_grad);
+    RUN(test_cuda_hadamard);
+    RUN(test_cuda_dead_zone);
     RUN(test_cuda_element_limits);
 }
