@@ -495,7 +495,7 @@ typedef struct tern_norm_args {
    last p; p is the largest power of two <= cols. In O(cols log cols), additions in a fixed order. y may be x. */
 typedef struct tern_hadamard_args { int64_t n, cols; const float *x; float *y; uint32_t seed; int32_t inverse; } tern_hadamard_args;
 
-/* The dead zone of a matrix: its weights whose trit is 0 (Tequila, Huang et al. 2025). bias [rows] = lambda * the sums
+/* The dead zone of a matrix: its weights whose trit is 0 (Tequila: arXiv 2509.23809). bias [rows] = lambda * the sums
    of w [rows, cols] in it; lambda * dbias [rows] is added to dw [rows, cols] in it. bias or dw may be NULL. */
 typedef struct tern_dead_zone_args {
     tern_matrix m; /* scales are not read */
@@ -6944,7 +6944,7 @@ TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern
 
 static int32_t tern__is_quantized(const tern_linear *l) { return l->act != TERN_ACT_FLOAT && l->w->rule != TERN_DENSE; }
 
-/* Columns of LoRA. */
+/* The rank of LoRA, or 0. */
 static int64_t tern__rank(const tern_linear *l) { return l->lora_a ? l->lora_a->rows : 0; }
 
 /* What the forward leaves for the backward, at the start of `saved` or of scratch: the quantized activations (none

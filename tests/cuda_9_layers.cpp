@@ -111,6 +111,46 @@ static void test_cuda_linear()
     test_linear(w, &bias, &gain, TERN_NORM_RMS, TERN_ACT_INT8, 70, false);
 }
 
+/* Rotation, LoRA, dead zone and arenas together: forward, backward, the rebuilt matrix, merge and fold. */
+static void test_cuda_linear_options()
+{
+    const int64_t n = 3, rows = 33, cols = 70, rank = 3;
+    const tern_type shadows[] = {TERN_F32, TERN_BF16};
+    test_fuse(false);
+    for (tern_type shadow : shadows) {
+        both_params w(rows, cols, TERN_ABSMEAN, TERN_FOR_GRADIENT, 50, TERN_2BIT, TERN_F32, shadow), bias(1, rows, TERN_DENSE, TERN_FOR_GRADIENT);
+        both_params dead(1, rows, TERN_DENSE, TERN_FOR_GRADIENT), a(rank, cols, TERN_DENSE, TERN_FOR_GRADIENT), b(rows, rank, TERN_DENSE, TERN_FOR_GRADIENT);
+        mirror<float> x(n * cols, test_uniform), y(n * rows), dy(n * rows, test_uniform), dx(n * cols), m(rows * cols), floats(rows * cols, test_uniform);
+        mirror<int8_t> saved(n * 1024);
+        test_both([&](tern_context *c, int side) {
+            tern_linear l = {};
+            size_t bytes = 0;
+            l.w = &w.at[side];
+            l.w->rotate = 99;
+            l.w->dead = &dead.at[side];
+            l.w->lambda = 0.5f;
+            l.bias = &bias.at[side];
+            l.lora_a = &a.at[side];
+            l.lora_b = &b.at[side];
+            l.lora_scale = 0.25f;
+            l.arenas = 0.5f;
+            l.norm = TERN_NORM_RMS;
+            TERN__TRY(tern_param_set(c, l.w, TERN_F32, floats[side]));
+            TERN__TRY(test_reserve_for(c, &l, n, &bytes));
+            if (bytes > saved.count) abort();
+            TERN__TRY(tern_linear_forward(c, &l, n, x[side], y[side], saved[side]));
+            TERN__TRY(tern_linear_backward(c, &l, n, x[side], saved[side], dy[side], dx[side]));
+            TERN__TRY(tern_linear_rebuild(c, &l, m[side]));
+            TERN__TRY(tern_linear_merge(c, &l));
+            return tern_linear_fold(c, &l);
+        });
+        CHECK_SAME(y);
+        CHECK_SAME(dx);
+        CHECK_SAME(m);
+        CHECK(w.same() && bias.same() && dead.same() && a.same() && b.same());
+    }
+}
+
 /* A row that is not finite, through the whole layer. */
 static void test_cuda_linear_fault()
 {
@@ -509,6 +549,7 @@ static void suite_cuda_layers()
 {
     RUN(test_cuda_selftest);
     RUN(test_cuda_linear);
+    RUN(test_cuda_linear_options);
     RUN(test_cuda_linear_fault);
     RUN(test_cuda_linear_by_its_parts);
     RUN(test_cuda_embedding);
