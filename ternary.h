@@ -7339,6 +7339,7 @@ TERN_API tern_result tern_linear_merge(tern_context *c, const tern_linear *l)
     size_t trits, scales;
     TERN__TRY(tern__check_linear(c, l, 1));
     TERN__REQUIRE(&c->run, l->lora_a, TERN_E_MISSING, "%s: there is no lora_a to merge", l->w->name);
+    TERN__TRY(tern__check_alpha(c, l->w));
     memset(&g, 0, sizeof g);
     g.c = c;
     g.l = l;

@@ -530,12 +530,8 @@ static void test_cuda_hadamard()
 static void test_dead_zone(int64_t cols, int variant)
 {
     const int32_t grains[] = {TERN_PER_ROW, TERN_PER_TENSOR, 24, 33};
-    tern_matrix m = {};
-    m.rows = 21;
-    m.cols = cols;
-    m.encoding = variant % 2 ? TERN_BASE3 : TERN_2BIT;
-    m.grain = grains[variant % 4];
-    const test_packed packed(m);
+    const tern_matrix m = test_shape(21, cols, grains[variant % 4], variant % 2 ? TERN_BASE3 : TERN_2BIT, TERN_F32);
+    const test_matrix packed(m);
     mirror<float> w(m.rows * cols, [] { /* two numbers of BF16 too */
         const uint32_t half = tern__bits(test_uniform()) >> 16;
         return tern__float(half << 16 | half);
