@@ -10,7 +10,8 @@
        build/language_model_cuda --cuda --text book.txt
 
    A transformer: rotary positions, RMSNorm of queries and keys, squared ReLU; every linear layer is a
-   BitLinear with an RMSNorm without gain before it, int8 activations and one scale per row. --float
+   BitLinear with an RMSNorm without gain before it, int8 activations and one scale per row. Other recipes are
+   options, from the rule that makes a trit of a weight to the rounding of the shadow weights; --float
    trains the same network with float weights. Everything is computed by the operations of ternary.h on
    memory of its backend: --cuda trains and talks on the first GPU, and the CPU then finds the same bits in the file.
 
@@ -58,8 +59,9 @@ static double seconds(void)
 typedef struct options {
     const char *text, *out, *resume;
     int64_t threads, cuda, stop, generate;
-    int64_t layers, heads, width, context, batch, accumulate, steps, seed, schedule, dense, float_shadows;
-    double rate; /* from layers to here: what a training depends on */
+    int64_t layers, heads, width, context, batch, accumulate, steps, seed, schedule;
+    int64_t rule, grain, scales, activations, rotate, shadows, nearest, moments; /* the recipe; rule: TERN_DENSE for float weights */
+    double rate, decay, tequila, arenas, noise, rho; /* from layers to here: what a training depends on */
 } options;
 
 /* The table of the first GPU; NULL in a program without ternary_cuda.o. */
@@ -78,58 +80,98 @@ static const char usage[] =
     "  --out DIR        where loss.svg and model.gguf go (default: build)\n"
     "  --layers N  --heads N  --width N  --context N  --batch N  --steps N\n"
     "  --accumulate N   batches whose gradients make a step (default: 1)\n"
-    "  --lr RATE        peak learning rate\n"
+    "  --lr RATE  --decay D    peak learning rate; weight decay (default: 0.05)\n"
     "  --schedule NAME  cosine (default), or wsd: warm-up, stable, decay over the last fifth\n"
     "  --stop N         ends after step N as Ctrl-C does: with the state in training.state in --out\n"
     "  --resume FILE    goes on from such a state; the other options are those of the run that wrote it\n"
     "  --seed N         of the initial weights, the batches and the generated text\n"
     "  --float          float weights instead of ternary ones\n"
-    "  --float-shadows  32-bit shadow weights instead of bfloat16\n"
+    "  --rule NAME      absmean (default), sigma, twn, or with learned scales lsq or seq\n"
+    "  --grain G        what has a scale: tensor (lsq), row (default) or a group of that many inputs\n"
+    "  --scales TYPE    f32 (default), f16 or pow2\n"
+    "  --activations TYPE      int8 (default), int4 or float\n"
+    "  --rotate         a Hadamard rotation of weights and activations\n"
+    "  --tequila LAMBDA        the weights of the dead zone give a bias (1e-3 is usual)\n"
+    "  --arenas EPS     EPS times the shadow weights is added to the ternary ones, and fades to nothing\n"
+    "  --noise S        weights within S scales of a threshold are decided with noise, which fades too\n"
+    "  --rho RHO        scales are running averages\n"
+    "  --shadows TYPE   bf16 (default) or f32; --float-shadows is f32\n"
+    "  --rounding HOW   of bfloat16 shadows: stochastic (default), or nearest, which loses small updates\n"
+    "  --moments TYPE   f32 (default) or bf16, of the optimizer\n"
     "  --threads N      0: one per CPU\n"
     "  --cuda           on the first GPU (of CUDA_VISIBLE_DEVICES)\n"
     "  --generate N     bytes to generate\n";
 
+/* The number that a word is, if it is one and nothing more. */
+static int is_number(const char *word, double *out)
+{
+    char *end;
+    *out = strtod(word, &end);
+    return end != word && !*end;
+}
+
 static options parse(int count, char **words)
 {
+    enum { BY_RULE = -2 }; /* a grain */
     options o = {.text = "ternary.h", .out = "build", .generate = 400, .layers = 4, .heads = 4, .width = 128, .context = 64, .batch = 12,
-                 .accumulate = 1, .steps = 600, .seed = 1, .schedule = TERN_COSINE};
-    const struct { const char *name; int64_t *value, least, most; } numbers[] = {
+                 .accumulate = 1, .steps = 600, .seed = 1, .schedule = TERN_COSINE, .rule = TERN_ABSMEAN, .grain = BY_RULE,
+                 .scales = TERN_F32, .activations = TERN_ACT_INT8, .shadows = TERN_BF16, .moments = TERN_F32, .decay = 0.05};
+    const struct { const char *name; int64_t *option, value; } flags[] = {
+        {"--cuda", &o.cuda, 1}, {"--float", &o.rule, TERN_DENSE}, {"--float-shadows", &o.shadows, TERN_F32}, {"--rotate", &o.rotate, 1}};
+    const struct { const char *name, **option; } strings[] = {{"--text", &o.text}, {"--out", &o.out}, {"--resume", &o.resume}};
+    const struct { const char *name; int64_t *option; const char *word; int64_t value; } choices[] = {
+        {"--schedule", &o.schedule, "cosine", TERN_COSINE},           {"--schedule", &o.schedule, "wsd", TERN_WSD},
+        {"--rule", &o.rule, "absmean", TERN_ABSMEAN},                 {"--rule", &o.rule, "sigma", TERN_ABSMEAN_SIGMA},
+        {"--rule", &o.rule, "twn", TERN_TWN},                         {"--rule", &o.rule, "lsq", TERN_LSQ},
+        {"--rule", &o.rule, "seq", TERN_SEQ},                         {"--grain", &o.grain, "tensor", TERN_PER_TENSOR},
+        {"--grain", &o.grain, "row", TERN_PER_ROW},                   {"--scales", &o.scales, "f32", TERN_F32},
+        {"--scales", &o.scales, "f16", TERN_F16},                     {"--scales", &o.scales, "pow2", TERN_POW2},
+        {"--activations", &o.activations, "int8", TERN_ACT_INT8},     {"--activations", &o.activations, "int4", TERN_ACT_INT4},
+        {"--activations", &o.activations, "float", TERN_ACT_FLOAT},   {"--shadows", &o.shadows, "bf16", TERN_BF16},
+        {"--shadows", &o.shadows, "f32", TERN_F32},                   {"--rounding", &o.nearest, "stochastic", 0},
+        {"--rounding", &o.nearest, "nearest", 1},                     {"--moments", &o.moments, "f32", TERN_F32},
+        {"--moments", &o.moments, "bf16", TERN_BF16}};
+    const struct { const char *name; int64_t *option, least, most; } wholes[] = {
         {"--layers", &o.layers, 1, 128},     {"--heads", &o.heads, 1, 256},   {"--width", &o.width, 2, 16384},
         {"--context", &o.context, 2, 65536}, {"--batch", &o.batch, 1, 4096},  {"--steps", &o.steps, 10, 100000000},
-        {"--accumulate", &o.accumulate, 1, 4096}, {"--stop", &o.stop, 1, 100000000},
-        {"--seed", &o.seed, 0, INT64_MAX},   {"--threads", &o.threads, 0, 64}, {"--generate", &o.generate, 0, 1 << 30}};
-    const int known = (int)(sizeof numbers / sizeof numbers[0]);
+        {"--accumulate", &o.accumulate, 1, 4096}, {"--stop", &o.stop, 1, 100000000}, {"--grain", &o.grain, 1, 65536},
+        {"--seed", &o.seed, 0, INT64_C(1) << 53}, {"--threads", &o.threads, 0, 64}, {"--generate", &o.generate, 0, 1 << 30}};
+    const struct { const char *name; double *option; } numbers[] = { /* ranges: the library's */
+        {"--lr", &o.rate}, {"--decay", &o.decay}, {"--tequila", &o.tequila}, {"--arenas", &o.arenas}, {"--noise", &o.noise}, {"--rho", &o.rho}};
+#define EACH(list) for (k = 0; k < (int)(sizeof list / sizeof list[0]); k++) if (!strcmp(name, list[k].name))
     int i, k;
     for (i = 1; i < count; i++) {
         const char *name = words[i], *value;
-        char *end;
+        int known = 0, done = 0;
+        double number;
         if (!strcmp(name, "--help")) { fputs(usage, stdout); exit(0); }
-        if (!strcmp(name, "--float")) { o.dense = 1; continue; }
-        if (!strcmp(name, "--float-shadows")) { o.float_shadows = 1; continue; }
-        if (!strcmp(name, "--cuda")) { o.cuda = 1; continue; }
-        for (k = 0; k < known && strcmp(name, numbers[k].name); k++) {}
+        EACH(flags) { *flags[k].option = flags[k].value; done = 1; }
+        if (done) continue;
         if (++i == count) die("%s needs a value\n%s", name, usage);
         value = words[i];
-        if (!strcmp(name, "--text")) o.text = value;
-        else if (!strcmp(name, "--out")) o.out = value;
-        else if (!strcmp(name, "--resume")) o.resume = value;
-        else if (!strcmp(name, "--schedule")) {
-            if (strcmp(value, "cosine") && strcmp(value, "wsd")) die("--schedule %s is neither cosine nor wsd", value);
-            o.schedule = strcmp(value, "wsd") ? TERN_COSINE : TERN_WSD;
-        } else if (!strcmp(name, "--lr")) {
-            o.rate = strtod(value, &end);
-            if (end == value || *end || !(o.rate > 0 && o.rate < 10)) die("--lr %s is not a number between 0 and 10", value);
-        } else {
-            if (k == known) die("unknown option %s\n%s", name, usage);
-            *numbers[k].value = strtoll(value, &end, 10);
-            if (end == value || *end || *numbers[k].value < numbers[k].least || *numbers[k].value > numbers[k].most)
-                die("%s %s is not a whole number from %lld to %lld", name, value, (long long)numbers[k].least, (long long)numbers[k].most);
+        EACH(strings) { *strings[k].option = value; done = 1; }
+        EACH(choices) {
+            known = 1;
+            if (!strcmp(value, choices[k].word)) { *choices[k].option = choices[k].value; done = 1; }
         }
+        EACH(numbers) {
+            if (!is_number(value, numbers[k].option)) die("%s %s is not a number", name, value);
+            done = 1;
+        }
+        EACH(wholes) if (!done) {
+            if (!is_number(value, &number) || !(number >= (double)wholes[k].least && number <= (double)wholes[k].most) || number != (double)(int64_t)number)
+                die("%s %s is not a whole number from %lld to %lld", name, value, (long long)wholes[k].least, (long long)wholes[k].most);
+            *wholes[k].option = (int64_t)number;
+            done = 1;
+        }
+        if (!done) die(known ? "%s does not take %s\n%s" : "unknown option %s %s\n%s", name, value, usage);
     }
+#undef EACH
+    if (o.grain == BY_RULE) o.grain = o.rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW;
     if (o.cuda && !gpu()) die("--cuda: this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/language_model_cuda");
     if (o.width % (2 * o.heads)) die("--width %lld does not divide into %lld heads of even size", (long long)o.width, (long long)o.heads);
     if (access(o.out, W_OK)) die("cannot write into %s; --out names an existing directory", o.out);
-    if (o.rate == 0) o.rate = o.dense ? 3e-3 : 7e-3; /* ternary weights want two to three times the rate */
+    if (o.rate == 0) o.rate = o.rule == TERN_DENSE ? 3e-3 : 7e-3; /* ternary weights want two to three times the rate */
     return o;
 }
 
@@ -181,7 +223,8 @@ typedef struct lm {
     tern_pool *pool;
     tern_context *c;
     int training;
-    tern_param *params, **items;
+    float arenas;         /* of this step */
+    tern_param *params, *biases, *alphas, **items; /* weights; of each the bias of its dead zone and the learned scales */
     tern_model model;
     void *memory;         /* of the backend; everything below but the last line is cut from it */
     size_t used;
@@ -198,15 +241,21 @@ static void ok(const lm *m, tern_result result)
     if (result != TERN_OK) die("%s", m->c ? tern_last_error(m->c)->text : tern_result_text(result));
 }
 
+static int64_t param_of(int64_t layer, int which) { return FIRST_BLOCK + layer * LINEARS + which; }
+static int64_t param_count(const options *o) { return param_of(o->layers, 0); }
+
+/* The bias of a dead zone belongs to its weights while they train, and is an ordinary one after that. */
 static tern_linear linear(const lm *m, int64_t param)
 {
     tern_linear l = TERN_ZERO;
     l.w = &m->params[param];
     l.norm = TERN_NORM_RMS;
+    l.act = (tern_act)m->o.activations;
+    l.arenas = m->arenas;
+    if (!m->training && m->o.tequila != 0) l.bias = &m->biases[param];
     return l;
 }
 
-static int64_t param_of(int64_t layer, int which) { return FIRST_BLOCK + layer * LINEARS + which; }
 
 /* The next `count` floats of the model's memory; while there is none yet, only counts. */
 static float *cut(lm *m, int64_t count)
@@ -259,26 +308,61 @@ static void lay_out(lm *m)
     m->dwide = cut(m, n * 4 * w);
 }
 
-static void add_param(lm *m, const char *name, int64_t layer, int64_t rows, int64_t cols, tern_type encoding)
+static void add_weights(lm *m, const char *name, int64_t layer, int64_t rows, int64_t cols)
 {
-    const int32_t mask = m->training ? TERN_FOR_ADAMW : m->o.dense ? 1 << TERN_SHADOW : TERN_FOR_INFERENCE;
+    const options *o = &m->o;
+    const int32_t dense = o->rule == TERN_DENSE;
     tern_param *p = m->items[m->model.count] = &m->params[m->model.count];
-    m->model.count++;
     snprintf(p->name, sizeof p->name, name, (int)layer);
     p->rows = rows;
     p->cols = cols;
-    p->rule = m->o.dense ? TERN_DENSE : TERN_ABSMEAN;
-    p->grain = TERN_PER_ROW;
-    p->buffer[TERN_TRITS].type = encoding;
-    p->buffer[TERN_SHADOW].type = m->o.dense || m->o.float_shadows ? TERN_F32 : TERN_BF16;
-    ok(m, tern_param_alloc(m->c, p, mask));
+    p->rule = (tern_rule)o->rule;
+    p->grain = (int32_t)o->grain;
+    p->rho = (float)o->rho;
+    if (o->nearest) p->flags |= TERN_NEAREST;
+    if (o->rotate && m->model.count != EMBEDDING) p->rotate = 1;
+    p->buffer[TERN_TRITS].type = m->training ? TERN_BASE3 : TERN_2BIT; /* the smaller panels, and the faster ones */
+    p->buffer[TERN_SCALES].type = (tern_type)o->scales;
+    p->buffer[TERN_SHADOW].type = dense ? TERN_F32 : (tern_type)o->shadows;
+    p->buffer[TERN_MOMENT1].type = p->buffer[TERN_MOMENT2].type = (tern_type)o->moments;
+    ok(m, tern_param_alloc(m->c, p, m->training ? TERN_FOR_ADAMW : dense ? 1 << TERN_SHADOW : TERN_FOR_INFERENCE));
+    m->model.count++;
 }
 
-/* Trains in base-3 panels, the smaller ones, and runs in 2-bit panels, the faster ones. */
+/* A vector that belongs to weights. */
+static tern_param *add_vector(lm *m, tern_param *p, const tern_param *of, const char *kind, int64_t count, int32_t mask)
+{
+    m->items[m->model.count++] = p;
+    snprintf(p->name, sizeof p->name, "%.40s.%s", of->name, kind);
+    p->rows = 1;
+    p->cols = count;
+    p->rule = TERN_DENSE;
+    p->flags = TERN_NO_DECAY;
+    ok(m, tern_param_alloc(m->c, p, mask));
+    return p;
+}
+
+/* What a recipe has besides weights; the learned scales, which end with the training, are the last in the list. */
+static void add_vectors(lm *m)
+{
+    const int32_t weights = m->model.count;
+    int32_t i;
+    for (i = HEAD; m->o.tequila != 0 && i < weights; i++) {
+        const int32_t mask = 1 << TERN_SHADOW | (m->training ? 1 << TERN_GRAD : 0);
+        tern_param *w = &m->params[i], *bias = add_vector(m, &m->biases[i], w, "bias", w->rows, mask);
+        if (!m->training) continue;
+        w->dead = bias;
+        w->lambda = (float)m->o.tequila;
+    }
+    for (i = 0; m->training && (m->o.rule == TERN_LSQ || m->o.rule == TERN_SEQ) && i < weights; i++) {
+        tern_param *w = &m->params[i];
+        w->alpha = add_vector(m, &m->alphas[i], w, "alpha", m->o.rule == TERN_LSQ ? 1 : w->rows, TERN_FOR_ADAMW);
+    }
+}
+
 static lm *lm_open(const options *o, tern_isa isa, int64_t threads, int training)
 {
-    const tern_type encoding = training ? TERN_BASE3 : TERN_2BIT;
-    const int64_t params = FIRST_BLOCK + o->layers * LINEARS, w = o->width;
+    const int64_t params = param_count(o), w = o->width;
     lm *m = (lm *)host_alloc(1, sizeof *m);
     tern_context_desc d = TERN_ZERO;
     tern_error e;
@@ -293,21 +377,25 @@ static lm *lm_open(const options *o, tern_isa isa, int64_t threads, int training
     }
     if (tern_open(&m->c, &d, &e) != TERN_OK) die("%s", e.text);
     m->params = (tern_param *)host_alloc(params, sizeof *m->params);
-    m->items = (tern_param **)host_alloc(params, sizeof *m->items);
+    m->biases = (tern_param *)host_alloc(params, sizeof *m->biases);
+    m->alphas = (tern_param *)host_alloc(params, sizeof *m->alphas);
+    m->items = (tern_param **)host_alloc(3 * params, sizeof *m->items);
     m->blocks = (block *)host_alloc(o->layers, sizeof *m->blocks);
     m->host_ids = (int32_t *)host_alloc(2 * o->batch * o->context, sizeof *m->host_ids);
     m->host_losses = (float *)host_alloc(o->batch * o->context, sizeof *m->host_losses);
     m->host_logits = (float *)host_alloc(o->context * BYTES, sizeof *m->host_logits);
     m->model.items = m->items;
-    add_param(m, "embedding", 0, BYTES, w, encoding);
-    add_param(m, "head", 0, BYTES, w, encoding);
+    add_weights(m, "embedding", 0, BYTES, w);
+    add_weights(m, "head", 0, BYTES, w);
     for (i = 0; i < o->layers; i++) {
-        add_param(m, "block.%d.qk", i, 2 * w, w, encoding);
-        add_param(m, "block.%d.v", i, w, w, encoding);
-        add_param(m, "block.%d.o", i, w, w, encoding);
-        add_param(m, "block.%d.up", i, 4 * w, w, encoding);
-        add_param(m, "block.%d.down", i, w, 4 * w, encoding);
+        add_weights(m, "block.%d.qk", i, 2 * w, w);
+        add_weights(m, "block.%d.v", i, w, w);
+        add_weights(m, "block.%d.o", i, w, w);
+        add_weights(m, "block.%d.up", i, 4 * w, w);
+        add_weights(m, "block.%d.down", i, w, 4 * w);
     }
+    add_vectors(m);
+    m->arenas = training ? (float)o->arenas : 0; /* the most there will be */
     lay_out(m);
     if (!(m->memory = tern_alloc(m->c, m->used))) die("no memory for %zu bytes of activations", m->used);
     lay_out(m);
@@ -317,7 +405,7 @@ static lm *lm_open(const options *o, tern_isa isa, int64_t threads, int training
 static void lm_close(lm *m)
 {
     int32_t i;
-    for (i = 0; i < m->model.count; i++) tern_param_free(m->c, &m->params[i], (1 << TERN_BUFFERS) - 1);
+    for (i = 0; i < m->model.count; i++) tern_param_free(m->c, m->items[i], (1 << TERN_BUFFERS) - 1);
     tern_free(m->c, m->memory);
     tern_close(m->c);
     tern_pool_destroy(m->pool);
@@ -326,6 +414,8 @@ static void lm_close(lm *m)
     free(m->host_ids);
     free(m->blocks);
     free(m->items);
+    free(m->alphas);
+    free(m->biases);
     free(m->params);
     free(m);
 }
@@ -346,7 +436,7 @@ static void lm_initialise(lm *m)
     float *w = (float *)tern_alloc(m->c, (size_t)largest * sizeof *w);
     int32_t i;
     if (!w) die("no memory for the initial weights");
-    for (i = 0; i < m->model.count; i++) {
+    for (i = 0; i < param_count(&m->o); i++) {
         tern_param *p = &m->params[i];
         ok(m, tern_fill(m->c, &(tern_fill_args){.count = p->rows * p->cols, .x = w, .deviation = inverse_root((double)p->cols),
                                                 .seed = (uint64_t)m->o.seed, .stream = (uint32_t)i}));
@@ -534,15 +624,35 @@ typedef struct curve { double train[POINTS], validation[VALIDATIONS + 1]; int64_
 /* Where a training is after a step. */
 typedef struct place { int64_t step; uint64_t random; double smooth; curve c; } place;
 
-/* Up in a tenth of the steps, at most 100, and down to a tenth of the rate. */
+/* A tenth of the steps, at most 100. */
+static uint32_t warmup(const options *o) { return (uint32_t)(o->steps < 1000 ? o->steps / 10 : 100); }
+
+/* Up in the warm-up, and down to a tenth of the rate. */
 static float rate_at(const lm *m, int64_t step)
 {
     const options *o = &m->o;
-    const tern_schedule s = {(tern_schedule_kind)o->schedule, (float)o->rate, 0.1f * (float)o->rate, (uint32_t)(o->steps < 1000 ? o->steps / 10 : 100),
-                             (uint32_t)(o->steps / 5), (uint32_t)o->steps};
+    const tern_schedule s = {(tern_schedule_kind)o->schedule, (float)o->rate, 0.1f * (float)o->rate, warmup(o), (uint32_t)(o->steps / 5),
+                             (uint32_t)o->steps};
     float rate;
     ok(m, tern_schedule_rate(m->c, &s, (uint32_t)step, &rate));
     return rate;
+}
+
+/* What helps the training alone: up and down with the rate, but to exactly 0, a tenth of the steps before the end. */
+static float fading_at(const lm *m, double peak, int64_t step)
+{
+    const tern_schedule s = {TERN_COSINE, (float)peak, 0, warmup(&m->o), 0, (uint32_t)(m->o.steps - m->o.steps / 10)};
+    float now;
+    ok(m, tern_schedule_rate(m->c, &s, (uint32_t)step, &now));
+    return now;
+}
+
+static void fade(lm *m, int64_t step)
+{
+    const float noise = fading_at(m, m->o.noise, step);
+    int32_t i;
+    m->arenas = fading_at(m, m->o.arenas, step);
+    for (i = 0; i < param_count(&m->o); i++) m->params[i].noise = m->params[i].zone = noise;
 }
 
 static double train_step(lm *m, const text *t, place *at)
@@ -550,13 +660,13 @@ static double train_step(lm *m, const text *t, place *at)
     const int64_t batch = m->o.batch;
     double sum = 0;
     int64_t i, k;
-    at->step++;
+    fade(m, ++at->step);
     for (k = 0; k < m->o.accumulate; k++) {
         for (i = 0; i < batch; i++) set_window(m, i, t->bytes + random_bits(&at->random) % (uint64_t)(t->train - m->o.context));
         sum += lm_loss(m, batch, 1);
         lm_backward(m, batch);
     }
-    ok(m, tern_model_step(m->c, &m->model, &(tern_step){.optimizer = TERN_ADAMW, .rate = rate_at(m, at->step), .decay = 0.05f,
+    ok(m, tern_model_step(m->c, &m->model, &(tern_step){.optimizer = TERN_ADAMW, .rate = rate_at(m, at->step), .decay = (float)m->o.decay,
                                                         .clip = 1, .seed = (uint64_t)m->o.seed, .step = (uint32_t)at->step}));
     return sum / (double)(m->o.accumulate * batch * m->o.context);
 }
@@ -740,7 +850,7 @@ static void draw_curve(const options *o, const curve *c)
                ".validation{stroke:#c0392b;fill:none;stroke-width:2}.dot{fill:#c0392b}</style>\n"
                "<rect width=\"%d\" height=\"%d\" rx=\"8\" fill=\"#fff\"/>\n", WIDTH, HEIGHT, WIDTH, HEIGHT);
     fprintf(f, "<text x=\"%d\" y=\"32\" font-size=\"17\" style=\"fill:#111\">Byte-level language model with %s weights: %.3f nats after %lld steps</text>\n",
-            LEFT, o->dense ? "float" : "ternary", c->validation[VALIDATIONS], (long long)c->steps);
+            LEFT, o->rule == TERN_DENSE ? "float" : "ternary", c->validation[VALIDATIONS], (long long)c->steps);
     draw_axes(f, &a);
     fprintf(f, "<path class=\"train\" d=\"");
     for (i = 0; i < c->points; i++)
@@ -857,7 +967,7 @@ static speed print_speed(const options *o, const text *t, tern_isa isa, int thre
     if (path) ok(m, tern_model_load_file(m->c, &m->model, path));
     else lm_initialise(m);
     s = measure(m, t);
-    printf("%-8s %-12s %7d  %19.0f  %10.0f  ", o->dense ? "float" : "ternary", tern_backend_name(m->c), threads, s.batched, s.single);
+    printf("%-8s %-12s %7d  %19.0f  %10.0f  ", o->rule == TERN_DENSE ? "float" : "ternary", tern_backend_name(m->c), threads, s.batched, s.single);
     lm_close(m);
     return s;
 }
@@ -900,8 +1010,10 @@ static int compare_tiers(const options *o, const text *t, const char *path)
         last = tier && !strcmp(tier->name, best);
         for (threads = 1; tier && threads <= 2; threads++) all &= compare(&cpu, t, (tern_isa)isa, threads, path, &hash);
     }
-    if (!o->dense) {
-        cpu.dense = 1;
+    if (o->rule != TERN_DENSE) {
+        cpu.rule = TERN_DENSE;
+        cpu.rotate = 0;
+        cpu.tequila = cpu.rho = 0;
         print_speed(&cpu, t, TERN_ISA_BEST, 2, NULL);
         printf("(untrained, for its speed)\n");
     }
@@ -923,12 +1035,17 @@ static void print_sizes(const tern_audit *trained, const tern_audit *packed, con
            weights + moments + gradient + trits, weights, moments, gradient, trits);
 }
 
-/* Drops what only training needs and saves the rest. */
+/* Drops what only training needs, learned scales among it, and saves the rest. */
 static void freeze(lm *m, const char *path, tern_audit *trained, tern_audit *packed)
 {
     int32_t i;
     ok(m, tern_model_audit(m->c, &m->model, trained));
-    for (i = 0; i < m->model.count; i++) tern_param_free(m->c, &m->params[i], TERN_FOR_TRAINING);
+    for (i = 0; i < m->model.count; i++) tern_param_free(m->c, m->items[i], TERN_FOR_TRAINING);
+    for (i = 0; i < param_count(&m->o) && m->params[i].alpha; i++) {
+        tern_param_free(m->c, m->params[i].alpha, 1 << TERN_SHADOW);
+        m->params[i].alpha = NULL;
+        m->model.count--;
+    }
     ok(m, tern_model_audit(m->c, &m->model, packed));
     ok(m, tern_model_save_file(m->c, &m->model, 0, path));
 }
