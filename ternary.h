@@ -133,7 +133,8 @@ NUMERICS AND DETERMINISM
 FORMATS
 
     Packed panels of 16 rows: [TERN-8]. 2-bit: 2 bits per weight; base-3: 1.6. A group of inputs starts a new
-    64-byte unit. Model files: [TERN-21], a GGUF container, read back bit-equal; export to ggml's TQ1_0,
+    64-byte unit. Scales: F32, F16, powers of two in 8 bits, or a lattice of 256 steps to each power of two in
+    16 (TERN_LOG: as small as F16, with the range of F32). Model files: [TERN-21], a GGUF container, read back bit-equal; export to ggml's TQ1_0,
     TQ2_0 and Q2_0.
 
 Licence: MIT or Unlicense, at your choice; see the end of LICENSE.
@@ -203,10 +204,11 @@ typedef struct tern_error {
     char text[252]; /* zero-terminated, e.g. "weights[17][4] is not finite" */
 } tern_error;
 
-/* Element types. TERN_POW2 is an int8 exponent E that means 2^E (INT8_MIN means 0). F16 scales end at 65504.
-   TERN_2BIT and TERN_BASE3 are packed panels (see the manual, Formats). */
+/* Element types. TERN_POW2 is an int8 exponent E that means 2^E (INT8_MIN means 0), TERN_LOG an int16 L that means 2^(L/256),
+   rounded to 16 bits (INT16_MIN means 0): never off by more than 0.137%, at any size. F16 scales end at 65504. TERN_2BIT
+   and TERN_BASE3 are packed panels (see the manual, Formats). */
 typedef enum {
-    TERN_TYPE_DEFAULT, TERN_F32, TERN_BF16, TERN_F16, TERN_I8, TERN_POW2, TERN_2BIT, TERN_BASE3
+    TERN_TYPE_DEFAULT, TERN_F32, TERN_BF16, TERN_F16, TERN_I8, TERN_POW2, TERN_LOG, TERN_2BIT, TERN_BASE3
 } tern_type;
 
 /* How a weight becomes a trit times a scale. alpha is taken over the grain (tensor, row or group).
@@ -264,7 +266,7 @@ typedef struct tern_matrix {
     int64_t rows, cols;
     int32_t grain;        /* TERN_PER_TENSOR, TERN_PER_ROW or a group size */
     tern_type encoding;   /* TERN_2BIT (default) or TERN_BASE3 */
-    tern_type scale_type; /* TERN_F32 (default), TERN_F16 or TERN_POW2 */
+    tern_type scale_type; /* TERN_F32 (default), TERN_F16, TERN_POW2 or TERN_LOG */
     void *trits, *scales;
 } tern_matrix;
 
@@ -625,7 +627,7 @@ extern void *tern_cuda_stream(const tern_context *c);
 /* What a parameter is follows from its buffers: trits and scales alone are frozen; a shadow makes it
    trainable by the straight-through estimator; rule TERN_DENSE keeps an ordinary float32 tensor in the
    shadow. Set type before tern_param_alloc to choose an encoding (TRITS: 2BIT or BASE3; SCALES: F32,
-   F16 or POW2; SHADOW: F32 or BF16; both moments: F32 or BF16); set data and count to lend your own memory. */
+   F16, POW2 or LOG; SHADOW: F32 or BF16; both moments: F32 or BF16); set data and count to lend your own memory. */
 typedef struct tern_buffer {
     tern_type type;
     void *data;    /* NULL: absent */
@@ -1322,7 +1324,7 @@ TERN__ANYWHERE int64_t tern__type_bytes(tern_type type)
 {
     switch (type) {
     case TERN_TYPE_DEFAULT: case TERN_F32: return 4;
-    case TERN_BF16: case TERN_F16: return 2;
+    case TERN_BF16: case TERN_F16: case TERN_LOG: return 2;
     default: return 1;
     }
 }
@@ -1444,14 +1446,66 @@ TERN__ANYWHERE int8_t tern__to_pow2(float x)
 }
 TERN__ANYWHERE float tern__from_pow2(int8_t e) { return e < -126 ? 0.0f : tern__float((uint32_t)(e + 127) << 23); }
 
+/* Log-lattice scales: L = round(256 log2 S), saturating, S = lattice[L & 255] 2^((L >> 8) - 15). The largest L is a
+   finite float; what would lie below the normal ones is never stored and reads as zero, as INT16_MIN does. */
+enum { TERN__LEAST_LOG = -126 * 256 };
+
+TERN__ANYWHERE const uint16_t *tern__lattice(void) /* [f] = round(2^15 2^(f/256)) */
+{
+    static const uint16_t table[257] = {
+        32768, 32857, 32946, 33035, 33125, 33215, 33305, 33395, 33486, 33576, 33667, 33759, 33850, 33942, 34034, 34126,
+        34219, 34312, 34405, 34498, 34591, 34685, 34779, 34874, 34968, 35063, 35158, 35253, 35349, 35445, 35541, 35637,
+        35734, 35831, 35928, 36025, 36123, 36221, 36319, 36417, 36516, 36615, 36715, 36814, 36914, 37014, 37114, 37215,
+        37316, 37417, 37518, 37620, 37722, 37824, 37927, 38030, 38133, 38236, 38340, 38444, 38548, 38653, 38757, 38863,
+        38968, 39074, 39180, 39286, 39392, 39499, 39606, 39714, 39821, 39929, 40037, 40146, 40255, 40364, 40473, 40583,
+        40693, 40804, 40914, 41025, 41136, 41248, 41360, 41472, 41584, 41697, 41810, 41923, 42037, 42151, 42265, 42380,
+        42495, 42610, 42726, 42841, 42958, 43074, 43191, 43308, 43425, 43543, 43661, 43780, 43898, 44017, 44137, 44256,
+        44376, 44497, 44617, 44738, 44859, 44981, 45103, 45225, 45348, 45471, 45594, 45718, 45842, 45966, 46091, 46216,
+        46341, 46467, 46593, 46719, 46846, 46973, 47100, 47228, 47356, 47484, 47613, 47742, 47871, 48001, 48131, 48262,
+        48393, 48524, 48655, 48787, 48920, 49052, 49185, 49319, 49452, 49586, 49721, 49856, 49991, 50126, 50262, 50399,
+        50535, 50672, 50810, 50947, 51085, 51224, 51363, 51502, 51642, 51782, 51922, 52063, 52204, 52346, 52488, 52630,
+        52773, 52916, 53059, 53203, 53347, 53492, 53637, 53782, 53928, 54074, 54221, 54368, 54515, 54663, 54811, 54960,
+        55109, 55258, 55408, 55558, 55709, 55860, 56012, 56163, 56316, 56468, 56622, 56775, 56929, 57083, 57238, 57393,
+        57549, 57705, 57861, 58018, 58176, 58333, 58491, 58650, 58809, 58968, 59128, 59289, 59449, 59611, 59772, 59934,
+        60097, 60260, 60423, 60587, 60751, 60916, 61081, 61247, 61413, 61579, 61746, 61914, 62081, 62250, 62419, 62588,
+        62757, 62928, 63098, 63269, 63441, 63613, 63785, 63958, 64132, 64306, 64480, 64655, 64830, 65006, 65182, 65359,
+        0 /* kernels gather pairs */
+    };
+    return table;
+}
+
+/* Squaring brings out the bits of a logarithm one by one; 32 bits of the squares decide all 2^23 mantissas rightly. */
+TERN__ANYWHERE int16_t tern__to_log(float x)
+{
+    int32_t i, half_steps = (int32_t)(tern__bits(x) >> 23 & 255), l;
+    uint32_t m = tern__bits(x) << 8 | 0x80000000u;
+    if (x == 0) return INT16_MIN;
+    for (i = 0; i < 9; i++) {
+        const uint64_t square = (uint64_t)m * m;
+        const int32_t bit = (int32_t)(square >> 63);
+        half_steps = 2 * half_steps + bit;
+        m = (uint32_t)(square >> (31 + bit));
+    }
+    l = (half_steps + 1) / 2 - 127 * 256;
+    return (int16_t)(l < TERN__LEAST_LOG ? TERN__LEAST_LOG : l > INT16_MAX ? INT16_MAX : l);
+}
+
+TERN__ANYWHERE float tern__from_log(int16_t l)
+{
+    const uint32_t steps = (uint32_t)(l - TERN__LEAST_LOG);
+    if (l < TERN__LEAST_LOG) return 0.0f;
+    return tern__float(((uint32_t)tern__lattice()[steps & 255] << 8) + (steps >> 8 << 23)); /* its highest bit is the last of the exponent */
+}
+
 TERN__ANYWHERE float tern__load_scale(tern_type type, const void *p, int64_t i)
 {
+    if (type == TERN_LOG) return tern__from_log(((const int16_t *)p)[i]);
     if (type == TERN_POW2) return tern__from_pow2(((const int8_t *)p)[i]);
     if (type == TERN_F16) return tern__from_f16(((const uint16_t *)p)[i]);
     return ((const float *)p)[i];
 }
 
-typedef union tern__any_scale { float f; uint16_t half; int8_t exponent; } tern__any_scale;
+typedef union tern__any_scale { float f; uint16_t half; int16_t logarithm; int8_t exponent; } tern__any_scale;
 
 /* Stores a scale and returns it as stored: trits are taken with that. */
 TERN__ANYWHERE float tern__store_scale(tern_type type, void *p, int64_t i, float x)
@@ -1459,6 +1513,10 @@ TERN__ANYWHERE float tern__store_scale(tern_type type, void *p, int64_t i, float
     if (type == TERN_POW2) {
         ((int8_t *)p)[i] = tern__to_pow2(x);
         return tern__from_pow2(((int8_t *)p)[i]);
+    }
+    if (type == TERN_LOG) {
+        ((int16_t *)p)[i] = tern__to_log(x);
+        return tern__from_log(((int16_t *)p)[i]);
     }
     if (type == TERN_F16) {
         ((uint16_t *)p)[i] = tern__to_f16(x < 65504.0f ? x : 65504.0f); /* the largest */
@@ -1965,7 +2023,7 @@ TERN__ANYWHERE int64_t tern__scale_index(const tern_matrix *m, const tern__shape
 static const float *tern__panel_scales(const tern_matrix *m, const tern__shape *s, int64_t panel, int64_t g, float out[TERN__ROWS])
 {
     int64_t r;
-    if (m->grain != TERN_PER_TENSOR && m->scale_type != TERN_POW2 && m->scale_type != TERN_F16)
+    if (m->grain != TERN_PER_TENSOR && tern__type_bytes(m->scale_type) == (int64_t)sizeof(float))
         return (const float *)m->scales + tern__scale_index(m, s, panel * TERN__ROWS, g);
     for (r = 0; r < TERN__ROWS; r++)
         out[r] = tern__load_scale(m->scale_type, m->scales, tern__scale_index(m, s, panel * TERN__ROWS + r, g));
@@ -1976,6 +2034,8 @@ static const float *tern__panel_scales(const tern_matrix *m, const tern__shape *
    more where kernels keep shifted codes); rows and products of sizes by checked arithmetic. */
 enum { TERN__MAX_COLS = 1 << 18, TERN__MAX_GRAIN = 1 << 18 };
 
+static int32_t tern__is_scale_type(tern_type t) { return t == TERN_F32 || t == TERN_F16 || t == TERN_POW2 || t == TERN_LOG; }
+
 static tern_result tern__check_matrix(tern_run *r, const char *op, const tern_matrix *m)
 {
     TERN__REQUIRE(r, m->rows > 0 && m->cols > 0, TERN_E_SHAPE, "%s: matrix is %d x %d; both must be positive", op, m->rows, m->cols);
@@ -1984,8 +2044,8 @@ static tern_result tern__check_matrix(tern_run *r, const char *op, const tern_ma
                   "%s: grain %d is neither 0, -1 nor a group size up to %d", op, (int64_t)m->grain, (int64_t)TERN__MAX_GRAIN);
     TERN__REQUIRE(r, m->encoding == TERN_TYPE_DEFAULT || m->encoding == TERN_2BIT || m->encoding == TERN_BASE3, TERN_E_ARGUMENT,
                   "%s: encoding %d is not TERN_2BIT or TERN_BASE3", op, (int64_t)(int32_t)m->encoding);
-    TERN__REQUIRE(r, m->scale_type == TERN_TYPE_DEFAULT || m->scale_type == TERN_F32 || m->scale_type == TERN_F16 || m->scale_type == TERN_POW2, TERN_E_ARGUMENT,
-                  "%s: scale type %d is not TERN_F32, TERN_F16 or TERN_POW2", op, (int64_t)(int32_t)m->scale_type);
+    TERN__REQUIRE(r, m->scale_type == TERN_TYPE_DEFAULT || tern__is_scale_type(m->scale_type), TERN_E_ARGUMENT,
+                  "%s: scale type %d is not TERN_F32, TERN_F16, TERN_POW2 or TERN_LOG", op, (int64_t)(int32_t)m->scale_type);
     TERN__REQUIRE(r, tern__fits(tern__mul(tern__mul(tern__add(m->rows, 15), m->cols), 128)), TERN_E_OVERFLOW,
                   "%s: a matrix of %d x %d overflows", op, m->rows, m->cols);
     return TERN_OK;
@@ -2834,7 +2894,8 @@ static inline __attribute__((always_inline)) void tern__copy_tail(void *to, cons
 
 /* The float kernels, the same for every vector width. Tier X has TARGET, W lanes, vector types V (float)
    and I (int), the intrinsic prefix MM, and brings tern__load_X and tern__store_X (the first n lanes, the
-   rest +0), tern__load_int_X, tern__store_int_X, tern__store_i8_X, and tern__f16_X and tern__i8_X, which widen. */
+   rest +0), tern__load_int_X, tern__store_int_X, tern__store_i8_X, tern__f16_X,
+   tern__i8_X and tern__i16_X, which widen, and tern__lattice_X, which looks up. */
 #define TERN__X86_FLOAT(X, TARGET, W, V, I, MM)                                                          \
 static TARGET void tern__emit_##X(const tern__emit *e)                                                   \
 {                                                                                                        \
@@ -2853,6 +2914,12 @@ static inline __attribute__((always_inline)) TARGET V tern__scales_##X(tern_type
     if (type == TERN_POW2) { /* below -126 is zero */                                                    \
         const I e = tern__i8_##X((const int8_t *)p + i), bits = MM##slli_epi32(MM##add_epi32(e, MM##set1_epi32(127)), 23); \
         return (V)MM##max_epi32(bits, MM##set1_epi32(0));                                                \
+    }                                                                                                    \
+    if (type == TERN_LOG) { /* as tern__from_log */                                                      \
+        const I steps = MM##sub_epi32(tern__i16_##X((const int16_t *)p + i), MM##set1_epi32(TERN__LEAST_LOG)); \
+        const I exponent = MM##slli_epi32(MM##srli_epi32(steps, 8), 23), zero = MM##srai_epi32(steps, 31); \
+        const I number = tern__lattice_##X(steps & MM##set1_epi32(255));                                 \
+        return (V)(MM##add_epi32(MM##slli_epi32(number, 8), exponent) & ~zero);                          \
     }                                                                                                    \
     return MM##loadu_ps((const float *)p + i);                                                           \
 }                                                                                                        \
@@ -3701,6 +3768,12 @@ TERN__SSE41_INLINE __m128i tern__i8_sse41(const int8_t *p)
     memcpy(&four, p, 4);
     return _mm_cvtepi8_epi32(_mm_cvtsi32_si128(four));
 }
+TERN__SSE41_INLINE __m128i tern__i16_sse41(const int16_t *p) { return _mm_cvtepi16_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)); }
+TERN__SSE41_INLINE __m128i tern__lattice_sse41(__m128i f)
+{
+    const uint16_t *table = tern__lattice();
+    return _mm_setr_epi32(table[_mm_cvtsi128_si32(f)], table[_mm_extract_epi32(f, 1)], table[_mm_extract_epi32(f, 2)], table[_mm_extract_epi32(f, 3)]);
+}
 TERN__SSE41_INLINE __m128 tern__f16_sse41(const uint16_t *p) /* a float's exponent is larger by 112 */
 {
     const __m128i half = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)), sign = _mm_set1_epi32(0x8000);
@@ -3772,6 +3845,11 @@ TERN__AVX2_INLINE void tern__store_i8_avx2(int8_t *q, __m256i v, int64_t n)
     else tern__copy_tail(q, &bytes, n);
 }
 TERN__AVX2_INLINE __m256i tern__i8_avx2(const int8_t *p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)); }
+TERN__AVX2_INLINE __m256i tern__i16_avx2(const int16_t *p) { return _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)); }
+TERN__AVX2_INLINE __m256i tern__lattice_avx2(__m256i f)
+{
+    return _mm256_i32gather_epi32((const int *)(const void *)tern__lattice(), f, 2) & _mm256_set1_epi32(0xffff);
+}
 TERN__AVX2_INLINE __m256 tern__f16_avx2(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p)); }
 TERN__AVX2_INLINE __m128i tern__add_lanes_avx2(__m256i v)
 {
@@ -3866,6 +3944,11 @@ TERN__AVX512_INLINE void tern__store_i8_avx512(int8_t *q, __m512i v, int64_t n)
     else _mm_mask_storeu_epi8(q, tern__lanes_avx512(n), _mm512_cvtepi32_epi8(v));
 }
 TERN__AVX512_INLINE __m512i tern__i8_avx512(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)); }
+TERN__AVX512_INLINE __m512i tern__i16_avx512(const int16_t *p) { return _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p)); }
+TERN__AVX512_INLINE __m512i tern__lattice_avx512(__m512i f)
+{
+    return _mm512_i32gather_epi32(f, tern__lattice(), 2) & _mm512_set1_epi32(0xffff);
+}
 TERN__AVX512_INLINE __m512 tern__f16_avx512(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p)); }
 TERN__AVX512_INLINE __m128i tern__add_lanes_avx512(__m512i v)
 {
@@ -6213,7 +6296,7 @@ TERN_API tern_matrix tern_param_matrix(const tern_param *p)
     m.grain = p->grain;
     m.encoding = p->buffer[TERN_TRITS].type == TERN_BASE3 ? TERN_BASE3 : TERN_2BIT;
     m.scale_type = p->buffer[TERN_SCALES].type;
-    if (m.scale_type != TERN_POW2 && m.scale_type != TERN_F16) m.scale_type = TERN_F32;
+    if (!tern__is_scale_type(m.scale_type)) m.scale_type = TERN_F32;
     m.trits = p->buffer[TERN_TRITS].data;
     m.scales = p->buffer[TERN_SCALES].data;
     return m;
@@ -6644,7 +6727,7 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
         TERN__REQUIRE(r, tern__weight_ok(scales[i]) && scales[i] >= 0, TERN_E_NONFINITE,
                       "%s: scales[%d] is negative or not a finite number below 2^96", p->name, i);
         TERN__REQUIRE(r, tern__store_scale(m.scale_type, &one, 0, scales[i]) == scales[i], TERN_E_ARGUMENT,
-                      "%s: scales[%d] is not %s", p->name, i, m.scale_type == TERN_POW2 ? "a power of two" : "an f16");
+                      "%s: scales[%d] is not %s", p->name, i, m.scale_type == TERN_POW2 ? "a power of two" : m.scale_type == TERN_LOG ? "on the log lattice" : "an f16");
     }
     width = shadow ? (int64_t)sizeof(float) : 1;
     g.staging = (int8_t *)tern_alloc(c, (size_t)(tern__chunk_rows(p, width) * m.cols * width));
@@ -7778,14 +7861,14 @@ TERN_API tern_result tern_schedule_rate(tern_context *c, const tern_schedule *s,
    ternary.NAME.rule, .rows, .cols, .grain and (of a rotated matrix) .rotate, and these tensors:
      NAME.trits    I8, base-3: byte i holds trits 5i .. 5i+4 of the row-major matrix, the first as the
                    lowest digit, as code trit + 1; the digits after the last trit are 1
-     NAME.scale    F32, or I8 exponents (-128: zero), [rows, groups]
+     NAME.scale    F32, F16, I8 exponents (-128: zero) or I16 logarithms (-32768: zero), [rows, groups]
      NAME          F32: the values of a dense parameter
      NAME.shadow (F32 or BF16), NAME.moment1, NAME.moment2 (F32), where they were asked for
    ------------------------------------------------------------------------------------------------ */
 
 #ifndef TERNARY_NO_FILES
 
-enum { TERN__GGML_F32 = 0, TERN__GGML_F16 = 1, TERN__GGML_I8 = 24, TERN__GGML_BF16 = 30 };
+enum { TERN__GGML_F32 = 0, TERN__GGML_F16 = 1, TERN__GGML_I8 = 24, TERN__GGML_I16 = 25, TERN__GGML_BF16 = 30 };
 enum { TERN__GGUF_UINT32 = 4, TERN__GGUF_INT32 = 5, TERN__GGUF_STRING = 8, TERN__GGUF_ARRAY = 9, TERN__GGUF_UINT64 = 10 };
 enum {
     TERN__ALIGNMENT = 32,
@@ -7909,6 +7992,7 @@ static tern__tensor tern__tensor_of(const tern_param *p, int32_t which)
         t.dims[0] = tern__shape_of(&m).groups;
         if (p->grain == TERN_PER_TENSOR) t.dims[1] = 1;
         if (type == TERN_POW2) t.type = TERN__GGML_I8;
+        if (type == TERN_LOG) t.type = TERN__GGML_I16;
     }
     t.bytes = t.dims[0] * t.dims[1] * (which == TERN_TRITS ? 1 : tern__type_bytes(type));
     return t;
@@ -8151,6 +8235,7 @@ static tern_result tern__emit_scales(tern__writer *w, const tern_param *p)
         TERN__TRY(tern__read_checked(w, p, i, &row));
         for (g = 0; g < t.dims[0]; g++) {
             if (t.type == TERN__GGML_I8) tern__emit_number(w, (uint64_t)(int64_t)tern__to_pow2(row.scales[g]), 1);
+            else if (t.type == TERN__GGML_I16) tern__emit_number(w, (uint64_t)(int64_t)tern__to_log(row.scales[g]), 2);
             else if (t.type == TERN__GGML_F16) tern__emit_number(w, tern__to_f16(row.scales[g]), 2);
             else tern__emit_number(w, tern__bits(row.scales[g]), 4);
         }
@@ -8527,11 +8612,18 @@ static tern_result tern__check_trits(tern__loader *l, const tern_param *p, const
     return TERN_OK;
 }
 
+/* Logarithm i of a tensor of scales. */
+static int16_t tern__source_log(const uint8_t *source, int64_t i)
+{
+    return (int16_t)((int32_t)(tern__get_number(source + 2 * i, 2) ^ 0x8000) - 0x8000);
+}
+
 /* Scale i of a tensor of scales. */
 static float tern__source_scale(const tern_param *p, const uint8_t *source, int64_t i)
 {
     const tern_type type = tern__buffer_type(p, TERN_SCALES);
     if (type == TERN_POW2) return tern__from_pow2((int8_t)((source[i] ^ 0x80) - 0x80));
+    if (type == TERN_LOG) return tern__from_log(tern__source_log(source, i));
     if (type == TERN_F16) return tern__from_f16((uint16_t)tern__get_number(source + 2 * i, 2));
     return tern__float((uint32_t)tern__get_number(source + 4 * i, 4));
 }
@@ -8543,6 +8635,8 @@ static tern_result tern__check_scales(tern__loader *l, const tern_param *p, cons
     for (i = 0; i < t.dims[0] * t.dims[1]; i++) {
         TERN__REQUIRE(&l->c->run, t.type != TERN__GGML_I8 || (source[i] != 127 && source[i] != 129), TERN_E_FORMAT,
                       "%s.scale: exponent %d is %d, not -126 to 126 or -128", p->name, i, (int64_t)((source[i] ^ 0x80) - 0x80));
+        TERN__REQUIRE(&l->c->run, t.type != TERN__GGML_I16 || tern__source_log(source, i) >= TERN__LEAST_LOG || tern__source_log(source, i) == INT16_MIN, TERN_E_FORMAT,
+                      "%s.scale: logarithm %d is %d, not %d to 32767 or -32768", p->name, i, (int64_t)tern__source_log(source, i), (int64_t)TERN__LEAST_LOG);
         TERN__REQUIRE(&l->c->run, tern__scale_ok(tern__source_scale(p, source, i)), TERN_E_FORMAT, "%s.scale: number %d is negative or not finite", p->name, i);
     }
     return TERN_OK;
@@ -8733,10 +8827,10 @@ TERN_API tern_result tern_model_load_file(tern_context *c, const tern_model *m, 
 #define TERN__PIECES(X)                                              \
     X(FILL,         "fill",            UINT64_C(0xCD73352ED3E4DD81)) \
     X(CAST,         "cast",            UINT64_C(0xE5AD0B5D20DF9A04)) \
-    X(TERNARIZE,    "ternarize",       UINT64_C(0xE0469B57C14F6A21)) \
+    X(TERNARIZE,    "ternarize",       UINT64_C(0xA717EDD365B68C3A)) \
     X(QUANTIZE,     "quantize",        UINT64_C(0x9A307885FD034A35)) \
-    X(MATMUL_INT8,  "int8 matmul",     UINT64_C(0x629F5B489F579095)) \
-    X(MATMUL_FLOAT, "float matmul",    UINT64_C(0x90C5273758ED88D5)) \
+    X(MATMUL_INT8,  "int8 matmul",     UINT64_C(0xF6ACC5AF7EF37438)) \
+    X(MATMUL_FLOAT, "float matmul",    UINT64_C(0x89AE72CDC6EAC374)) \
     X(DENSE_INT8,   "int8 product",    UINT64_C(0xE66FF1A9633838DD)) \
     X(MAP,          "map",             UINT64_C(0x328F73821ACB0094)) \
     X(NORM,         "norm",            UINT64_C(0x25B9F39C61931E94)) \
@@ -8781,6 +8875,7 @@ static tern_result tern__selftest_product(tern__selftest *t, tern_type encoding,
     w.m.rows = TERN__TEST_ROWS; w.m.cols = TERN__TEST_COLS;
     w.m.grain = grain;
     w.m.encoding = encoding;
+    w.m.scale_type = encoding == TERN_BASE3 ? TERN_LOG : TERN_F32;
     w.m.trits = t->z; w.m.scales = t->z + 1024;
     w.w = t->w;
     TERN__TRY(tern_ternarize(t->c, &w));

@@ -95,6 +95,29 @@ static void test_numbers_pow2(void)
     CHECK(tern__to_pow2(1e-45f) == -126, "subnormal");
 }
 
+/* Log-lattice scales: 2^(L/256) to 16 bits, L the nearest in the logarithm. All L; all mantissas. */
+static void test_numbers_log(void)
+{
+    int64_t l, u, wrong = 0;
+    for (l = INT16_MIN; l <= INT16_MAX; l++) {
+        const float s = tern__from_log((int16_t)l);
+        const int64_t floor8 = (l + 32768) / 256 - 128;
+        const long double number = rintl(32768.0L * exp2l((long double)(l - 256 * floor8) / 256.0L));
+        CHECK((long double)s == (l < -126 * 256 ? 0.0L : ldexpl(number, (int)floor8 - 15)), "L = %d is %g", (int)l, (double)s);
+        CHECK(tern__to_log(s) == (l < -126 * 256 ? INT16_MIN : l), "L = %d returns as %d", (int)l, tern__to_log(s));
+    }
+    for (u = 0x3F800000; u < 0x40000000; u++) wrong += tern__to_log(tern__float((uint32_t)u)) != (int)floor(256.0 * log2((double)tern__float((uint32_t)u)) + 0.5);
+    CHECK(wrong == 0, "%d mantissas are not rounded to the nearest L", (int)wrong);
+    for (u = 0x00800000; u < 0x7F800000; u += 3571) {
+        const double wanted = fmax(-126 * 256, fmin(32767, floor(256.0 * log2((double)tern__float((uint32_t)u)) + 0.5)));
+        CHECK(tern__to_log(tern__float((uint32_t)u)) == (int)wanted, "%g gives %d", (double)tern__float((uint32_t)u), tern__to_log(tern__float((uint32_t)u)));
+    }
+    CHECK(tern__to_log(99.9f) == 1700 && fabs((double)tern__from_log(1700) - 99.776) < 0.001, "99.9");
+    CHECK(tern__to_log(0.0f) == INT16_MIN && tern__to_log(-0.0f) == INT16_MIN && tern__from_log(INT16_MIN) == 0.0f, "zero");
+    CHECK(tern__to_log(1e-45f) == -126 * 256 && tern__to_log(1.1e-38f) == -126 * 256, "subnormal");
+    CHECK(tern__to_log(3.4028235e38f) == INT16_MAX && tern__to_log(INFINITY) == INT16_MAX && tern__finite(tern__from_log(INT16_MAX)), "the largest");
+}
+
 /* -- stochastic rounding -- */
 
 typedef uint16_t numbers_rounding(float x, uint32_t random);
@@ -409,6 +432,7 @@ static void suite_numbers(void)
     RUN(test_numbers_every_16_bit_pattern_returns);
     RUN(test_numbers_rounding_to_16_bits);
     RUN(test_numbers_pow2);
+    RUN(test_numbers_log);
     RUN(test_numbers_stochastic_rounding);
     RUN(test_numbers_philox);
     RUN(test_numbers_normal_by_definition);

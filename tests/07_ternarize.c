@@ -72,6 +72,10 @@ static float ternarize_stored(tern_type scale_type, float scale)
         const double unit = scale > 0.0f ? ldexp(1.0, (int)fmax(floor(log2((double)scale)), -14.0) - 10) : 1.0;
         return (float)fmin(rint((double)scale / unit) * unit, 65504.0);
     }
+    if (scale_type == TERN_LOG && scale > 0.0f) {
+        const double l = floor(256.0 * log2((double)scale) + 0.5), e = floor(l / 256.0);
+        return (float)ldexp(rint(32768.0 * exp2(l / 256.0 - e)), (int)e - 15);
+    }
     if (scale_type != TERN_POW2) return scale;
     return scale == 0.0f ? 0.0f : (float)ldexp(1.0, (int)floor(log2((double)scale) + 0.5));
 }
@@ -168,7 +172,7 @@ static void ternarize_check(tern_context *c, tern_rule rule, int64_t rows, int64
 static void test_ternarize_against_the_definition(void)
 {
     const int64_t shapes[][2] = {{1, 1}, {1, 127}, {15, 16}, {17, 130}};
-    const tern_type types[] = {TERN_F32, TERN_F16, TERN_BF16}, scale_types[] = {TERN_F32, TERN_F16, TERN_POW2};
+    const tern_type types[] = {TERN_F32, TERN_F16, TERN_BF16}, scale_types[] = {TERN_F32, TERN_F16, TERN_POW2, TERN_LOG};
     test_context t[TERN__ISA_END];
     int tiers = 0, s, g, y, p;
     tern_rule rule;
@@ -182,7 +186,7 @@ static void test_ternarize_against_the_definition(void)
         for (rule = TERN_ABSMEAN; rule <= TERN_GIVEN; rule++)
             for (g = 0; g < 9 && !tern__is_learned(rule); g++)
                 for (y = 0; y < 3; y++)
-                    for (p = 0; p < 3; p++) {
+                    for (p = 0; p < 4; p++) {
                         const int64_t rows = shapes[s][0], cols = shapes[s][1];
                         const int32_t grains[] = {TERN_PER_TENSOR, TERN_PER_ROW, 1, 7, 16, 20, 128, (int32_t)cols, (int32_t)cols + 5};
                         float *w = test_floats(rows * cols);
@@ -254,13 +258,15 @@ static void test_ternarize_thresholds_are_strict(void)
     test_close(&t);
 }
 
-/* mean 1.5 is stored as 2^1 = 2, so the threshold is 1 and not 0.75. */
+/* mean 1.5 is stored as 2^1 = 2, so the threshold is 1 and not 0.75; 1.999 as 2, so it is 1 and not 0.9995. */
 static void test_ternarize_takes_trits_with_the_stored_scale(void)
 {
     test_context t = test_open(TERN_ISA_BEST, 1);
     const float w[4] = {0.9f, -1.1f, 2.0f, 2.0f};
     const int8_t wanted[4] = {0, -1, 1, 1};
+    const float x[4] = {0.99975f, -1.1f, 2.89625f, 3.0f};
     ternarize_expect(t.c, TERN_ABSMEAN, TERN_POW2, 0, w, 4, 2.0f, wanted, "power-of-two scale");
+    ternarize_expect(t.c, TERN_ABSMEAN, TERN_LOG, 0, x, 4, 2.0f, wanted, "log-lattice scale");
     test_close(&t);
 }
 
@@ -273,9 +279,11 @@ static void test_ternarize_zeros(void)
     for (rule = TERN_ABSMEAN; rule <= TERN_TWN; rule++) {
         ternarize_expect(t.c, rule, TERN_F32, 0, zeros, 3, 0.0f, wanted, "zeros");
         ternarize_expect(t.c, rule, TERN_POW2, 0, zeros, 3, 0.0f, wanted, "zeros");
+        ternarize_expect(t.c, rule, TERN_LOG, 0, zeros, 3, 0.0f, wanted, "zeros");
     }
     ternarize_expect(t.c, TERN_GIVEN, TERN_F32, 0.0f, w, 3, 0.0f, wanted, "a given scale of zero");
     ternarize_expect(t.c, TERN_GIVEN, TERN_POW2, 0.0f, w, 3, 0.0f, wanted, "a given scale of zero");
+    ternarize_expect(t.c, TERN_GIVEN, TERN_LOG, 0.0f, w, 3, 0.0f, wanted, "a given scale of zero");
     { /* their mean is two thirds of the smallest number, which rounds up to it */
         const int8_t signs[3] = {1, -1, 0};
         ternarize_expect(t.c, TERN_ABSMEAN, TERN_F32, 0, tiny, 3, 1e-45f, signs, "the smallest number");
@@ -411,14 +419,14 @@ static void ternarize_learned(tern_context *c, tern_rule rule, int64_t rows, int
 static void test_ternarize_learned_scales(void)
 {
     const int64_t shapes[][2] = {{1, 1}, {15, 127}, {17, 16}, {16, 17}, {3, 4097}};
-    const tern_type types[] = {TERN_F32, TERN_F16, TERN_BF16}, scale_types[] = {TERN_F32, TERN_F16, TERN_POW2};
+    const tern_type types[] = {TERN_F32, TERN_F16, TERN_BF16}, scale_types[] = {TERN_F32, TERN_F16, TERN_POW2, TERN_LOG};
     const float set[] = {0.0f, 0.8f, -0.5f};
     tern_isa isa;
     int s, i, k;
     for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++) {
         test_context t = test_open(isa, 3);
         for (s = 0; t.c && s < 5; s++)
-            for (i = 0; i < 3; i++)
+            for (i = 0; i < 4; i++)
                 for (k = 0; k < 6; k++) ternarize_learned(t.c, k & 1 ? TERN_SEQ : TERN_LSQ, shapes[s][0], shapes[s][1], types[(i + k) % 3], scale_types[i], set[k / 2]);
         test_close(&t);
     }

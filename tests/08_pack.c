@@ -78,6 +78,9 @@ static void test_pack_layout_and_sizes(void)
         m.scale_type = TERN_POW2;
         CHECK_OK(t.c, tern_matrix_bytes(t.c, &m, &trit_bytes, &trit_bytes));
         CHECK(trit_bytes * 4 == scale_bytes, "an exponent is one byte");
+        m.scale_type = TERN_LOG;
+        CHECK_OK(t.c, tern_matrix_bytes(t.c, &m, &trit_bytes, &trit_bytes));
+        CHECK(trit_bytes * 2 == scale_bytes, "a logarithm is two bytes");
         ternarize_release(t.c, &m);
         free(trits);
     }

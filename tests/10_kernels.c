@@ -104,6 +104,8 @@ static void kernels_dot_split(kernels_dot *k, int64_t units, tern_type type)
     d->scale = k->scale = malloc(k->scale_bytes);
     for (i = 0; i < d->panels * groups * TERN__ROWS; i++) /* zeros, and f16 below its normal range, among them */
         tern__store_scale(type, k->scale, i, i % 37 == 3 ? 0.0f : test_float() * test_float() * (i % 11 ? 1.0f : 3e-6f));
+    for (i = 5; type == TERN_LOG && i < d->panels * groups * TERN__ROWS; i += 13) /* what no store gives, too */
+        ((int16_t *)k->scale)[i] = (int16_t)(test_random() % 52768 - 32768);
     d->facc = kernels_facc[0];
 }
 
@@ -335,13 +337,13 @@ static void test_kernels_groups(void)
 {
     const int64_t totals[] = {1, 2, 7, 17, 40}, units[] = {1, 2, 7, 8, 21};
     const int32_t tokens[] = {1, 2, 3, 4, 5, 7, 12, 13, 17, 33, 64};
-    const tern_type types[] = {TERN_F32, TERN_F16, TERN_POW2};
+    const tern_type types[] = {TERN_F32, TERN_F16, TERN_POW2, TERN_LOG};
     int base3, i, j, t, n = 0;
     for (base3 = 0; base3 < 2; base3++)
         for (i = 0; i < 5; i++)
             for (j = 0; j < 5; j++)
                 for (t = 0; t < 11; t++)
-                    if (units[j] <= totals[i]) n++, kernels_compare_groups(base3, totals[i], units[j], 1 + n % 4, tokens[t], types[n % 3]);
+                    if (units[j] <= totals[i]) n++, kernels_compare_groups(base3, totals[i], units[j], 1 + n % 4, tokens[t], types[n / 4 % 4]);
 }
 
 /* -- dot products of bits -- */

@@ -233,15 +233,15 @@ static void test_param_give(void)
     test_context t = test_open(TERN_ISA_BEST, 1);
     int g, variant;
     for (g = 0; g < 5; g++)
-        for (variant = 0; variant < 8; variant++) {
+        for (variant = 0; variant < 16; variant++) {
             const int64_t rows = 35, cols = 43, groups = every_grain[g] > 0 ? (cols + every_grain[g] - 1) / every_grain[g] : 1;
             tern_param p = param_of("w", rows, cols, TERN_GIVEN, every_grain[g]);
             int8_t trits[35 * 43], row[43];
             float scales[35 * 43], row_scales[43], values[43], shadow[43];
             int64_t i, r;
             p.buffer[TERN_TRITS].type = variant & 1 ? TERN_BASE3 : TERN_2BIT;
-            p.buffer[TERN_SCALES].type = variant & 2 ? variant & 1 ? TERN_POW2 : TERN_F16 : TERN_F32;
-            p.buffer[TERN_SHADOW].type = variant & 4 ? TERN_BF16 : TERN_F32;
+            p.buffer[TERN_SCALES].type = every_scale_type[variant / 2 % 4];
+            p.buffer[TERN_SHADOW].type = variant & 8 ? TERN_BF16 : TERN_F32;
             CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_GRADIENT));
             for (i = 0; i < rows * cols; i++) trits[i] = test_trit();
             for (i = 0; i < rows * groups; i++) scales[i] = (float)(1 << (i % 4)) * 0.125f;
@@ -254,7 +254,7 @@ static void test_param_give(void)
                 cast.count = cols;
                 cast.from = p.buffer[TERN_SHADOW].type;
                 cast.to = TERN_F32;
-                cast.src = (char *)p.buffer[TERN_SHADOW].data + r * cols * (variant & 4 ? 2 : 4);
+                cast.src = (char *)p.buffer[TERN_SHADOW].data + r * cols * (variant & 8 ? 2 : 4);
                 cast.dst = shadow;
                 CHECK_OK(t.c, tern_cast(t.c, &cast));
                 for (i = 0; i < cols; i++) CHECK(shadow[i] == values[i], "shadow[%d][%d] is %g, not %g", (int)r, (int)i, shadow[i], values[i]);
@@ -304,6 +304,14 @@ static void test_param_give_refusals(void)
     CHECK_FAILS(t.c, tern_param_give(t.c, &p, trits, scales), TERN_E_ARGUMENT, "scales[1] is not an f16");
     scales[1] = 1.0002f;
     CHECK_FAILS(t.c, tern_param_give(t.c, &p, trits, scales), TERN_E_ARGUMENT, "scales[1] is not an f16");
+    tern_param_free(t.c, &p, -1);
+    p.buffer[TERN_SCALES].type = TERN_LOG;
+    CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_INFERENCE));
+    scales[1] = 99.77582f;
+    CHECK_FAILS(t.c, tern_param_give(t.c, &p, trits, scales), TERN_E_ARGUMENT, "scales[1] is not on the log lattice");
+    scales[1] = tern__from_log(1700);
+    CHECK_OK(t.c, tern_param_give(t.c, &p, trits, scales));
+    CHECK(((int16_t *)p.buffer[TERN_SCALES].data)[1] == 1700, "L of 99.776 is %d", ((int16_t *)p.buffer[TERN_SCALES].data)[1]);
     tern_param_free(t.c, &p, -1);
     test_close(&t);
 }
@@ -1388,18 +1396,18 @@ static void test_param_give_is_idempotent(void)
     int g, variant;
     for (rule = TERN_ABSMEAN; rule <= TERN_GIVEN; rule++)
         for (g = 0; g < 3; g++)
-            for (variant = 0; variant < 6; variant++) {
+            for (variant = 0; variant < 8; variant++) {
                 enum { ROWS = 17, COLS = 43, ALL = ROWS * COLS };
                 const int64_t groups = grains[g] > 0 ? (COLS + grains[g] - 1) / grains[g] : 1, stored = g == 0 ? 1 : ROWS * groups;
                 const size_t most = (size_t)(g == 0 ? 1 : groups) * 4;
-                const tern_type scale_type = variant % 3 == 0 ? TERN_F32 : variant % 3 == 1 ? TERN_F16 : TERN_POW2;
+                const tern_type scale_type = every_scale_type[variant % 4];
                 int8_t trits[ALL], row[COLS];
                 float scales[ALL], row_scales[COLS];
                 int64_t i, r;
                 int round;
                 learner l;
                 if ((rule == TERN_LSQ && g != 0) || (rule == TERN_SEQ && g != 1)) continue;
-                learner_open(t.c, &l, ROWS, COLS, rule, grains[g], variant / 3 ? TERN_BF16 : TERN_F32, scale_type, TERN_FOR_GRADIENT);
+                learner_open(t.c, &l, ROWS, COLS, rule, grains[g], variant / 4 ? TERN_BF16 : TERN_F32, scale_type, TERN_FOR_GRADIENT);
                 for (i = 0; i < ALL; i++) trits[i] = i % COLS % 7 == 0 ? 1 : test_trit(); /* no group of zeros */
                 for (i = 0; i < stored; i++) scales[i] = scale_type == TERN_F32 ? 0.1f + 0.01f * (float)i : (float)(1 << i % 4) * 0.125f;
                 CHECK_OK(t.c, tern_param_give(t.c, &l.w, trits, scales));
@@ -1412,7 +1420,7 @@ static void test_param_give_is_idempotent(void)
                         CHECK(memcmp(row, trits + r * COLS, COLS) == 0, "rule %d, grain %d, variant %d, round %d: trits of row %d", (int)rule, (int)grains[g], variant, round, (int)r);
                         CHECK(round == 2 || memcmp(row_scales, want, most) == 0, "rule %d, grain %d, variant %d, round %d: scales of row %d", (int)rule, (int)grains[g], variant, round, (int)r);
                         for (i = 0; i < groups; i++)
-                            CHECK(fabsf(row_scales[i] / want[i] - 1.0f) < (variant / 3 ? 0.004f : 1e-6f), "rule %d, grain %d, variant %d: scale %g became %g", (int)rule, (int)grains[g], variant, want[i], row_scales[i]);
+                            CHECK(fabsf(row_scales[i] / want[i] - 1.0f) < (variant / 4 ? 0.004f : 1e-6f), "rule %d, grain %d, variant %d: scale %g became %g", (int)rule, (int)grains[g], variant, want[i], row_scales[i]);
                     }
                 }
                 learner_close(t.c, &l);

@@ -192,7 +192,7 @@ static void files_round_trip(void)
         for (k = 0; k < TEST_SIZES; k++)
             for (g = 0; g < (int)(sizeof grains / sizeof *grains); g++)
                 for (e = 0; e < 4; e++)
-                    file_round_trip(t.c, test_sizes[r], test_sizes[k], grains[g], (r + e) % 3 == 0 ? TERN_F32 : (r + e) % 3 == 1 ? TERN_F16 : TERN_POW2, (k + g) % 2 ? TERN_BF16 : TERN_F32,
+                    file_round_trip(t.c, test_sizes[r], test_sizes[k], grains[g], every_scale_type[(r + e) % 4], (k + g) % 2 ? TERN_BF16 : TERN_F32,
                                     e % 2 ? TERN_2BIT : TERN_BASE3, e / 2 ? TERN_2BIT : TERN_BASE3);
     file_round_trip(t.c, 513, 1037, 96, TERN_POW2, TERN_BF16, TERN_2BIT, TERN_BASE3);
     file_round_trip(t.c, 1037, 513, TERN_PER_ROW, TERN_F32, TERN_F32, TERN_BASE3, TERN_BASE3);
@@ -467,6 +467,41 @@ static void file_refused(tern_context *c, const file_model *m, file_bytes *f, un
     CHECK(file_hash(m) == before, "refused (%s), yet the model changed", text);
     *at = old;
     file_rehash(f->data, f->size);
+}
+
+/* Little-endian numbers of a file. */
+static uint64_t file_number(const unsigned char *p, int bytes) { uint64_t v = 0; while (bytes--) v = v << 8 | p[bytes]; return v; }
+
+/* Logarithms lie as they are, little-endian; those that no store gives are refused. */
+static void files_logarithms(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    file_model m;
+    file_bytes f;
+    unsigned char *scale;
+    int16_t l;
+    if (!t.c) return;
+    memset(&m, 0, sizeof m);
+    file_add(&m, "a", 1, 5, TERN_ABSMEAN, TERN_PER_TENSOR)->buffer[TERN_SCALES].type = TERN_LOG;
+    file_alloc(t.c, &m, TERN_FOR_INFERENCE);
+    file_fill(t.c, &m);
+    file_save(t.c, &m, 0, &f);
+    scale = f.data + f.size - 32;
+    memcpy(&l, m.p[0].buffer[TERN_SCALES].data, 2);
+    CHECK(file_number(file_after(&f, "a.scale") + 20, 4) == 25 && file_number(scale, 2) == (uint16_t)l, "L = %d in the file, %d in the parameter", (int)file_number(scale, 2), l);
+    scale[0] = 1;
+    file_refused(t.c, &m, &f, scale + 1, 0x80, TERN_E_FORMAT, "a.scale: logarithm 0 is -32767, not -32256 to 32767 or -32768");
+    scale[0] = 255;
+    file_refused(t.c, &m, &f, scale + 1, 0x81, TERN_E_FORMAT, "a.scale: logarithm 0 is -32257");
+    for (l = -32256; l != 0; l = l == -32256 ? INT16_MAX : l == INT16_MAX ? INT16_MIN : 0) {
+        tern__put_number(scale, (uint64_t)(int64_t)l, 2);
+        file_rehash(f.data, f.size);
+        CHECK_OK(t.c, tern_model_load(t.c, &m.m, f.data, f.size));
+        CHECK(*(int16_t *)m.p[0].buffer[TERN_SCALES].data == l, "L = %d is loaded as %d", l, *(int16_t *)m.p[0].buffer[TERN_SCALES].data);
+    }
+    free(f.data);
+    file_free(t.c, &m);
+    test_close(&t);
 }
 
 /* Each refusal that the file's content can bring about, by its text. */
@@ -834,9 +869,6 @@ static void files_known_answers(void)
     }
 }
 
-/* Little-endian numbers of a file. */
-static uint64_t file_number(const unsigned char *p, int bytes) { uint64_t v = 0; while (bytes--) v = v << 8 | p[bytes]; return v; }
-
 /* A block back to trits, by the formats' own rules. */
 static void file_decode(tern_export form, const unsigned char *b, int8_t *t, float *d)
 {
@@ -917,6 +949,7 @@ static void files_export(void)
         file_export(t.c, forms[i], TERN_PER_ROW, TERN_POW2);
         file_export(t.c, forms[i], forms[i] == TERN_Q2_0 ? 64 : 256, TERN_F32);
         file_export(t.c, forms[i], 512, TERN_POW2); /* with a short last group */
+        file_export(t.c, forms[i], 256, TERN_LOG);
     }
     memset(&m, 0, sizeof m);
     file_add(&m, "w", 1, 256, TERN_ABSMEAN, 128);
@@ -981,6 +1014,7 @@ static void suite_files(void)
     RUN(files_subsets);
     RUN(files_golden);
     RUN(files_damaged);
+    RUN(files_logarithms);
     RUN(files_content);
     RUN(files_other_keys);
     RUN(files_arguments);

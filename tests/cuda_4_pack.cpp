@@ -58,7 +58,7 @@ static void pack_check(const tern_matrix &shape, tern_rule rule, tern_type type)
 
 static const tern_rule pack_rules[] = {TERN_ABSMEAN, TERN_ABSMEAN_SIGMA, TERN_TWN, TERN_GIVEN};
 static const tern_type pack_types[] = {TERN_F32, TERN_F16, TERN_BF16}, pack_encodings[] = {TERN_2BIT, TERN_BASE3};
-static const tern_type pack_scale_types[] = {TERN_F32, TERN_F16, TERN_POW2};
+static const tern_type pack_scale_types[] = {TERN_F32, TERN_F16, TERN_POW2, TERN_LOG};
 
 /* Every combination, a share of them on each schedule. */
 static void test_cuda_ternarize_every()
@@ -191,7 +191,7 @@ static void test_cuda_ternarize_options()
     for (const auto &s : shapes)
         for (float set : {0.0f, 0.4f, -0.1f})
             for (tern_rule rule : {TERN_LSQ, TERN_SEQ}) {
-                const tern_matrix shape = test_shape(s[0], s[1], rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW, pack_encodings[i % 2], pack_scale_types[i % 3]);
+                const tern_matrix shape = test_shape(s[0], s[1], rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW, pack_encodings[i % 2], pack_scale_types[i % 4]);
                 pack_check_options(shape, rule, pack_types[i++ / 2 % 3], set, 0.0f, i % 3 ? 0.0f : 0.3f);
             }
     for (tern_rule rule : {TERN_ABSMEAN, TERN_ABSMEAN_SIGMA, TERN_TWN})
@@ -355,7 +355,7 @@ static void test_cuda_unpack()
     for (const auto &s : pack_shapes)
         for (tern_type encoding : pack_encodings) {
             const int64_t row = s.rows / 3, count = tern__min(s.rows - row, 18);
-            pack_pair p(test_shape(s.rows, s.cols, s.grain, encoding, pack_scale_types[i % 3]));
+            pack_pair p(test_shape(s.rows, s.cols, s.grain, encoding, pack_scale_types[i % 4]));
             mirror<int8_t> trits(count * s.cols);
             mirror<float> values(count * s.cols);
             pack_random(&p);

@@ -138,6 +138,7 @@ static void check_products(int64_t rows, int64_t cols, int64_t n)
         check_product(test_shape(rows, cols, TERN_PER_TENSOR, encoding, TERN_POW2), n, false);
         check_product(test_shape(rows, cols, 64, encoding, TERN_F16), n, true);
         check_product(test_shape(rows, cols, 50, encoding, TERN_POW2), n, false);
+        check_product(test_shape(rows, cols, 128, encoding, TERN_LOG), n, false);
     }
 }
 

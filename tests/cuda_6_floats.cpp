@@ -132,6 +132,7 @@ static const matmul_case matmul_cases[] = {
     {129, 65, 61, 7, TERN_BASE3, TERN_F32, false},                {127, 130, 70, 33, TERN_2BIT, TERN_TYPE_DEFAULT, true},
     {5, 33, 2100, TERN_PER_TENSOR, TERN_BASE3, TERN_F32, true},   {2, 70, 4097, TERN_PER_ROW, TERN_2BIT, TERN_F32, true},
     {3, 20, 4500, 2060, TERN_BASE3, TERN_F32, true},              {130, 66, 2200, 2100, TERN_2BIT, TERN_F32, false},
+    {65, 70, 129, 32, TERN_2BIT, TERN_LOG, false},                {4, 17, 33, TERN_PER_ROW, TERN_BASE3, TERN_LOG, true},
 };
 
 static void matmul_both(const matmul_case &t, const char *fault_rows)

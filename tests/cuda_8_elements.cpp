@@ -39,15 +39,15 @@ static void test_gathered(const tern_matrix &shape, int64_t shift)
 static void test_cuda_gather_packed()
 {
     const int64_t columns[] = {1, 15, 16, 17, 20, 21, 127, 128, 1040};
-    const tern_type scale_types[] = {TERN_F32, TERN_F16, TERN_POW2};
+    const tern_type scale_types[] = {TERN_F32, TERN_F16, TERN_POW2, TERN_LOG};
     const int32_t grains[] = {TERN_PER_ROW, TERN_PER_TENSOR, 24, 33, 7};
     for (int64_t cols : columns)
-        for (int i = 0; i < 30; i++) {
+        for (int i = 0; i < 40; i++) {
             tern_matrix m = {};
             m.rows = 37;
             m.cols = cols;
             m.encoding = i % 2 ? TERN_BASE3 : TERN_2BIT;
-            m.scale_type = scale_types[i % 3];
+            m.scale_type = scale_types[i / 5 % 4];
             m.grain = grains[i % 5];
             test_gathered(m, i / 10 % 2);
         }

@@ -51,6 +51,7 @@ static const test_form test_forms[] = {
     {TERN_TWN, 50, TERN_BASE3, TERN_F16, TERN_BF16},
     {TERN_ABSMEAN_SIGMA, TERN_PER_TENSOR, TERN_BASE3, TERN_POW2, TERN_F32},
     {TERN_ABSMEAN, 64, TERN_2BIT, TERN_POW2, TERN_BF16},
+    {TERN_ABSMEAN, 32, TERN_BASE3, TERN_LOG, TERN_F32},
 };
 
 static tern_result test_reserve_for(tern_context *c, const tern_linear *l, int64_t n, size_t *saved)
@@ -205,9 +206,9 @@ static void test_cuda_embedding()
     const int64_t rows = 37, cols = 70, n = 9;
     const int32_t some[n] = {36, 0, 5, -1, 5, 5, 37, 1, 0};
     test_fuse(false);
-    for (int i = 0; i <= 4; i++) {
-        const test_form f = test_forms[i % 4];
-        both_params w(rows, cols, i < 4 ? f.rule : TERN_DENSE, TERN_FOR_GRADIENT, f.grain, f.encoding, f.scale_type, f.shadow);
+    for (int i = 0; i <= 5; i++) {
+        const test_form f = test_forms[i % 5];
+        both_params w(rows, cols, i < 5 ? f.rule : TERN_DENSE, TERN_FOR_GRADIENT, f.grain, f.encoding, f.scale_type, f.shadow);
         mirror<float> y(n * cols), dy(n * cols, test_uniform);
         mirror<int32_t> ids(n);
         memcpy(ids[CPU], some, sizeof some);
@@ -256,7 +257,7 @@ static void test_cuda_parameters()
         };
         agree();
         for (int64_t i = 0; i < rows * cols; i++) given.push_back((int8_t)(test_random() % 3 - 1));
-        for (float &s : scales) s = f.scale_type == TERN_POW2 ? 0.25f : (float)(test_random() % 8);
+        for (float &s : scales) s = f.scale_type == TERN_POW2 ? 0.25f : f.scale_type == TERN_LOG ? tern__from_log((int16_t)(test_random() % 1024)) : (float)(test_random() % 8);
         test_both([&](tern_context *c, int side) { return tern_param_give(c, &p.at[side], given.data(), scales.data()); });
         agree();
         mirror<uint16_t> half(rows * cols, [] { return tern__to_bf16(test_uniform()); });

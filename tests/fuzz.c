@@ -4,7 +4,7 @@
 #include "../ternary.h"
 
 /* A model with something of everything. */
-enum { FUZZ_PARAMS = 3 };
+enum { FUZZ_PARAMS = 4 };
 typedef struct fuzz_model { tern_context *c; tern_param p[FUZZ_PARAMS], *items[FUZZ_PARAMS]; tern_model m; } fuzz_model;
 
 static void fuzz_add(fuzz_model *f, const char *name, int64_t rows, int64_t cols, tern_rule rule, int32_t grain, tern_type scales, int32_t buffers)
@@ -28,6 +28,7 @@ static void fuzz_open(fuzz_model *f)
     if (tern_open(&f->c, NULL, NULL) != TERN_OK) abort();
     fuzz_add(f, "a", 3, 17, TERN_ABSMEAN, TERN_PER_ROW, TERN_F32, TERN_FOR_ADAMW);
     fuzz_add(f, "b", 2, 9, TERN_TWN, 4, TERN_POW2, TERN_FOR_INFERENCE);
+    fuzz_add(f, "d", 2, 9, TERN_ABSMEAN, 4, TERN_LOG, TERN_FOR_INFERENCE);
     fuzz_add(f, "c", 1, 5, TERN_DENSE, 0, TERN_F32, TERN_FOR_ADAMW);
 }
 
