@@ -579,7 +579,7 @@ static void product_quantize(product *p, tern_act act)
     must(plain, tern_quantize(plain, &q));
 }
 
-static product product_open(int64_t rows, int64_t cols, int32_t grain, tern_type encoding, int64_t n)
+static product product_scaled(int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_type scales, int64_t n)
 {
     product p;
     float *w = random_floats(rows * cols);
@@ -590,7 +590,7 @@ static product product_open(int64_t rows, int64_t cols, int32_t grain, tern_type
     p.w.cols = cols;
     p.w.grain = grain;
     p.w.buffer[TERN_TRITS].type = encoding;
-    p.w.buffer[TERN_SCALES].type = grain > 0 ? TERN_F16 : TERN_F32;
+    p.w.buffer[TERN_SCALES].type = scales;
     must(plain, tern_param_alloc(plain, &p.w, TERN_FOR_INFERENCE));
     must(plain, tern_param_set(plain, &p.w, TERN_F32, w));
     tern_free(plain, w);
@@ -605,6 +605,11 @@ static product product_open(int64_t rows, int64_t cols, int32_t grain, tern_type
     p.a.n = n;
     product_quantize(&p, TERN_ACT_INT8);
     return p;
+}
+
+static product product_open(int64_t rows, int64_t cols, int32_t grain, tern_type encoding, int64_t n)
+{
+    return product_scaled(rows, cols, grain, encoding, grain > 0 ? TERN_F16 : TERN_F32, n);
 }
 
 static void product_close(product *p)
@@ -682,16 +687,17 @@ static const char *format_name(tern_type encoding, int32_t grain)
 /* One token. From memory the limit is reading the packed bytes; from L2 it is the arithmetic. */
 static void bench_vector(int64_t rows, int64_t cols, int streamed)
 {
-    static const struct { tern_type encoding; int32_t grain; } formats[] = {
-        {TERN_2BIT, TERN_PER_ROW}, {TERN_2BIT, 128}, {TERN_BASE3, TERN_PER_ROW}, {TERN_BASE3, 128}
+    static const struct { tern_type encoding; int32_t grain; tern_type scales; } formats[] = {
+        {TERN_2BIT, TERN_PER_ROW, TERN_F32}, {TERN_2BIT, 128, TERN_F16}, {TERN_2BIT, 128, TERN_LOG},
+        {TERN_BASE3, TERN_PER_ROW, TERN_F32}, {TERN_BASE3, 128, TERN_F16}
     };
-    static char names[4][3][40];
+    static char names[5][3][40];
     const metric m = streamed ? BYTES : MACS;
     const char *shape = shape_text("%ldx%ld%s", (long)rows, (long)cols, streamed ? " DRAM" : " L2");
     int f, i;
-    for (f = 0; f < 4; f++) {
-        const char *name = format_name(formats[f].encoding, formats[f].grain);
-        product p = product_open(rows, cols, formats[f].grain, formats[f].encoding, 1);
+    for (f = 0; f < 5; f++) {
+        const char *name = formats[f].scales == TERN_LOG ? "2-bit log group 128" : format_name(formats[f].encoding, formats[f].grain);
+        product p = product_scaled(rows, cols, formats[f].grain, formats[f].encoding, formats[f].scales, 1);
         const double work = streamed ? (double)(p.trits + p.scales) : (double)(rows * cols);
         if (streamed) stream_weights(&p);
         snprintf(names[f][0], sizeof names[f][0], "matmul %s", name);
@@ -1585,6 +1591,8 @@ static void targets_table(void)
     target("2-bit x 64 tokens, avx2, of maddubs+add", "matmul 2-bit row", "N=64", "avx2", 0.85);
     target_ratio("2-bit groups of 128 from DRAM, avx512-vnni, rate of rows", "matmul 2-bit row", "matmul 2-bit group 128", "DRAM", "avx512-vnni", 0.92);
     target_ratio("2-bit groups of 128 from L2, avx512-vnni, rate of rows", "matmul 2-bit row", "matmul 2-bit group 128", "L2", "avx512-vnni", 0.85);
+    target_ratio("the same in the log lattice, from DRAM", "matmul 2-bit row", "matmul 2-bit log group 128", "DRAM", "avx512-vnni", 0.92);
+    target_ratio("the same in the log lattice, from L2", "matmul 2-bit row", "matmul 2-bit log group 128", "L2", "avx512-vnni", 0.85);
     target_ratio("2-bit groups of 128 x 64 tokens, avx512-vnni, rate of rows", "matmul 2-bit row", "matmul 2-bit group 128", "N=64", "avx512-vnni", 0.85);
 }
 
@@ -1595,7 +1603,7 @@ static void legend(void)
            "  GB/s     1e9 bytes a second: packed weights and scales of a matrix from DRAM; elsewhere all bytes read and written\n"
            "  GMAC/s   1e9 multiply-adds a second, one for each weight and token; attention: of the visible pairs\n"
            "  us       microseconds a call; the limit is the time its bytes take from L1\n"
-           "  group    scales in f16, one for each 128 inputs of a row; row: one f32 scale for each row\n"
+           "  group    scales in f16 (log: in the log lattice), one for each 128 inputs of a row; row: one f32 scale for each row\n"
            "  matmul   activations quantized beforehand; linear: the whole layer, with its int8 quantizer; float act: float activations\n"
            "  DRAM     weights rotate through %lu MiB; L2, L1: the best read loop found over 1 MiB, 16 KiB\n"
            "  N        tokens; thr: threads; xN: float lanes; h4x64: heads of 64\n",
