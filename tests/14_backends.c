@@ -268,6 +268,35 @@ static void odd_products(tern_context *c, record *r)
 }
 static void test_odd_products(void) { same_everywhere(odd_products, UINT64_C(0xAD1CD6D04FD0CE04)); }
 
+/* All logarithms, those that no store gives too: each the scale of one trit 1, and the input is 1. */
+static void all_log_scales(tern_context *c, record *r)
+{
+    enum { ALL = 65536 };
+    const float one = 1.0f;
+    int8_t *ones = (int8_t *)memset(hold(ALL), 1, ALL);
+    int variant;
+    (void)r;
+    for (variant = 0; variant < 4; variant++) {
+        const tern_matrix m = hold_matrix(c, ALL, 1, variant & 1 ? 1 : TERN_PER_ROW, variant & 2 ? TERN_BASE3 : TERN_2BIT, TERN_LOG);
+        const tern_quantize_args q = hold_quantized(c, &m, 1, &one, TERN_NORM_NONE, NULL);
+        const tern_matmul_args a = matmul_of(&q, NULL, hold_output(ALL));
+        tern_pack_args p = TERN_ZERO;
+        int64_t i, wrong = 0;
+        p.m = m;
+        p.trits = ones;
+        CHECK_OK(c, tern_pack(c, &p));
+        for (i = 0; i < ALL; i++) ((int16_t *)m.scales)[i] = (int16_t)(i - 32768);
+        q.q[0] = 1;
+        q.sum[0] = 1;
+        q.scale[0] = 1.0f;
+        CHECK_OK(c, tern_matmul(c, &a));
+        for (i = 0; i < ALL; i++) wrong += a.y[i] != tern__from_log((int16_t)(i - 32768));
+        CHECK(wrong == 0, "variant %d: %d of the logarithms", variant, (int)wrong);
+    }
+    release();
+}
+static void test_log_scales(void) { on_each_tier(all_log_scales); }
+
 /* Beyond every block: 4 panels of a dot call, 12 tokens and 2048 inputs of one with floats. */
 static void large_products(tern_context *c, record *r)
 {
@@ -1986,6 +2015,7 @@ static void test_missing_operations(void)
 static void suite_backends(void)
 {
     RUN(test_odd_products);
+    RUN(test_log_scales);
     RUN(test_large_products);
     RUN(test_kind_products);
     RUN(test_every_shape);
