@@ -1,4 +1,5 @@
-/* [TERN-6] Numbers: conversions, Philox, canonical sums, elementary functions. */
+/* [TERN-6] Numbers: conversions, Philox, canonical sums, elementary functions.
+   Mutations that test_numbers_log saw: a logarithm cut off instead of rounded. */
 
 /* -- f16 and bf16 -- */
 

@@ -268,7 +268,8 @@ static void odd_products(tern_context *c, record *r)
 }
 static void test_odd_products(void) { same_everywhere(odd_products, UINT64_C(0xAD1CD6D04FD0CE04)); }
 
-/* All logarithms, those that no store gives too: each the scale of one trit 1, and the input is 1. */
+/* All logarithms, those that no store gives too: each the scale of one trit 1, and the input is 1. Seen: kernels that
+   read what lies below the normal floats as a number. */
 static void all_log_scales(tern_context *c, record *r)
 {
     enum { ALL = 65536 };

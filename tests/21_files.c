@@ -472,7 +472,7 @@ static void file_refused(tern_context *c, const file_model *m, file_bytes *f, un
 /* Little-endian numbers of a file. */
 static uint64_t file_number(const unsigned char *p, int bytes) { uint64_t v = 0; while (bytes--) v = v << 8 | p[bytes]; return v; }
 
-/* Logarithms lie as they are, little-endian; those that no store gives are refused. */
+/* Logarithms lie as they are, little-endian; those that no store gives are refused. Seen: no check of them. */
 static void files_logarithms(void)
 {
     test_context t = test_open(TERN_ISA_BEST, 1);
