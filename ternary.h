@@ -350,6 +350,8 @@ typedef struct tern_ternarize_args {
     float rho;      /* ABSMEAN, ABSMEAN_SIGMA and TWN with F32 scales, in [0, 1): scale = rho old + (1 - rho) new where old > 0 */
     float noise, zone; /* in scales S: a weight with | |w| - threshold | < zone S is decided as w + noise S u, u uniform in (-1, 1), */
     uint64_t seed; uint32_t step, stream; /* which depends on these and on the element alone */
+    void *spare;          /* NULL or memory that may be overwritten: with bytes for the trits, scales and alpha besides w is read */
+    size_t spare_bytes;   /* from memory once less, with fewer as without; results are the same. Not for backends that queue */
 } tern_ternarize_args;
 
 /* Adds to the gradient of the learned scales of LSQ (dalpha [1]) or SEQ (dalpha [rows]), from dw [rows, cols], the
@@ -1679,6 +1681,7 @@ typedef struct tern__kernels {
     tern__tile *tile;       /* product and sum are rounded separately */
     tern__tile *tile_fused; /* one rounding where the tier has FMA */
     float (*sum)(int32_t kind, int64_t n, const float *x);              /* canonical, n <= 1024, kind a tern_sum_kind */
+    float (*sum_above)(int64_t n, const float *x, float delta, int64_t *count); /* the same of |x|, but 0 where it is not above; counts those that are */
     uint32_t (*absmax)(int64_t n, const float *x, const float *gain);   /* largest bits of |x gain|: NaN and Inf win */
     int32_t (*round)(int64_t n, const float *x, const float *gain, float inverse, int32_t most, int8_t *q); /* q = rne(x gain inverse), |it| < 2^22, held to -most - 1..most; their sum */
     /* The same dots with bytes in place of trits, for any number of tokens: a unit is a quad, whose byte 4r+j is code
@@ -1799,50 +1802,92 @@ static const float *tern__load_block(const tern__kernels *k, const tern_ternariz
     return buffer;
 }
 
-/* Items are blocks of 1024 weights; the first bad weight comes back. */
+/* The first bad one of n weights from element i, or INT64_MAX. */
+static int64_t tern__first_bad(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n)
+{
+    float buffer[TERN__BLOCK] TERN__ALIGN64;
+    int64_t len, j;
+    for (; n > 0; i += len, n -= len) {
+        const float *w = tern__load_block(k, a, i, len = tern__min(TERN__BLOCK, n), buffer);
+        if (tern__weight_ok(tern__float(k->absmax(len, w, NULL)))) continue;
+        for (j = 0; tern__weight_ok(w[j]);) j++;
+        return i + j;
+    }
+    return INT64_MAX;
+}
+
+/* Items are blocks of 1024 weights. */
 static void tern__scan_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_ternarize_args *a = (const tern_ternarize_args *)job->arg;
-    const int64_t stop = tern__min(end * TERN__BLOCK, a->m.rows * a->m.cols);
-    float buffer[TERN__BLOCK] TERN__ALIGN64;
-    int64_t i, n;
-    for (i = begin * TERN__BLOCK; i < stop; i += n) {
-        const float *w = tern__load_block(job->k, a, i, n = tern__min(TERN__BLOCK, stop - i), buffer);
-        int64_t j = 0;
-        if (tern__weight_ok(tern__float(job->k->absmax(n, w, NULL)))) continue;
-        while (tern__weight_ok(w[j])) j++;
-        *bad = i + j;
-        return;
-    }
+    const int64_t i = begin * TERN__BLOCK;
+    *bad = tern__first_bad(job->k, a, i, tern__min(end * TERN__BLOCK, a->m.rows * a->m.cols) - i);
 }
 
 /* Canonical sum over n weights from element i: of the |w| above delta (all, for a negative delta), counted. */
 static float tern__sum_row(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, float delta, int64_t *count)
 {
     tern__tree tree;
-    float buffer[TERN__BLOCK] TERN__ALIGN64, above[TERN__BLOCK] TERN__ALIGN64;
-    int64_t j, len;
+    float buffer[TERN__BLOCK] TERN__ALIGN64;
+    int64_t len;
     tern__tree_init(&tree, k);
     for (; n > 0; i += len, n -= len) {
         const float *w = tern__load_block(k, a, i, len = tern__min(n, TERN__BLOCK), buffer);
         if (delta < 0.0f) *count += len;
-        else for (j = 0; j < len; j++) {
-            above[j] = tern__abs(w[j]) > delta ? w[j] : 0.0f;
-            *count += above[j] != 0.0f;
-        }
-        tern__tree_push(&tree, k->sum(TERN_SUM_ABS, len, delta < 0.0f ? w : above));
+        tern__tree_push(&tree, delta < 0.0f ? k->sum(TERN_SUM_ABS, len, w) : k->sum_above(len, w, delta, count));
     }
     return tern__tree_total(&tree);
 }
 
-/* Their mean over a rectangle of weights; a statistic over rows is the same rule over the row sums. */
-static float tern__mean_above(const tern__kernels *k, const tern_ternarize_args *a, int64_t row, int64_t rows, int64_t col, int64_t cols, float delta)
+/* A sum of |w| below this proves its weights good; it may be their mean, for rows are no longer than 2^18. */
+#define TERN__SURE 3.0223145490365729e23f /* 2^78 */
+
+/* Sums of rows, 1024 at a time; the first bad weight comes back from those of all |w|. */
+typedef struct tern__rows_work { const tern_ternarize_args *a; int64_t row0; float delta; float *sums; int64_t *counts; } tern__rows_work;
+
+static void tern__rows_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
+    const tern__rows_work *w = (const tern__rows_work *)job->arg;
+    const int64_t cols = w->a->m.cols;
+    int64_t i;
+    for (i = begin; i < end && *bad == INT64_MAX; i++) {
+        const int64_t first = (w->row0 + i) * cols;
+        w->counts[i] = 0;
+        w->sums[i] = tern__sum_row(job->k, w->a, first, cols, w->delta, &w->counts[i]);
+        if (w->delta < 0.0f && !(w->sums[i] < TERN__SURE)) *bad = tern__first_bad(job->k, w->a, first, cols);
+    }
+}
+
+/* Their mean over the tensor: the canonical sum of the row sums, through the count. */
+static float tern__tensor_mean(tern_run *run, const tern_ternarize_args *a, float delta, int64_t *bad)
+{
+    float sums[TERN__BLOCK];
+    int64_t counts[TERN__BLOCK], count = 0, i;
+    tern__rows_work w;
     tern__tree tree;
-    int64_t r, count = 0;
-    tern__tree_init(&tree, k);
-    for (r = row; r < row + rows; r++) tern__tree_push(&tree, tern__sum_row(k, a, r * a->m.cols + col, cols, delta, &count));
+    tern__tree_init(&tree, (const tern__kernels *)run->backend->data);
+    w.a = a;
+    w.delta = delta;
+    w.sums = sums;
+    w.counts = counts;
+    for (w.row0 = 0; w.row0 < a->m.rows; w.row0 += TERN__BLOCK) {
+        const int64_t rows = tern__min(TERN__BLOCK, a->m.rows - w.row0);
+        *bad = tern__for(run, tern__rows_body, &w, rows, a->m.cols);
+        if (*bad != INT64_MAX) return 0.0f;
+        for (i = 0; i < rows; i++) {
+            tern__tree_push(&tree, sums[i]);
+            count += counts[i];
+        }
+    }
     return count ? tern__tree_total(&tree) / (float)count : 0.0f;
+}
+
+/* And over n weights of a row. */
+static float tern__row_mean(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, float delta)
+{
+    int64_t count = 0;
+    const float sum = tern__sum_row(k, a, i, n, delta, &count);
+    return count ? sum / (float)count : 0.0f;
 }
 
 TERN__ANYWHERE float tern__twn_delta(float mean) { return 0.7f * mean; }
@@ -1892,15 +1937,22 @@ static float tern__row_max(const tern__kernels *k, const tern_ternarize_args *a,
     return tern__float(bits);
 }
 
-/* The grain over a rectangle, whose scale lies at index i: its threshold. */
-static float tern__apply_rule(const tern__kernels *k, const tern_ternarize_args *a, int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t i)
+/* Whether a rule asks for a statistic of the grain whose scale lies at index i. */
+static int32_t tern__needs_statistic(const tern_ternarize_args *a, int64_t i)
 {
-    const int32_t learned = tern__is_learned(a->rule) && a->alpha[i] != 0.0f;
+    return a->rule != TERN_GIVEN && !(tern__is_learned(a->rule) && a->alpha[i] != 0.0f);
+}
+
+/* The grain of n weights from element i, whose scale lies at index `at`: its threshold. suspect becomes 1 where a
+   weight may be bad; with NULL nobody asks. */
+static float tern__apply_rule(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, int64_t at, int32_t *suspect)
+{
+    const int32_t needs = tern__needs_statistic(a, at);
     float mean = 0.0f, above = 0.0f;
-    if (a->rule == TERN_SEQ && !learned) mean = tern__row_max(k, a, row * a->m.cols, cols);
-    else if (a->rule != TERN_GIVEN && !learned) mean = tern__mean_above(k, a, row, rows, col, cols, -1.0f);
-    if (a->rule == TERN_TWN) above = tern__mean_above(k, a, row, rows, col, cols, tern__twn_delta(mean));
-    return tern__settle_grain(a, i, mean, above);
+    if (needs) mean = a->rule == TERN_SEQ ? tern__row_max(k, a, i, n) : tern__row_mean(k, a, i, n, -1.0f);
+    if (a->rule == TERN_TWN) above = tern__row_mean(k, a, i, n, tern__twn_delta(mean));
+    if (suspect && !((needs ? mean : tern__row_max(k, a, i, n)) < TERN__SURE)) *suspect = 1;
+    return tern__settle_grain(a, at, mean, above);
 }
 
 /* What decides over weight i: itself, or near the threshold, with noise. u is an odd number of 2^-24. */
@@ -2110,6 +2162,7 @@ typedef struct tern__ternarize_work {
     const tern_ternarize_args *a;
     tern__shape s;
     float threshold; /* of the tensor, where the grain is the tensor */
+    uint8_t *undo;   /* trits, scales and alpha before the call, or NULL: then the weights are known to be good */
 } tern__ternarize_work;
 
 enum { TERN__NARROW = 320 }; /* inputs that are converted before they are packed: whole units of both encodings */
@@ -2123,8 +2176,8 @@ static void tern__add_noise(const tern__ternarize_work *w, int64_t row, int64_t 
     for (j = 0; j < n; j++) x[j] = tern__decisive(w->a, first + j, x[j], scale, threshold);
 }
 
-/* A group of a panel. */
-static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_work *w, int64_t panel, int64_t g)
+/* A group of a panel; suspect as for tern__apply_rule. */
+static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_work *w, int64_t panel, int64_t g, int32_t *suspect)
 {
     const tern_ternarize_args *a = w->a;
     const tern_matrix *m = &a->m;
@@ -2138,7 +2191,7 @@ static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_
         const int64_t at = tern__scale_index(m, &w->s, row + r, g);
         threshold[r] = r < rows ? w->threshold : FLT_MAX;
         if (m->grain == TERN_PER_TENSOR) continue;
-        if (r < rows) threshold[r] = tern__apply_rule(k, a, row + r, 1, col, cols, at);
+        if (r < rows) threshold[r] = tern__apply_rule(k, a, (row + r) * m->cols + col, cols, at, suspect);
         else tern__store_scale(m->scale_type, m->scales, at, 0.0f);
     }
     for (i = 0; i < cols; i += n) {
@@ -2155,32 +2208,94 @@ static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_
     }
 }
 
-/* From the last panel on: the scan has read that last, so it is in cache. */
+/* Bytes of trits, scales and alpha. */
+typedef struct tern__state { int64_t trits, scales, alpha; } tern__state;
+
+static tern__state tern__state_of(const tern_ternarize_args *a, const tern__shape *s)
+{
+    tern__state b;
+    b.trits = s->panels * s->panel_bytes;
+    b.scales = s->scales * tern__type_bytes(a->m.scale_type);
+    b.alpha = tern__is_learned(a->rule) ? tern__learned_scales(a->rule, &a->m) * (int64_t)sizeof(float) : 0;
+    return b;
+}
+
+/* Scales and alpha are small: all at once. Trits: `bytes` of them from byte `at`. */
+static void tern__copy_scales(const tern__ternarize_work *w, int32_t back)
+{
+    const tern__state b = tern__state_of(w->a, &w->s);
+    uint8_t *scales = w->undo + b.trits, *alpha = scales + b.scales;
+    memcpy(back ? w->a->m.scales : scales, back ? scales : w->a->m.scales, (size_t)b.scales);
+    if (b.alpha) memcpy(back ? (uint8_t *)w->a->alpha : alpha, back ? alpha : (uint8_t *)w->a->alpha, (size_t)b.alpha);
+}
+
+/* From the last panel on: a pass before has read that last, so it is in cache. The panel that comes next is on its way
+   while this one is packed, and its statistics find it in cache. */
 static void tern__ternarize_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern__ternarize_work *w = (const tern__ternarize_work *)job->arg;
+    const tern_ternarize_args *a = w->a;
     int64_t panel, g;
-    (void)bad;
-    for (panel = end - 1; panel >= begin; panel--)
-        for (g = 0; g < w->s.groups; g++) tern__ternarize_group(job->k, w, panel, g);
+    for (panel = end - 1; panel >= begin; panel--) {
+        const int64_t row = panel * TERN__ROWS, first = row * a->m.cols, n = tern__min(TERN__ROWS, a->m.rows - row) * a->m.cols;
+        const int64_t at = panel * w->s.panel_bytes;
+        int32_t suspect = 0;
+        if (w->undo) memcpy(w->undo + at, (uint8_t *)a->m.trits + at, (size_t)w->s.panel_bytes);
+        if (w->undo && a->m.grain == TERN_PER_TENSOR) suspect = !(tern__row_max(job->k, a, first, n) < TERN__SURE);
+        for (g = 0; g < w->s.groups; g++) tern__ternarize_group(job->k, w, panel, g, w->undo ? &suspect : NULL);
+        if (suspect) *bad = tern__min(tern__first_bad(job->k, a, first, n), *bad);
+    }
 }
 
+static tern_result tern__refuse_weight(tern_run *run, const tern_ternarize_args *a, int64_t bad)
+{
+    TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_NONFINITE, "ternarize: weights[%d][%d] is not a finite number below 2^96", bad / a->m.cols, bad % a->m.cols);
+    return TERN_OK;
+}
+
+/* The threshold of a tensor. */
+static tern_result tern__settle_tensor(tern_run *run, const tern_ternarize_args *a, float *threshold)
+{
+    float mean = 0.0f, above = 0.0f;
+    int64_t bad = INT64_MAX;
+    if (tern__needs_statistic(a, 0)) mean = tern__tensor_mean(run, a, -1.0f, &bad);
+    TERN__TRY(tern__refuse_weight(run, a, bad));
+    if (a->rule == TERN_TWN) above = tern__tensor_mean(run, a, tern__twn_delta(mean), &bad);
+    *threshold = tern__settle_grain(a, 0, mean, above);
+    return TERN_OK;
+}
+
+/* Nothing may be written where a weight is bad, and to know that takes a pass of its own: that of the statistics of a
+   tensor, or one over the weights as they are, or none where what was overwritten can be put back. */
 static tern_result tern__cpu_ternarize(tern_run *run, const tern_ternarize_args *a)
 {
     tern__ternarize_work w;
-    int64_t i, bad = tern__for(run, tern__scan_body, a, tern__ceil_div(a->m.rows * a->m.cols, TERN__BLOCK), 1000);
-    TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_NONFINITE, "ternarize: weights[%d][%d] is not a finite number below 2^96", bad / a->m.cols, bad % a->m.cols);
-    for (i = 0; a->rule == TERN_GIVEN && i < tern__shape_of(&a->m).scales; i++) {
+    tern__state state;
+    int64_t i, bad = INT64_MAX;
+    w.a = a;
+    w.s = tern__shape_of(&a->m);
+    w.threshold = 0.0f;
+    w.undo = NULL;
+    state = tern__state_of(a, &w.s);
+    for (i = 0; a->rule == TERN_GIVEN && i < w.s.scales; i++) {
         const float scale = tern__load_scale(a->m.scale_type, a->m.scales, i);
         TERN__REQUIRE(run, tern__weight_ok(scale) && scale >= 0.0f, TERN_E_NONFINITE, "ternarize: scales[%d] is negative or not a finite number below 2^96", i);
     }
     for (i = 0; tern__is_learned(a->rule) && i < tern__learned_scales(a->rule, &a->m); i++)
         TERN__REQUIRE(run, tern__weight_ok(a->alpha[i]), TERN_E_NONFINITE, "ternarize: alpha[%d] is not a finite number below 2^96", i);
-    w.a = a;
-    w.s = tern__shape_of(&a->m);
-    w.threshold = a->m.grain == TERN_PER_TENSOR ? tern__apply_rule((const tern__kernels *)run->backend->data, a, 0, a->m.rows, 0, a->m.cols, 0) : 0.0f;
-    tern__for(run, tern__ternarize_body, &w, w.s.panels, tern__mul(a->m.cols, 16 * 30));
-    return TERN_OK;
+    if (a->m.grain != TERN_PER_TENSOR || !tern__needs_statistic(a, 0)) {
+        if (a->spare && a->spare_bytes >= (size_t)(state.trits + state.scales + state.alpha)) w.undo = (uint8_t *)a->spare;
+        else bad = tern__for(run, tern__scan_body, a, tern__ceil_div(a->m.rows * a->m.cols, TERN__BLOCK), 1000);
+        TERN__TRY(tern__refuse_weight(run, a, bad));
+    }
+    if (w.undo) tern__copy_scales(&w, 0);
+    if (a->m.grain == TERN_PER_TENSOR) TERN__TRY(tern__settle_tensor(run, a, &w.threshold));
+    bad = tern__for(run, tern__ternarize_body, &w, w.s.panels, tern__mul(a->m.cols, 16 * 5));
+    if (bad != INT64_MAX) {
+        memcpy(a->m.trits, w.undo, (size_t)state.trits);
+        tern__copy_scales(&w, 1);
+    }
+    return tern__refuse_weight(run, a, bad);
 }
 
 static void tern__trits_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
@@ -2536,6 +2651,17 @@ static float tern__sum_scalar(int32_t kind, int64_t n, const float *x)
     return lane[0];
 }
 
+static float tern__sum_above_scalar(int64_t n, const float *x, float delta, int64_t *count)
+{
+    float above[TERN__BLOCK];
+    int64_t i;
+    for (i = 0; i < n; i++) {
+        above[i] = tern__abs(x[i]) > delta ? x[i] : 0.0f;
+        *count += tern__abs(x[i]) > delta;
+    }
+    return tern__sum_scalar(TERN_SUM_ABS, n, above);
+}
+
 static uint32_t tern__absmax_scalar(int64_t n, const float *x, const float *gain)
 {
     uint32_t largest = 0;
@@ -2690,7 +2816,7 @@ static void tern__hadamard_scalar(int64_t p, float factor, float *x)
 static const tern__kernels tern__kernels_scalar = {
     tern__flip_scalar, tern__hadamard_scalar,
     tern__dot_2bit_scalar, tern__dot_base3_scalar, tern__emit_scalar,
-    tern__tile_scalar, tern__tile_scalar, tern__sum_scalar, tern__absmax_scalar, tern__round_scalar,
+    tern__tile_scalar, tern__tile_scalar, tern__sum_scalar, tern__sum_above_scalar, tern__absmax_scalar, tern__round_scalar,
     tern__dot_i8_scalar, tern__floats_scalar, tern__dot_bits_scalar,
     tern__widen_scalar, tern__ternarize_scalar, tern__optimize_scalar, 64
 };
@@ -2870,6 +2996,16 @@ static inline __attribute__((always_inline)) TARGET V tern__scale_##X(const tern
 {                                                                                                        \
     return d->facc ? tern__scales_##X(d->scale_type, (const uint8_t *)d->scale + p * d->scale_stride, r) : MM##setzero_ps(); \
 }                                                                                                        \
+static inline __attribute__((always_inline)) TARGET float tern__add_up_##X(V *sum)                       \
+{                                                                                                        \
+    TERN__UNROLL for (int half = 32 / W; half; half /= 2)                                                \
+        TERN__UNROLL for (int j = 0; j < half; j++) sum[j] = sum[j] + sum[j + half];                     \
+    float lane[W];                                                                                       \
+    MM##storeu_ps(lane, sum[0]);                                                                         \
+    for (int half = W / 2; half; half /= 2)                                                              \
+        for (int j = 0; j < half; j++) lane[j] = lane[j] + lane[j + half];                               \
+    return lane[0];                                                                                      \
+}                                                                                                        \
 static TARGET float tern__sum_##X(int32_t kind, int64_t n, const float *x)                               \
 {                                                                                                        \
     const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
@@ -2882,13 +3018,25 @@ static TARGET float tern__sum_##X(int32_t kind, int64_t n, const float *x)      
             if (kind == 2) v = v * v;                                                                    \
             sum[j] = sum[j] + v;                                                                         \
         }                                                                                                \
-    TERN__UNROLL for (int half = 32 / W; half; half /= 2)                                                \
-        TERN__UNROLL for (int j = 0; j < half; j++) sum[j] = sum[j] + sum[j + half];                     \
-    float lane[W];                                                                                       \
-    MM##storeu_ps(lane, sum[0]);                                                                         \
-    for (int half = W / 2; half; half /= 2)                                                              \
-        for (int j = 0; j < half; j++) lane[j] = lane[j] + lane[j + half];                               \
-    return lane[0];                                                                                      \
+    return tern__add_up_##X(sum);                                                                        \
+}                                                                                                        \
+static TARGET float tern__sum_above_##X(int64_t n, const float *x, float delta, int64_t *count)          \
+{                                                                                                        \
+    const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
+    V sum[64 / W];                                                                                       \
+    I counted = MM##set1_epi32(0);                                                                       \
+    TERN__UNROLL for (int j = 0; j < 64 / W; j++) sum[j] = MM##setzero_ps();                             \
+    for (int64_t i = 0; i < n; i += 64)                                                                  \
+        TERN__UNROLL for (int j = 0; j < 64 / W; j++) {                                                  \
+            const V v = (V)((I)tern__load_##X(x + i + j * W, n - i - j * W) & magnitude);                \
+            const I above = (I)(v > MM##set1_ps(delta));                                                 \
+            counted = MM##sub_epi32(counted, above);                                                     \
+            sum[j] = sum[j] + (V)((I)v & above);                                                         \
+        }                                                                                                \
+    int32_t lane[W];                                                                                     \
+    tern__store_int_##X(lane, counted);                                                                  \
+    for (int j = 0; j < W; j++) *count += lane[j];                                                       \
+    return tern__add_up_##X(sum);                                                                        \
 }                                                                                                        \
 static TARGET uint32_t tern__absmax_##X(int64_t n, const float *x, const float *gain)                    \
 {                                                                                                        \
@@ -3738,7 +3886,7 @@ TERN__X86_DOT(sse41, sse41, TERN__SSE41, 4, __m128, __m128i, _mm_, 2, 4, TERN__Q
 static const tern__kernels tern__kernels_sse41 = {
     tern__flip_sse41, tern__hadamard_sse41,
     tern__dot_2bit_sse41, tern__dot_base3_sse41, tern__emit_sse41, tern__tile_sse41, tern__tile_sse41,
-    tern__sum_sse41, tern__absmax_sse41, tern__round_sse41, tern__dot_i8_sse41, tern__floats_sse41, tern__dot_bits_sse41,
+    tern__sum_sse41, tern__sum_above_sse41, tern__absmax_sse41, tern__round_sse41, tern__dot_i8_sse41, tern__floats_sse41, tern__dot_bits_sse41,
     tern__widen_sse41, tern__ternarize_sse41, tern__optimize_sse41, 64
 };
 #endif /* TERN__WITH_SSE41 */
@@ -3817,7 +3965,7 @@ TERN__X86_DOT(avx2, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 2, 4, TERN__Q
 static const tern__kernels tern__kernels_avx2 = {
     tern__flip_avx2, tern__hadamard_avx2,
     tern__dot_2bit_avx2, tern__dot_base3_avx2, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
-    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx2, tern__floats_avx2, tern__dot_bits_avx2,
+    tern__sum_avx2, tern__sum_above_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx2, tern__floats_avx2, tern__dot_bits_avx2,
     tern__widen_avx2, tern__ternarize_avx2, tern__optimize_avx2, 64
 };
 #endif /* TERN__WITH_AVX2 */
@@ -3844,7 +3992,7 @@ static void tern__dot_i8_avx_vnni(const tern__dot *d, int64_t acc_row, int32_t a
 static const tern__kernels tern__kernels_avx_vnni = {
     tern__flip_avx2, tern__hadamard_avx2,
     tern__dot_2bit_avx_vnni, tern__dot_base3_avx_vnni, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
-    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx_vnni, tern__floats_avx2, tern__dot_bits_avx2,
+    tern__sum_avx2, tern__sum_above_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx_vnni, tern__floats_avx2, tern__dot_bits_avx2,
     tern__widen_avx2, tern__ternarize_avx2, tern__optimize_avx2, 64
 };
 #endif /* TERN__WITH_AVX_VNNI */
@@ -4108,7 +4256,7 @@ static void tern__dot_i8_avx512(const tern__dot *d, int64_t acc_row, int32_t add
 static const tern__kernels tern__kernels_avx512_vnni = {
     tern__flip_avx512, tern__hadamard_avx512,
     tern__dot_2bit_avx512, tern__dot_base3_avx512, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
-    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512,
+    tern__sum_avx512, tern__sum_above_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512,
     tern__widen_avx512, tern__ternarize_avx512, tern__optimize_avx512, 64
 };
 
@@ -4176,7 +4324,7 @@ static void tern__dot_bits_avx512_vbmi(const tern__dot *d, tern_type encoding)
 static const tern__kernels tern__kernels_avx512_vbmi = {
     tern__flip_avx512, tern__hadamard_avx512,
     tern__dot_2bit_avx512, tern__dot_base3_avx512_vbmi, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
-    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512_vbmi,
+    tern__sum_avx512, tern__sum_above_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512_vbmi,
     tern__widen_avx512, tern__ternarize_avx512, tern__optimize_avx512, 64
 };
 #endif /* TERN__WITH_AVX512_VBMI */
@@ -4367,7 +4515,7 @@ static void tern__dot_base3_amx(const tern__dot *d)
 static const tern__kernels tern__kernels_amx_int8 = {
     tern__flip_avx512, tern__hadamard_avx512,
     tern__dot_2bit_amx, tern__dot_base3_amx, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
-    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512_vbmi,
+    tern__sum_avx512, tern__sum_above_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512_vbmi,
     tern__widen_avx512, tern__ternarize_avx512, tern__optimize_avx512, TERN__TOKENS
 };
 #endif /* TERN__WITH_AMX_INT8 */
@@ -6843,7 +6991,7 @@ static void tern__tally_row(const tern_param *p, const tern__rows *row, float ba
         n->scales++;
         if (p->rule == TERN_TWN && scale > 0.0f)
             threshold = 0.7f * (p->grain == TERN_PER_TENSOR ? tensor_mean
-                                : tern__mean_above(&tern__kernels_scalar, &a, 0, 1, g * s.group, tern__group_cols(&a.m, &s, g), -1.0f)) / scale;
+                                : tern__row_mean(&tern__kernels_scalar, &a, g * s.group, tern__group_cols(&a.m, &s, g), -1.0f)) / scale;
         for (j = g * s.group; j < g * s.group + tern__group_cols(&a.m, &s, g); j++) {
             const float w = tern__abs(tern__load_float(a.type, row->shadow, j));
             n->neg += row->trits[j] < 0;
