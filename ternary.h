@@ -350,8 +350,8 @@ typedef struct tern_ternarize_args {
     float rho;      /* ABSMEAN, ABSMEAN_SIGMA and TWN with F32 scales, in [0, 1): scale = rho old + (1 - rho) new where old > 0 */
     float noise, zone; /* in scales S: a weight with | |w| - threshold | < zone S is decided as w + noise S u, u uniform in (-1, 1), */
     uint64_t seed; uint32_t step, stream; /* which depends on these and on the element alone */
-    void *spare;          /* NULL or memory that may be overwritten: with bytes for the trits, scales and alpha besides w is read */
-    size_t spare_bytes;   /* from memory once less, with fewer as without; results are the same. Not for backends that queue */
+    void *spare;        /* NULL, or memory that may be overwritten: w is read from memory once less where it takes in as many bytes as */
+    size_t spare_bytes; /* the trits, scales and alpha. Results are the same. The CUDA backend, which refuses later, has no use for it */
 } tern_ternarize_args;
 
 /* Adds to the gradient of the learned scales of LSQ (dalpha [1]) or SEQ (dalpha [rows]), from dw [rows, cols], the
@@ -763,7 +763,8 @@ TERN_API tern_linear tern_embedding_as_linear(const tern_embedding *e, tern_norm
 /* Clips by global norm, updates every parameter that has a TERN_GRAD, zeroes the gradients, ternarizes and
    packs. A norm that is not finite skips the update: a data fault (averages of rho and noise go on). Defaults: beta1
    0.9, beta2 0.99, eps 1e-8. norm2: where to leave the squared gradient norm (backend memory, one float), or NULL.
-   A learned scale (alpha) is a parameter of the model; one that has a TERN_GRAD gets its gradient here, before the norm. */
+   A learned scale (alpha) is a parameter of the model; one that has a TERN_GRAD gets its gradient here, before the norm.
+   Scratch of at least the bytes of a parameter's trits, scales and alpha saves a pass over its shadow: tern_ternarize_args.spare. */
 typedef struct tern_step {
     tern_optimizer optimizer;
     float rate, beta1, beta2, eps, decay, clip;
@@ -1691,9 +1692,9 @@ typedef struct tern__kernels {
     void (*floats)(const tern__float_dot *f);
     void (*dot_bits)(const tern__dot *d, tern_type encoding); /* as dot_2bit and dot_base3, on bits ([TERN-9]) */
     void (*widen)(tern_type type, int64_t n, const void *from, float *to); /* f16 or bf16 */
-    /* Packed units of n inputs of up to 16 rows, `stride` floats apart: sign(x) where |x| > threshold[row], else and behind
-       the ends 0. Of the 16 thresholds none is negative and those without a row are FLT_MAX; x is finite. */
-    void (*ternarize)(int32_t base3, int64_t n, const float *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit);
+    /* Packed units of n inputs of up to 16 rows, `stride` elements apart, f32 or bf16: sign(x) where |x| > threshold[row], else
+       and behind the ends 0. Of the 16 thresholds none is negative and those without a row are FLT_MAX. */
+    void (*ternarize)(int32_t base3, tern_type type, int64_t n, const void *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit);
     void (*optimize)(const tern__optimize_work *w, int64_t begin, int64_t end); /* of these weights; begin is a multiple of 4 */
     int32_t tokens; /* that a dot call should get: many share what is decoded once, few keep their activations in L1 */
 } tern__kernels;
@@ -1825,17 +1826,22 @@ static void tern__scan_body(tern__job *job, int64_t begin, int64_t end, int64_t 
 }
 
 /* Canonical sum over n weights from element i: of the |w| above delta (all, for a negative delta), counted. */
+static float tern__sum_block(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, float delta, int64_t *count)
+{
+    float buffer[TERN__BLOCK] TERN__ALIGN64;
+    const float *w = tern__load_block(k, a, i, n, buffer);
+    if (delta >= 0.0f) return k->sum_above(n, w, delta, count);
+    *count += n;
+    return k->sum(TERN_SUM_ABS, n, w);
+}
+
 static float tern__sum_row(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, float delta, int64_t *count)
 {
     tern__tree tree;
-    float buffer[TERN__BLOCK] TERN__ALIGN64;
     int64_t len;
+    if (n <= TERN__BLOCK) return tern__sum_block(k, a, i, n, delta, count);
     tern__tree_init(&tree, k);
-    for (; n > 0; i += len, n -= len) {
-        const float *w = tern__load_block(k, a, i, len = tern__min(n, TERN__BLOCK), buffer);
-        if (delta < 0.0f) *count += len;
-        tern__tree_push(&tree, delta < 0.0f ? k->sum(TERN_SUM_ABS, len, w) : k->sum_above(len, w, delta, count));
-    }
+    for (; n > 0; i += len, n -= len) tern__tree_push(&tree, tern__sum_block(k, a, i, len = tern__min(n, TERN__BLOCK), delta, count));
     return tern__tree_total(&tree);
 }
 
@@ -2165,7 +2171,7 @@ typedef struct tern__ternarize_work {
     uint8_t *undo;   /* trits, scales and alpha before the call, or NULL: then the weights are known to be good */
 } tern__ternarize_work;
 
-enum { TERN__NARROW = 320 }; /* inputs that are converted before they are packed: whole units of both encodings */
+enum { TERN__NARROW = 320 }; /* inputs that are copied before they are packed: whole units of both encodings */
 
 /* n weights of a row and group, from element `first` on, as noise near the threshold decides them. */
 static void tern__add_noise(const tern__ternarize_work *w, int64_t row, int64_t g, int64_t first, int64_t n, float threshold, float *x)
@@ -2183,7 +2189,7 @@ static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_
     const tern_matrix *m = &a->m;
     const int64_t row = panel * TERN__ROWS, rows = tern__min(TERN__ROWS, m->rows - row);
     const int64_t col = g * w->s.group, cols = tern__group_cols(m, &w->s, g);
-    const int32_t narrow = a->type == TERN_BF16 || a->type == TERN_F16, copied = narrow || a->noise > 0.0f;
+    const int32_t narrow = a->type == TERN_BF16 || a->type == TERN_F16, copied = a->type == TERN_F16 || a->noise > 0.0f;
     uint8_t *unit = (uint8_t *)m->trits + panel * w->s.panel_bytes + g * w->s.group_units * TERN__UNIT;
     float buffer[TERN__ROWS * TERN__NARROW] TERN__ALIGN64, threshold[TERN__ROWS];
     int64_t r, i, n;
@@ -2196,15 +2202,16 @@ static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_
     }
     for (i = 0; i < cols; i += n) {
         const int64_t at = row * m->cols + col + i;
-        const float *x = copied ? buffer : (const float *)a->w + at;
-        n = tern__min(TERN__NARROW, cols - i);
+        const void *x = copied ? (const void *)buffer : (const uint8_t *)a->w + at * tern__type_bytes(a->type);
+        n = tern__min(copied ? (int64_t)TERN__NARROW : cols, cols - i);
         for (r = 0; copied && r < rows; r++) {
             float *to = buffer + r * TERN__NARROW;
             if (narrow) k->widen(a->type, n, (const uint16_t *)a->w + at + r * m->cols, to);
             else memcpy(to, (const float *)a->w + at + r * m->cols, sizeof(float) * (size_t)n);
             if (a->noise > 0.0f) tern__add_noise(w, row + r, g, at + r * m->cols, n, threshold[r], to);
         }
-        k->ternarize(m->encoding == TERN_BASE3, n, x, copied ? (int64_t)TERN__NARROW : m->cols, rows, threshold, unit + i / w->s.unit * TERN__UNIT);
+        k->ternarize(m->encoding == TERN_BASE3, copied ? TERN_F32 : a->type, n, x, copied ? (int64_t)TERN__NARROW : m->cols, rows, threshold,
+                     unit + i / w->s.unit * TERN__UNIT);
     }
 }
 
@@ -2720,7 +2727,7 @@ static void tern__widen_scalar(tern_type type, int64_t n, const void *from, floa
     for (i = 0; i < n; i++) to[i] = tern__load_float(type, from, i);
 }
 
-static void tern__ternarize_scalar(int32_t base3, int64_t n, const float *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit)
+static void tern__ternarize_scalar(int32_t base3, tern_type type, int64_t n, const void *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit)
 {
     const int64_t inputs = base3 ? 20 : 16;
     tern__unit_trits t;
@@ -2729,7 +2736,7 @@ static void tern__ternarize_scalar(int32_t base3, int64_t n, const float *x, int
         memset(t, 0, sizeof t);
         for (r = 0; r < rows; r++)
             for (j = 0; j < tern__min(inputs, n - i); j++) {
-                const float v = x[r * stride + i + j];
+                const float v = tern__load_float(type, x, r * stride + i + j);
                 t[r][j] = (int8_t)((v > threshold[r]) - (v < -threshold[r]));
             }
         tern__pack_unit(base3 ? TERN_BASE3 : TERN_2BIT, t, unit);
@@ -3006,34 +3013,49 @@ static inline __attribute__((always_inline)) TARGET float tern__add_up_##X(V *su
         for (int j = 0; j < half; j++) lane[j] = lane[j] + lane[j + half];                               \
     return lane[0];                                                                                      \
 }                                                                                                        \
+/* 64 floats more, of which there are `left`. */                                                         \
+static inline __attribute__((always_inline)) TARGET void tern__sum_step_##X(const int32_t kind, int64_t left, const float *x, V *sum) \
+{                                                                                                        \
+    TERN__UNROLL for (int j = 0; j < 64 / W; j++) {                                                      \
+        V v = tern__load_##X(x + j * W, left - j * W);                                                   \
+        if (kind == 1) v = (V)((I)v & MM##set1_epi32(0x7fffffff));                                       \
+        if (kind == 2) v = v * v;                                                                        \
+        sum[j] = sum[j] + v;                                                                             \
+    }                                                                                                    \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET float tern__sum_kind_##X(const int32_t kind, int64_t n, const float *x) \
+{                                                                                                        \
+    V sum[64 / W];                                                                                       \
+    int64_t i;                                                                                           \
+    TERN__UNROLL for (int j = 0; j < 64 / W; j++) sum[j] = MM##setzero_ps();                             \
+    for (i = 0; i <= n - 64; i += 64) tern__sum_step_##X(kind, 64, x + i, sum);                          \
+    if (i < n) tern__sum_step_##X(kind, n - i, x + i, sum);                                              \
+    return tern__add_up_##X(sum);                                                                        \
+}                                                                                                        \
 static TARGET float tern__sum_##X(int32_t kind, int64_t n, const float *x)                               \
 {                                                                                                        \
-    const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
-    V sum[64 / W];                                                                                       \
-    TERN__UNROLL for (int j = 0; j < 64 / W; j++) sum[j] = MM##setzero_ps();                             \
-    for (int64_t i = 0; i < n; i += 64)                                                                  \
-        TERN__UNROLL for (int j = 0; j < 64 / W; j++) {                                                  \
-            V v = tern__load_##X(x + i + j * W, n - i - j * W);                                          \
-            if (kind == 1) v = (V)((I)v & magnitude);                                                    \
-            if (kind == 2) v = v * v;                                                                    \
-            sum[j] = sum[j] + v;                                                                         \
-        }                                                                                                \
-    return tern__add_up_##X(sum);                                                                        \
+    return kind == 0 ? tern__sum_kind_##X(0, n, x) : kind == 1 ? tern__sum_kind_##X(1, n, x) : tern__sum_kind_##X(2, n, x); \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET I tern__above_step_##X(int64_t left, const float *x, V delta, V *sum, I counted) \
+{                                                                                                        \
+    TERN__UNROLL for (int j = 0; j < 64 / W; j++) {                                                      \
+        const V v = (V)((I)tern__load_##X(x + j * W, left - j * W) & MM##set1_epi32(0x7fffffff));        \
+        const I above = (I)(v > delta);                                                                  \
+        counted = MM##sub_epi32(counted, above);                                                         \
+        sum[j] = sum[j] + (V)((I)v & above);                                                             \
+    }                                                                                                    \
+    return counted;                                                                                      \
 }                                                                                                        \
 static TARGET float tern__sum_above_##X(int64_t n, const float *x, float delta, int64_t *count)          \
 {                                                                                                        \
-    const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
+    const V least = MM##set1_ps(delta);                                                                  \
     V sum[64 / W];                                                                                       \
     I counted = MM##set1_epi32(0);                                                                       \
-    TERN__UNROLL for (int j = 0; j < 64 / W; j++) sum[j] = MM##setzero_ps();                             \
-    for (int64_t i = 0; i < n; i += 64)                                                                  \
-        TERN__UNROLL for (int j = 0; j < 64 / W; j++) {                                                  \
-            const V v = (V)((I)tern__load_##X(x + i + j * W, n - i - j * W) & magnitude);                \
-            const I above = (I)(v > MM##set1_ps(delta));                                                 \
-            counted = MM##sub_epi32(counted, above);                                                     \
-            sum[j] = sum[j] + (V)((I)v & above);                                                         \
-        }                                                                                                \
     int32_t lane[W];                                                                                     \
+    int64_t i;                                                                                           \
+    TERN__UNROLL for (int j = 0; j < 64 / W; j++) sum[j] = MM##setzero_ps();                             \
+    for (i = 0; i <= n - 64; i += 64) counted = tern__above_step_##X(64, x + i, least, sum, counted);    \
+    if (i < n) counted = tern__above_step_##X(n - i, x + i, least, sum, counted);                        \
     tern__store_int_##X(lane, counted);                                                                  \
     for (int j = 0; j < W; j++) *count += lane[j];                                                       \
     return tern__add_up_##X(sum);                                                                        \
@@ -3085,7 +3107,8 @@ static const int32_t tern__places[2][32] = {
 
 /* Weights in training, for the same vectors. The tier brings tern__bf16_X, which widens, and tern__store_i16_X.
    A 128-bit lane of packed trits holds four inputs of four rows, one digit of each of their bytes:
-   tern__add_lanes_X adds up these. The panel before is what ternarize gets next, so it is asked for. */
+   tern__add_lanes_X adds up these. The panel before is what ternarize gets next, so L2 is asked for it: its statistics come
+   from there. Vectors that end behind a unit of 20 take in what the next one begins with, whose place there is 0. */
 #define TERN__X86_WEIGHTS(X, TARGET, W, V, I, MM)                                                        \
 static TARGET void tern__widen_##X(tern_type type, int64_t n, const void *from, float *to)               \
 {                                                                                                        \
@@ -3095,7 +3118,7 @@ static TARGET void tern__widen_##X(tern_type type, int64_t n, const void *from, 
     else for (; i <= n - W; i += W) MM##storeu_ps(to + i, tern__bf16_##X(half + i));                     \
     for (; i < n; i++) to[i] = tern__load_float(type, from, i);                                          \
 }                                                                                                        \
-static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(const int base3, int64_t left, const float *const *row, int64_t at, \
+static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(const int base3, const int bf16, const uint8_t *const *row, int64_t at, \
                                                                                   int64_t ahead, const float *threshold) \
 {                                                                                                        \
     const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
@@ -3105,38 +3128,48 @@ static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(
         const I place = tern__load_int_##X(tern__places[base3] + j);                                     \
         I t[4];                                                                                          \
         TERN__UNROLL for (int k = 0; k < 4; k++) {                                                       \
-            const V v = tern__load_##X(row[k] + at + j, left - j);                                       \
+            const uint8_t *x = row[k] + (at + j) * (bf16 ? 2 : 4);                                       \
+            const V v = bf16 ? tern__bf16_##X((const uint16_t *)(const void *)x) : MM##loadu_ps((const float *)(const void *)x); \
             const I sign = MM##srai_epi32((I)v, 31), above = (I)((V)((I)v & magnitude) > MM##set1_ps(threshold[k])); \
             t[k] = above & MM##sub_epi32(place ^ sign, sign);                                            \
-            __builtin_prefetch((const void *)((uintptr_t)(row[k] + at + j) + (uintptr_t)ahead), 0, 3);   \
+            if (j % 16 == 0) __builtin_prefetch((const void *)((uintptr_t)x + (uintptr_t)ahead), 0, 2);  \
         }                                                                                                \
         sum = MM##add_epi8(sum, MM##packs_epi16(MM##packs_epi32(t[0], t[1]), MM##packs_epi32(t[2], t[3]))); \
     }                                                                                                    \
     return tern__add_lanes_##X(sum);                                                                     \
 }                                                                                                        \
-static inline __attribute__((always_inline)) TARGET void tern__unit_##X(const int base3, int64_t left, const float *const *row, int64_t at, \
+static inline __attribute__((always_inline)) TARGET void tern__unit_##X(const int base3, const int bf16, const uint8_t *const *row, int64_t at, \
                                                                         int64_t ahead, const float *threshold, uint8_t *unit) \
 {                                                                                                        \
     TERN__UNROLL for (int r = 0; r < 16; r += 4) {                                                       \
-        const __m128i byte = tern__four_rows_##X(base3, left, row + r, at, ahead, threshold + r);        \
+        const __m128i byte = tern__four_rows_##X(base3, bf16, row + r, at, ahead, threshold + r);        \
         _mm_storeu_si128((__m128i *)(void *)(unit + 4 * r), _mm_add_epi8(byte, _mm_set1_epi8(base3 ? 121 : 85))); \
     }                                                                                                    \
 }                                                                                                        \
-static inline __attribute__((always_inline)) TARGET void tern__units_##X(const int base3, int64_t n, const float *x, int64_t stride, int64_t rows, \
-                                                                         const float *threshold, uint8_t *unit) \
+static inline __attribute__((always_inline)) TARGET void tern__units_##X(const int base3, const int bf16, int64_t n, const void *x, int64_t stride, \
+                                                                         int64_t rows, const float *threshold, uint8_t *unit) \
 {                                                                                                        \
-    const int inputs = base3 ? 20 : 16;                                                                  \
-    const int64_t ahead = -16 * stride * 4;                                                              \
-    const float *row[16];                                                                                \
+    const int64_t ahead = -16 * stride * (bf16 ? 2 : 4);                                                 \
+    const uint8_t *row[16];                                                                              \
+    float tail[16][32] TERN__ALIGN64;                                                                    \
     int64_t i;                                                                                           \
-    for (int r = 0; r < 16; r++) row[r] = x + (r < rows ? r : 0) * stride;                               \
-    for (i = 0; i <= n - inputs; i += inputs, unit += 64) tern__unit_##X(base3, inputs, row, i, ahead, threshold, unit); \
-    if (i < n) tern__unit_##X(base3, n - i, row, i, ahead, threshold, unit);                             \
+    for (int r = 0; r < 16; r++) row[r] = (const uint8_t *)x + (r < rows ? r : 0) * stride * (bf16 ? 2 : 4); \
+    for (i = 0; i <= n - (base3 ? 32 : 16); i += base3 ? 20 : 16, unit += 64) tern__unit_##X(base3, bf16, row, i, ahead, threshold, unit); \
+    for (; i < n; i += base3 ? 20 : 16, unit += 64) { /* whole vectors would end behind the row */       \
+        memset(tail, 0, sizeof tail);                                                                    \
+        for (int r = 0; r < rows; r++)                                                                   \
+            for (int64_t j = 0; j < tern__min(base3 ? 20 : 16, n - i); j++) tail[r][j] = tern__load_float(bf16 ? TERN_BF16 : TERN_F32, row[r], i + j); \
+        const uint8_t *from[16];                                                                         \
+        for (int r = 0; r < 16; r++) from[r] = (const uint8_t *)tail[r];                                 \
+        tern__unit_##X(base3, 0, from, 0, 0, threshold, unit);                                           \
+    }                                                                                                    \
 }                                                                                                        \
-static TARGET void tern__ternarize_##X(int32_t base3, int64_t n, const float *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit) \
+static TARGET void tern__ternarize_##X(int32_t base3, tern_type type, int64_t n, const void *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit) \
 {                                                                                                        \
-    if (base3) tern__units_##X(1, n, x, stride, rows, threshold, unit);                                  \
-    else tern__units_##X(0, n, x, stride, rows, threshold, unit);                                        \
+    if (type == TERN_BF16 && base3) tern__units_##X(1, 1, n, x, stride, rows, threshold, unit);          \
+    else if (type == TERN_BF16) tern__units_##X(0, 1, n, x, stride, rows, threshold, unit);              \
+    else if (base3) tern__units_##X(1, 0, n, x, stride, rows, threshold, unit);                          \
+    else tern__units_##X(0, 0, n, x, stride, rows, threshold, unit);                                     \
 }
 
 /* Philox has a block in the low half of each 64-bit lane: 2 W words at a time. In this order of the blocks two unpacks
@@ -3145,11 +3178,11 @@ static TARGET void tern__ternarize_##X(int32_t base3, int64_t n, const float *x,
 #define TERN__BLOCKS_8 0, 2, 1, 3
 #define TERN__BLOCKS_16 0, 4, 1, 5, 2, 6, 3, 7
 #define TERN__X86_OPTIMIZE(X, TARGET, W, V, I, MM)                                                       \
-static inline __attribute__((always_inline)) TARGET void tern__philox_##X(const tern_optimize_args *a, const uint32_t *keys, int64_t block, I *word) \
+static inline __attribute__((always_inline)) TARGET void tern__philox_##X(const tern_optimize_args *a, uint32_t stream, const uint32_t *keys, int64_t block, I *word) \
 {                                                                                                        \
     static const int64_t blocks[W / 2] = {TERN__BLOCKS_##W};                                             \
     const I m0 = MM##set1_epi32((int32_t)0xD2511F53), m1 = MM##set1_epi32((int32_t)0xCD9E8D57);          \
-    I c0 = tern__load_int_##X(blocks) + block, c1 = MM##srli_epi64(c0, 32), c2 = MM##set1_epi32((int32_t)a->step), c3 = MM##set1_epi32((int32_t)a->stream); \
+    I c0 = tern__load_int_##X(blocks) + block, c1 = MM##srli_epi64(c0, 32), c2 = MM##set1_epi32((int32_t)a->step), c3 = MM##set1_epi32((int32_t)stream); \
     TERN__UNROLL for (int round = 0; round < 20; round += 2) {                                           \
         const I p0 = MM##mul_epu32(c0, m0), p1 = MM##mul_epu32(c2, m1);                                  \
         c0 = MM##srli_epi64(p1, 32) ^ c1 ^ MM##set1_epi32((int32_t)keys[round]);                         \
@@ -3171,14 +3204,26 @@ static inline __attribute__((always_inline)) TARGET I tern__round_bf16_##X(V x, 
     const words kept = (beyond & ((u >> 16 & 0x8000) | 0x7f7f)) | (~beyond & sum >> 16);                 \
     return (I)((special & (u >> 16 | ((words)((u & 0xffff) != 0) & 1))) | (~special & kept));            \
 }                                                                                                        \
+static inline __attribute__((always_inline)) TARGET I tern__nearest_##X(V x) /* the word that rounds to nearest even */ \
+{                                                                                                        \
+    return MM##add_epi32(MM##set1_epi32(0x7fff), MM##srli_epi32((I)x, 16) & MM##set1_epi32(1));          \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET V tern__get_##X(int32_t bf16, const void *p, int64_t i) \
+{                                                                                                        \
+    return bf16 ? tern__bf16_##X((const uint16_t *)p + i) : MM##loadu_ps((const float *)p + i);          \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET void tern__put_##X(int32_t bf16, void *p, int64_t i, V x, I word) \
+{                                                                                                        \
+    if (bf16) tern__store_i16_##X((uint16_t *)p + i, tern__round_bf16_##X(x, word));                     \
+    else MM##storeu_ps((float *)p + i, x);                                                               \
+}                                                                                                        \
 static TARGET int64_t tern__optimize_most_##X(const tern__optimize_work *work, int64_t begin, int64_t end) \
 {                                                                                                        \
     const tern_optimize_args *a = work->a;                                                               \
     const V factor = MM##set1_ps(work->factor), correct1 = MM##set1_ps(work->correct1), correct2 = MM##set1_ps(work->correct2); \
     const V beta1 = MM##set1_ps(a->beta1), other1 = MM##set1_ps(1.0f - a->beta1), rate = MM##set1_ps(a->rate), decay = MM##set1_ps(a->decay); \
     const V beta2 = MM##set1_ps(a->beta2), other2 = MM##set1_ps(1.0f - a->beta2), eps = MM##set1_ps(a->eps); \
-    const int32_t bf16 = a->type == TERN_BF16;                                                           \
-    float *first = (float *)a->moment1, *second = (float *)a->moment2; /* floats: see tern__optimize_body */ \
+    const int32_t bf16 = a->type == TERN_BF16, narrow = a->moment_type == TERN_BF16;                     \
     uint32_t keys[20];                                                                                   \
     int64_t i;                                                                                           \
     for (uint32_t round = 0; round < 10; round++) {                                                      \
@@ -3186,25 +3231,25 @@ static TARGET int64_t tern__optimize_most_##X(const tern__optimize_work *work, i
         keys[2 * round + 1] = (uint32_t)(a->seed >> 32) + round * 0xBB67AE85u;                           \
     }                                                                                                    \
     for (i = begin; i <= end - 2 * W; i += 2 * W) {                                                      \
-        I word[2];                                                                                       \
-        if (bf16) tern__philox_##X(a, keys, i / 4, word);                                                \
+        I word[2] = {MM##set1_epi32(0)}, moments[2] = {MM##set1_epi32(0)};                                            \
+        if (bf16 && !a->nearest) tern__philox_##X(a, a->stream, keys, i / 4, word);                      \
+        if (narrow && a->moment1) tern__philox_##X(a, a->stream ^ 0x80000000u, keys, i / 4, moments);    \
         TERN__UNROLL for (int h = 0; h < 2; h++) {                                                       \
             const int64_t at = i + h * W;                                                                \
             const V g = MM##loadu_ps(a->grad + at) * factor;                                             \
-            V w = bf16 ? tern__bf16_##X((const uint16_t *)a->w + at) : MM##loadu_ps((const float *)a->w + at), step = g; \
+            V w = tern__get_##X(bf16, a->w, at), step = g;                                               \
             if (a->kind == TERN_ADAMW) {                                                                 \
-                const V m1 = beta1 * MM##loadu_ps(first + at) + other1 * g;                              \
-                const V m2 = beta2 * MM##loadu_ps(second + at) + other2 * g * g;                         \
+                const V m1 = beta1 * tern__get_##X(narrow, a->moment1, at) + other1 * g;                 \
+                const V m2 = beta2 * tern__get_##X(narrow, a->moment2, at) + other2 * g * g;             \
                 step = m1 * correct1 / (MM##sqrt_ps(m2 * correct2) + eps);                               \
-                MM##storeu_ps(first + at, m1);                                                           \
-                MM##storeu_ps(second + at, m2);                                                          \
-            } else if (first) {                                                                          \
-                step = beta1 * MM##loadu_ps(first + at) + g;                                             \
-                MM##storeu_ps(first + at, step);                                                         \
+                tern__put_##X(narrow, a->moment1, at, m1, moments[h]);                                   \
+                tern__put_##X(narrow, a->moment2, at, m2, MM##srli_epi32(moments[h], 16));               \
+            } else if (a->moment1) {                                                                     \
+                step = beta1 * tern__get_##X(narrow, a->moment1, at) + g;                                \
+                tern__put_##X(narrow, a->moment1, at, step, moments[h]);                                 \
             }                                                                                            \
             w = w - rate * (step + decay * w);                                                           \
-            if (bf16) tern__store_i16_##X((uint16_t *)a->w + at, tern__round_bf16_##X(w, word[h]));      \
-            else MM##storeu_ps((float *)a->w + at, w);                                                   \
+            tern__put_##X(bf16, a->w, at, w, a->nearest ? tern__nearest_##X(w) : word[h]);               \
             MM##storeu_ps(a->grad + at, MM##setzero_ps());                                               \
         }                                                                                                \
     }                                                                                                    \
@@ -5662,12 +5707,12 @@ TERN__ANYWHERE float tern__clip_factor(float clip, const float *norm2)
     return norm > clip ? clip / norm : 1.0f;
 }
 
-/* Items are blocks of 1024 weights. What is seldom asked for has no vectors. */
+/* Items are blocks of 1024 weights. */
 static void tern__optimize_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern__optimize_work *w = (const tern__optimize_work *)job->arg;
     (void)bad;
-    (w->a->moment_type == TERN_BF16 || w->a->nearest ? tern__optimize_scalar : job->k->optimize)(w, begin * TERN__BLOCK, tern__min(end * TERN__BLOCK, w->a->count));
+    job->k->optimize(w, begin * TERN__BLOCK, tern__min(end * TERN__BLOCK, w->a->count));
 }
 
 TERN__ANYWHERE float tern__power(float base, uint32_t exponent)
@@ -7858,6 +7903,8 @@ static tern_result tern__step_ternarize(tern_context *c, const tern_model *m, co
         a.seed = s->seed;
         a.step = s->step;
         a.stream = (uint32_t)i ^ 0x40000000u; /* not that of the rounding of weights or moments */
+        a.spare = c->scratch; /* a norm that was there has been used */
+        a.spare_bytes = c->scratch_bytes;
         TERN__TRY(tern__param_ternarize(c, p, &a));
     }
     return TERN_OK;
