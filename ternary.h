@@ -1670,6 +1670,18 @@ typedef struct tern__float_dot {
 /* What all weights of an optimizer's step share. */
 typedef struct tern__optimize_work { const tern_optimize_args *a; float factor, correct1, correct2; } tern__optimize_work;
 
+/* Packed units of n inputs of up to 16 rows, `stride` elements apart, f32 or bf16: sign(x) where |x| > threshold[row], else and
+   behind the ends 0. Of the 16 thresholds none is negative and those without a row are FLT_MAX. Of what lies `ahead` elements
+   from here a line in `step` bytes is asked for. */
+typedef struct tern__packing {
+    tern_type type; const void *x;
+    int64_t n, rows, stride;
+    const float *threshold;
+    uint8_t *unit;
+    int64_t ahead, step; /* step 0: nothing */
+    int32_t base3;
+} tern__packing;
+
 typedef void tern__tile(int64_t m, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b, float *p, int32_t first);
 
 typedef struct tern__kernels {
@@ -1682,7 +1694,9 @@ typedef struct tern__kernels {
     tern__tile *tile;       /* product and sum are rounded separately */
     tern__tile *tile_fused; /* one rounding where the tier has FMA */
     float (*sum)(int32_t kind, int64_t n, const float *x);              /* canonical, n <= 1024, kind a tern_sum_kind */
-    float (*sum_above)(int64_t n, const float *x, float delta, int64_t *count); /* the same of |x|, but 0 where it is not above; counts those that are */
+    /* The same of |x|, f32 or bf16, but 0 where it is not above delta; counts those that are. A negative delta: of all. `ahead`
+       elements from here lies what is wanted next; every other line of it is asked for, ternarize asks for the rest. */
+    float (*sum_above)(tern_type type, int64_t n, const void *x, int64_t ahead, float delta, int64_t *count);
     uint32_t (*absmax)(int64_t n, const float *x, const float *gain);   /* largest bits of |x gain|: NaN and Inf win */
     int32_t (*round)(int64_t n, const float *x, const float *gain, float inverse, int32_t most, int8_t *q); /* q = rne(x gain inverse), |it| < 2^22, held to -most - 1..most; their sum */
     /* The same dots with bytes in place of trits, for any number of tokens: a unit is a quad, whose byte 4r+j is code
@@ -1692,9 +1706,7 @@ typedef struct tern__kernels {
     void (*floats)(const tern__float_dot *f);
     void (*dot_bits)(const tern__dot *d, tern_type encoding); /* as dot_2bit and dot_base3, on bits ([TERN-9]) */
     void (*widen)(tern_type type, int64_t n, const void *from, float *to); /* f16 or bf16 */
-    /* Packed units of n inputs of up to 16 rows, `stride` elements apart, f32 or bf16: sign(x) where |x| > threshold[row], else
-       and behind the ends 0. Of the 16 thresholds none is negative and those without a row are FLT_MAX. */
-    void (*ternarize)(int32_t base3, tern_type type, int64_t n, const void *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit);
+    void (*ternarize)(const tern__packing *p);
     void (*optimize)(const tern__optimize_work *w, int64_t begin, int64_t end); /* of these weights; begin is a multiple of 4 */
     int32_t tokens; /* that a dot call should get: many share what is decoded once, few keep their activations in L1 */
 } tern__kernels;
@@ -1826,22 +1838,20 @@ static void tern__scan_body(tern__job *job, int64_t begin, int64_t end, int64_t 
 }
 
 /* Canonical sum over n weights from element i: of the |w| above delta (all, for a negative delta), counted. */
-static float tern__sum_block(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, float delta, int64_t *count)
+static float tern__sum_block(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, int64_t ahead, float delta, int64_t *count)
 {
     float buffer[TERN__BLOCK] TERN__ALIGN64;
-    const float *w = tern__load_block(k, a, i, n, buffer);
-    if (delta >= 0.0f) return k->sum_above(n, w, delta, count);
-    *count += n;
-    return k->sum(TERN_SUM_ABS, n, w);
+    if (a->type == TERN_BF16) return k->sum_above(TERN_BF16, n, (const uint16_t *)a->w + i, ahead, delta, count);
+    return k->sum_above(TERN_F32, n, tern__load_block(k, a, i, n, buffer), a->type == TERN_F16 ? 0 : ahead, delta, count);
 }
 
-static float tern__sum_row(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, float delta, int64_t *count)
+static float tern__sum_row(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, int64_t ahead, float delta, int64_t *count)
 {
     tern__tree tree;
     int64_t len;
-    if (n <= TERN__BLOCK) return tern__sum_block(k, a, i, n, delta, count);
+    if (n <= TERN__BLOCK) return tern__sum_block(k, a, i, n, ahead, delta, count);
     tern__tree_init(&tree, k);
-    for (; n > 0; i += len, n -= len) tern__tree_push(&tree, tern__sum_block(k, a, i, len = tern__min(n, TERN__BLOCK), delta, count));
+    for (; n > 0; i += len, n -= len) tern__tree_push(&tree, tern__sum_block(k, a, i, len = tern__min(n, TERN__BLOCK), ahead, delta, count));
     return tern__tree_total(&tree);
 }
 
@@ -1859,7 +1869,7 @@ static void tern__rows_body(tern__job *job, int64_t begin, int64_t end, int64_t 
     for (i = begin; i < end && *bad == INT64_MAX; i++) {
         const int64_t first = (w->row0 + i) * cols;
         w->counts[i] = 0;
-        w->sums[i] = tern__sum_row(job->k, w->a, first, cols, w->delta, &w->counts[i]);
+        w->sums[i] = tern__sum_row(job->k, w->a, first, cols, 0, w->delta, &w->counts[i]);
         if (w->delta < 0.0f && !(w->sums[i] < TERN__SURE)) *bad = tern__first_bad(job->k, w->a, first, cols);
     }
 }
@@ -1889,10 +1899,10 @@ static float tern__tensor_mean(tern_run *run, const tern_ternarize_args *a, floa
 }
 
 /* And over n weights of a row. */
-static float tern__row_mean(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, float delta)
+static float tern__row_mean(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, int64_t ahead, float delta)
 {
     int64_t count = 0;
-    const float sum = tern__sum_row(k, a, i, n, delta, &count);
+    const float sum = tern__sum_row(k, a, i, n, ahead, delta, &count);
     return count ? sum / (float)count : 0.0f;
 }
 
@@ -1900,6 +1910,8 @@ TERN__ANYWHERE float tern__twn_delta(float mean) { return 0.7f * mean; }
 
 static int64_t tern__learned_scales(tern_rule rule, const tern_matrix *m) { return rule == TERN_SEQ ? m->rows : 1; }
 TERN__ANYWHERE int32_t tern__is_learned(tern_rule rule) { return rule == TERN_LSQ || rule == TERN_SEQ; }
+
+TERN__ANYWHERE int32_t tern__is_statistic(tern_rule rule) { return rule == TERN_ABSMEAN || rule == TERN_ABSMEAN_SIGMA || rule == TERN_TWN; }
 
 /* The learned scale of a grain, as ternarize uses it, from where it starts. */
 TERN__ANYWHERE float tern__learned_scale(const tern_ternarize_args *a, int64_t i, float start)
@@ -1955,8 +1967,8 @@ static float tern__apply_rule(const tern__kernels *k, const tern_ternarize_args 
 {
     const int32_t needs = tern__needs_statistic(a, at);
     float mean = 0.0f, above = 0.0f;
-    if (needs) mean = a->rule == TERN_SEQ ? tern__row_max(k, a, i, n) : tern__row_mean(k, a, i, n, -1.0f);
-    if (a->rule == TERN_TWN) above = tern__row_mean(k, a, i, n, tern__twn_delta(mean));
+    if (needs) mean = a->rule == TERN_SEQ ? tern__row_max(k, a, i, n) : tern__row_mean(k, a, i, n, -TERN__ROWS * a->m.cols, -1.0f);
+    if (a->rule == TERN_TWN) above = tern__row_mean(k, a, i, n, 0, tern__twn_delta(mean));
     if (suspect && !((needs ? mean : tern__row_max(k, a, i, n)) < TERN__SURE)) *suspect = 1;
     return tern__settle_grain(a, at, mean, above);
 }
@@ -2192,7 +2204,8 @@ static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_
     const int32_t narrow = a->type == TERN_BF16 || a->type == TERN_F16, copied = a->type == TERN_F16 || a->noise > 0.0f;
     uint8_t *unit = (uint8_t *)m->trits + panel * w->s.panel_bytes + g * w->s.group_units * TERN__UNIT;
     float buffer[TERN__ROWS * TERN__NARROW] TERN__ALIGN64, threshold[TERN__ROWS];
-    int64_t r, i, n;
+    tern__packing p;
+    int64_t r, i;
     for (r = 0; r < TERN__ROWS; r++) {
         const int64_t at = tern__scale_index(m, &w->s, row + r, g);
         threshold[r] = r < rows ? w->threshold : FLT_MAX;
@@ -2200,18 +2213,25 @@ static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_
         if (r < rows) threshold[r] = tern__apply_rule(k, a, (row + r) * m->cols + col, cols, at, suspect);
         else tern__store_scale(m->scale_type, m->scales, at, 0.0f);
     }
-    for (i = 0; i < cols; i += n) {
+    p.type = copied ? TERN_F32 : a->type;
+    p.rows = rows;
+    p.stride = copied ? (int64_t)TERN__NARROW : m->cols;
+    p.threshold = threshold;
+    p.ahead = -TERN__ROWS * m->cols;
+    p.step = copied ? 0 : m->grain != TERN_PER_TENSOR && tern__is_statistic(a->rule) ? 128 : 64;
+    p.base3 = m->encoding == TERN_BASE3;
+    for (i = 0; i < cols; i += p.n) {
         const int64_t at = row * m->cols + col + i;
-        const void *x = copied ? (const void *)buffer : (const uint8_t *)a->w + at * tern__type_bytes(a->type);
-        n = tern__min(copied ? (int64_t)TERN__NARROW : cols, cols - i);
+        p.x = copied ? (const void *)buffer : (const uint8_t *)a->w + at * tern__type_bytes(a->type);
+        p.n = tern__min(copied ? (int64_t)TERN__NARROW : cols, cols - i);
+        p.unit = unit + i / w->s.unit * TERN__UNIT;
         for (r = 0; copied && r < rows; r++) {
             float *to = buffer + r * TERN__NARROW;
-            if (narrow) k->widen(a->type, n, (const uint16_t *)a->w + at + r * m->cols, to);
-            else memcpy(to, (const float *)a->w + at + r * m->cols, sizeof(float) * (size_t)n);
-            if (a->noise > 0.0f) tern__add_noise(w, row + r, g, at + r * m->cols, n, threshold[r], to);
+            if (narrow) k->widen(a->type, p.n, (const uint16_t *)a->w + at + r * m->cols, to);
+            else memcpy(to, (const float *)a->w + at + r * m->cols, sizeof(float) * (size_t)p.n);
+            if (a->noise > 0.0f) tern__add_noise(w, row + r, g, at + r * m->cols, p.n, threshold[r], to);
         }
-        k->ternarize(m->encoding == TERN_BASE3, copied ? TERN_F32 : a->type, n, x, copied ? (int64_t)TERN__NARROW : m->cols, rows, threshold,
-                     unit + i / w->s.unit * TERN__UNIT);
+        k->ternarize(&p);
     }
 }
 
@@ -2658,15 +2678,17 @@ static float tern__sum_scalar(int32_t kind, int64_t n, const float *x)
     return lane[0];
 }
 
-static float tern__sum_above_scalar(int64_t n, const float *x, float delta, int64_t *count)
+static float tern__sum_above_scalar(tern_type type, int64_t n, const void *x, int64_t ahead, float delta, int64_t *count)
 {
     float above[TERN__BLOCK];
     int64_t i;
+    (void)ahead;
     for (i = 0; i < n; i++) {
-        above[i] = tern__abs(x[i]) > delta ? x[i] : 0.0f;
-        *count += tern__abs(x[i]) > delta;
+        const float v = tern__abs(tern__load_float(type, x, i));
+        above[i] = v > delta ? v : 0.0f;
+        *count += v > delta;
     }
-    return tern__sum_scalar(TERN_SUM_ABS, n, above);
+    return tern__sum_scalar(TERN_SUM, n, above);
 }
 
 static uint32_t tern__absmax_scalar(int64_t n, const float *x, const float *gain)
@@ -2727,19 +2749,20 @@ static void tern__widen_scalar(tern_type type, int64_t n, const void *from, floa
     for (i = 0; i < n; i++) to[i] = tern__load_float(type, from, i);
 }
 
-static void tern__ternarize_scalar(int32_t base3, tern_type type, int64_t n, const void *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit)
+static void tern__ternarize_scalar(const tern__packing *p)
 {
-    const int64_t inputs = base3 ? 20 : 16;
+    const int64_t inputs = p->base3 ? 20 : 16;
+    uint8_t *unit = p->unit;
     tern__unit_trits t;
     int64_t i, j, r;
-    for (i = 0; i < n; i += inputs, unit += TERN__UNIT) {
+    for (i = 0; i < p->n; i += inputs, unit += TERN__UNIT) {
         memset(t, 0, sizeof t);
-        for (r = 0; r < rows; r++)
-            for (j = 0; j < tern__min(inputs, n - i); j++) {
-                const float v = tern__load_float(type, x, r * stride + i + j);
-                t[r][j] = (int8_t)((v > threshold[r]) - (v < -threshold[r]));
+        for (r = 0; r < p->rows; r++)
+            for (j = 0; j < tern__min(inputs, p->n - i); j++) {
+                const float v = tern__load_float(p->type, p->x, r * p->stride + i + j);
+                t[r][j] = (int8_t)((v > p->threshold[r]) - (v < -p->threshold[r]));
             }
-        tern__pack_unit(base3 ? TERN_BASE3 : TERN_2BIT, t, unit);
+        tern__pack_unit(p->base3 ? TERN_BASE3 : TERN_2BIT, t, unit);
     }
 }
 
@@ -3036,30 +3059,6 @@ static TARGET float tern__sum_##X(int32_t kind, int64_t n, const float *x)      
 {                                                                                                        \
     return kind == 0 ? tern__sum_kind_##X(0, n, x) : kind == 1 ? tern__sum_kind_##X(1, n, x) : tern__sum_kind_##X(2, n, x); \
 }                                                                                                        \
-static inline __attribute__((always_inline)) TARGET I tern__above_step_##X(int64_t left, const float *x, V delta, V *sum, I counted) \
-{                                                                                                        \
-    TERN__UNROLL for (int j = 0; j < 64 / W; j++) {                                                      \
-        const V v = (V)((I)tern__load_##X(x + j * W, left - j * W) & MM##set1_epi32(0x7fffffff));        \
-        const I above = (I)(v > delta);                                                                  \
-        counted = MM##sub_epi32(counted, above);                                                         \
-        sum[j] = sum[j] + (V)((I)v & above);                                                             \
-    }                                                                                                    \
-    return counted;                                                                                      \
-}                                                                                                        \
-static TARGET float tern__sum_above_##X(int64_t n, const float *x, float delta, int64_t *count)          \
-{                                                                                                        \
-    const V least = MM##set1_ps(delta);                                                                  \
-    V sum[64 / W];                                                                                       \
-    I counted = MM##set1_epi32(0);                                                                       \
-    int32_t lane[W];                                                                                     \
-    int64_t i;                                                                                           \
-    TERN__UNROLL for (int j = 0; j < 64 / W; j++) sum[j] = MM##setzero_ps();                             \
-    for (i = 0; i <= n - 64; i += 64) counted = tern__above_step_##X(64, x + i, least, sum, counted);    \
-    if (i < n) counted = tern__above_step_##X(n - i, x + i, least, sum, counted);                        \
-    tern__store_int_##X(lane, counted);                                                                  \
-    for (int j = 0; j < W; j++) *count += lane[j];                                                       \
-    return tern__add_up_##X(sum);                                                                        \
-}                                                                                                        \
 static TARGET uint32_t tern__absmax_##X(int64_t n, const float *x, const float *gain)                    \
 {                                                                                                        \
     const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
@@ -3118,8 +3117,56 @@ static TARGET void tern__widen_##X(tern_type type, int64_t n, const void *from, 
     else for (; i <= n - W; i += W) MM##storeu_ps(to + i, tern__bf16_##X(half + i));                     \
     for (; i < n; i++) to[i] = tern__load_float(type, from, i);                                          \
 }                                                                                                        \
+static inline __attribute__((always_inline)) TARGET V tern__get_##X(const int bf16, const void *p, int64_t i) \
+{                                                                                                        \
+    return bf16 ? tern__bf16_##X((const uint16_t *)p + i) : MM##loadu_ps((const float *)p + i);          \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET I tern__above_step_##X(const int all, const int bf16, const void *x, int64_t i, V delta, V *sum, I counted) \
+{                                                                                                        \
+    TERN__UNROLL for (int j = 0; j < 64 / W; j++) {                                                      \
+        V v = (V)((I)tern__get_##X(bf16, x, i + j * W) & MM##set1_epi32(0x7fffffff));                    \
+        if (!all) {                                                                                      \
+            const I above = (I)(v > delta);                                                              \
+            counted = MM##sub_epi32(counted, above);                                                     \
+            v = (V)((I)v & above);                                                                       \
+        }                                                                                                \
+        sum[j] = sum[j] + v;                                                                             \
+    }                                                                                                    \
+    return counted;                                                                                      \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET float tern__above_##X(const int all, const int bf16, int64_t n, const void *x, int64_t ahead, \
+                                                                          float delta, int64_t *count)   \
+{                                                                                                        \
+    const int64_t bytes = bf16 ? 2 : 4, most = n / 64 * 64;                                              \
+    const V least = MM##set1_ps(delta);                                                                  \
+    V sum[64 / W];                                                                                       \
+    I counted = MM##set1_epi32(0);                                                                       \
+    float tail[64] TERN__ALIGN64;                                                                        \
+    int32_t lane[W];                                                                                     \
+    TERN__UNROLL for (int j = 0; j < 64 / W; j++) sum[j] = MM##setzero_ps();                             \
+    for (int64_t i = 0; i < most; i += 64) {                                                             \
+        counted = tern__above_step_##X(all, bf16, x, i, least, sum, counted);                            \
+        if (ahead) __builtin_prefetch((const void *)((uintptr_t)x + (uintptr_t)((i + ahead) * bytes + 64)), 0, 2); \
+        if (ahead && !bf16) __builtin_prefetch((const void *)((uintptr_t)x + (uintptr_t)((i + ahead) * bytes + 192)), 0, 2); \
+    }                                                                                                    \
+    if (most < n) {                                                                                      \
+        memset(tail, 0, sizeof tail);                                                                    \
+        if (bf16) for (int64_t i = most; i < n; i++) tail[i - most] = tern__load_float(TERN_BF16, x, i); \
+        else memcpy(tail, (const float *)x + most, (size_t)(n - most) * 4);                              \
+        counted = tern__above_step_##X(all, 0, tail, 0, least, sum, counted);                            \
+    }                                                                                                    \
+    tern__store_int_##X(lane, counted);                                                                  \
+    for (int j = 0; j < W && !all; j++) *count += lane[j];                                               \
+    if (all) *count += n;                                                                                \
+    return tern__add_up_##X(sum);                                                                        \
+}                                                                                                        \
+static TARGET float tern__sum_above_##X(tern_type type, int64_t n, const void *x, int64_t ahead, float delta, int64_t *count) \
+{                                                                                                        \
+    if (type == TERN_BF16) return delta < 0.0f ? tern__above_##X(1, 1, n, x, ahead, delta, count) : tern__above_##X(0, 1, n, x, ahead, delta, count); \
+    return delta < 0.0f ? tern__above_##X(1, 0, n, x, ahead, delta, count) : tern__above_##X(0, 0, n, x, ahead, delta, count); \
+}                                                                                                        \
 static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(const int base3, const int bf16, const uint8_t *const *row, int64_t at, \
-                                                                                  int64_t ahead, const float *threshold) \
+                                                                                  const float *threshold) \
 {                                                                                                        \
     const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
     const int inputs = base3 ? 20 : 16;                                                                  \
@@ -3128,48 +3175,55 @@ static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(
         const I place = tern__load_int_##X(tern__places[base3] + j);                                     \
         I t[4];                                                                                          \
         TERN__UNROLL for (int k = 0; k < 4; k++) {                                                       \
-            const uint8_t *x = row[k] + (at + j) * (bf16 ? 2 : 4);                                       \
-            const V v = bf16 ? tern__bf16_##X((const uint16_t *)(const void *)x) : MM##loadu_ps((const float *)(const void *)x); \
+            const V v = tern__get_##X(bf16, row[k], at + j);                                             \
             const I sign = MM##srai_epi32((I)v, 31), above = (I)((V)((I)v & magnitude) > MM##set1_ps(threshold[k])); \
             t[k] = above & MM##sub_epi32(place ^ sign, sign);                                            \
-            if (j % 16 == 0) __builtin_prefetch((const void *)((uintptr_t)x + (uintptr_t)ahead), 0, 2);  \
         }                                                                                                \
         sum = MM##add_epi8(sum, MM##packs_epi16(MM##packs_epi32(t[0], t[1]), MM##packs_epi32(t[2], t[3]))); \
     }                                                                                                    \
     return tern__add_lanes_##X(sum);                                                                     \
 }                                                                                                        \
 static inline __attribute__((always_inline)) TARGET void tern__unit_##X(const int base3, const int bf16, const uint8_t *const *row, int64_t at, \
-                                                                        int64_t ahead, const float *threshold, uint8_t *unit) \
+                                                                        const float *threshold, uint8_t *unit) \
 {                                                                                                        \
     TERN__UNROLL for (int r = 0; r < 16; r += 4) {                                                       \
-        const __m128i byte = tern__four_rows_##X(base3, bf16, row + r, at, ahead, threshold + r);        \
+        const __m128i byte = tern__four_rows_##X(base3, bf16, row + r, at, threshold + r);               \
         _mm_storeu_si128((__m128i *)(void *)(unit + 4 * r), _mm_add_epi8(byte, _mm_set1_epi8(base3 ? 121 : 85))); \
     }                                                                                                    \
 }                                                                                                        \
-static inline __attribute__((always_inline)) TARGET void tern__units_##X(const int base3, const int bf16, int64_t n, const void *x, int64_t stride, \
-                                                                         int64_t rows, const float *threshold, uint8_t *unit) \
+/* The last inputs, of which no whole vector may be read. */                                             \
+static inline __attribute__((always_inline)) TARGET void tern__last_unit_##X(const int base3, const int bf16, const tern__packing *p, int64_t at, uint8_t *unit) \
 {                                                                                                        \
-    const int64_t ahead = -16 * stride * (bf16 ? 2 : 4);                                                 \
-    const uint8_t *row[16];                                                                              \
     float tail[16][32] TERN__ALIGN64;                                                                    \
-    int64_t i;                                                                                           \
-    for (int r = 0; r < 16; r++) row[r] = (const uint8_t *)x + (r < rows ? r : 0) * stride * (bf16 ? 2 : 4); \
-    for (i = 0; i <= n - (base3 ? 32 : 16); i += base3 ? 20 : 16, unit += 64) tern__unit_##X(base3, bf16, row, i, ahead, threshold, unit); \
-    for (; i < n; i += base3 ? 20 : 16, unit += 64) { /* whole vectors would end behind the row */       \
-        memset(tail, 0, sizeof tail);                                                                    \
-        for (int r = 0; r < rows; r++)                                                                   \
-            for (int64_t j = 0; j < tern__min(base3 ? 20 : 16, n - i); j++) tail[r][j] = tern__load_float(bf16 ? TERN_BF16 : TERN_F32, row[r], i + j); \
-        const uint8_t *from[16];                                                                         \
-        for (int r = 0; r < 16; r++) from[r] = (const uint8_t *)tail[r];                                 \
-        tern__unit_##X(base3, 0, from, 0, 0, threshold, unit);                                           \
+    const uint8_t *row[16];                                                                              \
+    memset(tail, 0, sizeof tail);                                                                        \
+    for (int r = 0; r < 16; r++) {                                                                       \
+        row[r] = (const uint8_t *)tail[r];                                                               \
+        for (int64_t j = 0; r < p->rows && j < tern__min(base3 ? 20 : 16, p->n - at); j++)               \
+            tail[r][j] = tern__load_float(bf16 ? TERN_BF16 : TERN_F32, p->x, r * p->stride + at + j);    \
     }                                                                                                    \
+    tern__unit_##X(base3, 0, row, 0, p->threshold, unit);                                                \
 }                                                                                                        \
-static TARGET void tern__ternarize_##X(int32_t base3, tern_type type, int64_t n, const void *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit) \
+static inline __attribute__((always_inline)) TARGET void tern__units_##X(const int base3, const int bf16, const tern__packing *p) \
 {                                                                                                        \
-    if (type == TERN_BF16 && base3) tern__units_##X(1, 1, n, x, stride, rows, threshold, unit);          \
-    else if (type == TERN_BF16) tern__units_##X(0, 1, n, x, stride, rows, threshold, unit);              \
-    else if (base3) tern__units_##X(1, 0, n, x, stride, rows, threshold, unit);                          \
-    else tern__units_##X(0, 0, n, x, stride, rows, threshold, unit);                                     \
+    const int inputs = base3 ? 20 : 16, bytes = bf16 ? 2 : 4;                                            \
+    const uint8_t *row[16];                                                                              \
+    uint8_t *unit = p->unit;                                                                             \
+    int64_t i, line = 0;                                                                                 \
+    for (int r = 0; r < 16; r++) row[r] = (const uint8_t *)p->x + (r < p->rows ? r : 0) * p->stride * bytes; \
+    for (i = 0; i <= p->n - (base3 ? 32 : 16); i += inputs, unit += 64) {                                \
+        for (; p->step && line < (i + inputs) * bytes; line += p->step)                                  \
+            TERN__UNROLL for (int r = 0; r < 16; r++) __builtin_prefetch((const void *)((uintptr_t)row[r] + (uintptr_t)(line + p->ahead * bytes)), 0, 2); \
+        tern__unit_##X(base3, bf16, row, i, p->threshold, unit);                                         \
+    }                                                                                                    \
+    for (; i < p->n; i += inputs, unit += 64) tern__last_unit_##X(base3, bf16, p, i, unit);              \
+}                                                                                                        \
+static TARGET void tern__ternarize_##X(const tern__packing *p)                                           \
+{                                                                                                        \
+    if (p->type == TERN_BF16 && p->base3) tern__units_##X(1, 1, p);                                      \
+    else if (p->type == TERN_BF16) tern__units_##X(0, 1, p);                                             \
+    else if (p->base3) tern__units_##X(1, 0, p);                                                         \
+    else tern__units_##X(0, 0, p);                                                                       \
 }
 
 /* Philox has a block in the low half of each 64-bit lane: 2 W words at a time. In this order of the blocks two unpacks
@@ -3207,10 +3261,6 @@ static inline __attribute__((always_inline)) TARGET I tern__round_bf16_##X(V x, 
 static inline __attribute__((always_inline)) TARGET I tern__nearest_##X(V x) /* the word that rounds to nearest even */ \
 {                                                                                                        \
     return MM##add_epi32(MM##set1_epi32(0x7fff), MM##srli_epi32((I)x, 16) & MM##set1_epi32(1));          \
-}                                                                                                        \
-static inline __attribute__((always_inline)) TARGET V tern__get_##X(int32_t bf16, const void *p, int64_t i) \
-{                                                                                                        \
-    return bf16 ? tern__bf16_##X((const uint16_t *)p + i) : MM##loadu_ps((const float *)p + i);          \
 }                                                                                                        \
 static inline __attribute__((always_inline)) TARGET void tern__put_##X(int32_t bf16, void *p, int64_t i, V x, I word) \
 {                                                                                                        \
@@ -7036,7 +7086,7 @@ static void tern__tally_row(const tern_param *p, const tern__rows *row, float ba
         n->scales++;
         if (p->rule == TERN_TWN && scale > 0.0f)
             threshold = 0.7f * (p->grain == TERN_PER_TENSOR ? tensor_mean
-                                : tern__row_mean(&tern__kernels_scalar, &a, g * s.group, tern__group_cols(&a.m, &s, g), -1.0f)) / scale;
+                                : tern__row_mean(&tern__kernels_scalar, &a, g * s.group, tern__group_cols(&a.m, &s, g), 0, -1.0f)) / scale;
         for (j = g * s.group; j < g * s.group + tern__group_cols(&a.m, &s, g); j++) {
             const float w = tern__abs(tern__load_float(a.type, row->shadow, j));
             n->neg += row->trits[j] < 0;

@@ -695,25 +695,36 @@ static void test_kernels_sum(void)
     }
 }
 
-/* Some floats are the bound, and some counts are there before. */
+/* Above a bound, where some floats are, above zero, and of all. Some counts are there before. */
 static void test_kernels_sum_above(void)
 {
+    const float deltas[] = {-1.0f, 0.0f, 0.40625f};
     int64_t n, i;
-    for (n = 0; n <= TERN__BLOCK; n++) {
-        float *x = test_floats(n + 1), delta = n % 5 ? 0.4f : 0.0f, wanted;
-        int64_t before = n * 3000000000, count = before, kept = 0;
-        for (i = 0; i < n; i++) {
-            if (i % 7 == 0) x[1 + i] = i & 1 ? -delta : delta;
-            kept += fabsf(x[1 + i]) > delta;
-        }
-        wanted = tern__sum_above_scalar(n, x + 1, delta, &count);
-        CHECK(count == before + kept, "%d of %d floats", (int)(count - before), (int)n);
-        KERNELS_EACH_TIER(
-            count = before;
-            CHECK(tern__bits(k->sum_above(n, x + 1, delta, &count)) == tern__bits(wanted), "%s: %d floats", tier, (int)n);
-            CHECK(count == before + kept, "%s: %d of %d floats", tier, (int)(count - before), (int)n));
-        free(x);
-    }
+    int type, d;
+    for (n = 0; n <= TERN__BLOCK; n++)
+        for (type = 0; type < 2; type++)
+            for (d = 0; d < 3; d++) {
+                const tern_type of = type ? TERN_BF16 : TERN_F32;
+                float *x = test_floats(n + 1), *kept = test_floats(n + 1), wanted;
+                void *stored = malloc((size_t)(n + 1) * 4);
+                int64_t before = n * 3000000000, count = before, above = 0;
+                for (i = 0; i < n; i++) {
+                    float v = i % 7 == 0 ? (i & 1 ? -deltas[d] : deltas[d]) : x[i];
+                    tern__store_float(of, stored, i, v);
+                    v = tern__load_float(of, stored, i);
+                    kept[i] = fabsf(v) > deltas[d] ? v : 0.0f;
+                    above += fabsf(v) > deltas[d];
+                }
+                wanted = tern__sum_scalar(TERN_SUM_ABS, n, kept);
+                CHECK(tern__sum_above_scalar(of, n, stored, 0, deltas[d], &count) == wanted && count == before + above, "%d floats", (int)n);
+                KERNELS_EACH_TIER(
+                    count = before;
+                    CHECK(tern__bits(k->sum_above(of, n, stored, n % 3 * 100, deltas[d], &count)) == tern__bits(wanted), "%s: %d of type %d", tier, (int)n, (int)of);
+                    CHECK(count == before + above, "%s: %d above %g of %d", tier, (int)(count - before), (double)deltas[d], (int)n));
+                free(stored);
+                free(kept);
+                free(x);
+            }
 }
 
 static void test_kernels_absmax(void)
@@ -798,6 +809,18 @@ static void test_kernels_widen(void)
     }
 }
 
+static void kernels_pack(const tern__kernels *k, int base3, tern_type type, int64_t n, const void *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit)
+{
+    tern__packing p;
+    p.type = type; p.x = x;
+    p.n = n; p.rows = rows; p.stride = stride;
+    p.threshold = threshold;
+    p.unit = unit;
+    p.ahead = -16 * stride; p.step = rows % 2 ? 64 : 128;
+    p.base3 = base3;
+    k->ternarize(&p);
+}
+
 /* Buffers of exactly what is needed; weights at their thresholds, zeros of both signs, and thresholds that are zero. */
 static void test_kernels_ternarize(void)
 {
@@ -828,7 +851,7 @@ static void test_kernels_ternarize(void)
                     tern__store_float(type, stored, i, x[i]);
                     x[i] = tern__load_float(type, stored, i);
                 }
-                tern__ternarize_scalar(base3, type, size, stored, stride, rows, threshold, wanted);
+                kernels_pack(&tern__kernels_scalar, base3, type, size, stored, stride, rows, threshold, wanted);
                 for (i = 0; i < size; i++) {
                     int8_t t[20];
                     tern__unpack_unit(base3 ? TERN_BASE3 : TERN_2BIT, wanted + i / (base3 ? 20 : 16) * TERN__UNIT, 0, t);
@@ -838,7 +861,7 @@ static void test_kernels_ternarize(void)
                 CHECK(zeros > 0, "no zeros");
                 KERNELS_EACH_TIER(
                     memset(got, 0x3C, bytes);
-                    k->ternarize(base3, type, size, stored, stride, rows, threshold, got);
+                    kernels_pack(k, base3, type, size, stored, stride, rows, threshold, got);
                     CHECK(memcmp(wanted, got, bytes) == 0, "%s: %d rows of %d, base3 %d, type %d", tier, (int)rows, (int)size, base3, (int)type));
                 free(stored);
                 free(wanted);
