@@ -352,6 +352,8 @@ typedef struct tern_ternarize_args {
     float rho;      /* ABSMEAN, ABSMEAN_SIGMA and TWN with F32 scales, in [0, 1): scale = rho old + (1 - rho) new where old > 0 */
     float noise, zone; /* in scales S: a weight with | |w| - threshold | < zone S is decided as w + noise S u, u uniform in (-1, 1), */
     uint64_t seed; uint32_t step, stream; /* which depends on these and on the element alone */
+    void *spare;        /* NULL, or memory that may be overwritten: w is read from memory once less where it takes in as many bytes as */
+    size_t spare_bytes; /* the trits, scales and alpha. Results are the same. The CUDA backend, which refuses later, has no use for it */
 } tern_ternarize_args;
 
 /* Adds to the gradient of the learned scales of LSQ (dalpha [1]) or SEQ (dalpha [rows]), from dw [rows, cols], the
@@ -763,7 +765,8 @@ TERN_API tern_linear tern_embedding_as_linear(const tern_embedding *e, tern_norm
 /* Clips by global norm, updates every parameter that has a TERN_GRAD, zeroes the gradients, ternarizes and
    packs. A norm that is not finite skips the update: a data fault (averages of rho and noise go on). Defaults: beta1
    0.9, beta2 0.99, eps 1e-8. norm2: where to leave the squared gradient norm (backend memory, one float), or NULL.
-   A learned scale (alpha) is a parameter of the model; one that has a TERN_GRAD gets its gradient here, before the norm. */
+   A learned scale (alpha) is a parameter of the model; one that has a TERN_GRAD gets its gradient here, before the norm.
+   Scratch of at least the bytes of a parameter's trits, scales and alpha saves a pass over its shadow: tern_ternarize_args.spare. */
 typedef struct tern_step {
     tern_optimizer optimizer;
     float rate, beta1, beta2, eps, decay, clip;
@@ -1725,6 +1728,18 @@ typedef struct tern__float_dot {
 /* What all weights of an optimizer's step share. */
 typedef struct tern__optimize_work { const tern_optimize_args *a; float factor, correct1, correct2; } tern__optimize_work;
 
+/* Packed units of n inputs of up to 16 rows, `stride` elements apart, f32 or bf16: sign(x) where |x| > threshold[row], else and
+   behind the ends 0. Of the 16 thresholds none is negative and those without a row are FLT_MAX. Of what lies `ahead` elements
+   from here a line in `step` bytes is asked for. */
+typedef struct tern__packing {
+    tern_type type; const void *x;
+    int64_t n, rows, stride;
+    const float *threshold;
+    uint8_t *unit;
+    int64_t ahead, step; /* step 0: nothing */
+    int32_t base3;
+} tern__packing;
+
 typedef void tern__tile(int64_t m, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b, float *p, int32_t first);
 
 typedef struct tern__kernels {
@@ -1737,6 +1752,9 @@ typedef struct tern__kernels {
     tern__tile *tile;       /* product and sum are rounded separately */
     tern__tile *tile_fused; /* one rounding where the tier has FMA */
     float (*sum)(int32_t kind, int64_t n, const float *x);              /* canonical, n <= 1024, kind a tern_sum_kind */
+    /* The same of |x|, f32 or bf16, but 0 where it is not above delta; counts those that are. A negative delta: of all. `ahead`
+       elements from here lies what is wanted next; every other line of it is asked for, ternarize asks for the rest. */
+    float (*sum_above)(tern_type type, int64_t n, const void *x, int64_t ahead, float delta, int64_t *count);
     uint32_t (*absmax)(int64_t n, const float *x, const float *gain);   /* largest bits of |x gain|: NaN and Inf win */
     int32_t (*round)(int64_t n, const float *x, const float *gain, float inverse, int32_t most, int8_t *q); /* q = rne(x gain inverse), |it| < 2^22, held to -most - 1..most; their sum */
     /* The same dots with bytes in place of trits, for any number of tokens: a unit is a quad, whose byte 4r+j is code
@@ -1746,9 +1764,7 @@ typedef struct tern__kernels {
     void (*floats)(const tern__float_dot *f);
     void (*dot_bits)(const tern__dot *d, tern_type encoding); /* as dot_2bit and dot_base3, on bits ([TERN-9]) */
     void (*widen)(tern_type type, int64_t n, const void *from, float *to); /* f16 or bf16 */
-    /* Packed units of n inputs of up to 16 rows, `stride` floats apart: sign(x) where |x| > threshold[row], else and behind
-       the ends 0. Of the 16 thresholds none is negative and those without a row are FLT_MAX; x is finite. */
-    void (*ternarize)(int32_t base3, int64_t n, const float *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit);
+    void (*ternarize)(const tern__packing *p);
     void (*optimize)(const tern__optimize_work *w, int64_t begin, int64_t end); /* of these weights; begin is a multiple of 4 */
     int32_t tokens; /* that a dot call should get: many share what is decoded once, few keep their activations in L1 */
 } tern__kernels;
@@ -1857,56 +1873,103 @@ static const float *tern__load_block(const tern__kernels *k, const tern_ternariz
     return buffer;
 }
 
-/* Items are blocks of 1024 weights; the first bad weight comes back. */
+/* The first bad one of n weights from element i, or INT64_MAX. */
+static int64_t tern__first_bad(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n)
+{
+    float buffer[TERN__BLOCK] TERN__ALIGN64;
+    int64_t len, j;
+    for (; n > 0; i += len, n -= len) {
+        const float *w = tern__load_block(k, a, i, len = tern__min(TERN__BLOCK, n), buffer);
+        if (tern__weight_ok(tern__float(k->absmax(len, w, NULL)))) continue;
+        for (j = 0; tern__weight_ok(w[j]);) j++;
+        return i + j;
+    }
+    return INT64_MAX;
+}
+
+/* Items are blocks of 1024 weights. */
 static void tern__scan_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_ternarize_args *a = (const tern_ternarize_args *)job->arg;
-    const int64_t stop = tern__min(end * TERN__BLOCK, a->m.rows * a->m.cols);
-    float buffer[TERN__BLOCK] TERN__ALIGN64;
-    int64_t i, n;
-    for (i = begin * TERN__BLOCK; i < stop; i += n) {
-        const float *w = tern__load_block(job->k, a, i, n = tern__min(TERN__BLOCK, stop - i), buffer);
-        int64_t j = 0;
-        if (tern__weight_ok(tern__float(job->k->absmax(n, w, NULL)))) continue;
-        while (tern__weight_ok(w[j])) j++;
-        *bad = i + j;
-        return;
-    }
+    const int64_t i = begin * TERN__BLOCK;
+    *bad = tern__first_bad(job->k, a, i, tern__min(end * TERN__BLOCK, a->m.rows * a->m.cols) - i);
 }
 
 /* Canonical sum over n weights from element i: of the |w| above delta (all, for a negative delta), counted. */
-static float tern__sum_row(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, float delta, int64_t *count)
+static float tern__sum_block(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, int64_t ahead, float delta, int64_t *count)
+{
+    float buffer[TERN__BLOCK] TERN__ALIGN64;
+    if (a->type == TERN_BF16) return k->sum_above(TERN_BF16, n, (const uint16_t *)a->w + i, ahead, delta, count);
+    return k->sum_above(TERN_F32, n, tern__load_block(k, a, i, n, buffer), a->type == TERN_F16 ? 0 : ahead, delta, count);
+}
+
+static float tern__sum_row(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, int64_t ahead, float delta, int64_t *count)
 {
     tern__tree tree;
-    float buffer[TERN__BLOCK] TERN__ALIGN64, above[TERN__BLOCK] TERN__ALIGN64;
-    int64_t j, len;
+    int64_t len;
+    if (n <= TERN__BLOCK) return tern__sum_block(k, a, i, n, ahead, delta, count);
     tern__tree_init(&tree, k);
-    for (; n > 0; i += len, n -= len) {
-        const float *w = tern__load_block(k, a, i, len = tern__min(n, TERN__BLOCK), buffer);
-        if (delta < 0.0f) *count += len;
-        else for (j = 0; j < len; j++) {
-            above[j] = tern__abs(w[j]) > delta ? w[j] : 0.0f;
-            *count += above[j] != 0.0f;
-        }
-        tern__tree_push(&tree, k->sum(TERN_SUM_ABS, len, delta < 0.0f ? w : above));
-    }
+    for (; n > 0; i += len, n -= len) tern__tree_push(&tree, tern__sum_block(k, a, i, len = tern__min(n, TERN__BLOCK), ahead, delta, count));
     return tern__tree_total(&tree);
 }
 
-/* Their mean over a rectangle of weights; a statistic over rows is the same rule over the row sums. */
-static float tern__mean_above(const tern__kernels *k, const tern_ternarize_args *a, int64_t row, int64_t rows, int64_t col, int64_t cols, float delta)
+/* A sum of |w| below this proves its weights good; it may be their mean, for rows are no longer than 2^18. */
+#define TERN__SURE 3.0223145490365729e23f /* 2^78 */
+
+/* Sums of rows, 1024 at a time; the first bad weight comes back from those of all |w|. */
+typedef struct tern__rows_work { const tern_ternarize_args *a; int64_t row0; float delta; float *sums; int64_t *counts; } tern__rows_work;
+
+static void tern__rows_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
+    const tern__rows_work *w = (const tern__rows_work *)job->arg;
+    const int64_t cols = w->a->m.cols;
+    int64_t i;
+    for (i = begin; i < end && *bad == INT64_MAX; i++) {
+        const int64_t first = (w->row0 + i) * cols;
+        w->counts[i] = 0;
+        w->sums[i] = tern__sum_row(job->k, w->a, first, cols, 0, w->delta, &w->counts[i]);
+        if (w->delta < 0.0f && !(w->sums[i] < TERN__SURE)) *bad = tern__first_bad(job->k, w->a, first, cols);
+    }
+}
+
+/* Their mean over the tensor: the canonical sum of the row sums, through the count. */
+static float tern__tensor_mean(tern_run *run, const tern_ternarize_args *a, float delta, int64_t *bad)
+{
+    float sums[TERN__BLOCK];
+    int64_t counts[TERN__BLOCK], count = 0, i;
+    tern__rows_work w;
     tern__tree tree;
-    int64_t r, count = 0;
-    tern__tree_init(&tree, k);
-    for (r = row; r < row + rows; r++) tern__tree_push(&tree, tern__sum_row(k, a, r * a->m.cols + col, cols, delta, &count));
+    tern__tree_init(&tree, (const tern__kernels *)run->backend->data);
+    w.a = a;
+    w.delta = delta;
+    w.sums = sums;
+    w.counts = counts;
+    for (w.row0 = 0; w.row0 < a->m.rows; w.row0 += TERN__BLOCK) {
+        const int64_t rows = tern__min(TERN__BLOCK, a->m.rows - w.row0);
+        *bad = tern__for(run, tern__rows_body, &w, rows, a->m.cols);
+        if (*bad != INT64_MAX) return 0.0f;
+        for (i = 0; i < rows; i++) {
+            tern__tree_push(&tree, sums[i]);
+            count += counts[i];
+        }
+    }
     return count ? tern__tree_total(&tree) / (float)count : 0.0f;
+}
+
+/* And over n weights of a row. */
+static float tern__row_mean(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, int64_t ahead, float delta)
+{
+    int64_t count = 0;
+    const float sum = tern__sum_row(k, a, i, n, ahead, delta, &count);
+    return count ? sum / (float)count : 0.0f;
 }
 
 TERN__ANYWHERE float tern__twn_delta(float mean) { return 0.7f * mean; }
 
 static int64_t tern__learned_scales(tern_rule rule, const tern_matrix *m) { return rule == TERN_SEQ ? m->rows : 1; }
 TERN__ANYWHERE int32_t tern__is_learned(tern_rule rule) { return rule == TERN_LSQ || rule == TERN_SEQ; }
+
+TERN__ANYWHERE int32_t tern__is_statistic(tern_rule rule) { return rule == TERN_ABSMEAN || rule == TERN_ABSMEAN_SIGMA || rule == TERN_TWN; }
 
 /* The learned scale of a grain, as ternarize uses it, from where it starts. */
 TERN__ANYWHERE float tern__learned_scale(const tern_ternarize_args *a, int64_t i, float start)
@@ -1950,15 +2013,22 @@ static float tern__row_max(const tern__kernels *k, const tern_ternarize_args *a,
     return tern__float(bits);
 }
 
-/* The grain over a rectangle, whose scale lies at index i: its threshold. */
-static float tern__apply_rule(const tern__kernels *k, const tern_ternarize_args *a, int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t i)
+/* Whether a rule asks for a statistic of the grain whose scale lies at index i. */
+static int32_t tern__needs_statistic(const tern_ternarize_args *a, int64_t i)
 {
-    const int32_t learned = tern__is_learned(a->rule) && a->alpha[i] != 0.0f;
+    return a->rule != TERN_GIVEN && !(tern__is_learned(a->rule) && a->alpha[i] != 0.0f);
+}
+
+/* The grain of n weights from element i, whose scale lies at index `at`: its threshold. suspect becomes 1 where a
+   weight may be bad; with NULL nobody asks. */
+static float tern__apply_rule(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, int64_t at, int32_t *suspect)
+{
+    const int32_t needs = tern__needs_statistic(a, at);
     float mean = 0.0f, above = 0.0f;
-    if (a->rule == TERN_SEQ && !learned) mean = tern__row_max(k, a, row * a->m.cols, cols);
-    else if (a->rule != TERN_GIVEN && !learned) mean = tern__mean_above(k, a, row, rows, col, cols, -1.0f);
-    if (a->rule == TERN_TWN) above = tern__mean_above(k, a, row, rows, col, cols, tern__twn_delta(mean));
-    return tern__settle_grain(a, i, mean, above);
+    if (needs) mean = a->rule == TERN_SEQ ? tern__row_max(k, a, i, n) : tern__row_mean(k, a, i, n, -TERN__ROWS * a->m.cols, -1.0f);
+    if (a->rule == TERN_TWN) above = tern__row_mean(k, a, i, n, 0, tern__twn_delta(mean));
+    if (suspect && !((needs ? mean : tern__row_max(k, a, i, n)) < TERN__SURE)) *suspect = 1;
+    return tern__settle_grain(a, at, mean, above);
 }
 
 /* What decides over weight i: itself, or near the threshold, with noise. u is an odd number of 2^-24. */
@@ -2170,9 +2240,10 @@ typedef struct tern__ternarize_work {
     const tern_ternarize_args *a;
     tern__shape s;
     float threshold; /* of the tensor, where the grain is the tensor */
+    uint8_t *undo;   /* trits, scales and alpha before the call, or NULL: then the weights are known to be good */
 } tern__ternarize_work;
 
-enum { TERN__NARROW = 320 }; /* inputs that are converted before they are packed: whole units of both encodings */
+enum { TERN__NARROW = 320 }; /* inputs that are copied before they are packed: whole units of both encodings */
 
 /* n weights of a row and group, from element `first` on, as noise near the threshold decides them. */
 static void tern__add_noise(const tern__ternarize_work *w, int64_t row, int64_t g, int64_t first, int64_t n, float threshold, float *x)
@@ -2183,64 +2254,135 @@ static void tern__add_noise(const tern__ternarize_work *w, int64_t row, int64_t 
     for (j = 0; j < n; j++) x[j] = tern__decisive(w->a, first + j, x[j], scale, threshold);
 }
 
-/* A group of a panel. */
-static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_work *w, int64_t panel, int64_t g)
+/* A group of a panel; suspect as for tern__apply_rule. */
+static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_work *w, int64_t panel, int64_t g, int32_t *suspect)
 {
     const tern_ternarize_args *a = w->a;
     const tern_matrix *m = &a->m;
     const int64_t row = panel * TERN__ROWS, rows = tern__min(TERN__ROWS, m->rows - row);
     const int64_t col = g * w->s.group, cols = tern__group_cols(m, &w->s, g);
-    const int32_t narrow = a->type == TERN_BF16 || a->type == TERN_F16, copied = narrow || a->noise > 0.0f;
+    const int32_t narrow = a->type == TERN_BF16 || a->type == TERN_F16, copied = a->type == TERN_F16 || a->noise > 0.0f;
     uint8_t *unit = (uint8_t *)m->trits + panel * w->s.panel_bytes + g * w->s.group_units * TERN__UNIT;
     float buffer[TERN__ROWS * TERN__NARROW] TERN__ALIGN64, threshold[TERN__ROWS];
-    int64_t r, i, n;
+    tern__packing p;
+    int64_t r, i;
     for (r = 0; r < TERN__ROWS; r++) {
         const int64_t at = tern__scale_index(m, &w->s, row + r, g);
         threshold[r] = r < rows ? w->threshold : FLT_MAX;
         if (m->grain == TERN_PER_TENSOR) continue;
-        if (r < rows) threshold[r] = tern__apply_rule(k, a, row + r, 1, col, cols, at);
+        if (r < rows) threshold[r] = tern__apply_rule(k, a, (row + r) * m->cols + col, cols, at, suspect);
         else tern__store_scale(m->scale_type, m->scales, at, 0.0f);
     }
-    for (i = 0; i < cols; i += n) {
+    p.type = copied ? TERN_F32 : a->type;
+    p.rows = rows;
+    p.stride = copied ? (int64_t)TERN__NARROW : m->cols;
+    p.threshold = threshold;
+    p.ahead = -TERN__ROWS * m->cols;
+    p.step = copied ? 0 : m->grain != TERN_PER_TENSOR && tern__is_statistic(a->rule) ? 128 : 64;
+    p.base3 = m->encoding == TERN_BASE3;
+    for (i = 0; i < cols; i += p.n) {
         const int64_t at = row * m->cols + col + i;
-        const float *x = copied ? buffer : (const float *)a->w + at;
-        n = tern__min(TERN__NARROW, cols - i);
+        p.x = copied ? (const void *)buffer : (const uint8_t *)a->w + at * tern__type_bytes(a->type);
+        p.n = tern__min(copied ? (int64_t)TERN__NARROW : cols, cols - i);
+        p.unit = unit + i / w->s.unit * TERN__UNIT;
         for (r = 0; copied && r < rows; r++) {
             float *to = buffer + r * TERN__NARROW;
-            if (narrow) k->widen(a->type, n, (const uint16_t *)a->w + at + r * m->cols, to);
-            else memcpy(to, (const float *)a->w + at + r * m->cols, sizeof(float) * (size_t)n);
-            if (a->noise > 0.0f) tern__add_noise(w, row + r, g, at + r * m->cols, n, threshold[r], to);
+            if (narrow) k->widen(a->type, p.n, (const uint16_t *)a->w + at + r * m->cols, to);
+            else memcpy(to, (const float *)a->w + at + r * m->cols, sizeof(float) * (size_t)p.n);
+            if (a->noise > 0.0f) tern__add_noise(w, row + r, g, at + r * m->cols, p.n, threshold[r], to);
         }
-        k->ternarize(m->encoding == TERN_BASE3, n, x, copied ? (int64_t)TERN__NARROW : m->cols, rows, threshold, unit + i / w->s.unit * TERN__UNIT);
+        k->ternarize(&p);
     }
 }
 
-/* From the last panel on: the scan has read that last, so it is in cache. */
+/* Bytes of trits, scales and alpha. */
+typedef struct tern__state { int64_t trits, scales, alpha; } tern__state;
+
+static tern__state tern__state_of(const tern_ternarize_args *a, const tern__shape *s)
+{
+    tern__state b;
+    b.trits = s->panels * s->panel_bytes;
+    b.scales = s->scales * tern__type_bytes(a->m.scale_type);
+    b.alpha = tern__is_learned(a->rule) ? tern__learned_scales(a->rule, &a->m) * (int64_t)sizeof(float) : 0;
+    return b;
+}
+
+/* Scales and alpha are small: all at once. Trits: `bytes` of them from byte `at`. */
+static void tern__copy_scales(const tern__ternarize_work *w, int32_t back)
+{
+    const tern__state b = tern__state_of(w->a, &w->s);
+    uint8_t *scales = w->undo + b.trits, *alpha = scales + b.scales;
+    memcpy(back ? w->a->m.scales : scales, back ? scales : w->a->m.scales, (size_t)b.scales);
+    if (b.alpha) memcpy(back ? (uint8_t *)w->a->alpha : alpha, back ? alpha : (uint8_t *)w->a->alpha, (size_t)b.alpha);
+}
+
+/* From the last panel on: a pass before has read that last, so it is in cache. The panel that comes next is on its way
+   while this one is packed, and its statistics find it in cache. */
 static void tern__ternarize_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern__ternarize_work *w = (const tern__ternarize_work *)job->arg;
+    const tern_ternarize_args *a = w->a;
     int64_t panel, g;
-    (void)bad;
-    for (panel = end - 1; panel >= begin; panel--)
-        for (g = 0; g < w->s.groups; g++) tern__ternarize_group(job->k, w, panel, g);
+    for (panel = end - 1; panel >= begin; panel--) {
+        const int64_t row = panel * TERN__ROWS, first = row * a->m.cols, n = tern__min(TERN__ROWS, a->m.rows - row) * a->m.cols;
+        const int64_t at = panel * w->s.panel_bytes;
+        int32_t suspect = 0;
+        if (w->undo) memcpy(w->undo + at, (uint8_t *)a->m.trits + at, (size_t)w->s.panel_bytes);
+        if (w->undo && a->m.grain == TERN_PER_TENSOR) suspect = !(tern__row_max(job->k, a, first, n) < TERN__SURE);
+        for (g = 0; g < w->s.groups; g++) tern__ternarize_group(job->k, w, panel, g, w->undo ? &suspect : NULL);
+        if (suspect) *bad = tern__min(tern__first_bad(job->k, a, first, n), *bad);
+    }
 }
 
+static tern_result tern__refuse_weight(tern_run *run, const tern_ternarize_args *a, int64_t bad)
+{
+    TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_NONFINITE, "ternarize: weights[%d][%d] is not a finite number below 2^96", bad / a->m.cols, bad % a->m.cols);
+    return TERN_OK;
+}
+
+/* The threshold of a tensor. */
+static tern_result tern__settle_tensor(tern_run *run, const tern_ternarize_args *a, float *threshold)
+{
+    float mean = 0.0f, above = 0.0f;
+    int64_t bad = INT64_MAX;
+    if (tern__needs_statistic(a, 0)) mean = tern__tensor_mean(run, a, -1.0f, &bad);
+    TERN__TRY(tern__refuse_weight(run, a, bad));
+    if (a->rule == TERN_TWN) above = tern__tensor_mean(run, a, tern__twn_delta(mean), &bad);
+    *threshold = tern__settle_grain(a, 0, mean, above);
+    return TERN_OK;
+}
+
+/* Nothing may be written where a weight is bad, and to know that takes a pass of its own: that of the statistics of a
+   tensor, or one over the weights as they are, or none where what was overwritten can be put back. */
 static tern_result tern__cpu_ternarize(tern_run *run, const tern_ternarize_args *a)
 {
     tern__ternarize_work w;
-    int64_t i, bad = tern__for(run, tern__scan_body, a, tern__ceil_div(a->m.rows * a->m.cols, TERN__BLOCK), 1000);
-    TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_NONFINITE, "ternarize: weights[%d][%d] is not a finite number below 2^96", bad / a->m.cols, bad % a->m.cols);
-    for (i = 0; a->rule == TERN_GIVEN && i < tern__shape_of(&a->m).scales; i++) {
+    tern__state state;
+    int64_t i, bad = INT64_MAX;
+    w.a = a;
+    w.s = tern__shape_of(&a->m);
+    w.threshold = 0.0f;
+    w.undo = NULL;
+    state = tern__state_of(a, &w.s);
+    for (i = 0; a->rule == TERN_GIVEN && i < w.s.scales; i++) {
         const float scale = tern__load_scale(a->m.scale_type, a->m.scales, i);
         TERN__REQUIRE(run, tern__weight_ok(scale) && scale >= 0.0f, TERN_E_NONFINITE, "ternarize: scales[%d] is negative or not a finite number below 2^96", i);
     }
     for (i = 0; tern__is_learned(a->rule) && i < tern__learned_scales(a->rule, &a->m); i++)
         TERN__REQUIRE(run, tern__weight_ok(a->alpha[i]), TERN_E_NONFINITE, "ternarize: alpha[%d] is not a finite number below 2^96", i);
-    w.a = a;
-    w.s = tern__shape_of(&a->m);
-    w.threshold = a->m.grain == TERN_PER_TENSOR ? tern__apply_rule((const tern__kernels *)run->backend->data, a, 0, a->m.rows, 0, a->m.cols, 0) : 0.0f;
-    tern__for(run, tern__ternarize_body, &w, w.s.panels, tern__mul(a->m.cols, 16 * 30));
-    return TERN_OK;
+    if (a->m.grain != TERN_PER_TENSOR || !tern__needs_statistic(a, 0)) {
+        if (a->spare && a->spare_bytes >= (size_t)(state.trits + state.scales + state.alpha)) w.undo = (uint8_t *)a->spare;
+        else bad = tern__for(run, tern__scan_body, a, tern__ceil_div(a->m.rows * a->m.cols, TERN__BLOCK), 1000);
+        TERN__TRY(tern__refuse_weight(run, a, bad));
+    }
+    if (w.undo) tern__copy_scales(&w, 0);
+    if (a->m.grain == TERN_PER_TENSOR) TERN__TRY(tern__settle_tensor(run, a, &w.threshold));
+    bad = tern__for(run, tern__ternarize_body, &w, w.s.panels, tern__mul(a->m.cols, 16 * 5));
+    if (bad != INT64_MAX) {
+        memcpy(a->m.trits, w.undo, (size_t)state.trits);
+        tern__copy_scales(&w, 1);
+    }
+    return tern__refuse_weight(run, a, bad);
 }
 
 static void tern__trits_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
@@ -2596,6 +2738,19 @@ static float tern__sum_scalar(int32_t kind, int64_t n, const float *x)
     return lane[0];
 }
 
+static float tern__sum_above_scalar(tern_type type, int64_t n, const void *x, int64_t ahead, float delta, int64_t *count)
+{
+    float above[TERN__BLOCK];
+    int64_t i;
+    (void)ahead;
+    for (i = 0; i < n; i++) {
+        const float v = tern__abs(tern__load_float(type, x, i));
+        above[i] = v > delta ? v : 0.0f;
+        *count += v > delta;
+    }
+    return tern__sum_scalar(TERN_SUM, n, above);
+}
+
 static uint32_t tern__absmax_scalar(int64_t n, const float *x, const float *gain)
 {
     uint32_t largest = 0;
@@ -2654,19 +2809,20 @@ static void tern__widen_scalar(tern_type type, int64_t n, const void *from, floa
     for (i = 0; i < n; i++) to[i] = tern__load_float(type, from, i);
 }
 
-static void tern__ternarize_scalar(int32_t base3, int64_t n, const float *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit)
+static void tern__ternarize_scalar(const tern__packing *p)
 {
-    const int64_t inputs = base3 ? 20 : 16;
+    const int64_t inputs = p->base3 ? 20 : 16;
+    uint8_t *unit = p->unit;
     tern__unit_trits t;
     int64_t i, j, r;
-    for (i = 0; i < n; i += inputs, unit += TERN__UNIT) {
+    for (i = 0; i < p->n; i += inputs, unit += TERN__UNIT) {
         memset(t, 0, sizeof t);
-        for (r = 0; r < rows; r++)
-            for (j = 0; j < tern__min(inputs, n - i); j++) {
-                const float v = x[r * stride + i + j];
-                t[r][j] = (int8_t)((v > threshold[r]) - (v < -threshold[r]));
+        for (r = 0; r < p->rows; r++)
+            for (j = 0; j < tern__min(inputs, p->n - i); j++) {
+                const float v = tern__load_float(p->type, p->x, r * p->stride + i + j);
+                t[r][j] = (int8_t)((v > p->threshold[r]) - (v < -p->threshold[r]));
             }
-        tern__pack_unit(base3 ? TERN_BASE3 : TERN_2BIT, t, unit);
+        tern__pack_unit(p->base3 ? TERN_BASE3 : TERN_2BIT, t, unit);
     }
 }
 
@@ -2750,7 +2906,7 @@ static void tern__hadamard_scalar(int64_t p, float factor, float *x)
 static const tern__kernels tern__kernels_scalar = {
     tern__flip_scalar, tern__hadamard_scalar,
     tern__dot_2bit_scalar, tern__dot_base3_scalar, tern__emit_scalar,
-    tern__tile_scalar, tern__tile_scalar, tern__sum_scalar, tern__absmax_scalar, tern__round_scalar,
+    tern__tile_scalar, tern__tile_scalar, tern__sum_scalar, tern__sum_above_scalar, tern__absmax_scalar, tern__round_scalar,
     tern__dot_i8_scalar, tern__floats_scalar, tern__dot_bits_scalar,
     tern__widen_scalar, tern__ternarize_scalar, tern__optimize_scalar, 64
 };
@@ -2936,18 +3092,8 @@ static inline __attribute__((always_inline)) TARGET V tern__scale_##X(const tern
 {                                                                                                        \
     return d->facc ? tern__scales_##X(d->scale_type, (const uint8_t *)d->scale + p * d->scale_stride, r) : MM##setzero_ps(); \
 }                                                                                                        \
-static TARGET float tern__sum_##X(int32_t kind, int64_t n, const float *x)                               \
+static inline __attribute__((always_inline)) TARGET float tern__add_up_##X(V *sum)                       \
 {                                                                                                        \
-    const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
-    V sum[64 / W];                                                                                       \
-    TERN__UNROLL for (int j = 0; j < 64 / W; j++) sum[j] = MM##setzero_ps();                             \
-    for (int64_t i = 0; i < n; i += 64)                                                                  \
-        TERN__UNROLL for (int j = 0; j < 64 / W; j++) {                                                  \
-            V v = tern__load_##X(x + i + j * W, n - i - j * W);                                          \
-            if (kind == 1) v = (V)((I)v & magnitude);                                                    \
-            if (kind == 2) v = v * v;                                                                    \
-            sum[j] = sum[j] + v;                                                                         \
-        }                                                                                                \
     TERN__UNROLL for (int half = 32 / W; half; half /= 2)                                                \
         TERN__UNROLL for (int j = 0; j < half; j++) sum[j] = sum[j] + sum[j + half];                     \
     float lane[W];                                                                                       \
@@ -2955,6 +3101,29 @@ static TARGET float tern__sum_##X(int32_t kind, int64_t n, const float *x)      
     for (int half = W / 2; half; half /= 2)                                                              \
         for (int j = 0; j < half; j++) lane[j] = lane[j] + lane[j + half];                               \
     return lane[0];                                                                                      \
+}                                                                                                        \
+/* 64 floats more, of which there are `left`. */                                                         \
+static inline __attribute__((always_inline)) TARGET void tern__sum_step_##X(const int32_t kind, int64_t left, const float *x, V *sum) \
+{                                                                                                        \
+    TERN__UNROLL for (int j = 0; j < 64 / W; j++) {                                                      \
+        V v = tern__load_##X(x + j * W, left - j * W);                                                   \
+        if (kind == 1) v = (V)((I)v & MM##set1_epi32(0x7fffffff));                                       \
+        if (kind == 2) v = v * v;                                                                        \
+        sum[j] = sum[j] + v;                                                                             \
+    }                                                                                                    \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET float tern__sum_kind_##X(const int32_t kind, int64_t n, const float *x) \
+{                                                                                                        \
+    V sum[64 / W];                                                                                       \
+    int64_t i;                                                                                           \
+    TERN__UNROLL for (int j = 0; j < 64 / W; j++) sum[j] = MM##setzero_ps();                             \
+    for (i = 0; i <= n - 64; i += 64) tern__sum_step_##X(kind, 64, x + i, sum);                          \
+    if (i < n) tern__sum_step_##X(kind, n - i, x + i, sum);                                              \
+    return tern__add_up_##X(sum);                                                                        \
+}                                                                                                        \
+static TARGET float tern__sum_##X(int32_t kind, int64_t n, const float *x)                               \
+{                                                                                                        \
+    return kind == 0 ? tern__sum_kind_##X(0, n, x) : kind == 1 ? tern__sum_kind_##X(1, n, x) : tern__sum_kind_##X(2, n, x); \
 }                                                                                                        \
 static TARGET uint32_t tern__absmax_##X(int64_t n, const float *x, const float *gain)                    \
 {                                                                                                        \
@@ -3003,7 +3172,8 @@ static const int32_t tern__places[2][32] = {
 
 /* Weights in training, for the same vectors. The tier brings tern__bf16_X, which widens, and tern__store_i16_X.
    A 128-bit lane of packed trits holds four inputs of four rows, one digit of each of their bytes:
-   tern__add_lanes_X adds up these. The panel before is what ternarize gets next, so it is asked for. */
+   tern__add_lanes_X adds up these. The panel before is what ternarize gets next, so L2 is asked for it: its statistics come
+   from there. Vectors that end behind a unit of 20 take in what the next one begins with, whose place there is 0. */
 #define TERN__X86_WEIGHTS(X, TARGET, W, V, I, MM)                                                        \
 static TARGET void tern__widen_##X(tern_type type, int64_t n, const void *from, float *to)               \
 {                                                                                                        \
@@ -3013,8 +3183,56 @@ static TARGET void tern__widen_##X(tern_type type, int64_t n, const void *from, 
     else for (; i <= n - W; i += W) MM##storeu_ps(to + i, tern__bf16_##X(half + i));                     \
     for (; i < n; i++) to[i] = tern__load_float(type, from, i);                                          \
 }                                                                                                        \
-static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(const int base3, int64_t left, const float *const *row, int64_t at, \
-                                                                                  int64_t ahead, const float *threshold) \
+static inline __attribute__((always_inline)) TARGET V tern__get_##X(const int bf16, const void *p, int64_t i) \
+{                                                                                                        \
+    return bf16 ? tern__bf16_##X((const uint16_t *)p + i) : MM##loadu_ps((const float *)p + i);          \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET I tern__above_step_##X(const int all, const int bf16, const void *x, int64_t i, V delta, V *sum, I counted) \
+{                                                                                                        \
+    TERN__UNROLL for (int j = 0; j < 64 / W; j++) {                                                      \
+        V v = (V)((I)tern__get_##X(bf16, x, i + j * W) & MM##set1_epi32(0x7fffffff));                    \
+        if (!all) {                                                                                      \
+            const I above = (I)(v > delta);                                                              \
+            counted = MM##sub_epi32(counted, above);                                                     \
+            v = (V)((I)v & above);                                                                       \
+        }                                                                                                \
+        sum[j] = sum[j] + v;                                                                             \
+    }                                                                                                    \
+    return counted;                                                                                      \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET float tern__above_##X(const int all, const int bf16, int64_t n, const void *x, int64_t ahead, \
+                                                                          float delta, int64_t *count)   \
+{                                                                                                        \
+    const int64_t bytes = bf16 ? 2 : 4, most = n / 64 * 64;                                              \
+    const V least = MM##set1_ps(delta);                                                                  \
+    V sum[64 / W];                                                                                       \
+    I counted = MM##set1_epi32(0);                                                                       \
+    float tail[64] TERN__ALIGN64;                                                                        \
+    int32_t lane[W];                                                                                     \
+    TERN__UNROLL for (int j = 0; j < 64 / W; j++) sum[j] = MM##setzero_ps();                             \
+    for (int64_t i = 0; i < most; i += 64) {                                                             \
+        counted = tern__above_step_##X(all, bf16, x, i, least, sum, counted);                            \
+        if (ahead) __builtin_prefetch((const void *)((uintptr_t)x + (uintptr_t)((i + ahead) * bytes + 64)), 0, 2); \
+        if (ahead && !bf16) __builtin_prefetch((const void *)((uintptr_t)x + (uintptr_t)((i + ahead) * bytes + 192)), 0, 2); \
+    }                                                                                                    \
+    if (most < n) {                                                                                      \
+        memset(tail, 0, sizeof tail);                                                                    \
+        if (bf16) for (int64_t i = most; i < n; i++) tail[i - most] = tern__load_float(TERN_BF16, x, i); \
+        else memcpy(tail, (const float *)x + most, (size_t)(n - most) * 4);                              \
+        counted = tern__above_step_##X(all, 0, tail, 0, least, sum, counted);                            \
+    }                                                                                                    \
+    tern__store_int_##X(lane, counted);                                                                  \
+    for (int j = 0; j < W && !all; j++) *count += lane[j];                                               \
+    if (all) *count += n;                                                                                \
+    return tern__add_up_##X(sum);                                                                        \
+}                                                                                                        \
+static TARGET float tern__sum_above_##X(tern_type type, int64_t n, const void *x, int64_t ahead, float delta, int64_t *count) \
+{                                                                                                        \
+    if (type == TERN_BF16) return delta < 0.0f ? tern__above_##X(1, 1, n, x, ahead, delta, count) : tern__above_##X(0, 1, n, x, ahead, delta, count); \
+    return delta < 0.0f ? tern__above_##X(1, 0, n, x, ahead, delta, count) : tern__above_##X(0, 0, n, x, ahead, delta, count); \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(const int base3, const int bf16, const uint8_t *const *row, int64_t at, \
+                                                                                  const float *threshold) \
 {                                                                                                        \
     const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
     const int inputs = base3 ? 20 : 16;                                                                  \
@@ -3023,38 +3241,55 @@ static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(
         const I place = tern__load_int_##X(tern__places[base3] + j);                                     \
         I t[4];                                                                                          \
         TERN__UNROLL for (int k = 0; k < 4; k++) {                                                       \
-            const V v = tern__load_##X(row[k] + at + j, left - j);                                       \
+            const V v = tern__get_##X(bf16, row[k], at + j);                                             \
             const I sign = MM##srai_epi32((I)v, 31), above = (I)((V)((I)v & magnitude) > MM##set1_ps(threshold[k])); \
             t[k] = above & MM##sub_epi32(place ^ sign, sign);                                            \
-            __builtin_prefetch((const void *)((uintptr_t)(row[k] + at + j) + (uintptr_t)ahead), 0, 3);   \
         }                                                                                                \
         sum = MM##add_epi8(sum, MM##packs_epi16(MM##packs_epi32(t[0], t[1]), MM##packs_epi32(t[2], t[3]))); \
     }                                                                                                    \
     return tern__add_lanes_##X(sum);                                                                     \
 }                                                                                                        \
-static inline __attribute__((always_inline)) TARGET void tern__unit_##X(const int base3, int64_t left, const float *const *row, int64_t at, \
-                                                                        int64_t ahead, const float *threshold, uint8_t *unit) \
+static inline __attribute__((always_inline)) TARGET void tern__unit_##X(const int base3, const int bf16, const uint8_t *const *row, int64_t at, \
+                                                                        const float *threshold, uint8_t *unit) \
 {                                                                                                        \
     TERN__UNROLL for (int r = 0; r < 16; r += 4) {                                                       \
-        const __m128i byte = tern__four_rows_##X(base3, left, row + r, at, ahead, threshold + r);        \
+        const __m128i byte = tern__four_rows_##X(base3, bf16, row + r, at, threshold + r);               \
         _mm_storeu_si128((__m128i *)(void *)(unit + 4 * r), _mm_add_epi8(byte, _mm_set1_epi8(base3 ? 121 : 85))); \
     }                                                                                                    \
 }                                                                                                        \
-static inline __attribute__((always_inline)) TARGET void tern__units_##X(const int base3, int64_t n, const float *x, int64_t stride, int64_t rows, \
-                                                                         const float *threshold, uint8_t *unit) \
+/* The last inputs, of which no whole vector may be read. */                                             \
+static inline __attribute__((always_inline)) TARGET void tern__last_unit_##X(const int base3, const int bf16, const tern__packing *p, int64_t at, uint8_t *unit) \
 {                                                                                                        \
-    const int inputs = base3 ? 20 : 16;                                                                  \
-    const int64_t ahead = -16 * stride * 4;                                                              \
-    const float *row[16];                                                                                \
-    int64_t i;                                                                                           \
-    for (int r = 0; r < 16; r++) row[r] = x + (r < rows ? r : 0) * stride;                               \
-    for (i = 0; i <= n - inputs; i += inputs, unit += 64) tern__unit_##X(base3, inputs, row, i, ahead, threshold, unit); \
-    if (i < n) tern__unit_##X(base3, n - i, row, i, ahead, threshold, unit);                             \
+    float tail[16][32] TERN__ALIGN64;                                                                    \
+    const uint8_t *row[16];                                                                              \
+    memset(tail, 0, sizeof tail);                                                                        \
+    for (int r = 0; r < 16; r++) {                                                                       \
+        row[r] = (const uint8_t *)tail[r];                                                               \
+        for (int64_t j = 0; r < p->rows && j < tern__min(base3 ? 20 : 16, p->n - at); j++)               \
+            tail[r][j] = tern__load_float(bf16 ? TERN_BF16 : TERN_F32, p->x, r * p->stride + at + j);    \
+    }                                                                                                    \
+    tern__unit_##X(base3, 0, row, 0, p->threshold, unit);                                                \
 }                                                                                                        \
-static TARGET void tern__ternarize_##X(int32_t base3, int64_t n, const float *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit) \
+static inline __attribute__((always_inline)) TARGET void tern__units_##X(const int base3, const int bf16, const tern__packing *p) \
 {                                                                                                        \
-    if (base3) tern__units_##X(1, n, x, stride, rows, threshold, unit);                                  \
-    else tern__units_##X(0, n, x, stride, rows, threshold, unit);                                        \
+    const int inputs = base3 ? 20 : 16, bytes = bf16 ? 2 : 4;                                            \
+    const uint8_t *row[16];                                                                              \
+    uint8_t *unit = p->unit;                                                                             \
+    int64_t i, line = 0;                                                                                 \
+    for (int r = 0; r < 16; r++) row[r] = (const uint8_t *)p->x + (r < p->rows ? r : 0) * p->stride * bytes; \
+    for (i = 0; i <= p->n - (base3 ? 32 : 16); i += inputs, unit += 64) {                                \
+        for (; p->step && line < (i + inputs) * bytes; line += p->step)                                  \
+            TERN__UNROLL for (int r = 0; r < 16; r++) __builtin_prefetch((const void *)((uintptr_t)row[r] + (uintptr_t)(line + p->ahead * bytes)), 0, 2); \
+        tern__unit_##X(base3, bf16, row, i, p->threshold, unit);                                         \
+    }                                                                                                    \
+    for (; i < p->n; i += inputs, unit += 64) tern__last_unit_##X(base3, bf16, p, i, unit);              \
+}                                                                                                        \
+static TARGET void tern__ternarize_##X(const tern__packing *p)                                           \
+{                                                                                                        \
+    if (p->type == TERN_BF16 && p->base3) tern__units_##X(1, 1, p);                                      \
+    else if (p->type == TERN_BF16) tern__units_##X(0, 1, p);                                             \
+    else if (p->base3) tern__units_##X(1, 0, p);                                                         \
+    else tern__units_##X(0, 0, p);                                                                       \
 }
 
 /* Philox has a block in the low half of each 64-bit lane: 2 W words at a time. In this order of the blocks two unpacks
@@ -3063,11 +3298,11 @@ static TARGET void tern__ternarize_##X(int32_t base3, int64_t n, const float *x,
 #define TERN__BLOCKS_8 0, 2, 1, 3
 #define TERN__BLOCKS_16 0, 4, 1, 5, 2, 6, 3, 7
 #define TERN__X86_OPTIMIZE(X, TARGET, W, V, I, MM)                                                       \
-static inline __attribute__((always_inline)) TARGET void tern__philox_##X(const tern_optimize_args *a, const uint32_t *keys, int64_t block, I *word) \
+static inline __attribute__((always_inline)) TARGET void tern__philox_##X(const tern_optimize_args *a, uint32_t stream, const uint32_t *keys, int64_t block, I *word) \
 {                                                                                                        \
     static const int64_t blocks[W / 2] = {TERN__BLOCKS_##W};                                             \
     const I m0 = MM##set1_epi32((int32_t)0xD2511F53), m1 = MM##set1_epi32((int32_t)0xCD9E8D57);          \
-    I c0 = tern__load_int_##X(blocks) + block, c1 = MM##srli_epi64(c0, 32), c2 = MM##set1_epi32((int32_t)a->step), c3 = MM##set1_epi32((int32_t)a->stream); \
+    I c0 = tern__load_int_##X(blocks) + block, c1 = MM##srli_epi64(c0, 32), c2 = MM##set1_epi32((int32_t)a->step), c3 = MM##set1_epi32((int32_t)stream); \
     TERN__UNROLL for (int round = 0; round < 20; round += 2) {                                           \
         const I p0 = MM##mul_epu32(c0, m0), p1 = MM##mul_epu32(c2, m1);                                  \
         c0 = MM##srli_epi64(p1, 32) ^ c1 ^ MM##set1_epi32((int32_t)keys[round]);                         \
@@ -3089,14 +3324,22 @@ static inline __attribute__((always_inline)) TARGET I tern__round_bf16_##X(V x, 
     const words kept = (beyond & ((u >> 16 & 0x8000) | 0x7f7f)) | (~beyond & sum >> 16);                 \
     return (I)((special & (u >> 16 | ((words)((u & 0xffff) != 0) & 1))) | (~special & kept));            \
 }                                                                                                        \
+static inline __attribute__((always_inline)) TARGET I tern__nearest_##X(V x) /* the word that rounds to nearest even */ \
+{                                                                                                        \
+    return MM##add_epi32(MM##set1_epi32(0x7fff), MM##srli_epi32((I)x, 16) & MM##set1_epi32(1));          \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET void tern__put_##X(int32_t bf16, void *p, int64_t i, V x, I word) \
+{                                                                                                        \
+    if (bf16) tern__store_i16_##X((uint16_t *)p + i, tern__round_bf16_##X(x, word));                     \
+    else MM##storeu_ps((float *)p + i, x);                                                               \
+}                                                                                                        \
 static TARGET int64_t tern__optimize_most_##X(const tern__optimize_work *work, int64_t begin, int64_t end) \
 {                                                                                                        \
     const tern_optimize_args *a = work->a;                                                               \
     const V factor = MM##set1_ps(work->factor), correct1 = MM##set1_ps(work->correct1), correct2 = MM##set1_ps(work->correct2); \
     const V beta1 = MM##set1_ps(a->beta1), other1 = MM##set1_ps(1.0f - a->beta1), rate = MM##set1_ps(a->rate), decay = MM##set1_ps(a->decay); \
     const V beta2 = MM##set1_ps(a->beta2), other2 = MM##set1_ps(1.0f - a->beta2), eps = MM##set1_ps(a->eps); \
-    const int32_t bf16 = a->type == TERN_BF16;                                                           \
-    float *first = (float *)a->moment1, *second = (float *)a->moment2; /* floats: see tern__optimize_body */ \
+    const int32_t bf16 = a->type == TERN_BF16, narrow = a->moment_type == TERN_BF16;                     \
     uint32_t keys[20];                                                                                   \
     int64_t i;                                                                                           \
     for (uint32_t round = 0; round < 10; round++) {                                                      \
@@ -3104,25 +3347,25 @@ static TARGET int64_t tern__optimize_most_##X(const tern__optimize_work *work, i
         keys[2 * round + 1] = (uint32_t)(a->seed >> 32) + round * 0xBB67AE85u;                           \
     }                                                                                                    \
     for (i = begin; i <= end - 2 * W; i += 2 * W) {                                                      \
-        I word[2];                                                                                       \
-        if (bf16) tern__philox_##X(a, keys, i / 4, word);                                                \
+        I word[2] = {MM##set1_epi32(0)}, moments[2] = {MM##set1_epi32(0)};                                            \
+        if (bf16 && !a->nearest) tern__philox_##X(a, a->stream, keys, i / 4, word);                      \
+        if (narrow && a->moment1) tern__philox_##X(a, a->stream ^ 0x80000000u, keys, i / 4, moments);    \
         TERN__UNROLL for (int h = 0; h < 2; h++) {                                                       \
             const int64_t at = i + h * W;                                                                \
             const V g = MM##loadu_ps(a->grad + at) * factor;                                             \
-            V w = bf16 ? tern__bf16_##X((const uint16_t *)a->w + at) : MM##loadu_ps((const float *)a->w + at), step = g; \
+            V w = tern__get_##X(bf16, a->w, at), step = g;                                               \
             if (a->kind == TERN_ADAMW) {                                                                 \
-                const V m1 = beta1 * MM##loadu_ps(first + at) + other1 * g;                              \
-                const V m2 = beta2 * MM##loadu_ps(second + at) + other2 * g * g;                         \
+                const V m1 = beta1 * tern__get_##X(narrow, a->moment1, at) + other1 * g;                 \
+                const V m2 = beta2 * tern__get_##X(narrow, a->moment2, at) + other2 * g * g;             \
                 step = m1 * correct1 / (MM##sqrt_ps(m2 * correct2) + eps);                               \
-                MM##storeu_ps(first + at, m1);                                                           \
-                MM##storeu_ps(second + at, m2);                                                          \
-            } else if (first) {                                                                          \
-                step = beta1 * MM##loadu_ps(first + at) + g;                                             \
-                MM##storeu_ps(first + at, step);                                                         \
+                tern__put_##X(narrow, a->moment1, at, m1, moments[h]);                                   \
+                tern__put_##X(narrow, a->moment2, at, m2, MM##srli_epi32(moments[h], 16));               \
+            } else if (a->moment1) {                                                                     \
+                step = beta1 * tern__get_##X(narrow, a->moment1, at) + g;                                \
+                tern__put_##X(narrow, a->moment1, at, step, moments[h]);                                 \
             }                                                                                            \
             w = w - rate * (step + decay * w);                                                           \
-            if (bf16) tern__store_i16_##X((uint16_t *)a->w + at, tern__round_bf16_##X(w, word[h]));      \
-            else MM##storeu_ps((float *)a->w + at, w);                                                   \
+            tern__put_##X(bf16, a->w, at, w, a->nearest ? tern__nearest_##X(w) : word[h]);               \
             MM##storeu_ps(a->grad + at, MM##setzero_ps());                                               \
         }                                                                                                \
     }                                                                                                    \
@@ -3812,7 +4055,7 @@ TERN__X86_DOT(sse41, sse41, TERN__SSE41, 4, __m128, __m128i, _mm_, 2, 4, TERN__Q
 static const tern__kernels tern__kernels_sse41 = {
     tern__flip_sse41, tern__hadamard_sse41,
     tern__dot_2bit_sse41, tern__dot_base3_sse41, tern__emit_sse41, tern__tile_sse41, tern__tile_sse41,
-    tern__sum_sse41, tern__absmax_sse41, tern__round_sse41, tern__dot_i8_sse41, tern__floats_sse41, tern__dot_bits_sse41,
+    tern__sum_sse41, tern__sum_above_sse41, tern__absmax_sse41, tern__round_sse41, tern__dot_i8_sse41, tern__floats_sse41, tern__dot_bits_sse41,
     tern__widen_sse41, tern__ternarize_sse41, tern__optimize_sse41, 64
 };
 #endif /* TERN__WITH_SSE41 */
@@ -3896,7 +4139,7 @@ TERN__X86_DOT(avx2, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 2, 4, TERN__Q
 static const tern__kernels tern__kernels_avx2 = {
     tern__flip_avx2, tern__hadamard_avx2,
     tern__dot_2bit_avx2, tern__dot_base3_avx2, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
-    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx2, tern__floats_avx2, tern__dot_bits_avx2,
+    tern__sum_avx2, tern__sum_above_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx2, tern__floats_avx2, tern__dot_bits_avx2,
     tern__widen_avx2, tern__ternarize_avx2, tern__optimize_avx2, 64
 };
 #endif /* TERN__WITH_AVX2 */
@@ -3923,7 +4166,7 @@ static void tern__dot_i8_avx_vnni(const tern__dot *d, int64_t acc_row, int32_t a
 static const tern__kernels tern__kernels_avx_vnni = {
     tern__flip_avx2, tern__hadamard_avx2,
     tern__dot_2bit_avx_vnni, tern__dot_base3_avx_vnni, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
-    tern__sum_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx_vnni, tern__floats_avx2, tern__dot_bits_avx2,
+    tern__sum_avx2, tern__sum_above_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx_vnni, tern__floats_avx2, tern__dot_bits_avx2,
     tern__widen_avx2, tern__ternarize_avx2, tern__optimize_avx2, 64
 };
 #endif /* TERN__WITH_AVX_VNNI */
@@ -4202,7 +4445,7 @@ static void tern__dot_i8_avx512(const tern__dot *d, int64_t acc_row, int32_t add
 static const tern__kernels tern__kernels_avx512_vnni = {
     tern__flip_avx512, tern__hadamard_avx512,
     tern__dot_2bit_avx512, tern__dot_base3_avx512, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
-    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512,
+    tern__sum_avx512, tern__sum_above_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512,
     tern__widen_avx512, tern__ternarize_avx512, tern__optimize_avx512, 64
 };
 
@@ -4270,7 +4513,7 @@ static void tern__dot_bits_avx512_vbmi(const tern__dot *d, tern_type encoding)
 static const tern__kernels tern__kernels_avx512_vbmi = {
     tern__flip_avx512, tern__hadamard_avx512,
     tern__dot_2bit_avx512, tern__dot_base3_avx512_vbmi, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
-    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512_vbmi,
+    tern__sum_avx512, tern__sum_above_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512_vbmi,
     tern__widen_avx512, tern__ternarize_avx512, tern__optimize_avx512, 64
 };
 #endif /* TERN__WITH_AVX512_VBMI */
@@ -4461,7 +4704,7 @@ static void tern__dot_base3_amx(const tern__dot *d)
 static const tern__kernels tern__kernels_amx_int8 = {
     tern__flip_avx512, tern__hadamard_avx512,
     tern__dot_2bit_amx, tern__dot_base3_amx, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
-    tern__sum_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512_vbmi,
+    tern__sum_avx512, tern__sum_above_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512_vbmi,
     tern__widen_avx512, tern__ternarize_avx512, tern__optimize_avx512, TERN__TOKENS
 };
 #endif /* TERN__WITH_AMX_INT8 */
@@ -5608,12 +5851,12 @@ TERN__ANYWHERE float tern__clip_factor(float clip, const float *norm2)
     return norm > clip ? clip / norm : 1.0f;
 }
 
-/* Items are blocks of 1024 weights. What is seldom asked for has no vectors. */
+/* Items are blocks of 1024 weights. */
 static void tern__optimize_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern__optimize_work *w = (const tern__optimize_work *)job->arg;
     (void)bad;
-    (w->a->moment_type == TERN_BF16 || w->a->nearest ? tern__optimize_scalar : job->k->optimize)(w, begin * TERN__BLOCK, tern__min(end * TERN__BLOCK, w->a->count));
+    job->k->optimize(w, begin * TERN__BLOCK, tern__min(end * TERN__BLOCK, w->a->count));
 }
 
 TERN__ANYWHERE float tern__power(float base, uint32_t exponent)
@@ -6937,7 +7180,7 @@ static void tern__tally_row(const tern_param *p, const tern__rows *row, float ba
         n->scales++;
         if (p->rule == TERN_TWN && scale > 0.0f)
             threshold = 0.7f * (p->grain == TERN_PER_TENSOR ? tensor_mean
-                                : tern__mean_above(&tern__kernels_scalar, &a, 0, 1, g * s.group, tern__group_cols(&a.m, &s, g), -1.0f)) / scale;
+                                : tern__row_mean(&tern__kernels_scalar, &a, g * s.group, tern__group_cols(&a.m, &s, g), 0, -1.0f)) / scale;
         for (j = g * s.group; j < g * s.group + tern__group_cols(&a.m, &s, g); j++) {
             const float w = tern__abs(tern__load_float(a.type, row->shadow, j));
             n->neg += row->trits[j] < 0;
@@ -7804,6 +8047,8 @@ static tern_result tern__step_ternarize(tern_context *c, const tern_model *m, co
         a.seed = s->seed;
         a.step = s->step;
         a.stream = (uint32_t)i ^ 0x40000000u; /* not that of the rounding of weights or moments */
+        a.spare = c->scratch; /* a norm that was there has been used */
+        a.spare_bytes = c->scratch_bytes;
         TERN__TRY(tern__param_ternarize(c, p, &a));
     }
     return TERN_OK;

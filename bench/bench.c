@@ -1416,6 +1416,56 @@ static void call_ternarize(void *arg)
 static void call_pack(void *arg) { convert *v = (convert *)arg; must(v->c, tern_pack(v->c, &v->pack)); }
 static void call_quantize(void *arg) { convert *v = (convert *)arg; must(v->c, tern_quantize(v->c, &v->quantize)); }
 
+/* Every rule, shadow and grain that takes another way. Bytes: the shadow once for each pass that must come from memory (a
+   tensor's statistics, and those of TWN above its mean, need the whole tensor first), and the trits. */
+static void bench_ternarize(int64_t size, const float *w)
+{
+    static const struct { const char *op; tern_rule rule; tern_type type; int32_t grain, passes; } rows[] = {
+        {"ternarize absmean", TERN_ABSMEAN, TERN_F32, TERN_PER_ROW, 1}, {"ternarize absmean bf16", TERN_ABSMEAN, TERN_BF16, TERN_PER_ROW, 1},
+        {"ternarize absmean group", TERN_ABSMEAN, TERN_F32, 128, 1}, {"ternarize absmean bf16 group", TERN_ABSMEAN, TERN_BF16, 128, 1},
+        {"ternarize absmean tensor", TERN_ABSMEAN, TERN_F32, TERN_PER_TENSOR, 2}, {"ternarize absmean bf16 tensor", TERN_ABSMEAN, TERN_BF16, TERN_PER_TENSOR, 2},
+        {"ternarize TWN", TERN_TWN, TERN_F32, TERN_PER_ROW, 1}, {"ternarize TWN bf16", TERN_TWN, TERN_BF16, TERN_PER_ROW, 1},
+        {"ternarize TWN tensor", TERN_TWN, TERN_F32, TERN_PER_TENSOR, 3}, {"ternarize TWN bf16 tensor", TERN_TWN, TERN_BF16, TERN_PER_TENSOR, 3},
+        {"ternarize LSQ", TERN_LSQ, TERN_F32, TERN_PER_TENSOR, 1}, {"ternarize LSQ bf16", TERN_LSQ, TERN_BF16, TERN_PER_TENSOR, 1},
+        {"ternarize SEQ", TERN_SEQ, TERN_F32, TERN_PER_ROW, 1}, {"ternarize SEQ bf16", TERN_SEQ, TERN_BF16, TERN_PER_ROW, 1}
+    };
+    const double weights = (double)(size * size);
+    float *alpha = (float *)memory((size_t)size * sizeof(float));
+    uint16_t *half = (uint16_t *)memory((size_t)(size * size) * 2);
+    size_t i;
+    int j;
+    for (j = 0; j < (int)size; j++) alpha[j] = 0.5f;
+    for (i = 0; i < (size_t)(size * size); i++) tern__store_float(TERN_BF16, half, (int64_t)i, w[i]);
+    for (i = 0; i < sizeof rows / sizeof *rows; i++) {
+        convert v;
+        size_t trits, scales;
+        const int narrow = rows[i].type == TERN_BF16;
+        memset(&v, 0, sizeof v);
+        v.ternarize.m.rows = v.ternarize.m.cols = size;
+        v.ternarize.m.grain = rows[i].grain;
+        must(plain, tern_matrix_bytes(plain, &v.ternarize.m, &trits, &scales));
+        v.ternarize.m.trits = memory(trits);
+        v.ternarize.m.scales = memory(scales);
+        v.ternarize.rule = rows[i].rule;
+        v.ternarize.type = rows[i].type;
+        v.ternarize.alpha = alpha;
+        v.ternarize.spare_bytes = trits + scales + (size_t)size * sizeof(float);
+        v.ternarize.spare = memory(v.ternarize.spare_bytes);
+        if (narrow) stream_fill(half, (size_t)(size * size) * 2);
+        else stream_fill(w, (size_t)(size * size) * 4);
+        for (j = 0; j < setup_count; j++) {
+            v.c = setups[j].c;
+            measure(BYTES, rows[i].op, shape_text("%ldx%ld", (long)size, (long)size), &setups[j], DRAM,
+                    (narrow ? 2 : 4) * weights * rows[i].passes + (double)(trits + scales), call_ternarize, &v);
+        }
+        tern_free(plain, v.ternarize.m.trits);
+        tern_free(plain, v.ternarize.m.scales);
+        tern_free(plain, v.ternarize.spare);
+    }
+    tern_free(plain, half);
+    tern_free(plain, alpha);
+}
+
 static void bench_convert(int64_t size)
 {
     const int64_t n = option.quick ? 8 : 32;
@@ -1429,10 +1479,10 @@ static void bench_convert(int64_t size)
     int i;
     memset(&v, 0, sizeof v);
     for (j = 0; j < size * size; j++) trits[j] = (int8_t)((int)(random24() % 3) - 1);
-    stream_fill(w, (size_t)(size * size) * 4);
+    bench_ternarize(size, w);
     snprintf(square, sizeof square, "%ldx%ld", (long)size, (long)size);
     snprintf(tokens, sizeof tokens, "%ldx%ld", (long)n, (long)size);
-    v.ternarize.m = v.pack.m = v.quantize.m = p.a.m;
+    v.pack.m = v.quantize.m = p.a.m;
     v.pack.trits = trits;
     v.quantize.n = n;
     v.quantize.x = p.x;
@@ -1442,10 +1492,6 @@ static void bench_convert(int64_t size)
     v.quantize.sum = (int32_t *)(uintptr_t)p.a.sum;
     for (i = 0; i < setup_count; i++) {
         v.c = setups[i].c;
-        v.ternarize.rule = TERN_ABSMEAN;
-        measure(BYTES, "ternarize absmean", square, &setups[i], DRAM, 4 * weights + packed, call_ternarize, &v);
-        v.ternarize.rule = TERN_TWN;
-        measure(BYTES, "ternarize TWN", square, &setups[i], DRAM, 4 * weights + packed, call_ternarize, &v);
         measure(BYTES, "pack", square, &setups[i], DRAM, weights + packed, call_pack, &v);
         v.quantize.norm = TERN_NORM_NONE;
         measure(BYTES, "quantize", tokens, &setups[i], L2, 5.0 * (double)(n * size), call_quantize, &v);

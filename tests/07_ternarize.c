@@ -581,6 +581,79 @@ static void test_ternarize_options_refused(void)
     test_close(&t);
 }
 
+/* -- with room to put back what was there -- */
+
+enum { SPARE_ROWS = 35, SPARE_COLS = 70 };
+typedef struct spared { uint8_t trits[8192]; float scales[48 * 5], alpha[SPARE_ROWS]; } spared;
+
+/* Into `to`, which holds what was there before, and may be put into as many bytes of memory as `spare` has. */
+static tern_result ternarize_spared(tern_context *c, tern_ternarize_args a, spared *to, size_t spare)
+{
+    tern_result result;
+    a.m.trits = to->trits;
+    a.m.scales = to->scales;
+    a.alpha = to->alpha;
+    a.spare_bytes = spare;
+    a.spare = spare ? malloc(spare) : NULL;
+    if (spare) memset(a.spare, 0xA5, spare);
+    result = tern_ternarize(c, &a);
+    free(a.spare);
+    return result;
+}
+
+/* The same with spare memory and without, also when the weights are refused; one byte less is as none. */
+static void test_ternarize_spare(void)
+{
+    static const tern_rule rules[] = {TERN_ABSMEAN, TERN_ABSMEAN_SIGMA, TERN_TWN, TERN_GIVEN, TERN_LSQ, TERN_SEQ};
+    static const tern_type types[] = {TERN_F32, TERN_BF16, TERN_F16};
+    static const int32_t grains[] = {TERN_PER_TENSOR, TERN_PER_ROW, 16};
+    static spared before, wanted, got;
+    int isa, threads, r, y, g, b;
+    size_t i;
+    for (i = 0; i < sizeof before.trits; i++) before.trits[i] = (uint8_t)test_random();
+    for (i = 0; i < 48 * 5; i++) before.scales[i] = 0.25f + (float)(i % 7);
+    for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++)
+        for (threads = 1; threads < 4; threads += 2) {
+            test_context t = test_open((tern_isa)isa, threads);
+            for (r = 0; t.c && r < 6; r++)
+                for (y = 0; y < 3; y++)
+                    for (g = 0; g < 3; g++) {
+                        tern_matrix m = ternarize_matrix(t.c, SPARE_ROWS, SPARE_COLS, grains[g], isa & 1 ? TERN_BASE3 : TERN_2BIT, TERN_F32);
+                        float *w = test_floats(SPARE_ROWS * SPARE_COLS);
+                        tern_ternarize_args a = ternarize_args(&m, rules[r], NULL);
+                        size_t trits = 0, scales = 0, all;
+                        void *stored;
+                        a.type = types[y];
+                        CHECK_OK(t.c, tern_matrix_bytes(t.c, &m, &trits, &scales));
+                        all = trits + scales + (rules[r] == TERN_LSQ ? 1 : rules[r] == TERN_SEQ ? SPARE_ROWS : 0) * sizeof(float);
+                        if (rules[r] <= TERN_TWN && rules[r] != TERN_GIVEN) a.rho = 0.5f;
+                        for (b = 0; b < 3 && !(rules[r] == TERN_LSQ && g) && !(rules[r] == TERN_SEQ && g != 1); b++) {
+                            for (i = 0; i < SPARE_ROWS; i++) before.alpha[i] = (i + (size_t)y) % 3 ? 0.3f : i % 2 ? 1e-6f : 0.0f;
+                            if (b == 1) w[SPARE_COLS * 17 + 3] = w[SPARE_COLS * SPARE_ROWS - 1] = NAN;
+                            if (b == 2) w[0] = INFINITY;
+                            a.w = stored = ternarize_store(types[y], w, SPARE_ROWS * SPARE_COLS);
+                            wanted = got = before;
+                            if (b == 0) {
+                                CHECK_OK(t.c, ternarize_spared(t.c, a, &wanted, 0));
+                                CHECK_OK(t.c, ternarize_spared(t.c, a, &got, all));
+                                CHECK(memcmp(&wanted, &before, sizeof wanted) != 0, "nothing happened");
+                            } else {
+                                const char *place = b == 1 ? "weights[17][3] is not" : "weights[0][0] is not";
+                                CHECK_FAILS(t.c, ternarize_spared(t.c, a, &wanted, all - 1), TERN_E_NONFINITE, place);
+                                CHECK_FAILS(t.c, ternarize_spared(t.c, a, &got, all), TERN_E_NONFINITE, place);
+                                CHECK(memcmp(&wanted, &before, sizeof wanted) == 0, "rule %d: something is written", (int)rules[r]);
+                            }
+                            CHECK(memcmp(&wanted, &got, sizeof wanted) == 0, "%s: rule %d, type %d, grain %d, weights %d", test_tier_name[isa],
+                                  (int)rules[r], (int)types[y], (int)grains[g], b);
+                            free(stored);
+                        }
+                        free(w);
+                        ternarize_release(t.c, &m);
+                    }
+            test_close(&t);
+        }
+}
+
 static void suite_ternarize(void)
 {
     RUN(test_ternarize_against_the_definition);
@@ -596,4 +669,5 @@ static void suite_ternarize(void)
     RUN(test_ternarize_averaged_scales);
     RUN(test_ternarize_noise);
     RUN(test_ternarize_options_refused);
+    RUN(test_ternarize_spare);
 }

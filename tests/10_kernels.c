@@ -697,6 +697,38 @@ static void test_kernels_sum(void)
     }
 }
 
+/* Above a bound, where some floats are, above zero, and of all. Some counts are there before. */
+static void test_kernels_sum_above(void)
+{
+    const float deltas[] = {-1.0f, 0.0f, 0.40625f};
+    int64_t n, i;
+    int type, d;
+    for (n = 0; n <= TERN__BLOCK; n++)
+        for (type = 0; type < 2; type++)
+            for (d = 0; d < 3; d++) {
+                const tern_type of = type ? TERN_BF16 : TERN_F32;
+                float *x = test_floats(n + 1), *kept = test_floats(n + 1), wanted;
+                void *stored = malloc((size_t)(n + 1) * 4);
+                int64_t before = n * 3000000000, count = before, above = 0;
+                for (i = 0; i < n; i++) {
+                    float v = i % 7 == 0 ? (i & 1 ? -deltas[d] : deltas[d]) : x[i];
+                    tern__store_float(of, stored, i, v);
+                    v = tern__load_float(of, stored, i);
+                    kept[i] = fabsf(v) > deltas[d] ? v : 0.0f;
+                    above += fabsf(v) > deltas[d];
+                }
+                wanted = tern__sum_scalar(TERN_SUM_ABS, n, kept);
+                CHECK(tern__sum_above_scalar(of, n, stored, 0, deltas[d], &count) == wanted && count == before + above, "%d floats", (int)n);
+                KERNELS_EACH_TIER(
+                    count = before;
+                    CHECK(tern__bits(k->sum_above(of, n, stored, n % 3 * 100, deltas[d], &count)) == tern__bits(wanted), "%s: %d of type %d", tier, (int)n, (int)of);
+                    CHECK(count == before + above, "%s: %d above %g of %d", tier, (int)(count - before), (double)deltas[d], (int)n));
+                free(stored);
+                free(kept);
+                free(x);
+            }
+}
+
 static void test_kernels_absmax(void)
 {
     const int64_t sizes[] = {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 130, 1025, 4097};
@@ -779,21 +811,36 @@ static void test_kernels_widen(void)
     }
 }
 
+static void kernels_pack(const tern__kernels *k, int base3, tern_type type, int64_t n, const void *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit)
+{
+    tern__packing p;
+    p.type = type; p.x = x;
+    p.n = n; p.rows = rows; p.stride = stride;
+    p.threshold = threshold;
+    p.unit = unit;
+    p.ahead = -16 * stride; p.step = rows % 2 ? 64 : 128;
+    p.base3 = base3;
+    k->ternarize(&p);
+}
+
 /* Buffers of exactly what is needed; weights at their thresholds, zeros of both signs, and thresholds that are zero. */
 static void test_kernels_ternarize(void)
 {
     static const int64_t sizes[] = {1, 4, 15, 16, 17, 19, 20, 21, 127, 320, 4097}, heights[] = {1, 3, 15, 16};
-    int n, h, base3;
+    int n, h, way;
     for (n = 0; n < 11; n++)
         for (h = 0; h < 4; h++)
-            for (base3 = 0; base3 < 2; base3++) {
+            for (way = 0; way < 4; way++) {
+                const int base3 = way & 1;
+                const tern_type type = way & 2 ? TERN_BF16 : TERN_F32;
                 const int64_t size = sizes[n], rows = heights[h], stride = size + 3 * (n % 3);
                 const size_t bytes = (size_t)((size + (base3 ? 19 : 15)) / (base3 ? 20 : 16)) * TERN__UNIT;
                 uint8_t *wanted = (uint8_t *)malloc(bytes), *got = (uint8_t *)malloc(bytes);
                 float *x = test_floats((rows - 1) * stride + size), threshold[TERN__ROWS];
+                void *stored;
                 int64_t r, i;
                 int zeros = 0;
-                for (r = 0; r < TERN__ROWS; r++) threshold[r] = r >= rows ? FLT_MAX : r % 5 == 2 ? 0.0f : 0.4f;
+                for (r = 0; r < TERN__ROWS; r++) threshold[r] = r >= rows ? FLT_MAX : r % 5 == 2 ? 0.0f : 0.40625f;
                 for (r = 0; r < rows; r++)
                     for (i = 0; i < size; i++) {
                         float *v = &x[r * stride + i];
@@ -801,7 +848,12 @@ static void test_kernels_ternarize(void)
                         if ((r + i) % 7 == 1) *v = i & 1 ? 1e-45f : -1e-45f;
                         if ((r + i) % 7 == 2) *v = i & 1 ? 9e28f : -9e28f;
                     }
-                tern__ternarize_scalar(base3, size, x, stride, rows, threshold, wanted);
+                stored = malloc((size_t)((rows - 1) * stride + size) * (type == TERN_BF16 ? 2 : 4));
+                for (i = 0; i < (rows - 1) * stride + size; i++) {
+                    tern__store_float(type, stored, i, x[i]);
+                    x[i] = tern__load_float(type, stored, i);
+                }
+                kernels_pack(&tern__kernels_scalar, base3, type, size, stored, stride, rows, threshold, wanted);
                 for (i = 0; i < size; i++) {
                     int8_t t[20];
                     tern__unpack_unit(base3 ? TERN_BASE3 : TERN_2BIT, wanted + i / (base3 ? 20 : 16) * TERN__UNIT, 0, t);
@@ -811,8 +863,9 @@ static void test_kernels_ternarize(void)
                 CHECK(zeros > 0, "no zeros");
                 KERNELS_EACH_TIER(
                     memset(got, 0x3C, bytes);
-                    k->ternarize(base3, size, x, stride, rows, threshold, got);
-                    CHECK(memcmp(wanted, got, bytes) == 0, "%s: %d rows of %d, base3 %d", tier, (int)rows, (int)size, base3));
+                    kernels_pack(k, base3, type, size, stored, stride, rows, threshold, got);
+                    CHECK(memcmp(wanted, got, bytes) == 0, "%s: %d rows of %d, base3 %d, type %d", tier, (int)rows, (int)size, base3, (int)type));
+                free(stored);
                 free(wanted);
                 free(got);
                 free(x);
@@ -836,27 +889,32 @@ static void kernels_optimize(const tern__kernels *k, tern_optimize_args a, kerne
     k->optimize(&work, begin, end);
 }
 
-/* Every kind and type. Some weights in bf16 end as infinities, some would but for the bound on the carry. Seed, step
-   and stream have their high bits set. */
+/* Every kind, type of weights and of moments, and rounding to nearest, with ties. Some weights in bf16 end as infinities, some
+   would but for the bound on the carry. Seed, step and stream have their high bits set. */
 static void test_kernels_optimize(void)
 {
     static const int64_t sizes[] = {0, 1, 3, 15, 16, 17, 31, 32, 33, 63, 64, 127, 4097}, starts[] = {0, 4, 20};
     static kernels_weights first, wanted, got;
     int n, b, variant, i;
-    for (variant = 0; variant < 6; variant++) {
+    for (variant = 0; variant < 24; variant++) {
+        const int kind = variant / 2 % 3, nearest = variant >= 12, last = variant % 12 % 6 == 5;
+        const tern_type type = variant % 2 ? TERN_BF16 : TERN_F32, narrow = variant / 6 % 2 ? TERN_BF16 : TERN_F32;
         tern_optimize_args a = TERN_ZERO;
-        a.kind = variant / 2 == 0 ? TERN_ADAMW : TERN_SGD;
-        a.type = variant % 2 ? TERN_BF16 : TERN_F32;
-        a.moment1 = variant / 2 < 2 ? first.moment1 : NULL;
-        a.rate = 0.3f; a.beta1 = 0.9f; a.beta2 = 0.98f; a.eps = 1e-6f; a.decay = variant / 2 < 2 ? 0.1f : 0.0f;
+        a.kind = kind == 0 ? TERN_ADAMW : TERN_SGD;
+        a.type = type;
+        a.moment_type = narrow;
+        a.nearest = nearest;
+        a.moment1 = kind < 2 ? first.moment1 : NULL;
+        a.rate = 0.3f; a.beta1 = 0.9f; a.beta2 = 0.98f; a.eps = 1e-6f; a.decay = kind < 2 ? 0.1f : 0.0f;
+        if (nearest && kind == 1) { a.rate = a.beta1 = 0.5f; a.decay = 0.0f; } /* exact */
         a.seed = UINT64_C(0xFEDCBA9876543210); a.step = 0x89ABCDEF; a.stream = 0xF0E1D2C3;
         for (i = 0; i < 4100; i++) {
-            const float w = i % 9 == 4 && variant / 2 == 2 ? 3.38e38f : test_float();
-            first.grad[i] = i % 9 == 4 ? (i & 1 ? -4e36f : -3e38f) * (float)(variant / 2 == 2) : i % 9 == 5 ? 0.0f : test_float();
-            first.moment1[i] = test_float();
-            first.moment2[i] = i % 9 == 6 ? 0.0f : fabsf(test_float());
-            if (variant % 2) tern__store_float(TERN_BF16, first.w, i, w);
-            else first.w[i] = w;
+            const int tie = nearest && kind == 1 && i % 9 == 7; /* 1 + 2^-8 and 1 + 3 * 2^-8 */
+            const float w = tie ? (i & 1 ? 1.0078125f : 1.0f) : i % 9 == 4 && kind == 2 ? 3.38e38f : test_float();
+            first.grad[i] = i % 9 == 4 ? (i & 1 ? -4e36f : -3e38f) * (float)(kind == 2) : i % 9 == 5 || tie ? 0.0f : test_float();
+            tern__store_float(narrow, first.moment1, i, tie ? -0.015625f : test_float());
+            tern__store_float(narrow, first.moment2, i, i % 9 == 6 ? 0.0f : fabsf(test_float()));
+            tern__store_float(type, first.w, i, w);
         }
         for (n = 0; n < 13; n++)
             for (b = 0; b < 3; b++) {
@@ -869,7 +927,7 @@ static void test_kernels_optimize(void)
                     kernels_optimize(k, a, &got, begin, end);
                     CHECK(memcmp(&wanted, &got, sizeof got) == 0, "%s: variant %d, weights %d to %d", tier, variant, (int)begin, (int)end));
             }
-        if (variant == 5) { /* both did occur */
+        if (last) { /* both did occur */
             int infinite = 0, bounded = 0;
             for (i = 4; i < 4096; i++) {
                 infinite += ((uint16_t *)(void *)wanted.w)[i] == 0x7F80;
@@ -899,6 +957,7 @@ static void suite_kernels(void)
     RUN(test_kernels_tile_fused_is_close);
     RUN(test_kernels_floats);
     RUN(test_kernels_sum);
+    RUN(test_kernels_sum_above);
     RUN(test_kernels_absmax);
     RUN(test_kernels_round);
     RUN(test_kernels_widen);
