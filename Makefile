@@ -46,7 +46,7 @@ valgrind: build/tests-plain         # leaks and uninitialised memory, on the sca
 	TERNARY_ISA=scalar valgrind -q --leak-check=full --error-exitcode=1 build/tests-plain $(ONLY)
 cross: build/tests-aarch64 build/tests-s390x        # the same bits on Arm and on big-endian, under qemu
 	qemu-aarch64 build/tests-aarch64 $(ONLY) && qemu-s390x build/tests-s390x $(ONLY)
-matrix:                             # every switch and pair of switches, four language standards, gcc and clang
+matrix:                             # every three switches in few builds, four language standards, gcc and clang
 	sh tests/matrix.sh
 fuzz: build/fuzz                    # damaged model files, for SECONDS; needs clang
 	build/fuzz -max_total_time=$(or $(SECONDS),60) -timeout=10 -rss_limit_mb=2048
