@@ -46,10 +46,11 @@ valgrind: build/tests-plain         # leaks and uninitialised memory, on the sca
 	TERNARY_ISA=scalar valgrind -q --leak-check=full --error-exitcode=1 build/tests-plain $(ONLY)
 cross: build/tests-aarch64 build/tests-s390x        # the same bits on Arm and on big-endian, under qemu
 	qemu-aarch64 build/tests-aarch64 $(ONLY) && qemu-s390x build/tests-s390x $(ONLY)
-matrix:                             # every switch and pair of switches, four language standards, gcc and clang
+matrix:                             # every three switches in few builds, four language standards, gcc and clang
 	sh tests/matrix.sh
-fuzz: build/fuzz                    # damaged model files, for SECONDS; needs clang
-	build/fuzz -max_total_time=$(or $(SECONDS),60) -timeout=10 -rss_limit_mb=2048
+fuzz: build/fuzz build/fuzz-seed    # damaged model files, from a sound one on, for SECONDS; needs clang
+	mkdir -p build/fuzz-files && build/fuzz-seed > build/fuzz-files/seed
+	build/fuzz build/fuzz-files -max_total_time=$(or $(SECONDS),60) -timeout=10 -rss_limit_mb=2048
 
 build:
 	mkdir -p build
@@ -69,18 +70,21 @@ build/language_model_cuda: examples/language_model.c build/ternary_cuda.o
 	$(CC) $(CFLAGS) -I. -DUSE_CUDA $^ -o $@ -L$(dir $(NVCC))../lib64 -lcudart_static -ldl -lrt -lstdc++ $(LDLIBS)
 nvcc:
 	@test -n "$(NVCC)" || { echo "no nvcc: install the CUDA Toolkit (12 or newer) and put its bin on the PATH, or say make NVCC=path"; exit 1; }
-build/tests-plain:   TEST_CC = $(CC) $(CFLAGS) -g
-build/tests-asan:    TEST_CC = $(CC) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+build/tests-plain:   TEST_CC = $(CC) $(CFLAGS) -g -DTEST_THREADS=1,3
+build/tests-asan:    TEST_CC = $(CC) -O1 -g -DTEST_THREADS=1,3 -fsanitize=address,undefined -fno-sanitize-recover=all
 build/tests-amx:     TEST_CC = $(CC) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -DTEST_AMX
-build/tests-tsan:    TEST_CC = $(CC) -O1 -g -fsanitize=thread
-build/tests-msan:    TEST_CC = clang -O1 -g -fsanitize=memory -fno-omit-frame-pointer
-build/tests-aarch64: TEST_CC = aarch64-linux-gnu-gcc -O2 -static
-build/tests-s390x:   TEST_CC = s390x-linux-gnu-gcc -O2 -static
+build/tests-tsan:    TEST_CC = $(CC) -O1 -g -DTEST_THREADS=3 -fsanitize=thread
+build/tests-msan:    TEST_CC = clang -O1 -g -DTEST_THREADS=1,3 -fsanitize=memory -fno-omit-frame-pointer
+build/tests-aarch64: TEST_CC = aarch64-linux-gnu-gcc -O2 -DTEST_THREADS=1,3 -static
+build/tests-s390x:   TEST_CC = s390x-linux-gnu-gcc -O2 -DTEST_THREADS=1,3 -static
 build/tests-emulated: tests/cuda_tests.cpp $(wildcard tests/cuda*) ternary_cuda.cu ternary.h | build
 	g++ -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -include tests/cuda.h -I. $< -o $@
 build/tests-%: tests/tests.c $(wildcard tests/*.c) $(HEADERS) | build
 	$(TEST_CC) -I. $< -o $@ $(LDLIBS)
+# The reader of files knows no tiers, and without them this build takes a quarter of the time.
 build/fuzz: tests/fuzz.c ternary.h | build
-	clang -DFUZZER -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. $< -o $@ $(LDLIBS)
+	clang -DFUZZER -DTERNARY_NO_SIMD -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. $< -o $@ $(LDLIBS)
+build/fuzz-seed: tests/fuzz.c ternary.h | build
+	$(CC) -DTERNARY_NO_SIMD -I. $< -o $@ $(LDLIBS)
 
 .PHONY: examples demo test bench install clean cuda test-cuda bench-cuda nvcc sanitize tsan msan valgrind cross matrix fuzz

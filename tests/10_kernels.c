@@ -941,28 +941,28 @@ static void test_kernels_optimize(void)
 
 static void suite_kernels(void)
 {
-    RUN(test_kernels_dot_by_definition);
-    RUN(test_kernels_dot_shapes);
-    RUN(test_kernels_dot_blocks);
-    RUN(test_kernels_dot_touches_no_more);
+    RUN_ALONE(test_kernels_dot_by_definition);
+    RUN_ALONE(test_kernels_dot_shapes);
+    RUN_ALONE(test_kernels_dot_blocks);
+    RUN_ALONE(test_kernels_dot_touches_no_more);
 #if defined(TERN__WITH_AMX_INT8) && !defined(TEST_AMX)
-    RUN(test_kernels_tile_unit);
+    RUN_ALONE(test_kernels_tile_unit);
 #endif
-    RUN(test_kernels_dot_extremes);
-    RUN(test_kernels_groups);
-    RUN(test_kernels_dot_i8);
-    RUN(test_kernels_bits);
-    RUN(test_kernels_emit);
-    RUN(test_kernels_tile);
-    RUN(test_kernels_tile_fused_is_close);
-    RUN(test_kernels_floats);
-    RUN(test_kernels_sum);
-    RUN(test_kernels_sum_above);
-    RUN(test_kernels_absmax);
-    RUN(test_kernels_round);
-    RUN(test_kernels_widen);
-    RUN(test_kernels_ternarize);
+    RUN_ALONE(test_kernels_dot_extremes);
+    RUN_ALONE(test_kernels_groups);
+    RUN_ALONE(test_kernels_dot_i8);
+    RUN_ALONE(test_kernels_bits);
+    RUN_ALONE(test_kernels_emit);
+    RUN_ALONE(test_kernels_tile);
+    RUN_ALONE(test_kernels_tile_fused_is_close);
+    RUN_ALONE(test_kernels_floats);
+    RUN_ALONE(test_kernels_sum);
+    RUN_ALONE(test_kernels_sum_above);
+    RUN_ALONE(test_kernels_absmax);
+    RUN_ALONE(test_kernels_round);
+    RUN_ALONE(test_kernels_widen);
+    RUN_ALONE(test_kernels_ternarize);
 #ifndef TERNARY_NO_TRAINING
-    RUN(test_kernels_optimize);
+    RUN_ALONE(test_kernels_optimize);
 #endif
 }

@@ -86,13 +86,13 @@ static record record_of(work *f, tern_isa isa, int32_t threads)
     return r;
 }
 
-static void same_for_threads_as(work *f, tern_isa isa, const record *want)
+/* With the thread counts from number `first` on. */
+static void same_for_threads_as(work *f, tern_isa isa, const record *want, int first)
 {
-    static const int32_t threads[] = {1, 2, 3, 5};
-    size_t i;
-    for (i = 0; i < sizeof threads / sizeof threads[0]; i++) {
-        record got = record_of(f, isa, threads[i]);
-        CHECK(got.size == want->size && memcmp(got.data, want->data, got.size) == 0, "tier %d with %d threads differs", (int)isa, (int)threads[i]);
+    int i;
+    for (i = first; i < TEST_THREAD_COUNTS; i++) {
+        record got = record_of(f, isa, test_threads[i]);
+        CHECK(got.size == want->size && memcmp(got.data, want->data, got.size) == 0, "tier %d with %d threads differs", (int)isa, (int)test_threads[i]);
         free(got.data);
     }
 }
@@ -100,12 +100,12 @@ static void same_for_threads_as(work *f, tern_isa isa, const record *want)
 /* The inference path: one result for every tier and thread count, with this hash on every machine. */
 static void same_everywhere(work *f, uint64_t golden)
 {
-    record want = record_of(f, TERN_ISA_SCALAR, 1);
+    record want = record_of(f, TERN_ISA_SCALAR, test_threads[0]);
     const uint64_t hash = test_hash_bytes(TEST_HASH, want.data, want.size);
     int isa;
     CHECK(hash == golden, "the hash is 0x%016llX", (unsigned long long)hash);
     for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++)
-        if (test_tier((tern_isa)isa)) same_for_threads_as(f, (tern_isa)isa, &want);
+        if (test_tier((tern_isa)isa)) same_for_threads_as(f, (tern_isa)isa, &want, isa == TERN_ISA_SCALAR);
     free(want.data);
 }
 
@@ -116,18 +116,18 @@ static void same_for_threads(work *f)
     for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++) {
         record want;
         if (!test_tier((tern_isa)isa)) continue;
-        want = record_of(f, (tern_isa)isa, 1);
-        same_for_threads_as(f, (tern_isa)isa, &want);
+        want = record_of(f, (tern_isa)isa, test_threads[0]);
+        same_for_threads_as(f, (tern_isa)isa, &want, 1);
         free(want.data);
     }
 }
 
-/* The same work on one thread of each tier, with checks of its own. */
+/* The same work once on each tier, with checks of its own. */
 static void on_each_tier(work *f)
 {
     int isa;
     for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++)
-        if (test_tier((tern_isa)isa)) free(record_of(f, (tern_isa)isa, 1).data);
+        if (test_tier((tern_isa)isa)) free(record_of(f, (tern_isa)isa, test_threads[0]).data);
 }
 
 /* -- ternary matrices and activations -- */
@@ -690,15 +690,12 @@ static void dense_i8_extremes(tern_context *c, record *unused)
     }
 }
 
-/* On every tier with one to three threads. */
+/* On every tier with every number of threads. */
 static void dense_i8_threads(work *f)
 {
-    int isa, threads;
+    int isa, i;
     for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++)
-        for (threads = 1; threads <= 3 && test_tier((tern_isa)isa); threads++) {
-            record r = record_of(f, (tern_isa)isa, threads);
-            free(r.data);
-        }
+        for (i = 0; i < TEST_THREAD_COUNTS && test_tier((tern_isa)isa); i++) free(record_of(f, (tern_isa)isa, test_threads[i]).data);
 }
 static void test_dense_i8(void) { dense_i8_threads(dense_i8_products); }
 static void test_dense_i8_extremes(void) { dense_i8_threads(dense_i8_extremes); }
@@ -2019,7 +2016,7 @@ static void suite_backends(void)
     RUN(test_log_scales);
     RUN(test_large_products);
     RUN(test_kind_products);
-    RUN(test_every_shape);
+    RUN_ALONE(test_every_shape);
     RUN(test_many_tokens);
     RUN(test_literal_products);
     RUN(test_dense);

@@ -64,6 +64,21 @@ static long test_allocations;
         if (test_errors) test_failed++; else test_passed++;                      \
     } while (0)
 
+/* Tests that compare numbers of threads do so for these. 1,3 where instructions are expensive: everything in one piece and in
+   parts. 3 where races are sought: one thread has none, and what has no other is left out (RUN_ALONE). */
+#ifndef TEST_THREADS
+#define TEST_THREADS 1, 2, 3, 5
+#endif
+static const int32_t test_threads[] = {TEST_THREADS};
+#define TEST_THREAD_COUNTS ((int)(sizeof test_threads / sizeof test_threads[0]))
+
+/* A test on one thread: run unless only others are asked for. */
+#define RUN_ALONE(test)                                                          \
+    do {                                                                         \
+        if (test_threads[0] == 1) RUN(test);                                     \
+        else if (!test_only || strstr(#test, test_only)) printf("  skipped: %s has one thread\n", #test); \
+    } while (0)
+
 /* Odd sizes on purpose: one, around every unit, panel and block. */
 static const int64_t test_sizes[] = {1, 15, 16, 17, 127, 130};
 #define TEST_SIZES ((int)(sizeof test_sizes / sizeof test_sizes[0]))

@@ -41,7 +41,11 @@ SUITES(SUITE)
 
 int main(int argc, char **argv)
 {
+    int i;
     test_only = argc > 1 ? argv[1] : NULL;
+    printf("numbers of threads compared:");
+    for (i = 0; i < TEST_THREAD_COUNTS; i++) printf(" %d", (int)test_threads[i]);
+    printf("\n");
 #define SUITE(name) printf("-- %s\n", #name); suite_##name();
     SUITES(SUITE)
 #undef SUITE
