@@ -2745,8 +2745,9 @@ static float tern__sum_above_scalar(tern_type type, int64_t n, const void *x, in
     (void)ahead;
     for (i = 0; i < n; i++) {
         const float v = tern__abs(tern__load_float(type, x, i));
-        above[i] = v > delta ? v : 0.0f;
-        *count += v > delta;
+        const int32_t counted = delta < 0.0f || v > delta; /* a NaN among all is seen in the sum */
+        above[i] = counted ? v : 0.0f;
+        *count += counted;
     }
     return tern__sum_scalar(TERN_SUM, n, above);
 }
@@ -9086,10 +9087,12 @@ TERN_API tern_result tern_model_load_file(tern_context *c, const tern_model *m, 
     X(TERNARIZE,    "ternarize",       UINT64_C(0xA717EDD365B68C3A)) \
     X(QUANTIZE,     "quantize",        UINT64_C(0x9A307885FD034A35)) \
     X(MATMUL_INT8,  "int8 matmul",     UINT64_C(0xF6ACC5AF7EF37438)) \
+    X(MATMUL_INT4,  "int4 matmul",     UINT64_C(0x50C52E96B5DDD305)) \
     X(MATMUL_FLOAT, "float matmul",    UINT64_C(0x89AE72CDC6EAC374)) \
     X(DENSE_INT8,   "int8 product",    UINT64_C(0xE66FF1A9633838DD)) \
     X(MAP,          "map",             UINT64_C(0x328F73821ACB0094)) \
     X(NORM,         "norm",            UINT64_C(0x25B9F39C61931E94)) \
+    X(HADAMARD,     "hadamard",        UINT64_C(0x951D57AC119E6A33)) \
     X(ROPE,         "rope",            UINT64_C(0x52415F1FA35AD563)) \
     X(ATTENTION,    "attention",       UINT64_C(0xDC20C1B5D5338E86)) \
     X(LOSS,         "loss",            UINT64_C(0xEB750C2D8F637B5F))
@@ -9155,6 +9158,14 @@ static tern_result tern__selftest_product(tern__selftest *t, tern_type encoding,
     a.y = t->y;
     TERN__TRY(tern_matmul(t->c, &a));
     TERN__TRY(tern__selftest_hash(t, TERN__PIECE_MATMUL_INT8, t->y, a.n * a.m.rows));
+    a.act = q.act = TERN_ACT_INT4; /* in place of the int8 */
+    TERN__TRY(tern_quantize(t->c, &q));
+    TERN__TRY(tern__selftest_hash(t, TERN__PIECE_MATMUL_INT4, q.scale, q.n));
+    TERN__TRY(tern__selftest_hash(t, TERN__PIECE_MATMUL_INT4, q.sum, q.n * groups));
+    TERN__TRY(tern_matmul(t->c, &a));
+    TERN__TRY(tern__selftest_hash(t, TERN__PIECE_MATMUL_INT4, t->y, a.n * a.m.rows));
+    q.act = TERN_ACT_INT8; /* which the next piece reads */
+    TERN__TRY(tern_quantize(t->c, &q));
     a.q = NULL;
     a.x = t->x;
     TERN__TRY(tern_matmul(t->c, &a));
@@ -9205,6 +9216,7 @@ static tern_result tern__selftest_rows(tern__selftest *t)
 {
     static const int32_t targets[3] = {0, 1099, 700};
     tern_norm_args n = TERN_ZERO;
+    tern_hadamard_args h = TERN_ZERO;
     tern_rope_args r = TERN_ZERO;
     tern_attention_args a = TERN_ZERO;
     tern_loss_args l = TERN_ZERO;
@@ -9215,6 +9227,16 @@ static tern_result tern__selftest_rows(tern__selftest *t)
     n.y = t->y;
     TERN__TRY(tern_norm(t->c, &n));
     TERN__TRY(tern__selftest_hash(t, TERN__PIECE_NORM, t->y, n.n * n.cols));
+    h.n = n.n; h.cols = n.cols;
+    h.seed = 22;
+    h.x = t->w;
+    h.y = t->z;
+    TERN__TRY(tern_hadamard(t->c, &h));
+    TERN__TRY(tern__selftest_hash(t, TERN__PIECE_HADAMARD, t->z, h.n * h.cols));
+    h.inverse = 1;
+    h.x = t->x;
+    TERN__TRY(tern_hadamard(t->c, &h));
+    TERN__TRY(tern__selftest_hash(t, TERN__PIECE_HADAMARD, t->z, h.n * h.cols));
     r.n = 18;
     r.heads = 6; r.dim = 8;
     r.x = t->y;

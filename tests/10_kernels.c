@@ -1,6 +1,7 @@
 /* [TERN-10] Kernels: the scalar ones against their definition, every other tier against the scalar ones.
    Mutations that test_kernels_bits saw: high nibbles shifted by 3; a chunk's words counted by 2-bit units in base 3;
-   the unit behind an odd last one read; idle nibbles counted by their units; a last group of full length. */
+   the unit behind an odd last one read; idle nibbles counted by their units; a last group of full length. The scalar sum_above
+   with a NaN taken as not above a negative bound was seen by its test and by test_ternarize_spare. */
 
 /* The tier's kernels, or NULL where it is not here. */
 static const tern__kernels *kernels_of(tern_isa isa)
@@ -723,6 +724,11 @@ static void test_kernels_sum_above(void)
                     count = before;
                     CHECK(tern__bits(k->sum_above(of, n, stored, n % 3 * 100, deltas[d], &count)) == tern__bits(wanted), "%s: %d of type %d", tier, (int)n, (int)of);
                     CHECK(count == before + above, "%s: %d above %g of %d", tier, (int)(count - before), (double)deltas[d], (int)n));
+                if (d == 0 && n > 0) { /* among all, a NaN is seen */
+                    tern__store_float(of, stored, n / 2, NAN);
+                    CHECK(isnan(tern__sum_above_scalar(of, n, stored, 0, -1.0f, &count)), "%d floats", (int)n);
+                    KERNELS_EACH_TIER(CHECK(isnan(k->sum_above(of, n, stored, 0, -1.0f, &count)), "%s: %d of type %d", tier, (int)n, (int)of));
+                }
                 free(stored);
                 free(kept);
                 free(x);

@@ -29,18 +29,28 @@ BROKEN(matmul, a->y + 5)
 BROKEN(dense_i8, a->c + 7 + a->add) /* twice the same bit might cancel */
 BROKEN(map, a->y + 1)
 BROKEN(norm, a->y + 100)
+BROKEN(hadamard, a->y + 64 + a->inverse)
 BROKEN(rope, a->x + 65)
 BROKEN(attention, a->y + 9)
 BROKEN(loss, a->losses + 2)
 
+/* One that is wrong for int4 alone. */
+static tern_result broken_int4(tern_run *r, const tern_matmul_args *a)
+{
+    tern_result result = tern_cpu_backend(TERN_ISA_SCALAR)->matmul(r, a);
+    if (a->q && a->act == TERN_ACT_INT4) turn_bit(a->y + 5);
+    return result;
+}
+
 static void test_selftest_fails(void)
 {
-#define TRY(op, text)                                                                      \
+#define TRY(op, text) TRY_AS(op, op, text)
+#define TRY_AS(op, name, text)                                                             \
     {                                                                                      \
         tern_backend broken = *tern_cpu_backend(TERN_ISA_BEST);                            \
         tern_context_desc d = TERN_ZERO;                                                   \
         tern_context *c;                                                                   \
-        broken.op = broken_##op;                                                           \
+        broken.op = broken_##name;                                                         \
         d.backend = &broken;                                                               \
         d.allocator.alloc = test_malloc;                                                   \
         d.allocator.free = test_free;                                                      \
@@ -50,6 +60,8 @@ static void test_selftest_fails(void)
     }
     TRY(fill, "fill") TRY(cast, "cast") TRY(ternarize, "ternarize") TRY(quantize, "quantize") TRY(matmul, "int8 matmul")
     TRY(dense_i8, "int8 product") TRY(map, "map") TRY(norm, "norm") TRY(rope, "rope") TRY(attention, "attention") TRY(loss, "loss")
+    TRY(hadamard, "hadamard") TRY_AS(matmul, int4, "int4 matmul")
+#undef TRY_AS
 #undef TRY
 }
 
