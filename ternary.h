@@ -9087,7 +9087,7 @@ TERN_API tern_result tern_model_load_file(tern_context *c, const tern_model *m, 
     X(TERNARIZE,    "ternarize",       UINT64_C(0xA717EDD365B68C3A)) \
     X(QUANTIZE,     "quantize",        UINT64_C(0x9A307885FD034A35)) \
     X(MATMUL_INT8,  "int8 matmul",     UINT64_C(0xF6ACC5AF7EF37438)) \
-    X(MATMUL_INT4,  "int4 matmul",     UINT64_C(0x50C52E96B5DDD305)) \
+    X(MATMUL_INT4,  "int4 matmul",     UINT64_C(0xBBA61DD46EE61682)) \
     X(MATMUL_FLOAT, "float matmul",    UINT64_C(0x89AE72CDC6EAC374)) \
     X(DENSE_INT8,   "int8 product",    UINT64_C(0xE66FF1A9633838DD)) \
     X(MAP,          "map",             UINT64_C(0x328F73821ACB0094)) \
