@@ -88,7 +88,7 @@ language_model_resumes() {
 
 # Every option of a recipe: the file reloads with the bits of the training, and is another one than without the option; what
 # makes no sense is refused by the library. Many at once stop and go on with the same bits. Seen to fail: with an option that is
-# not applied, with arenas or noise that do not fade, without the bias of the dead zone after loading, with the noise of another step.
+# not applied, with arenas that do not fade, without the bias of the dead zone after loading, with the noise of another step.
 language_model_recipes() (
     mkdir -p $out/recipe $out/recipes
     tiny="$out/language_model --text README.md --layers 1 --heads 2 --width 32 --context 16 --batch 3 --steps 10 --generate 10"
