@@ -60,7 +60,7 @@ typedef struct options {
     const char *text, *out, *resume;
     int64_t threads, cuda, stop, generate;
     int64_t layers, heads, width, context, batch, accumulate, steps, seed, schedule;
-    int64_t rule, grain, scales, activations, rotate, shadows, nearest, moments; /* the recipe; rule: TERN_DENSE for float weights */
+    int64_t rule, ends, grain, scales, activations, rotate, shadows, nearest, moments; /* the recipe; rule: TERN_DENSE for float weights */
     double rate, decay, tequila, arenas, noise, rho; /* from layers to here: what a training depends on */
 } options;
 
@@ -87,6 +87,7 @@ static const char usage[] =
     "  --seed N         of the initial weights, the batches and the generated text\n"
     "  --float          float weights instead of ternary ones\n"
     "  --rule NAME      absmean (default), sigma, twn, or with learned scales lsq or seq\n"
+    "  --float-ends     a float embedding and head, and ternary blocks between them\n"
     "  --grain G        what has a scale: tensor (lsq), row (default) or a group of that many inputs\n"
     "  --scales TYPE    f32 (default), f16 or pow2\n"
     "  --activations TYPE      int8 (default), int4 or float\n"
@@ -117,7 +118,8 @@ static options parse(int count, char **words)
                  .accumulate = 1, .steps = 600, .seed = 1, .schedule = TERN_COSINE, .rule = TERN_ABSMEAN, .grain = BY_RULE,
                  .scales = TERN_F32, .activations = TERN_ACT_INT8, .shadows = TERN_BF16, .moments = TERN_F32, .decay = 0.05};
     const struct { const char *name; int64_t *option, value; } flags[] = {
-        {"--cuda", &o.cuda, 1}, {"--float", &o.rule, TERN_DENSE}, {"--float-shadows", &o.shadows, TERN_F32}, {"--rotate", &o.rotate, 1}};
+        {"--cuda", &o.cuda, 1}, {"--float", &o.rule, TERN_DENSE}, {"--float-ends", &o.ends, 1}, {"--float-shadows", &o.shadows, TERN_F32},
+        {"--rotate", &o.rotate, 1}};
     const struct { const char *name, **option; } strings[] = {{"--text", &o.text}, {"--out", &o.out}, {"--resume", &o.resume}};
     const struct { const char *name; int64_t *option; const char *word; int64_t value; } choices[] = {
         {"--schedule", &o.schedule, "cosine", TERN_COSINE},           {"--schedule", &o.schedule, "wsd", TERN_WSD},
@@ -243,6 +245,8 @@ static void ok(const lm *m, tern_result result)
 
 static int64_t param_of(int64_t layer, int which) { return FIRST_BLOCK + layer * LINEARS + which; }
 static int64_t param_count(const options *o) { return param_of(o->layers, 0); }
+static int is_float(const options *o, int64_t param) { return o->rule == TERN_DENSE || (o->ends && param < FIRST_BLOCK); }
+static int is_plain(const options *o, int64_t param) { return param == EMBEDDING || (o->ends && param < FIRST_BLOCK); } /* the recipe is for the others */
 
 /* The bias of a dead zone belongs to its weights while they train, and is an ordinary one after that. */
 static tern_linear linear(const lm *m, int64_t param)
@@ -251,8 +255,8 @@ static tern_linear linear(const lm *m, int64_t param)
     l.w = &m->params[param];
     l.norm = TERN_NORM_RMS;
     l.act = (tern_act)m->o.activations;
-    l.arenas = m->arenas;
-    if (!m->training && m->o.tequila != 0) l.bias = &m->biases[param];
+    l.arenas = is_plain(&m->o, param) ? 0 : m->arenas;
+    if (!m->training && m->o.tequila != 0 && !is_plain(&m->o, param)) l.bias = &m->biases[param];
     return l;
 }
 
@@ -311,16 +315,16 @@ static void lay_out(lm *m)
 static void add_weights(lm *m, const char *name, int64_t layer, int64_t rows, int64_t cols)
 {
     const options *o = &m->o;
-    const int32_t dense = o->rule == TERN_DENSE;
+    const int32_t dense = is_float(o, m->model.count);
     tern_param *p = m->items[m->model.count] = &m->params[m->model.count];
     snprintf(p->name, sizeof p->name, name, (int)layer);
     p->rows = rows;
     p->cols = cols;
-    p->rule = (tern_rule)o->rule;
+    p->rule = dense ? TERN_DENSE : (tern_rule)o->rule;
     p->grain = (int32_t)o->grain;
-    p->rho = (float)o->rho;
+    p->rho = dense && o->ends ? 0 : (float)o->rho;
     if (o->nearest) p->flags |= TERN_NEAREST;
-    if (o->rotate && m->model.count != EMBEDDING) p->rotate = 1;
+    if (o->rotate && !is_plain(o, m->model.count)) p->rotate = 1;
     p->buffer[TERN_TRITS].type = m->training ? TERN_BASE3 : TERN_2BIT; /* the smaller panels, and the faster ones */
     p->buffer[TERN_SCALES].type = (tern_type)o->scales;
     p->buffer[TERN_SHADOW].type = dense ? TERN_F32 : (tern_type)o->shadows;
@@ -330,7 +334,7 @@ static void add_weights(lm *m, const char *name, int64_t layer, int64_t rows, in
 }
 
 /* A vector that belongs to weights. */
-static tern_param *add_vector(lm *m, tern_param *p, const tern_param *of, const char *kind, int64_t count, int32_t mask)
+static void add_vector(lm *m, tern_param *p, const tern_param *of, const char *kind, int64_t count, int32_t mask)
 {
     m->items[m->model.count++] = p;
     snprintf(p->name, sizeof p->name, "%.40s.%s", of->name, kind);
@@ -339,7 +343,6 @@ static tern_param *add_vector(lm *m, tern_param *p, const tern_param *of, const 
     p->rule = TERN_DENSE;
     p->flags = TERN_NO_DECAY;
     ok(m, tern_param_alloc(m->c, p, mask));
-    return p;
 }
 
 /* What a recipe has besides weights; the learned scales, which end with the training, are the last in the list. */
@@ -347,16 +350,20 @@ static void add_vectors(lm *m)
 {
     const int32_t weights = m->model.count;
     int32_t i;
-    for (i = HEAD; m->o.tequila != 0 && i < weights; i++) {
+    for (i = 0; m->o.tequila != 0 && i < weights; i++) {
         const int32_t mask = 1 << TERN_SHADOW | (m->training ? 1 << TERN_GRAD : 0);
-        tern_param *w = &m->params[i], *bias = add_vector(m, &m->biases[i], w, "bias", w->rows, mask);
+        tern_param *w = &m->params[i];
+        if (is_plain(&m->o, i)) continue;
+        add_vector(m, &m->biases[i], w, "bias", w->rows, mask);
         if (!m->training) continue;
-        w->dead = bias;
+        w->dead = &m->biases[i];
         w->lambda = (float)m->o.tequila;
     }
     for (i = 0; m->training && (m->o.rule == TERN_LSQ || m->o.rule == TERN_SEQ) && i < weights; i++) {
         tern_param *w = &m->params[i];
-        w->alpha = add_vector(m, &m->alphas[i], w, "alpha", m->o.rule == TERN_LSQ ? 1 : w->rows, TERN_FOR_ADAMW);
+        if (is_float(&m->o, i)) continue;
+        add_vector(m, &m->alphas[i], w, "alpha", m->o.rule == TERN_LSQ ? 1 : w->rows, TERN_FOR_ADAMW);
+        w->alpha = &m->alphas[i];
     }
 }
 
@@ -1041,7 +1048,8 @@ static void freeze(lm *m, const char *path, tern_audit *trained, tern_audit *pac
     int32_t i;
     ok(m, tern_model_audit(m->c, &m->model, trained));
     for (i = 0; i < m->model.count; i++) tern_param_free(m->c, m->items[i], TERN_FOR_TRAINING);
-    for (i = 0; i < param_count(&m->o) && m->params[i].alpha; i++) {
+    for (i = 0; i < param_count(&m->o); i++) {
+        if (!m->params[i].alpha) continue;
         tern_param_free(m->c, m->params[i].alpha, 1 << TERN_SHADOW);
         m->params[i].alpha = NULL;
         m->model.count--;

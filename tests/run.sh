@@ -88,7 +88,7 @@ language_model_resumes() {
 
 # Every option of a recipe: the file reloads with the bits of the training, and is another one than without the option; what
 # makes no sense is refused by the library. Many at once stop and go on with the same bits. Seen to fail: with an option that is
-# not applied, with arenas or noise that do not fade, without the bias of the dead zone after loading, with the noise of another step.
+# not applied, with arenas that do not fade, without the bias of the dead zone after loading, with the noise of another step.
 language_model_recipes() (
     mkdir -p $out/recipe $out/recipes
     tiny="$out/language_model --text README.md --layers 1 --heads 2 --width 32 --context 16 --batch 3 --steps 10 --generate 10"
@@ -96,7 +96,7 @@ language_model_recipes() (
     $scalar && mv $out/recipe/model.gguf $out/recipe/default || exit 1
     for recipe in "--rule sigma" "--rule twn --grain 32" "--rule lsq" "--rule seq" "--scales f16" "--scales pow2" "--activations int4" \
         "--activations float" "--rotate" "--tequila 1e-2" "--arenas 0.1" "--noise 0.1" "--rho 0.9" "--decay 0.5" "--float-shadows" \
-        "--rounding nearest" "--moments bf16" "--float"; do
+        "--rounding nearest" "--moments bf16" "--float" "--float-ends"; do
         echo "$recipe"
         $scalar $recipe && ! cmp -s $out/recipe/default $out/recipe/model.gguf || exit 1
     done
@@ -105,7 +105,7 @@ language_model_recipes() (
     refused 'a dense parameter has neither' --float --rotate && refused 'arenas beside dense weights' --float --arenas 0.1 &&
     refused 'rho needs scales' --rho 0.9 --scales f16 && refused 'lambda above 0' --tequila -1 && refused 'does not take' --rule foo || exit 1
     most="--rotate --tequila 1e-2 --arenas 0.1 --noise 0.1 --activations int4 --moments bf16"
-    for recipe in "$most --rule lsq --scales f16" "$most --rho 0.9 --grain 16"; do
+    for recipe in "$most --rule lsq --scales f16" "$most --rho 0.9 --grain 16 --float-ends"; do
         $tiny $recipe --out $out/recipe && $tiny $recipe --stop 5 --out $out/recipes &&
         $tiny $recipe --out $out/recipes --resume $out/recipes/training.state && cmp $out/recipe/model.gguf $out/recipes/model.gguf || exit 1
     done
