@@ -6,6 +6,7 @@
        cc -O2 -I. examples/image_classifier.c -o image_classifier -pthread
        ./image_classifier        digits that the program draws itself, some 20 seconds
        ./image_classifier DIR    MNIST: the four idx files in DIR, uncompressed; some minutes
+       ./image_classifier --seed 2   other first weights and another order of the images
 
    Ctrl-C ends it after the step that runs and keeps what it has done; the same command with --resume FILE goes on
    from there to the same table and picture. */
@@ -169,15 +170,15 @@ static image_set draw_images(int count)
 
 /* -- the network -- */
 
-/* Three BitLinear layers, an RMSNorm before each and a ReLU between. What is compared: */
+/* Three BitLinear layers, an RMSNorm before each and a ReLU between; ternary ones with a learned scale for each row. What is compared: */
 typedef struct { const char *name; tern_rule rule; tern_act act; float rate; } recipe;
 static const recipe recipes[NETWORKS] = {
     {"float", TERN_DENSE, TERN_ACT_FLOAT, 0.001f},
-    {"ternary, float in", TERN_ABSMEAN, TERN_ACT_FLOAT, 0.003f},
-    {"ternary, int8 in", TERN_ABSMEAN, TERN_ACT_INT8, 0.003f}};
+    {"ternary, float in", TERN_SEQ, TERN_ACT_FLOAT, 0.003f},
+    {"ternary, int8 in", TERN_SEQ, TERN_ACT_INT8, 0.003f}};
 
 typedef struct {
-    tern_param weights[LAYERS], *list[LAYERS];
+    tern_param weights[LAYERS], alphas[LAYERS], *list[2 * LAYERS];
     tern_linear layers[LAYERS];
     tern_model model;
     float *x[LAYERS + 1];  /* x[i] enters layer i; x[LAYERS] are the logits */
@@ -195,9 +196,24 @@ static void *take(tern_context *c, size_t bytes)
     return p;
 }
 
-static void open_network(tern_context *c, network *net, const recipe *how)
+/* The learned scales of a layer, which tern_param_set begins at the largest weight of each row. */
+static void add_alpha(tern_context *c, network *net, int layer)
+{
+    tern_param *alpha = &net->alphas[layer];
+    snprintf(alpha->name, sizeof alpha->name, "layer%d.alpha", layer);
+    alpha->rows = 1;
+    alpha->cols = net->weights[layer].rows;
+    alpha->rule = TERN_DENSE;
+    alpha->flags = TERN_NO_DECAY;
+    check(c, tern_param_alloc(c, alpha, TERN_FOR_ADAMW));
+    net->weights[layer].alpha = alpha;
+    net->list[net->model.count++] = alpha;
+}
+
+static void open_network(tern_context *c, network *net, const recipe *how, int seed)
 {
     memset(net, 0, sizeof *net);
+    net->model.items = net->list;
     for (int i = 0; i < LAYERS; i++) {
         tern_param *w = &net->weights[i];
         tern_fill_args noise = TERN_ZERO;
@@ -207,15 +223,16 @@ static void open_network(tern_context *c, network *net, const recipe *how)
         w->cols = widths[i];
         w->rule = how->rule;
         w->grain = TERN_PER_ROW;
-        net->list[i] = w;
+        net->list[net->model.count++] = w;
         net->layers[i].w = w;
         net->layers[i].norm = TERN_NORM_RMS;
         net->layers[i].act = how->act;
         check(c, tern_param_alloc(c, w, TERN_FOR_ADAMW));
+        if (w->rule == TERN_SEQ) add_alpha(c, net, i);
         noise.count = w->rows * w->cols;
         noise.x = (float *)take(c, (size_t)noise.count * sizeof(float));
         noise.deviation = 0.04f; /* about 1/sqrt(inputs) */
-        noise.seed = 1;
+        noise.seed = (uint64_t)seed;
         noise.stream = (uint32_t)i;
         check(c, tern_fill(c, &noise));
         check(c, tern_param_set(c, w, TERN_F32, noise.x));
@@ -231,7 +248,17 @@ static void open_network(tern_context *c, network *net, const recipe *how)
     net->targets = (int32_t *)take(c, BATCH * sizeof(int32_t));
     net->losses = (float *)take(c, BATCH * sizeof(float));
     net->loss = (float *)take(c, sizeof(float));
-    net->model.items = net->list;
+}
+
+/* Packed weights alone remain. */
+static void freeze(tern_context *c, network *net)
+{
+    for (int i = 0; i < LAYERS; i++) {
+        tern_param_free(c, &net->weights[i], TERN_FOR_TRAINING);
+        tern_param_free(c, &net->alphas[i], TERN_FOR_ADAMW);
+        net->weights[i].alpha = NULL;
+        net->list[i] = &net->weights[i];
+    }
     net->model.count = LAYERS;
 }
 
@@ -239,6 +266,7 @@ static void close_network(tern_context *c, network *net)
 {
     for (int i = 0; i < LAYERS; i++) {
         tern_param_free(c, &net->weights[i], TERN_FOR_ADAMW);
+        tern_param_free(c, &net->alphas[i], TERN_FOR_ADAMW);
         tern_free(c, net->saved[i]);
     }
     for (int i = 0; i <= LAYERS; i++) tern_free(c, net->x[i]), tern_free(c, net->dx[i]);
@@ -353,12 +381,12 @@ static void show_progress(const char *name, int epoch, int epochs, double loss, 
 /* Where the program is: behind `step` steps of network `which`, with the table's lines of the networks before it. */
 typedef struct {
     char magic[8];
-    int64_t images, which, step;
+    int64_t images, seed, which, step;
     uint64_t random;
     double elapsed, accuracy, loss;
     char table[NETWORKS][128];
 } place;
-static const char magic[8] = "icstate";
+static const char magic[8] = "icstat2";
 
 static volatile sig_atomic_t interrupted;
 static void interrupt(int number) { interrupted = number; }
@@ -369,14 +397,17 @@ static void train(tern_context *c, network *net, const task *t, place *at, int *
     const recipe *how = &recipes[at->which];
     const int batches = t->train.count / BATCH, steps = batches * t->epochs;
     float loss = (float)at->loss;
+    tern_schedule schedule = TERN_ZERO;
+    schedule.peak = how->rate;
+    schedule.warmup = 100;
+    schedule.steps = (uint32_t)steps;
     check(c, tern_copy(c, net->loss, &loss, sizeof loss, TERN_TO_DEVICE));
     if (at->step == 0) {
-        random_state = 1; /* all three see the same images in the same order */
+        random_state = (uint64_t)at->seed; /* all three see the same images in the same order */
         for (int i = 0; i < t->train.count; i++) order[i] = i;
     }
     while (at->step < steps && !interrupted) {
         const int b = (int)at->step++ % batches, last = b + 1 == batches;
-        const float warm = (float)at->step / 100.0f, cool = 1.0f - (float)at->step / (float)(steps + 1);
         tern_step s = TERN_ZERO;
         if (b == 0) {
             loss = 0;
@@ -391,10 +422,10 @@ static void train(tern_context *c, network *net, const task *t, place *at, int *
         forward(c, net, BATCH, 1);
         loss_of(c, net, BATCH);
         backward(c, net, BATCH);
-        s.rate = how->rate * (warm < cool ? warm : cool); /* a short climb, then down to zero */
         s.clip = 1.0f;
         s.decay = 0.01f;
         s.step = (uint32_t)at->step;
+        check(c, tern_schedule_rate(c, &schedule, s.step, &s.rate));
         check(c, tern_model_step(c, &net->model, &s));
         if (b % 20 == 19 || last) {
             check(c, tern_copy(c, &loss, net->loss, sizeof loss, TERN_TO_HOST));
@@ -430,12 +461,13 @@ static void save_state(tern_context *c, const network *net, place *at, const int
 /* Reads place and order; returns the network's bytes, which the caller frees. */
 static uint8_t *read_state(const char *path, place *at, int *order, size_t *size)
 {
-    const int64_t images = at->images;
+    const int64_t images = at->images, seed = at->seed;
     FILE *f = fopen(path, "rb");
     uint8_t *bytes;
     long end;
     if (!f || fread(at, sizeof *at, 1, f) != 1 || memcmp(at->magic, magic, sizeof magic)) stop(path, "is not a state of this program");
     if (at->images != images) stop(path, "is of a training on other images");
+    if (at->seed != seed) stop(path, "is of another --seed");
     if (fread(order, sizeof *order, (size_t)images, f) != (size_t)images || fseek(f, 0, SEEK_END)) stop(path, "is truncated");
     end = ftell(f);
     *size = (size_t)end - sizeof *at - (size_t)images * sizeof *order;
@@ -506,6 +538,7 @@ int main(int argc, char **argv)
     task t = {{0, NULL, NULL}, {0, NULL, NULL}, 0, 0, NULL};
     uint8_t *predicted, *kept = NULL;
     const char *dir = NULL, *resume = NULL;
+    int seed = 1;
     struct sigaction on_signal;
     place at;
     int *order;
@@ -514,7 +547,8 @@ int main(int argc, char **argv)
 
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--resume") == 0 && i + 1 < argc) resume = argv[++i];
-        else if (dir || argv[i][0] == '-') stop(argv[0], "takes the directory of the MNIST files, or none, and --resume FILE");
+        else if (strcmp(argv[i], "--seed") == 0 && i + 1 < argc && atoi(argv[i + 1]) > 0) seed = atoi(argv[++i]);
+        else if (dir || argv[i][0] == '-') stop(argv[0], "takes the directory of the MNIST files, or none, --seed 1 (or above) and --resume FILE");
         else dir = argv[i];
     }
     if (dir) {
@@ -536,6 +570,7 @@ int main(int argc, char **argv)
     memset(&at, 0, sizeof at);
     memcpy(at.magic, magic, sizeof magic);
     at.images = t.train.count;
+    at.seed = seed;
     if (resume) kept = read_state(resume, &at, order, &size);
     begun -= at.elapsed;
     memset(&on_signal, 0, sizeof on_signal);
@@ -552,7 +587,7 @@ int main(int argc, char **argv)
         network net;
         tern_audit audit;
         double accuracy;
-        open_network(c, &net, how);
+        open_network(c, &net, how, (int)at.seed);
         if (kept) check(c, tern_model_load(c, &net.model, kept, size));
         free(kept);
         kept = NULL;
@@ -562,7 +597,7 @@ int main(int argc, char **argv)
             save_state(c, &net, &at, order);
             return 128 + interrupted;
         }
-        for (int j = 0; j < LAYERS; j++) tern_param_free(c, &net.weights[j], TERN_FOR_TRAINING); /* frozen: packed weights alone remain */
+        freeze(c, &net);
         check(c, tern_model_audit(c, &net.model, &audit));
         accuracy = accuracy_of(c, &net, &t.test, predicted);
         snprintf(at.table[at.which], sizeof at.table[0], "%-18s %8.2f%% %12ld %12ld %10.1f %10.1f", how->name, 100 * accuracy,
