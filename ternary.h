@@ -88,7 +88,8 @@ MEMORY
 
     Buffers come from the context's allocator or are yours (set tern_buffer.data and count); tern_reserve is
     the only call that grows scratch, so a forward or training step never allocates. tern_LAYER_need tells
-    both sizes: `saved`, the caller's, between forward and backward, and scratch. Kernels use up to 100 KB
+    both sizes: `saved`, the caller's, between forward and backward, and scratch. On the CPU tern_open takes 1.6 MB for
+    each of parallel.workers, which the first float product touches. Kernels use up to 100 KB
     of stack (300 KB in a build without optimization). The default allocator is malloc; on Linux it advises huge pages for blocks of 4 MB and more.
 
 THREADS
@@ -1740,7 +1741,15 @@ typedef struct tern__packing {
     int32_t base3;
 } tern__packing;
 
-typedef void tern__tile(int64_t m, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b, float *p, int32_t first);
+/* A product of float tiles: sum[i][lane] = (first ? 0 : p[i][lane]) + sum over j < k, in order, of a[j][i] * b[j][lane]
+   for up to tern__kernels.rows rows i and 32 lanes. It goes to p, or where c is set to c: c = (add ? c + : ) sum. */
+typedef struct tern__tile {
+    int64_t k;
+    const float *a, *b;         /* a: [k][tern__kernels.rows], b: [k][32] */
+    float *p;                   /* [rows][32] */
+    float *c; int64_t c_row;
+    int32_t rows, first, add;
+} tern__tile;
 
 typedef struct tern__kernels {
     void (*flip)(int64_t n, const uint32_t *signs, const float *x, float *y); /* y = x, but -x where bit i % 32 of word i / 32 is set */
@@ -1748,9 +1757,14 @@ typedef struct tern__kernels {
     void (*dot_2bit)(const tern__dot *d);
     void (*dot_base3)(const tern__dot *d);
     void (*emit)(const tern__emit *e);
-    /* p[i][lane] = (first ? 0 : p[i][lane]) + sum over j, in order, of a[i*a_row + j*a_col] * b[j][lane] */
-    tern__tile *tile;       /* product and sum are rounded separately */
-    tern__tile *tile_fused; /* one rounding where the tier has FMA */
+    void (*tile)(const tern__tile *t);       /* product and sum are rounded separately */
+    void (*tile_fused)(const tern__tile *t); /* one rounding where the tier has FMA */
+    /* to[j * to_step + l] = from[l * step + j] for lanes l and j < len; up to 7 floats behind the lanes of each j are
+       spoiled before lanes of the next j are written, so to_step >= lanes will do. */
+    void (*columns)(int64_t lanes, int64_t len, const float *from, int64_t step, float *to, int64_t to_step);
+    void (*pack_a)(int64_t rows, int64_t len, const float *a, int64_t a_row, int64_t a_col, float *to); /* for a tile; 16 floats behind are spoiled */
+    void (*scaled)(int64_t len, int64_t lanes, const int8_t *q, int64_t stride, const float *scale, float *b); /* b[j][lane] = q[j * stride + lane] * scale[j]; up to 32 lanes */
+    void (*trits)(int32_t base3, int64_t units, const uint8_t *unit, int8_t *t); /* of up to 3 units: t[row][64] */
     float (*sum)(int32_t kind, int64_t n, const float *x);              /* canonical, n <= 1024, kind a tern_sum_kind */
     /* The same of |x|, f32 or bf16, but 0 where it is not above delta; counts those that are. A negative delta: of all. `ahead`
        elements from here lies what is wanted next; every other line of it is asked for, ternarize asks for the rest. */
@@ -1767,6 +1781,7 @@ typedef struct tern__kernels {
     void (*ternarize)(const tern__packing *p);
     void (*optimize)(const tern__optimize_work *w, int64_t begin, int64_t end); /* of these weights; begin is a multiple of 4 */
     int32_t tokens; /* that a dot call should get: many share what is decoded once, few keep their activations in L1 */
+    int32_t rows;   /* of a float tile */
 } tern__kernels;
 
 /* Canonical sum of any number of floats (algorithm: blocks of 1024, then the same rule over the block
@@ -1818,6 +1833,7 @@ typedef void tern__body(tern__job *job, int64_t begin, int64_t end, int64_t *bad
 struct tern__job {
     tern__body *body;
     const tern__kernels *k;
+    void *state; /* the run's */
     const void *arg;
     int64_t items;
     int32_t tasks;
@@ -1846,6 +1862,7 @@ static int64_t tern__for(tern_run *r, tern__body *body, const void *arg, int64_t
     int32_t i;
     job.body = body;
     job.k = (const tern__kernels *)r->backend->data;
+    job.state = r->state;
     job.arg = arg;
     job.items = items;
     job.tasks = (int32_t)tern__min(tern__min(items, worth), r->parallel.run ? tern__min(r->parallel.workers, TERN__WORKERS) : 1);
@@ -2710,19 +2727,48 @@ static void tern__emit_scalar(const tern__emit *e)
         }
 }
 
-static void tern__tile_scalar(int64_t m, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b, float *p, int32_t first)
+enum { TERN__ROWS_SCALAR = 4 };
+static void tern__tile_scalar(const tern__tile *t)
 {
     int64_t i, j;
     int32_t l;
-    for (i = 0; i < m; i++, a += a_row, p += TERN__LANES) {
-        float acc[TERN__LANES];
-        for (l = 0; l < TERN__LANES; l++) acc[l] = first ? 0.0f : p[l];
-        for (j = 0; j < k; j++) {
-            const float x = a[j * a_col], *row = b + j * TERN__LANES;
-            for (l = 0; l < TERN__LANES; l++) acc[l] = acc[l] + x * row[l];
+    for (i = 0; i < t->rows; i++) {
+        float *to = t->c ? t->c + i * t->c_row : t->p + i * TERN__LANES, sum[TERN__LANES];
+        for (l = 0; l < TERN__LANES; l++) sum[l] = t->first ? 0.0f : t->p[i * TERN__LANES + l];
+        for (j = 0; j < t->k; j++) {
+            const float x = t->a[j * TERN__ROWS_SCALAR + i], *row = t->b + j * TERN__LANES;
+            for (l = 0; l < TERN__LANES; l++) sum[l] = sum[l] + x * row[l];
         }
-        memcpy(p, acc, sizeof acc);
+        for (l = 0; t->c && t->add && l < TERN__LANES; l++) sum[l] = to[l] + sum[l];
+        memcpy(to, sum, sizeof sum);
     }
+}
+
+static void tern__columns_scalar(int64_t lanes, int64_t len, const float *from, int64_t step, float *to, int64_t to_step)
+{
+    int64_t j, l;
+    for (j = 0; j < len; j++)
+        for (l = 0; l < lanes; l++) to[j * to_step + l] = from[l * step + j];
+}
+
+static void tern__pack_a_scalar(int64_t rows, int64_t len, const float *a, int64_t a_row, int64_t a_col, float *to)
+{
+    int64_t i, j;
+    for (j = 0; j < len; j++)
+        for (i = 0; i < rows; i++) to[j * TERN__ROWS_SCALAR + i] = a[i * a_row + j * a_col];
+}
+
+static void tern__scaled_scalar(int64_t len, int64_t lanes, const int8_t *q, int64_t stride, const float *scale, float *b)
+{
+    int64_t j, l;
+    for (j = 0; j < len; j++, q += stride, b += TERN__LANES)
+        for (l = 0; l < lanes; l++) b[l] = (float)q[l] * scale[j];
+}
+
+static void tern__trits_scalar(int32_t base3, int64_t units, const uint8_t *unit, int8_t *t)
+{
+    int64_t i;
+    for (i = 0; i < units; i++) tern__unpack_rows(base3 ? TERN_BASE3 : TERN_2BIT, unit + i * TERN__UNIT, 64, t + i * (base3 ? 20 : 16));
 }
 
 /* 64 lanes x 16, from +0 down the lanes in order, then the lanes pairwise: i and i + 32, i and i + 16, ... */
@@ -2904,13 +2950,16 @@ static void tern__hadamard_scalar(int64_t p, float factor, float *x)
             }
 }
 
-static const tern__kernels tern__kernels_scalar = {
-    tern__flip_scalar, tern__hadamard_scalar,
-    tern__dot_2bit_scalar, tern__dot_base3_scalar, tern__emit_scalar,
-    tern__tile_scalar, tern__tile_scalar, tern__sum_scalar, tern__sum_above_scalar, tern__absmax_scalar, tern__round_scalar,
-    tern__dot_i8_scalar, tern__floats_scalar, tern__dot_bits_scalar,
-    tern__widen_scalar, tern__ternarize_scalar, tern__optimize_scalar, 64
-};
+/* A tier's table: kernels of suffix X, but for what some tiers have of their own. */
+#define TERN__KERNELS(X, FUSED, DOT_2BIT, DOT_BASE3, DOT_I8, DOT_BITS, TOKENS, TILE_ROWS)                \
+    tern__flip_##X, tern__hadamard_##X, tern__dot_2bit_##DOT_2BIT, tern__dot_base3_##DOT_BASE3,          \
+    tern__emit_##X, tern__tile_##X, FUSED,                                                               \
+    tern__columns_##X, tern__pack_a_##X, tern__scaled_##X, tern__trits_##X,                              \
+    tern__sum_##X, tern__sum_above_##X, tern__absmax_##X, tern__round_##X,                               \
+    tern__dot_i8_##DOT_I8, tern__floats_##X, tern__dot_bits_##DOT_BITS,                                  \
+    tern__widen_##X, tern__ternarize_##X, tern__optimize_##X, TOKENS, TILE_ROWS
+
+static const tern__kernels tern__kernels_scalar = {TERN__KERNELS(scalar, tern__tile_scalar, scalar, scalar, scalar, scalar, 64, TERN__ROWS_SCALAR)};
 
 /* ------------------------------------------------------------------------------------------------
    [TERN-11] Kernels, x86
@@ -3430,47 +3479,158 @@ static TARGET void tern__hadamard_##X(int64_t p, float factor, float *x)        
             }                                                                                            \
 }
 
-/* The float tile: R rows of p by 2 W lanes stay in registers for all of k; the 32 lanes take 16/W passes.
-   R1, R2 and 1 rows at a time. MADD says how a product joins its sum. Where a is transposed, its columns are often
-   multiples of 4096 bytes apart: no hardware prefetch, and all in one set of L1 (8 ahead: 1.35 times as fast). */
+/* The float tile: R rows of p by 2 W lanes stay in registers for all of k; the 32 lanes take 16/W passes. MADD says
+   how a product joins its sum. What comes next from memory is asked for before the loop: the next tile's p, this one's c. */
 #define TERN__PLAIN_MADD(a, b, c) ((a) * (b) + (c))
-enum { TERN__COLUMNS_AHEAD = 8 };
-static inline __attribute__((always_inline)) void tern__prefetch_column(const float *a, int64_t last, int64_t ahead)
+static inline __attribute__((always_inline)) void tern__prefetch_lanes(uintptr_t at)
 {
-    __builtin_prefetch((const void *)((uintptr_t)a + (uintptr_t)(4 * ahead)));
-    __builtin_prefetch((const void *)((uintptr_t)a + (uintptr_t)(4 * (ahead + last))));
+    __builtin_prefetch((const void *)at, 1);
+    __builtin_prefetch((const void *)(at + 64), 1);
+    __builtin_prefetch((const void *)(at + 124), 1);
 }
-#define TERN__X86_TILE(NAME, TARGET, W, V, MM, R1, R2, MADD)                                             \
-static inline __attribute__((always_inline)) TARGET void NAME##_block(const int R, int64_t k, const float *a, int64_t a_row, \
-                                                                      int64_t a_col, const float *b, float *p, int32_t first) \
+#define TERN__X86_TILE(NAME, TARGET, W, V, MM, ROWS, MADD)                                               \
+static inline __attribute__((always_inline)) TARGET void NAME##_block(const int R, const tern__tile *t, int at) \
 {                                                                                                        \
+    float *const to = t->c ? t->c + at * t->c_row : t->p + at * 32;                                      \
+    const int64_t to_row = t->c ? t->c_row : 32;                                                         \
+    const uintptr_t ask = t->c ? (uintptr_t)to : (uintptr_t)(t->p + at * 32) + 128 * (uintptr_t)R;        \
+    TERN__UNROLL for (int i = 0; i < R; i++) tern__prefetch_lanes(ask + 4 * (uintptr_t)(i * to_row));    \
     for (int half = 0; half < 32; half += 2 * W) {                                                       \
-        V sum[R1][2];                                                                                    \
+        const float *a = t->a + at, *b = t->b + half, *p = t->p + at * 32 + half;                        \
+        V sum[ROWS][2];                                                                                  \
         TERN__UNROLL for (int i = 0; i < R; i++) {                                                       \
-            sum[i][0] = first ? MM##setzero_ps() : MM##load_ps(p + i * 32 + half);                       \
-            sum[i][1] = first ? MM##setzero_ps() : MM##load_ps(p + i * 32 + half + W);                   \
+            sum[i][0] = t->first ? MM##setzero_ps() : MM##load_ps(p + i * 32);                           \
+            sum[i][1] = t->first ? MM##setzero_ps() : MM##load_ps(p + i * 32 + W);                       \
         }                                                                                                \
-        for (int64_t j = 0; j < k; j++) {                                                                \
-            const V b0 = MM##load_ps(b + j * 32 + half), b1 = MM##load_ps(b + j * 32 + half + W);        \
-            if (a_col != 1) tern__prefetch_column(a + j * a_col, (R - 1) * a_row, TERN__COLUMNS_AHEAD * a_col);\
+        for (int64_t j = t->k; j > 0; j--, a += ROWS, b += 32) {                                         \
+            const V b0 = MM##load_ps(b), b1 = MM##load_ps(b + W);                                        \
+            __builtin_prefetch((const void *)((uintptr_t)a + 64 * ROWS));                                                \
             TERN__UNROLL for (int i = 0; i < R; i++) {                                                   \
-                const V x = MM##set1_ps(a[i * a_row + j * a_col]);                                       \
+                const V x = MM##set1_ps(a[i]);                                                           \
                 sum[i][0] = MADD(x, b0, sum[i][0]);                                                      \
                 sum[i][1] = MADD(x, b1, sum[i][1]);                                                      \
             }                                                                                            \
         }                                                                                                \
+        if (t->c && t->add)                                                                              \
+            TERN__UNROLL for (int i = 0; i < R; i++) {                                                   \
+                sum[i][0] = MM##loadu_ps(to + i * to_row + half) + sum[i][0];                            \
+                sum[i][1] = MM##loadu_ps(to + i * to_row + half + W) + sum[i][1];                        \
+            }                                                                                            \
         TERN__UNROLL for (int i = 0; i < R; i++) {                                                       \
-            MM##store_ps(p + i * 32 + half, sum[i][0]);                                                  \
-            MM##store_ps(p + i * 32 + half + W, sum[i][1]);                                              \
+            MM##storeu_ps(to + i * to_row + half, sum[i][0]);                                            \
+            MM##storeu_ps(to + i * to_row + half + W, sum[i][1]);                                        \
         }                                                                                                \
     }                                                                                                    \
 }                                                                                                        \
-static TARGET void NAME(int64_t m, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b, float *p, int32_t first) \
+static TARGET void NAME(const tern__tile *t)                                                             \
 {                                                                                                        \
-    int64_t i = 0;                                                                                       \
-    for (; m - i >= R1; i += R1) NAME##_block(R1, k, a + i * a_row, a_row, a_col, b, p + i * 32, first); \
-    for (; m - i >= R2; i += R2) NAME##_block(R2, k, a + i * a_row, a_row, a_col, b, p + i * 32, first); \
-    for (; i < m; i++) NAME##_block(1, k, a + i * a_row, a_row, a_col, b, p + i * 32, first);            \
+    int at = 0;                                                                                          \
+    if (t->rows == ROWS) NAME##_block(ROWS, t, 0);                                                       \
+    else {                                                                                               \
+        if (ROWS > 8 && t->rows >= 8) NAME##_block(8, t, 0), at = 8;                                     \
+        if (t->rows - at >= 4) NAME##_block(4, t, at), at += 4;                                          \
+        for (; at < t->rows; at++) NAME##_block(1, t, at);                                               \
+    }                                                                                                    \
+}
+
+/* Squares of floats, rows to columns. */
+#define TERN__X86_TRANSPOSE_4(X, TARGET)                                                                 \
+static inline __attribute__((always_inline)) TARGET void tern__transpose_##X(__m128 *v)                  \
+{                                                                                                        \
+    const __m128 a = _mm_unpacklo_ps(v[0], v[1]), b = _mm_unpackhi_ps(v[0], v[1]);                       \
+    const __m128 c = _mm_unpacklo_ps(v[2], v[3]), d = _mm_unpackhi_ps(v[2], v[3]);                       \
+    v[0] = _mm_movelh_ps(a, c);                                                                          \
+    v[1] = _mm_movehl_ps(c, a);                                                                          \
+    v[2] = _mm_movelh_ps(b, d);                                                                          \
+    v[3] = _mm_movehl_ps(d, b);                                                                          \
+}
+#define TERN__X86_TRANSPOSE_8(X, TARGET)                                                                 \
+static inline __attribute__((always_inline)) TARGET void tern__transpose_##X(__m256 *v)                  \
+{                                                                                                        \
+    __m256 t[8];                                                                                         \
+    TERN__UNROLL for (int i = 0; i < 8; i += 4) {                                                        \
+        const __m256 a = _mm256_unpacklo_ps(v[i], v[i + 1]), b = _mm256_unpackhi_ps(v[i], v[i + 1]);     \
+        const __m256 c = _mm256_unpacklo_ps(v[i + 2], v[i + 3]), d = _mm256_unpackhi_ps(v[i + 2], v[i + 3]); \
+        t[i] = _mm256_shuffle_ps(a, c, 0x44);                                                            \
+        t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);                                                        \
+        t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);                                                        \
+        t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);                                                        \
+    }                                                                                                    \
+    TERN__UNROLL for (int i = 0; i < 4; i++) {                                                           \
+        v[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);                                             \
+        v[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);                                         \
+    }                                                                                                    \
+}
+
+/* Operands in the order of use. S, SV, SMM: the squares that are transposed. Lanes from the last to the first: what a
+   store has too many is then written over. The same terms of the rows behind these are what is wanted next. */
+#define TERN__X86_PACK(X, TARGET, W, MM, S, SV, SMM, ROWS)                                               \
+static TARGET void tern__columns_##X(int64_t lanes, int64_t len, const float *from, int64_t step, float *to, int64_t to_step) \
+{                                                                                                        \
+    const uintptr_t ahead = 4 * (uintptr_t)(lanes * step);                                               \
+    for (int64_t l = (lanes - 1) / S * S; l >= 0; l -= S) {                                              \
+        const float *row[S];                                                                             \
+        int64_t j = 0;                                                                                   \
+        for (int i = 0; i < S; i++) row[i] = from + tern__min(l + i, lanes - 1) * step;                  \
+        for (; j <= len - S; j += S) {                                                                   \
+            SV v[S];                                                                                     \
+            TERN__UNROLL for (int i = 0; i < S; i++) v[i] = SMM##loadu_ps(row[i] + j);                   \
+            if (j % 16 == 0)                                                                             \
+                TERN__UNROLL for (int i = 0; i < S; i++) __builtin_prefetch((const void *)((uintptr_t)(row[i] + j) + ahead), 0, 2); \
+            tern__transpose_##X(v);                                                                      \
+            TERN__UNROLL for (int i = 0; i < S; i++) SMM##storeu_ps(to + (j + i) * to_step + l, v[i]);   \
+        }                                                                                                \
+        for (; j < len; j++)                                                                             \
+            for (int64_t i = l; i < tern__min(l + S, lanes); i++) to[j * to_step + i] = from[i * step + j]; \
+    }                                                                                                    \
+}                                                                                                        \
+static TARGET void tern__pack_a_##X(int64_t rows, int64_t len, const float *a, int64_t a_row, int64_t a_col, float *to) \
+{                                                                                                        \
+    if (a_col == 1) tern__columns_##X(rows, len, a, a_row, to, ROWS);                                    \
+    else if (a_row == 1 && rows == ROWS)                                                                 \
+        for (int64_t j = 0; j < len; j++, a += a_col, to += ROWS)                                        \
+            TERN__UNROLL for (int i = 0; i < ROWS; i += W) MM##storeu_ps(to + i, tern__load_##X(a + i, ROWS - i)); \
+    else                                                                                                 \
+        for (int64_t j = 0; j < len; j++)                                                                \
+            for (int64_t i = 0; i < rows; i++) to[j * ROWS + i] = a[i * a_row + j * a_col];              \
+}
+
+/* int8 times their rows' scales. The next 32 lanes are what is wanted next, each row in lines of its own. */
+#define TERN__X86_SCALED(X, TARGET, W, MM)                                                               \
+static TARGET void tern__scaled_##X(int64_t len, int64_t lanes, const int8_t *q, int64_t stride, const float *scale, float *b) \
+{                                                                                                        \
+    for (int64_t j = 0; j < len; j++, q += stride, b += 32) {                                            \
+        int64_t l = 0;                                                                                   \
+        __builtin_prefetch((const void *)((uintptr_t)q + 32));                                           \
+        if (lanes == 32)                                                                                 \
+            TERN__UNROLL for (int h = 0; h < 32; h += W) MM##storeu_ps(b + h, MM##cvtepi32_ps(tern__i8_##X(q + h)) * MM##set1_ps(scale[j])); \
+        else for (; l < lanes; l++) b[l] = (float)q[l] * scale[j];                                       \
+    }                                                                                                    \
+}
+
+/* Packed trits as rows of int8: quads of four rows by four, transposed. */
+#define TERN__X86_TRITS(X, TARGET)                                                                       \
+static TARGET void tern__trits_##X(int32_t base3, int64_t units, const uint8_t *unit, int8_t *t)         \
+{                                                                                                        \
+    const int64_t quads = units * (base3 ? 5 : 4);                                                       \
+    const __m128i one = _mm_set1_epi8(1);                                                                \
+    uint8_t code[16 * 64];                                                                               \
+    (base3 ? tern__decode_base3_##X : tern__decode_2bit_##X)(unit, units, code);                         \
+    memset(code + quads * 64, 0, (size_t)(-quads & 3) * 64);                                             \
+    for (int64_t q = 0; q < quads; q += 4)                                                               \
+        for (int r = 0; r < 16; r += 4) {                                                                \
+            __m128i v[4], a, b, c, d;                                                                    \
+            TERN__UNROLL for (int i = 0; i < 4; i++)                                                     \
+                v[i] = _mm_sub_epi8(_mm_loadu_si128((const __m128i *)(const void *)(code + (q + i) * 64 + 4 * r)), one); \
+            a = _mm_unpacklo_epi32(v[0], v[1]);                                                          \
+            b = _mm_unpackhi_epi32(v[0], v[1]);                                                          \
+            c = _mm_unpacklo_epi32(v[2], v[3]);                                                          \
+            d = _mm_unpackhi_epi32(v[2], v[3]);                                                          \
+            _mm_storeu_si128((__m128i *)(void *)(t + r * 64 + 4 * q), _mm_unpacklo_epi64(a, c));         \
+            _mm_storeu_si128((__m128i *)(void *)(t + (r + 1) * 64 + 4 * q), _mm_unpackhi_epi64(a, c));   \
+            _mm_storeu_si128((__m128i *)(void *)(t + (r + 2) * 64 + 4 * q), _mm_unpacklo_epi64(b, d));   \
+            _mm_storeu_si128((__m128i *)(void *)(t + (r + 3) * 64 + 4 * q), _mm_unpackhi_epi64(b, d));   \
+        }                                                                                                \
 }
 
 /* By nibble, as byte shuffles want it, once for each 16 bytes of the widest vector: the multiple of 27 at or
@@ -4039,8 +4199,12 @@ TERN__X86_OPTIMIZE(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 #endif
 TERN__SSE41_INLINE __m128 tern__swap_sse41(__m128 v, int h) { return h == 1 ? _mm_shuffle_ps(v, v, 0xB1) : _mm_shuffle_ps(v, v, 0x4E); }
 TERN__X86_HADAMARD(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
-TERN__X86_TILE(tern__tile_sse41, TERN__SSE41, 4, __m128, _mm_, 6, 2, TERN__PLAIN_MADD)
+TERN__X86_TILE(tern__tile_sse41, TERN__SSE41, 4, __m128, _mm_, 6, TERN__PLAIN_MADD)
+TERN__X86_TRANSPOSE_4(sse41, TERN__SSE41)
+TERN__X86_PACK(sse41, TERN__SSE41, 4, _mm_, 4, __m128, _mm_, 6)
+TERN__X86_SCALED(sse41, TERN__SSE41, 4, _mm_)
 TERN__X86_CODES(sse41, TERN__SSE41, 4, __m128i, _mm_)
+TERN__X86_TRITS(sse41, TERN__SSE41)
 TERN__X86_BITS(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 TERN__SSE41_INLINE __m128 tern__trit_sse41(__m128i code)
 {
@@ -4053,12 +4217,7 @@ TERN__X86_MADDUBS(sse41, TERN__SSE41, 4, __m128i, _mm_)
 TERN__X86_WORDS(sse41, TERN__SSE41, 4, __m128i, _mm_)
 TERN__X86_DOT(sse41, sse41, TERN__SSE41, 4, __m128, __m128i, _mm_, 2, 4, TERN__QUADS)
 
-static const tern__kernels tern__kernels_sse41 = {
-    tern__flip_sse41, tern__hadamard_sse41,
-    tern__dot_2bit_sse41, tern__dot_base3_sse41, tern__emit_sse41, tern__tile_sse41, tern__tile_sse41,
-    tern__sum_sse41, tern__sum_above_sse41, tern__absmax_sse41, tern__round_sse41, tern__dot_i8_sse41, tern__floats_sse41, tern__dot_bits_sse41,
-    tern__widen_sse41, tern__ternarize_sse41, tern__optimize_sse41, 64
-};
+static const tern__kernels tern__kernels_sse41 = {TERN__KERNELS(sse41, tern__tile_sse41, sse41, sse41, sse41, sse41, 64, 6)};
 #endif /* TERN__WITH_SSE41 */
 
 #if defined(TERN__WITH_AVX2) || defined(TERN__WITH_AVX_VNNI)
@@ -4118,10 +4277,14 @@ TERN__AVX2_INLINE __m256 tern__swap_avx2(__m256 v, int h)
     return h == 1 ? _mm256_permute_ps(v, 0xB1) : h == 2 ? _mm256_permute_ps(v, 0x4E) : _mm256_permute2f128_ps(v, v, 1);
 }
 TERN__X86_HADAMARD(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
-TERN__X86_TILE(tern__tile_avx2, TERN__AVX2, 8, __m256, _mm256_, 6, 2, TERN__PLAIN_MADD)
-TERN__X86_TILE(tern__tile_fused_avx2, __attribute__((target("avx2,fma"))), 8, __m256, _mm256_, 6, 2, _mm256_fmadd_ps)
+TERN__X86_TILE(tern__tile_avx2, TERN__AVX2, 8, __m256, _mm256_, 6, TERN__PLAIN_MADD)
+TERN__X86_TILE(tern__tile_fused_avx2, __attribute__((target("avx2,fma"))), 8, __m256, _mm256_, 6, _mm256_fmadd_ps)
+TERN__X86_TRANSPOSE_8(avx2, TERN__AVX2)
+TERN__X86_PACK(avx2, TERN__AVX2, 8, _mm256_, 8, __m256, _mm256_, 6)
 
+TERN__X86_SCALED(avx2, TERN__AVX2, 8, _mm256_)
 TERN__X86_CODES(avx2, TERN__AVX2, 8, __m256i, _mm256_)
+TERN__X86_TRITS(avx2, TERN__AVX2)
 TERN__X86_BITS(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
 TERN__AVX2_INLINE __m256 tern__trit_avx2(__m256i code)
 {
@@ -4137,12 +4300,7 @@ TERN__X86_MADDUBS(avx2, TERN__AVX2, 8, __m256i, _mm256_)
 TERN__X86_WORDS(avx2, TERN__AVX2, 8, __m256i, _mm256_)
 TERN__X86_DOT(avx2, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 2, 4, TERN__QUADS)
 
-static const tern__kernels tern__kernels_avx2 = {
-    tern__flip_avx2, tern__hadamard_avx2,
-    tern__dot_2bit_avx2, tern__dot_base3_avx2, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
-    tern__sum_avx2, tern__sum_above_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx2, tern__floats_avx2, tern__dot_bits_avx2,
-    tern__widen_avx2, tern__ternarize_avx2, tern__optimize_avx2, 64
-};
+static const tern__kernels tern__kernels_avx2 = {TERN__KERNELS(avx2, tern__tile_fused_avx2, avx2, avx2, avx2, avx2, 64, 6)};
 #endif /* TERN__WITH_AVX2 */
 
 #ifdef TERN__WITH_AVX_VNNI
@@ -4164,12 +4322,7 @@ static void tern__dot_i8_avx_vnni(const tern__dot *d, int64_t acc_row, int32_t a
     tern__dot_codes(d, &quads, acc_row, add);
 }
 
-static const tern__kernels tern__kernels_avx_vnni = {
-    tern__flip_avx2, tern__hadamard_avx2,
-    tern__dot_2bit_avx_vnni, tern__dot_base3_avx_vnni, tern__emit_avx2, tern__tile_avx2, tern__tile_fused_avx2,
-    tern__sum_avx2, tern__sum_above_avx2, tern__absmax_avx2, tern__round_avx2, tern__dot_i8_avx_vnni, tern__floats_avx2, tern__dot_bits_avx2,
-    tern__widen_avx2, tern__ternarize_avx2, tern__optimize_avx2, 64
-};
+static const tern__kernels tern__kernels_avx_vnni = {TERN__KERNELS(avx2, tern__tile_fused_avx2, avx_vnni, avx_vnni, avx_vnni, avx2, 64, 6)};
 #endif /* TERN__WITH_AVX_VNNI */
 
 #ifdef TERN__WITH_AVX512_VNNI
@@ -4226,9 +4379,13 @@ TERN__AVX512_INLINE __m512 tern__swap_avx512(__m512 v, int h)
          : h == 4 ? _mm512_shuffle_f32x4(v, v, 0xB1) : _mm512_shuffle_f32x4(v, v, 0x4E);
 }
 TERN__X86_HADAMARD(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
-TERN__X86_TILE(tern__tile_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4, TERN__PLAIN_MADD)
-TERN__X86_TILE(tern__tile_fused_avx512, TERN__AVX512, 16, __m512, _mm512_, 12, 4, _mm512_fmadd_ps)
+TERN__X86_TILE(tern__tile_avx512, TERN__AVX512, 16, __m512, _mm512_, 14, TERN__PLAIN_MADD)
+TERN__X86_TILE(tern__tile_fused_avx512, TERN__AVX512, 16, __m512, _mm512_, 14, _mm512_fmadd_ps)
+TERN__X86_TRANSPOSE_8(avx512, TERN__AVX512)
+TERN__X86_PACK(avx512, TERN__AVX512, 16, _mm512_, 8, __m256, _mm256_, 14)
+TERN__X86_SCALED(avx512, TERN__AVX512, 16, _mm512_)
 TERN__X86_CODES(avx512, TERN__AVX512, 16, __m512i, _mm512_)
+TERN__X86_TRITS(avx512, TERN__AVX512)
 TERN__X86_BITS(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
 TERN__AVX512_INLINE __m512 tern__trit_avx512(__m512i code)
 {
@@ -4443,12 +4600,7 @@ static void tern__dot_i8_avx512(const tern__dot *d, int64_t acc_row, int32_t add
     tern__dot_codes(d, &quads, acc_row, add);
 }
 
-static const tern__kernels tern__kernels_avx512_vnni = {
-    tern__flip_avx512, tern__hadamard_avx512,
-    tern__dot_2bit_avx512, tern__dot_base3_avx512, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
-    tern__sum_avx512, tern__sum_above_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512,
-    tern__widen_avx512, tern__ternarize_avx512, tern__optimize_avx512, 64
-};
+static const tern__kernels tern__kernels_avx512_vnni = {TERN__KERNELS(avx512, tern__tile_fused_avx512, avx512, avx512, avx512, avx512, 64, 14)};
 
 #ifdef TERN__WITH_AVX512_VBMI
 /* -- AVX-512 with VBMI and VPOPCNTDQ, which comes with it: the base-3 dot and that of bits alone differ -- */
@@ -4511,12 +4663,7 @@ static void tern__dot_bits_avx512_vbmi(const tern__dot *d, tern_type encoding)
     tern__dot_bits(d, encoding, &way);
 }
 
-static const tern__kernels tern__kernels_avx512_vbmi = {
-    tern__flip_avx512, tern__hadamard_avx512,
-    tern__dot_2bit_avx512, tern__dot_base3_avx512_vbmi, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
-    tern__sum_avx512, tern__sum_above_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512_vbmi,
-    tern__widen_avx512, tern__ternarize_avx512, tern__optimize_avx512, 64
-};
+static const tern__kernels tern__kernels_avx512_vbmi = {TERN__KERNELS(avx512, tern__tile_fused_avx512, avx512, avx512_vbmi, avx512, avx512_vbmi, 64, 14)};
 #endif /* TERN__WITH_AVX512_VBMI */
 #undef TERN__CASE
 #endif /* TERN__WITH_AVX512_VNNI */
@@ -4702,12 +4849,7 @@ static void tern__dot_base3_amx(const tern__dot *d)
     else tern__dot_base3_avx512_vbmi(d);
 }
 
-static const tern__kernels tern__kernels_amx_int8 = {
-    tern__flip_avx512, tern__hadamard_avx512,
-    tern__dot_2bit_amx, tern__dot_base3_amx, tern__emit_avx512, tern__tile_avx512, tern__tile_fused_avx512,
-    tern__sum_avx512, tern__sum_above_avx512, tern__absmax_avx512, tern__round_avx512, tern__dot_i8_avx512, tern__floats_avx512, tern__dot_bits_avx512_vbmi,
-    tern__widen_avx512, tern__ternarize_avx512, tern__optimize_avx512, TERN__TOKENS
-};
+static const tern__kernels tern__kernels_amx_int8 = {TERN__KERNELS(avx512, tern__tile_fused_avx512, amx, amx, avx512, avx512_vbmi, TERN__TOKENS, 14)};
 #endif /* TERN__WITH_AMX_INT8 */
 
 #ifndef __clang__
@@ -4876,7 +5018,18 @@ static void tern__matmul_body(tern__job *job, int64_t begin, int64_t end, int64_
 
 /* -- float matrix products: one blocked driver, several right operands -- */
 
-enum { TERN__M_BLOCK = 192, TERN__K_BLOCK = 160 }; /* both operands of a tile stay in L1 and L2 */
+/* A block of a is packed for L2, a strip of b for L1: 32 columns. */
+enum {
+    TERN__M_BLOCK = 378, /* rows; a multiple of 6 and 14 */
+    TERN__K_BLOCK = 256,
+    TERN__STRIPS = 16,   /* that meet a packed block, at most */
+    TERN__SPOILED = 16,  /* behind each tile's rows */
+    TERN__DS = 256
+};
+typedef struct tern__work {
+    float a[TERN__M_BLOCK * (TERN__K_BLOCK + TERN__SPOILED)], b[TERN__K_BLOCK * TERN__LANES], sum[TERN__STRIPS][TERN__M_BLOCK * TERN__LANES];
+    float ds[TERN__M_BLOCK * TERN__DS]; /* of an attention's backward */
+} tern__work;
 typedef enum { TERN__B_FLOATS, TERN__B_WEIGHTS, TERN__B_QUANTIZED, TERN__B_BITS } tern__operand;
 
 /* c [m, n] (+)= a [m, k] * b [k, n] (+ bias). Right operands:
@@ -4893,39 +5046,18 @@ typedef struct tern__gemm {
     const int8_t *q; const float *scale;
     const float *bias;
     float *c; int64_t c_row;
+    int64_t block; /* rows that are packed at once: how much threads get, never how sums run */
     int32_t add, fused;
 } tern__gemm;
 
-/* Columns as rows, 16 by 4 at a time. */
-static void tern__fill_columns(const float *from, int64_t step, int64_t len, int64_t lanes, float *b)
-{
-    const int64_t whole_len = len & ~(int64_t)15, whole_lanes = lanes & ~(int64_t)3;
-    int64_t l, j;
-    for (l = 0; l < lanes; l++)
-        for (j = l < whole_lanes ? whole_len : 0; j < len; j++) b[j * TERN__LANES + l] = from[l * step + j];
-    for (l = 0; l < whole_lanes; l += 4)
-        for (j = 0; j < whole_len; j += 16)
-            tern__four_columns(from + l * step + j, step * (int64_t)sizeof(float), b + j * TERN__LANES + l, TERN__LANES * (int64_t)sizeof(float));
-}
-
-static void tern__fill_floats(const float *from, int64_t row, int64_t col, int64_t len, int64_t lanes, float *b)
+static void tern__fill_floats(const tern__kernels *k, const float *from, int64_t row, int64_t col, int64_t len, int64_t lanes, float *b)
 {
     int64_t l, j;
-    if (row == 1) tern__fill_columns(from, col, len, lanes, b);
+    if (row == 1) k->columns(lanes, len, from, col, b, TERN__LANES);
     else
         for (j = 0; j < len; j++, from += row, b += TERN__LANES)
             if (col == 1 && lanes == TERN__LANES) memcpy(b, from, sizeof(float) * TERN__LANES);
             else for (l = 0; l < lanes; l++) b[l] = from[l * col];
-}
-
-/* Rows of int8, `stride` apart, times their scales. Constant trip counts where no group ends. */
-static void tern__fill_scaled(const int8_t *__restrict q, int64_t stride, const float *__restrict scale, int64_t len, int64_t lanes, float *__restrict b)
-{
-    int64_t j;
-    int32_t l;
-    for (j = 0; j < len; j++, q += stride, b += TERN__LANES)
-        if (lanes == TERN__LANES) for (l = 0; l < TERN__LANES; l++) b[l] = (float)q[l] * scale[j];
-        else for (l = 0; l < lanes; l++) b[l] = (float)q[l] * scale[j];
 }
 
 /* Bits from the one with number `first` on, the same. */
@@ -4937,35 +5069,34 @@ static void tern__fill_bits(const int8_t *bits, int64_t stride, int64_t first, c
 }
 
 /* Inputs [in_group, in_group + lanes) of a group, panel by panel; k0 is a multiple of 16. */
-static void tern__fill_weights(const tern_matrix *m, const tern__shape *s, int64_t k0, int64_t len, int64_t group, int64_t in_group, int64_t lanes, float *b)
+static void tern__fill_weights(const tern__kernels *k, const tern_matrix *m, const tern__shape *s, int64_t k0, int64_t len, int64_t group, int64_t in_group, int64_t lanes, float *b)
 {
     const int64_t first = in_group / s->unit * s->unit, end = in_group + lanes;
     int8_t t[TERN__ROWS][64];
-    int64_t j, i;
+    int64_t j;
     for (j = 0; j < len; j += TERN__ROWS) {
         const int64_t panel = (k0 + j) / TERN__ROWS;
         const uint8_t *unit = (const uint8_t *)m->trits + panel * s->panel_bytes + (group * s->group_units + first / s->unit) * TERN__UNIT;
         float buffer[TERN__ROWS];
-        for (i = first; i < end; i += s->unit, unit += TERN__UNIT) tern__unpack_rows(m->encoding, unit, 64, t[0] + (i - first));
-        tern__fill_scaled(t[0] + (in_group - first), 64, tern__panel_scales(m, s, panel, group, buffer), tern__min(TERN__ROWS, len - j), lanes,
-                          b + j * TERN__LANES);
+        k->trits(m->encoding == TERN_BASE3, tern__ceil_div(end - first, s->unit), unit, t[0]);
+        k->scaled(tern__min(TERN__ROWS, len - j), lanes, t[0] + (in_group - first), 64, tern__panel_scales(m, s, panel, group, buffer), b + j * TERN__LANES);
     }
 }
 
 /* Rows [k0, k0 + len) and columns [n0, n0 + lanes) of the right operand; the other lanes are zero. */
-static void tern__gemm_fill(const tern__gemm *g, const tern__shape *s, int64_t k0, int64_t len, int64_t n0, int64_t lanes, float *b)
+static void tern__gemm_fill(const tern__kernels *k, const tern__gemm *g, const tern__shape *s, int64_t k0, int64_t len, int64_t n0, int64_t lanes, float *b)
 {
     int64_t l, run;
     if (lanes < TERN__LANES) memset(b, 0, sizeof(float) * (size_t)(len * TERN__LANES));
-    if (g->operand == TERN__B_FLOATS) tern__fill_floats(g->b + k0 * g->b_row + n0 * g->b_col, g->b_row, g->b_col, len, lanes, b);
+    if (g->operand == TERN__B_FLOATS) tern__fill_floats(k, g->b + k0 * g->b_row + n0 * g->b_col, g->b_row, g->b_col, len, lanes, b);
     else
         for (l = 0; l < lanes; l += run) {
             const int64_t group = (n0 + l) / s->group, in_group = n0 + l - group * s->group;
             run = tern__min(lanes - l, s->group - in_group);
-            if (g->operand == TERN__B_WEIGHTS) tern__fill_weights(g->w, s, k0, len, group, in_group, run, b + l);
+            if (g->operand == TERN__B_WEIGHTS) tern__fill_weights(k, g->w, s, k0, len, group, in_group, run, b + l);
             else if (g->operand == TERN__B_BITS)
                 tern__fill_bits(g->q + k0 * s->stride + group * tern__bit_words(s->group_units, s->unit) * 4, s->stride, in_group, g->scale + k0, len, run, b + l);
-            else tern__fill_scaled(g->q + k0 * s->stride + group * s->group_units * s->unit + in_group, s->stride, g->scale + k0, len, run, b + l);
+            else k->scaled(len, run, g->q + k0 * s->stride + group * s->group_units * s->unit + in_group, s->stride, g->scale + k0, b + l);
         }
 }
 
@@ -4983,57 +5114,112 @@ static void tern__gemm_store(const float *sum, int32_t add, int64_t lanes, float
     memcpy(c, v, bytes);
 }
 
-/* One block of up to 192 rows by 32 columns. Sums run in order within segments of 2048 terms; segment sums are
-   added in order. */
-static void tern__gemm_block(const tern__kernels *k, const tern__gemm *g, int64_t m0, int64_t n0)
+static int64_t tern__tile_at(const tern__kernels *k, int64_t row, int64_t len) { return row * len + row / k->rows * TERN__SPOILED; }
+
+/* Terms [at, at + len) of rows [m0, m0 + rows), packed by tiles in w->a. */
+static void tern__gemm_pack(const tern__kernels *k, const tern__gemm *g, int64_t m0, int64_t rows, int64_t at, int64_t len, tern__work *w)
 {
-    float b[TERN__K_BLOCK * TERN__LANES] TERN__ALIGN64;
-    float part[TERN__M_BLOCK * TERN__LANES] TERN__ALIGN64, whole[TERN__M_BLOCK * TERN__LANES] TERN__ALIGN64;
-    const int64_t rows = tern__min(TERN__M_BLOCK, g->m - m0), lanes = tern__min(TERN__LANES, g->n - n0);
-    const float *sum = g->k > TERN__SEGMENT ? whole : part;
-    int64_t i, l, at, len;
+    const int64_t step = g->a_col == 1 ? len : 32; /* terms: lines of a column-major block are not left half read */
+    int64_t i, j;
+    for (j = 0; j < len; j += step)
+        for (i = 0; i < rows; i += k->rows)
+            k->pack_a(tern__min(k->rows, rows - i), tern__min(step, len - j), g->a + (m0 + i) * g->a_row + (at + j) * g->a_col, g->a_row, g->a_col,
+                      w->a + tern__tile_at(k, i, len) + j * k->rows);
+}
+
+/* The same terms of the strip of b in w->b. Finished segments go from `part` to c, or by way of `whole` where c has less
+   than 32 columns left or waits for the sum of all segments. */
+static void tern__gemm_strip(const tern__kernels *k, const tern__gemm *g, int64_t m0, int64_t rows, int64_t n0, int64_t at, int64_t len,
+                             const tern__work *w, float *part, float *whole)
+{
+    const int64_t end = at + len, lanes = tern__min(TERN__LANES, g->n - n0);
+    const int32_t finish = end == g->k || end % TERN__SEGMENT == 0;
+    int64_t i, r, l;
+    tern__tile t;
+    t.k = len;
+    t.b = w->b;
+    t.first = at % TERN__SEGMENT == 0;
+    t.add = at >= TERN__SEGMENT || (!whole && g->add);
+    t.c_row = whole ? TERN__LANES : g->c_row;
+    for (i = 0; i < rows; i += k->rows) {
+        float *c = g->c + (m0 + i) * g->c_row + n0;
+        t.a = w->a + tern__tile_at(k, i, len);
+        t.p = part + i * TERN__LANES;
+        t.c = !finish ? NULL : whole ? whole + i * TERN__LANES : c;
+        t.rows = (int32_t)tern__min(k->rows, rows - i);
+        (g->fused ? k->tile_fused : k->tile)(&t);
+        if (end < g->k) continue;
+        for (r = 0; r < t.rows; r++, c += g->c_row) {
+            if (whole) tern__gemm_store(whole + (i + r) * TERN__LANES, g->add, lanes, c);
+            for (l = 0; g->bias && l < lanes; l++) c[l] = c[l] + g->bias[n0 + l];
+        }
+    }
+}
+
+/* Some rows by some strips of 32 columns. Sums run in order within segments of 2048 terms; segment sums are added in
+   order. */
+static void tern__gemm_block(const tern__kernels *k, const tern__gemm *g, int64_t m0, int64_t rows, int64_t s0, int64_t strips, tern__work *w)
+{
+    const int32_t deep = g->add && g->k > TERN__SEGMENT;
+    int64_t at, len, i;
     tern__shape s;
     if (g->operand != TERN__B_FLOATS) s = tern__shape_of(g->w);
     for (at = 0; at < g->k; at += len) {
-        const int64_t in_segment = at % TERN__SEGMENT;
-        len = tern__min(tern__min(TERN__K_BLOCK, TERN__SEGMENT - in_segment), g->k - at);
-        tern__gemm_fill(g, &s, at, len, n0, lanes, b);
-        (g->fused ? k->tile_fused : k->tile)(rows, len, g->a + m0 * g->a_row + at * g->a_col, g->a_row, g->a_col, b, part, in_segment == 0);
-        if (sum == whole && (in_segment + len == TERN__SEGMENT || at + len == g->k))
-            for (i = 0; i < rows * TERN__LANES; i++) whole[i] = at < TERN__SEGMENT ? part[i] : whole[i] + part[i];
-    }
-    for (i = 0; i < rows; i++) {
-        float *c = g->c + (m0 + i) * g->c_row + n0;
-        tern__gemm_store(sum + i * TERN__LANES, g->add, lanes, c);
-        for (l = 0; g->bias && l < lanes; l++) c[l] = c[l] + g->bias[n0 + l];
+        const int64_t left = tern__min(TERN__SEGMENT - at % TERN__SEGMENT, g->k - at); /* blocks of like size, in panels of w */
+        len = tern__min(left, tern__ceil_div(tern__ceil_div(left, tern__ceil_div(left, TERN__K_BLOCK)), TERN__ROWS) * TERN__ROWS);
+        tern__gemm_pack(k, g, m0, rows, at, len, w);
+        for (i = 0; i < strips; i++) {
+            const int64_t n0 = (s0 + i) * TERN__LANES, lanes = tern__min(TERN__LANES, g->n - n0);
+            tern__gemm_fill(k, g, &s, at, len, n0, lanes, w->b);
+            tern__gemm_strip(k, g, m0, rows, n0, at, len, w, w->sum[i], deep ? w->sum[TERN__STRIPS / 2 + i] : lanes < TERN__LANES ? w->sum[TERN__STRIPS - 1] : NULL);
+        }
     }
 }
 
-/* Sixteen strips of b meet each block of a in turn: the block stays in L2, and threads get like shares of short blocks. */
+/* Blocks of rows one after the other, in strips: a run of strips meets what is packed once. */
+static void tern__gemm_range(const tern__kernels *k, const tern__gemm *g, int64_t begin, int64_t end, tern__work *w)
+{
+    const int64_t strips = tern__ceil_div(g->n, TERN__LANES), most = g->add && g->k > TERN__SEGMENT ? TERN__STRIPS / 2 : TERN__STRIPS - 1;
+    int64_t i, run;
+    for (i = begin; i < end; i += run) {
+        const int64_t m0 = i / strips * g->block, left = tern__min(strips - i % strips, end - i);
+        run = tern__ceil_div(left, tern__ceil_div(left, most));
+        tern__gemm_block(k, g, m0, tern__min(g->block, g->m - m0), i % strips, run, w);
+    }
+}
+
+/* The memory of a task, which `bad` tells. */
+static tern__work *tern__work_of(const tern__job *job, const int64_t *bad)
+{
+    return (tern__work *)(((uintptr_t)job->state + 63) / 64 * 64) + (bad - job->bad);
+}
+
 static void tern__gemm_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
-    const tern__gemm *g = (const tern__gemm *)job->arg;
-    const int64_t strips = tern__ceil_div(g->n, TERN__LANES), blocks = tern__ceil_div(g->m, TERN__M_BLOCK);
-    int64_t i;
-    (void)bad;
-    for (i = begin; i < end; i++) {
-        const int64_t first = i / (16 * blocks) * 16, at = i - first * blocks, side = tern__min(16, strips - first);
-        tern__gemm_block(job->k, g, at / side * TERN__M_BLOCK, (first + at % side) * TERN__LANES);
-    }
+    tern__gemm_range(job->k, (const tern__gemm *)job->arg, begin, end, tern__work_of(job, bad));
 }
 
-static void tern__gemm_run(tern_run *run, const tern__gemm *g)
+/* Blocks of like size, low ones where there would be too few for the workers. */
+static int64_t tern__gemm_items(tern__gemm *g, const tern__kernels *k, int64_t workers)
 {
-    const int64_t items = tern__mul(tern__ceil_div(g->m, TERN__M_BLOCK), tern__ceil_div(g->n, TERN__LANES));
-    tern__for(run, tern__gemm_body, g, items, tern__mul(tern__min(g->m, TERN__M_BLOCK) * 16, g->k));
+    const int64_t strips = tern__ceil_div(g->n, TERN__LANES);
+    int64_t blocks = tern__ceil_div(g->m, TERN__M_BLOCK);
+    while (workers > 1 && blocks * strips < 2 * workers && blocks * 96 < g->m) blocks++;
+    g->block = tern__ceil_div(tern__ceil_div(g->m, blocks), k->rows) * k->rows;
+    return tern__mul(tern__ceil_div(g->m, g->block), strips);
+}
+
+static void tern__gemm_run(tern_run *run, tern__gemm *g)
+{
+    const int64_t items = tern__gemm_items(g, (const tern__kernels *)run->backend->data, run->parallel.workers);
+    tern__for(run, tern__gemm_body, g, items, tern__mul(tern__min(g->m, g->block) * 8, g->k));
 }
 
 /* The same on the calling thread, for bodies that are themselves parallel. */
-static void tern__gemm_here(const tern__kernels *k, const tern__gemm *g)
+static void tern__gemm_here(const tern__kernels *k, tern__gemm *g, tern__work *w)
 {
-    int64_t i, j;
-    for (j = 0; j < g->n; j += TERN__LANES)
-        for (i = 0; i < g->m; i += TERN__M_BLOCK) tern__gemm_block(k, g, i, j);
+    const int64_t items = tern__gemm_items(g, k, 1);
+    tern__gemm_range(k, g, 0, items, w);
 }
 
 static tern__gemm tern__gemm_of(int64_t m, int64_t n, int64_t k, const float *a, int64_t a_row, int64_t a_col, float *c, int64_t c_row)
@@ -5687,62 +5873,61 @@ static void tern__softmax_row(const tern__kernels *k, float *p, int64_t visible,
     for (; j < keys; j++) p[j] = 0.0f;
 }
 
-static void tern__attention_forward(const tern__kernels *k, const tern_attention_args *a, const tern__head *h)
+static void tern__attention_forward(const tern__kernels *k, const tern_attention_args *a, const tern__head *h, tern__work *w)
 {
     const int64_t width = (int64_t)a->heads * a->dim;
     tern__gemm g = tern__gemm_of(a->queries, a->keys, a->dim, h->q, a->q_stride, 1, h->p, a->keys);
     int64_t i;
     g.b = h->k; g.b_row = 1; g.b_col = a->k_stride;
-    tern__gemm_here(k, &g);
+    tern__gemm_here(k, &g, w);
     for (i = 0; i < a->queries; i++)
         tern__softmax_row(k, h->p + i * a->keys, a->keys - a->queries + i + 1, a->keys, 1.0f / tern__sqrt((float)a->dim));
     g = tern__gemm_of(a->queries, a->dim, a->keys, h->p, a->keys, 1, h->y, width);
     g.b = h->v; g.b_row = a->v_stride; g.b_col = 1;
-    tern__gemm_here(k, &g);
+    tern__gemm_here(k, &g, w);
 }
 
 /* dV = P^T dY; dS = P (dY V^T - <dy, y>) / sqrt(dim), in place of P; dQ = dS K; dK = dS^T Q. */
-static void tern__attention_backward(const tern__kernels *k, const tern_attention_args *a, const tern__head *h)
+static void tern__attention_backward(const tern__kernels *k, const tern_attention_args *a, const tern__head *h, tern__work *w)
 {
     const int64_t width = (int64_t)a->heads * a->dim;
     const int64_t dq = h->q - a->q, dk = h->k - a->k, dv = h->v - a->v;
     const float *dy = a->dy + (h->y - a->y);
     const float scale = 1.0f / tern__sqrt((float)a->dim);
     const int32_t add = h->head % (a->heads / a->kv_heads) != 0;
-    float ds[TERN__M_BLOCK * TERN__LANES];
     int64_t i, j, d, m0, n0;
     tern__gemm g = tern__gemm_of(a->keys, a->dim, a->queries, h->p, 1, a->keys, a->dv + dv, a->v_stride);
     g.b = dy; g.b_row = width; g.b_col = 1;
     g.add = add;
     g.fused = 1;
-    tern__gemm_here(k, &g);
+    tern__gemm_here(k, &g, w);
     for (m0 = 0; m0 < a->queries; m0 += TERN__M_BLOCK) {
         const int64_t rows = tern__min(TERN__M_BLOCK, a->queries - m0);
         float delta[TERN__M_BLOCK];
         for (i = 0; i < rows; i++)
             for (delta[i] = 0.0f, d = 0; d < a->dim; d++) delta[i] += dy[(m0 + i) * width + d] * h->y[(m0 + i) * width + d];
-        for (n0 = 0; n0 < a->keys; n0 += TERN__LANES) {
-            const int64_t lanes = tern__min(TERN__LANES, a->keys - n0);
-            g = tern__gemm_of(rows, lanes, a->dim, dy + m0 * width, width, 1, ds, TERN__LANES);
+        for (n0 = 0; n0 < a->keys; n0 += TERN__DS) {
+            const int64_t lanes = tern__min(TERN__DS, a->keys - n0);
+            g = tern__gemm_of(rows, lanes, a->dim, dy + m0 * width, width, 1, w->ds, TERN__DS);
             g.b = h->v + n0 * a->v_stride; g.b_row = 1; g.b_col = a->v_stride;
             g.fused = 1;
-            tern__gemm_block(k, &g, 0, 0);
+            tern__gemm_here(k, &g, w);
             for (i = 0; i < rows; i++)
                 for (j = 0; j < lanes; j++) {
                     float *p = h->p + (m0 + i) * a->keys + n0 + j;
-                    *p = *p * (ds[i * TERN__LANES + j] - delta[i]) * scale;
+                    *p = *p * (w->ds[i * TERN__DS + j] - delta[i]) * scale;
                 }
         }
     }
     g = tern__gemm_of(a->queries, a->dim, a->keys, h->p, a->keys, 1, a->dq + dq, a->q_stride);
     g.b = h->k; g.b_row = a->k_stride; g.b_col = 1;
     g.fused = 1;
-    tern__gemm_here(k, &g);
+    tern__gemm_here(k, &g, w);
     g = tern__gemm_of(a->keys, a->dim, a->queries, h->p, 1, a->keys, a->dk + dk, a->k_stride);
     g.b = h->q; g.b_row = a->q_stride; g.b_col = 1;
     g.add = add;
     g.fused = 1;
-    tern__gemm_here(k, &g);
+    tern__gemm_here(k, &g, w);
 }
 
 static void tern__attention_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
@@ -5755,8 +5940,8 @@ static void tern__attention_body(tern__job *job, int64_t begin, int64_t end, int
     for (item = begin; item < end; item++)
         for (i = 0; i < shared; i++) {
             tern__head h = tern__head_of(a, item / a->kv_heads, (int32_t)(item % a->kv_heads) * shared + i);
-            if (a->dy) tern__attention_backward(job->k, a, &h);
-            else tern__attention_forward(job->k, a, &h);
+            if (a->dy) tern__attention_backward(job->k, a, &h, tern__work_of(job, bad));
+            else tern__attention_forward(job->k, a, &h, tern__work_of(job, bad));
         }
 }
 
@@ -5959,8 +6144,15 @@ static tern_result tern__cpu_scale_grad(tern_run *run, const tern_scale_grad_arg
 
 /* -- memory and the tables -- */
 
-static tern_result tern__cpu_open(tern_run *r) { (void)r; return TERN_OK; }
-static void tern__cpu_close(tern_run *r) { (void)r; }
+/* What float products pack, for each worker: not touched, and so hardly memory, before there is one. */
+static tern_result tern__cpu_open(tern_run *r)
+{
+    const size_t bytes = sizeof(tern__work) * (size_t)r->parallel.workers + 63;
+    r->state = r->allocator.alloc(r->allocator.user, bytes);
+    TERN__REQUIRE(r, r->state, TERN_E_MEMORY, "open: no memory for %d bytes of working memory", (int64_t)bytes);
+    return TERN_OK;
+}
+static void tern__cpu_close(tern_run *r) { r->allocator.free(r->allocator.user, r->state); }
 static void *tern__cpu_alloc(tern_run *r, size_t bytes) { return tern__host_alloc(&r->allocator, bytes); }
 static void tern__cpu_free(tern_run *r, void *p) { tern__host_free(&r->allocator, p); }
 static tern_result tern__cpu_copy(tern_run *r, void *dst, const void *src, size_t bytes, tern_direction direction)

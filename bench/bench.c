@@ -1294,26 +1294,49 @@ static void call_dx(void *arg) { backward *b = (backward *)arg; must(b->c, tern_
 static void call_dw(void *arg) { backward *b = (backward *)arg; must(b->c, tern_matmul_dw(b->c, &b->dw)); }
 static void call_dense(void *arg) { backward *b = (backward *)arg; must(b->c, tern_dense(b->c, &b->dense)); }
 
-static void bench_backward(int64_t size, int64_t n)
+/* The same products by OpenBLAS, of float weights and activations; the leading sizes are rows and cols of w. */
+static void call_blas_dx(void *arg)
 {
-    product p = product_open(size, size, TERN_PER_ROW, TERN_2BIT, n);
-    float *dy = random_floats(n * size), *w = random_floats(size * size), *dw = (float *)memory((size_t)(size * size) * 4);
-    const double macs = (double)(n * size * size);
-    const char *shape = shape_text("%ldx%ld N=%ld", (long)size, (long)size, (long)n);
+    const backward *b = (const backward *)arg;
+    const int n = (int)b->dense.m, rows = (int)b->dense.n, cols = (int)b->dense.k;
+    cblas_sgemm(BLAS_ROW_MAJOR, BLAS_PLAIN, BLAS_PLAIN, n, cols, rows, 1.0f, b->dx.dy, rows, b->dense.b, cols, 0.0f, b->dx.dx, cols);
+}
+static void call_blas_dw(void *arg)
+{
+    const backward *b = (const backward *)arg;
+    const int n = (int)b->dense.m, rows = (int)b->dense.n, cols = (int)b->dense.k;
+    cblas_sgemm(BLAS_ROW_MAJOR, BLAS_TRANSPOSED, BLAS_PLAIN, rows, cols, n, 1.0f, b->dx.dy, rows, b->dense.a, cols, 1.0f, b->dw.dw, cols);
+}
+static void call_blas_dense(void *arg)
+{
+    const backward *b = (const backward *)arg;
+    const int n = (int)b->dense.m, rows = (int)b->dense.n, cols = (int)b->dense.k;
+    cblas_sgemm(BLAS_ROW_MAJOR, BLAS_PLAIN, BLAS_TRANSPOSED, n, rows, cols, 1.0f, b->dense.a, cols, b->dense.b, cols, 0.0f, b->dense.c, rows);
+}
+
+static void bench_backward(int64_t rows, int64_t cols, int64_t n)
+{
+    product p = product_open(rows, cols, TERN_PER_ROW, TERN_2BIT, n);
+    float *dy = random_floats(n * rows), *w = random_floats(rows * cols), *dw = (float *)memory((size_t)(rows * cols) * 4);
+    float *dx = (float *)memory((size_t)(n * cols) * 4);
+    const double macs = (double)(n * rows * cols);
+    char shape[32];
     backward b;
     int i;
+    snprintf(shape, sizeof shape, "%ldx%ld N=%ld", (long)rows, (long)cols, (long)n);
     memset(&b, 0, sizeof b);
     b.dx.m = b.dw.m = p.a.m;
     b.dx.n = b.dw.n = n;
     b.dx.dy = b.dw.dy = dy;
-    b.dx.dx = b.dense.c = p.a.y;
+    b.dx.dx = dx;
+    b.dense.c = p.a.y;
     b.dw.q = p.a.q;
     b.dw.scale = p.a.scale;
     b.dw.dw = dw;
-    b.dense.m = n; b.dense.n = b.dense.k = size;
-    b.dense.a = p.x; b.dense.a_row = size; b.dense.a_col = 1;
-    b.dense.b = w; b.dense.b_row = 1; b.dense.b_col = size;
-    b.dense.c_row = size;
+    b.dense.m = n; b.dense.n = rows; b.dense.k = cols;
+    b.dense.a = p.x; b.dense.a_row = cols; b.dense.a_col = 1;
+    b.dense.b = w; b.dense.b_row = 1; b.dense.b_col = cols;
+    b.dense.c_row = rows;
     for (i = 0; i < setup_count; i++) {
         b.c = setups[i].c;
         measure(MACS, "matmul_dx", shape, &setups[i], FMA, macs, call_dx, &b);
@@ -1323,7 +1346,18 @@ static void bench_backward(int64_t size, int64_t n)
         b.dense.fused = 0;
         measure(MACS, "dense", shape, &setups[i], MULADD, macs, call_dense, &b);
     }
+    for (i = 1; blas && i <= THREADS; i += THREADS - 1) {
+        setup s = blas_setup;
+        s.threads = i;
+        openblas_set_num_threads(i);
+        measure(MACS, "matmul_dx", shape, &s, FMA, macs, call_blas_dx, &b);
+        measure(MACS, "matmul_dw int8", shape, &s, FMA, macs, call_blas_dw, &b);
+        measure(MACS, "dense fused", shape, &s, FMA, macs, call_blas_dense, &b);
+        openblas_set_num_threads(1);
+        if (i > 1) let_threads_sleep();
+    }
     tern_free(plain, dy);
+    tern_free(plain, dx);
     tern_free(plain, w);
     tern_free(plain, dw);
     product_close(&p);
@@ -1617,6 +1651,14 @@ static void target_ratio(const char *text, const char *whole, const char *part, 
     else printf("  %-66s %4.0f%%   not measured\n", text, 100 * aim);
 }
 
+/* The best tier's rate over OpenBLAS's for the same product. */
+static void target_peer(const char *text, const char *op, const char *place)
+{
+    const result *ours = find_result(op, place, best->name), *theirs = find_result(op, place, "OpenBLAS");
+    if (ours && theirs) print_target(text, 0.95, theirs->time / ours->time);
+    else printf("  %-66s %4.0f%%   not measured\n", text, 95.0);
+}
+
 static void targets_table(void)
 {
     printf("\nTargets, one thread%s\n", option.quick ? " (a quick run: its working sets fit a cache, so these say nothing about memory)" : "");
@@ -1640,6 +1682,10 @@ static void targets_table(void)
     target_ratio("the same in the log lattice, from DRAM", "matmul 2-bit row", "matmul 2-bit log group 128", "DRAM", "avx512-vnni", 0.92);
     target_ratio("the same in the log lattice, from L2", "matmul 2-bit row", "matmul 2-bit log group 128", "L2", "avx512-vnni", 0.85);
     target_ratio("2-bit groups of 128 x 64 tokens, avx512-vnni, rate of rows", "matmul 2-bit row", "matmul 2-bit group 128", "N=64", "avx512-vnni", 0.85);
+    target_peer("dX of 2560x2560 x 2048 tokens, best tier, of OpenBLAS", "matmul_dx", "2560x2560 N=2048");
+    target_peer("dW of the same, int8 activations", "matmul_dw int8", "2560x2560 N=2048");
+    target_peer("dX of 4096x14336 x 512 tokens", "matmul_dx", "4096x14336 N=512");
+    target_peer("dW of the same", "matmul_dw int8", "4096x14336 N=512");
 }
 
 static void legend(void)
@@ -1655,7 +1701,7 @@ static void legend(void)
            "  N        tokens; thr: threads; xN: float lanes; h4x64: heads of 64\n",
            option.quick ? ", quick run" : "", option.quick ? 2 : 5, (unsigned long)(stream.bytes / MIB));
     if (blas)
-        printf("  OpenBLAS with its kernels for %s (OPENBLAS_CORETYPE chooses), one thread; among the peers also two\n",
+        printf("  OpenBLAS with its kernels for %s (OPENBLAS_CORETYPE chooses), one thread; among the peers and the float products also two\n",
                openblas_get_corename());
 }
 
@@ -1668,6 +1714,7 @@ static int usage(void)
 int main(int argc, char **argv)
 {
     static const int64_t sgemm_tokens[] = {1, 8, 128, 512};
+    static const int64_t layers[][3] = {{1024, 1024, 512}, {768, 768, 768}, {2560, 2560, 2048}, {4096, 14336, 512}, {128, 512, 768}}; /* rows, cols, tokens */
     const int64_t big[2] = {4096, 1024}, hot_rows[2] = {2560, 1024}, hot_cols[2] = {1600, 640}, batch[2] = {2560, 320};
     const int64_t peer_size[2] = {2560, 256}; /* ggml's blocks are of 256 */
     int i, q;
@@ -1711,8 +1758,7 @@ int main(int argc, char **argv)
         for (i = 0; i < 4; i++) bench_peers(peer_size[q], sgemm_tokens[i], 0);
     }
     title("Float products: the backward and dense layers");
-    bench_backward(q ? 256 : 1024, q ? 64 : 512);
-    bench_blas(q ? 64 : 512, q ? 256 : 1024, q ? 256 : 1024, 0);
+    for (i = 0; i < (q ? 1 : 5); i++) bench_backward(q ? 256 : layers[i][0], q ? 256 : layers[i][1], q ? 64 : layers[i][2]);
     title("Int8 products");
     bench_int8(q ? 256 : 1024);
     title("Attention");

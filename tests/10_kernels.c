@@ -26,7 +26,8 @@ enum { KERNELS_ACC = TERN__PAIRS * TERN__ROWS };
 static int32_t kernels_acc[2][KERNELS_ACC] TERN__ALIGN64;
 static float kernels_facc[2][KERNELS_ACC] TERN__ALIGN64;
 static uint8_t kernels_code[4 * TERN__I8_K * TERN__ROWS] TERN__ALIGN64;
-static float kernels_b[TERN__K_BLOCK * TERN__LANES] TERN__ALIGN64, kernels_p[2][TERN__M_BLOCK * TERN__LANES] TERN__ALIGN64;
+static float kernels_a[TERN__K_BLOCK * 16 + 16] TERN__ALIGN64, kernels_b[TERN__K_BLOCK * TERN__LANES] TERN__ALIGN64,
+    kernels_p[2][16 * TERN__LANES] TERN__ALIGN64;
 
 /* -- dot products -- */
 
@@ -538,66 +539,133 @@ static void test_kernels_dot_i8(void)
 
 /* -- float tiles -- */
 
-/* Elements of a, strided, in a buffer of exactly that size. */
-static void kernels_compare_tile(int64_t m, int64_t n, int64_t a_row, int64_t a_col, int32_t first, int32_t trits)
+/* A tile of each tier with m rows or more against the definition; a, strided, lies in a buffer of exactly that size.
+   to_c: to rows 37 apart, and the floats between them stay. */
+static void kernels_compare_tile(int64_t m, int64_t n, int64_t a_row, int64_t a_col, int32_t first, int32_t trits, int32_t to_c, int32_t add)
 {
     const int64_t size = (m - 1) * a_row + (n - 1) * a_col + 1;
-    float *a = test_floats(size), *start = test_floats(TERN__M_BLOCK * TERN__LANES);
+    float *a = test_floats(size), *start = test_floats(16 * TERN__LANES), *c = test_floats(16 * 37), want[16 * 37], got[16 * 37];
     int64_t i, j, l;
+    tern_isa isa;
     for (i = 0; i < size; i++) if (i % 11 == 0) a[i] *= 1e-38f;
     for (i = 0; i < n * TERN__LANES; i++) kernels_b[i] = trits ? (float)test_trit() : test_float();
     memcpy(kernels_p[0], start, sizeof kernels_p[0]);
-    tern__tile_scalar(m, n, a, a_row, a_col, kernels_b, kernels_p[0], first);
+    memcpy(want, c, sizeof want);
     for (i = 0; i < m; i++)
         for (l = 0; l < TERN__LANES; l++) {
             float sum = first ? 0.0f : start[i * TERN__LANES + l];
             for (j = 0; j < n; j++) sum += a[i * a_row + j * a_col] * kernels_b[j * TERN__LANES + l];
-            CHECK(tern__bits(sum) == tern__bits(kernels_p[0][i * TERN__LANES + l]), "%d x %d: row %d, lane %d", (int)m, (int)n, (int)i, (int)l);
+            if (to_c) want[i * 37 + l] = add ? want[i * 37 + l] + sum : sum;
+            else kernels_p[0][i * TERN__LANES + l] = sum;
         }
-    KERNELS_EACH_TIER(
-        memcpy(kernels_p[1], start, sizeof kernels_p[1]);
-        k->tile(m, n, a, a_row, a_col, kernels_b, kernels_p[1], first);
-        CHECK(memcmp(kernels_p[0], kernels_p[1], sizeof kernels_p[0]) == 0, "%s: tile %d x %d, strides %d and %d", tier, (int)m, (int)n, (int)a_row, (int)a_col);
-        if (trits) {
+    for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++) {
+        const tern__kernels *k = kernels_of(isa);
+        int32_t fused;
+        if (!k || k->rows < m) continue;
+        memset(kernels_a, 0xff, sizeof kernels_a); /* NaN */
+        k->pack_a(m, n, a, a_row, a_col, kernels_a);
+        for (j = 0; j < n; j++)
+            for (i = 0; i < m; i++)
+                CHECK(tern__bits(kernels_a[j * k->rows + i]) == tern__bits(a[i * a_row + j * a_col]), "%s: pack %d x %d, strides %d and %d", test_tier_name[isa],
+                      (int)m, (int)n, (int)a_row, (int)a_col);
+        for (fused = 0; fused <= trits; fused++) {
+            tern__tile t;
+            t.k = n; t.a = kernels_a; t.b = kernels_b;
+            t.p = kernels_p[1];
+            t.c = to_c ? got : NULL; t.c_row = 37;
+            t.rows = (int32_t)m; t.first = first; t.add = add;
             memcpy(kernels_p[1], start, sizeof kernels_p[1]);
-            k->tile_fused(m, n, a, a_row, a_col, kernels_b, kernels_p[1], first);
-            CHECK(memcmp(kernels_p[0], kernels_p[1], sizeof kernels_p[0]) == 0, "%s: fused tile %d x %d of trits", tier, (int)m, (int)n);
-        });
+            memcpy(got, c, sizeof got);
+            (fused ? k->tile_fused : k->tile)(&t);
+            CHECK(memcmp(kernels_p[0], kernels_p[1], sizeof kernels_p[0]) == 0 && memcmp(want, got, sizeof want) == 0, "%s: tile%s %d x %d, first %d, c %d, add %d",
+                  test_tier_name[isa], fused ? " of trits, fused" : "", (int)m, (int)n, (int)first, (int)to_c, (int)add);
+        }
+    }
     free(a);
     free(start);
+    free(c);
 }
 
 static void test_kernels_tile(void)
 {
-    const int64_t terms[] = {1, 2, 3, 15, 16, 17, 127, 160};
+    const int64_t terms[] = {1, 2, 3, 15, 16, 17, 127, TERN__K_BLOCK};
     int64_t m;
     int n, variant;
-    for (m = 1; m <= 25; m++)
+    for (m = 1; m <= 14; m++)
         for (n = 0; n < 8; n++)
             for (variant = 0; variant < 4; variant++) {
                 const int64_t k = terms[n];
-                const int32_t first = (variant + n + (int)m) % 2, trits = (variant / 2 + n) % 2;
-                if (variant == 0) kernels_compare_tile(m, k, k, 1, first, trits);
-                if (variant == 1) kernels_compare_tile(m, k, 1, m, first, trits);
-                if (variant == 2) kernels_compare_tile(m, k, 3 * k + 2, 3, first, trits);
-                if (variant == 3) kernels_compare_tile(m, k, 0, 1, first, trits); /* one row for all */
+                const int32_t first = (variant + n + (int)m) % 2, trits = (variant / 2 + n) % 2, to_c = (int32_t)(m / 2 + n + variant) % 2, add = (n / 2 + variant) % 2;
+                if (variant == 0) kernels_compare_tile(m, k, k, 1, first, trits, to_c, add);
+                if (variant == 1) kernels_compare_tile(m, k, 1, m, first, trits, to_c, add);
+                if (variant == 2) kernels_compare_tile(m, k, 3 * k + 2, 3, first, trits, to_c, add);
+                if (variant == 3) kernels_compare_tile(m, k, 0, 1, first, trits, to_c, add); /* one row for all */
             }
-    kernels_compare_tile(TERN__M_BLOCK, TERN__K_BLOCK, TERN__K_BLOCK, 1, 0, 0);
-    kernels_compare_tile(TERN__M_BLOCK - 1, TERN__K_BLOCK, 1, TERN__M_BLOCK, 1, 1);
+}
+
+/* Columns of every number of lanes, packed close and apart; what is behind the last lane of the last row is not touched. */
+static void test_kernels_columns(void)
+{
+    float from[40 * 41], want[40 * 41], got[40 * 41];
+    int64_t lanes, len, i, l;
+    for (i = 0; i < 40 * 41; i++) from[i] = test_float();
+    for (lanes = 1; lanes <= 32; lanes++)
+        for (len = 1; len <= 20; len += 1 + len / 9)
+            KERNELS_EACH_TIER(
+                for (l = 0; l < 40 * 41; l++) got[l] = want[l] = -1.0f;
+                for (i = 0; i < len; i++)
+                    for (l = 0; l < lanes; l++) want[i * 40 + l] = from[l * 41 + i];
+                k->columns(lanes, len, from, 41, got, 40);
+                for (i = 0; i < len; i++)
+                    CHECK(memcmp(want + i * 40, got + i * 40, (size_t)lanes * 4) == 0, "%s: %d columns of %d, row %d", tier, (int)lanes, (int)len, (int)i);
+                CHECK(memcmp(want + len * 40, got + len * 40, (size_t)(40 * 41 - len * 40) * 4) == 0, "%s: behind %d columns of %d", tier, (int)lanes, (int)len));
+}
+
+/* Right operands: int8 of every number of lanes times scales of their rows, and units of trits. */
+static void test_kernels_operands(void)
+{
+    int8_t q[5 * 47], want_t[16 * 64], got_t[16 * 64];
+    float scale[5], want[5 * 32], got[5 * 32];
+    uint8_t unit[3 * 64];
+    int32_t i, lanes, units, base3;
+    for (i = 0; i < 5 * 47; i++) q[i] = (int8_t)test_random();
+    for (i = 0; i < 5; i++) scale[i] = test_float();
+    for (lanes = 1; lanes <= 32; lanes++)
+        KERNELS_EACH_TIER(
+            for (i = 0; i < 5 * 32; i++) want[i] = got[i] = i % 32 < lanes ? (float)q[i / 32 * 47 + i % 32] * scale[i / 32] : 7.0f;
+            for (i = 0; i < 5 * 32; i++) if (i % 32 < lanes) got[i] = 0.5f;
+            k->scaled(5, lanes, q, 47, scale, got);
+            CHECK(memcmp(want, got, sizeof want) == 0, "%s: %d lanes of int8", tier, (int)lanes));
+    for (base3 = 0; base3 < 2; base3++)
+        for (units = 1; units <= 3; units++) {
+            const int32_t inputs = base3 ? 20 : 16;
+            for (i = 0; i < 3 * 64; i++) unit[i] = (uint8_t)(base3 ? test_random() % 243 : (test_random() % 3) | (test_random() % 3) << 2 | (test_random() % 3) << 4 | (test_random() % 3) << 6);
+            for (i = 0; i < 16 * units; i++) tern__unpack_unit(base3 ? TERN_BASE3 : TERN_2BIT, unit + i % units * 64, i / units, want_t + i / units * 64 + i % units * inputs);
+            KERNELS_EACH_TIER(
+                k->trits(base3, units, unit, got_t);
+                for (i = 0; i < 16; i++)
+                    CHECK(memcmp(want_t + i * 64, got_t + i * 64, (size_t)(units * inputs)) == 0, "%s: row %d of %d units, base %d", tier, (int)i, (int)units, base3 ? 3 : 2));
+        }
 }
 
 /* One rounding or two: a fused tile is within the rounding of the products. */
 static void test_kernels_tile_fused_is_close(void)
 {
-    float *a = test_floats(7 * 100);
+    float *a = test_floats(4 * 100);
     int64_t i, j, l;
     tern_isa isa;
     for (i = 0; i < 100 * TERN__LANES; i++) kernels_b[i] = test_float();
     for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++) {
         const tern__kernels *k = kernels_of(isa);
+        tern__tile t;
         if (!k) continue;
-        k->tile_fused(7, 100, a, 100, 1, kernels_b, kernels_p[0], 1);
-        for (i = 0; i < 7; i++)
+        memset(&t, 0, sizeof t);
+        t.k = 100; t.a = kernels_a; t.b = kernels_b;
+        t.p = kernels_p[0];
+        t.rows = 4; t.first = 1;
+        k->pack_a(4, 100, a, 100, 1, kernels_a);
+        k->tile_fused(&t);
+        for (i = 0; i < 4; i++)
             for (l = 0; l < TERN__LANES; l++) {
                 double sum = 0, size = 0;
                 for (j = 0; j < 100; j++) {
@@ -960,6 +1028,8 @@ static void suite_kernels(void)
     RUN_ALONE(test_kernels_bits);
     RUN_ALONE(test_kernels_emit);
     RUN_ALONE(test_kernels_tile);
+    RUN_ALONE(test_kernels_columns);
+    RUN_ALONE(test_kernels_operands);
     RUN_ALONE(test_kernels_tile_fused_is_close);
     RUN_ALONE(test_kernels_floats);
     RUN_ALONE(test_kernels_sum);
