@@ -1,5 +1,9 @@
 /* Room 20, training without floats that last: the flip rules and stochastic rounding against literal references, the
-   integer backward against float64, and whole trainings whose checkpoints have the same hash on every machine. */
+   integer backward against float64, and whole trainings whose checkpoints have the same hash on every machine. Mutations
+   that these tests see: the sign of the sign rule or of votes, the remainder lost at a flip, a saturated accumulator emptied
+   (also in the vectors alone), a gradient that is not finite not skipped; dx without the scales or with trits of another
+   part, dw without the tokens' scales, overwritten, or with the padding of groups; fused attention; votes left out of
+   files, theta not compared; a shadow beside an accumulator let in. */
 
 /* -- stochastic rounding -- */
 
