@@ -7,7 +7,8 @@ ternary.h - neural networks whose weights are -1, 0 or +1, in one C file
     cc -O2 program.c -pthread           C99 or C++11, nothing else to link
 
 It turns float matrices into trits and scales, packs them into 2 or 1.6 bits per weight, runs them with
-kernels chosen for the CPU at run time, and trains them (straight-through estimator, shadow weights).
+kernels chosen for the CPU at run time, and trains them (straight-through estimator with shadow weights, or
+without any float that lasts).
 Inference gives the same bits on every CPU, with any number of threads and any batch. ternary_cuda.cu beside
 this file runs all of it on a GPU, with those bits too.
 
@@ -29,11 +30,12 @@ CONTENTS (search for the tag)
     [TERN-15] Parameters and BitLinear
     [TERN-16] Embedding
     [TERN-19] Optimizers and shadow weights
+    [TERN-20] True-ternary training
     [TERN-21] Model files
     [TERN-22] Self-test
 
     A room calls only rooms before it. Rooms that are not here yet (Arm, WebAssembly, mixture of experts,
-    graphs, training without floats) keep their numbers free.
+    graphs) keep their numbers free.
 
 QUICK START
 
@@ -62,8 +64,22 @@ ONE WAY THROUGH
                                       (or int4, or bits)
     training: shadow --ternarize, pack--> the same forward --> dy --> dx, dw --> optimizer --> shadow
 
+    without floats that last: the same forward --> dy --> int8 --> exact dx, dw --> accumulator --> trits
     Layers are compositions of the operations in [TERN-3], and hold no data: a tern_linear is a handful of
     pointers to parameters. What a parameter is follows from the buffers it has.
+
+TRUE-TERNARY TRAINING
+
+    A parameter with TERN_ACCUM (allocate TERN_FOR_FLIPS) has trits, scales that stay, and one int8 for each weight:
+    1.2 bytes per weight in base 3. Set it with normal deviates of 1/sqrt(cols) and rule TERN_ABSMEAN, and give
+        layer.seed = (uint64_t)step << 32 | number of the layer;    its backward rounds dy stochastically to int8
+        step.push = 3 falling to 0 by TERN_LINEAR;                  for theta 32; push / theta of 0.06 to 0.12 is good
+    All else is as with a shadow: gradients add up over micro-batches, tied weights and embeddings, dense gains and
+    biases go by the optimizer. With attention.exact and no dense matrix every gradient is then the same bits on
+    every tier, thread count, compiler and machine, and so is the trained file. What remains float, and transient
+    but for dense parameters: norms, softmax, loss, activations and their scales, gradients between layers and the
+    sums in TERN_GRAD. tern_model_strict proves that nothing trainable is a float; tern_model_list tells all.
+    TERN_FLIP_SIGN is the plain sign rule, for comparison; tern_sign_step scales its step by the loss.
 
 WHAT IT DOES NOT DO
 
@@ -88,7 +104,7 @@ MEMORY
 
     Buffers come from the context's allocator or are yours (set tern_buffer.data and count); tern_reserve is
     the only call that grows scratch, so a forward or training step never allocates. tern_LAYER_need tells
-    both sizes: `saved`, the caller's, between forward and backward, and scratch. On the CPU tern_open takes 1.6 MB for
+    both sizes: `saved`, the caller's, between forward and backward, and scratch. On the CPU tern_open takes 1.6 MB (without SIMD 0.1) for
     each of parallel.workers, which the first float product touches. Kernels use up to 100 KB
     of stack (300 KB in a build without optimization). The default allocator is malloc; on Linux it advises huge pages for blocks of 4 MB and more.
 
@@ -128,7 +144,8 @@ NUMERICS AND DETERMINISM
     terms in 64 lanes, then pairwise; more in blocks of 1024. Float dot products run in order, in segments of
     2048. No contraction, no libm; exp, log, tanh, sine and cosine are the library's own polynomials.
     So the forward pass gives the same bits from every tier, compiler and architecture, GPUs included. Gradients are
-    fused where the tier can: training repeats exactly on a given tier, for any thread count. Signs and payloads of
+    fused where the tier can: training repeats exactly on a given tier, for any thread count; of parameters with an
+    accumulator they are exact integer products, the same everywhere. Signs and payloads of
     NaN are not part of the promise, nor is clang's -ffp-contract=fast, which no code can see or undo.
 
 FORMATS
@@ -355,6 +372,7 @@ typedef struct tern_ternarize_args {
     uint64_t seed; uint32_t step, stream; /* which depends on these and on the element alone */
     void *spare;        /* NULL, or memory that may be overwritten: w is read from memory once less where it takes in as many bytes as */
     size_t spare_bytes; /* the trits, scales and alpha. Results are the same. The CUDA backend, which refuses later, has no use for it */
+    int8_t *accum; int32_t theta; /* or NULL: what is left of each weight for tern_flip, rne(theta (w - S T) / (S/2)) held to +-(theta - 1); 0 where S is 0 */
 } tern_ternarize_args;
 
 /* Adds to the gradient of the learned scales of LSQ (dalpha [1]) or SEQ (dalpha [rows]), from dw [rows, cols], the
@@ -532,6 +550,7 @@ typedef struct tern_attention_args {
     float *y, *p;
     const float *dy; /* set: backward */
     float *dq, *dk, *dv;
+    int32_t exact;   /* backward: multiply and add are not fused, and the bits do not depend on the tier */
 } tern_attention_args;
 
 /* Softmax cross-entropy of n rows of logits: losses [n] in nats; dlogits (or NULL; may be logits) =
@@ -566,6 +585,63 @@ typedef struct tern_optimize_args {
     uint64_t seed; uint32_t step, stream; /* step counts from 1 */
 } tern_optimize_args;
 
+/* Stochastic rounding: x [n, cols] -> q [n, cols] and a scale per token, or one in all (whole): of v = x, times the scale of
+   row c of m in group `group` for column c (m.scales set; then m.rows = cols), times row[t] (row set), each a product by
+   itself: m = max|v|, scale = m/127, q = floor(v (127/m) + u) held to +-127, where u of (t, c) is an odd number of 2^-17 in
+   (0, 1): half c % 8 of the Philox block t ceil(cols/8) + c/8 of (seed, stream). The mean of q scale is v. A token (or
+   tensor) whose m is not finite is a data fault and zero with scale 0; so is, without one, a token of zeros. */
+typedef struct tern_round_i8_args {
+    int64_t n, cols;
+    const float *x;
+    const float *row;             /* [n] or NULL */
+    tern_matrix m; int64_t group; /* of m, sizes, grain and scales are read */
+    int32_t whole;
+    uint64_t seed; uint32_t stream;
+    int8_t *q; float *scale;      /* [n]; whole: [1] */
+} tern_round_i8_args;
+
+/* y [n, cols] = float(x [n, cols]) * scale[t] (whole: scale[0]); y_row >= cols floats from row to row. add: adds to y. */
+typedef struct tern_dequantize_args {
+    int64_t n, cols;
+    const int32_t *x;
+    const float *scale;
+    int32_t whole;
+    float *y; int64_t y_row;
+    int32_t add;
+} tern_dequantize_args;
+
+/* One step of a matrix without float state, in place; then the gradient is set to zero. First the scales, where scale_step
+   is not 0: m.scales are TERN_POW2, and a grain's vote grows by -sign(sum of sign(G) T) * scale_step; at +-scale_theta the
+   exponent takes a step and the vote loses scale_theta (at the last exponent it stays there; a scale of 0 has no vote). Then
+   the trits, with G the gradient of a weight, A its accumulator and mean = *sum_abs / weights:
+     FLIP_PROPORTIONAL  a = A - ((n kq + h) >> 16), n = rne(G 256/mean) held to +-1024, kq = rne(256 push), h in 0..65535 the
+                        half c % 8 of the Philox block r ceil(cols/8) + c/8 of (seed, step, stream): an increment of push
+                        where |G| is the mean, rounded stochastically
+     FLIP_SIGN          a = A - sign_step * sign(G)
+   a is held to +-127. Where |a| reaches theta, with s = sign(a): T = s stays and A = s theta, else T += s and A = a - s theta (SIGN:
+   A = 0); elsewhere A = a. A positive gradient drives a trit towards -1. A mean that is 0, or a sign_step of 0 with
+   FLIP_SIGN, skips the whole step; so does a *sum_abs that is not finite: a data fault. *counts is added to. */
+typedef enum { TERN_FLIP_PROPORTIONAL, TERN_FLIP_SIGN } tern_flip_rule;
+typedef struct tern_flips {
+    int64_t flips, grains;  /* trits that changed, and grains that have one of them */
+    int64_t saturated;      /* weights that stay at theta, because their trit is at its end */
+    int64_t scales;         /* exponents that changed */
+    int64_t updates, skipped; /* matrices that were updated, and those that were not */
+} tern_flips;
+typedef struct tern_flip_args {
+    tern_matrix m;
+    tern_flip_rule rule;
+    float *grad;              /* [rows, cols] */
+    int8_t *accum, *votes;    /* [rows, cols]; [scales of m] or NULL */
+    const float *sum_abs;     /* of grad, as tern_sum gives it */
+    float push;               /* PROPORTIONAL: 0 to 127; 3 for language models, 2 for MLPs, falling to 0, have been good */
+    int32_t sign_step;        /* SIGN: 0 to 127 */
+    int32_t theta;            /* 2 to 127; push is best below theta/8 */
+    int32_t scale_step, scale_theta; /* 0 to 127, 2 to 127 */
+    uint64_t seed; uint32_t step, stream;
+    tern_flips *counts;       /* backend memory, aligned to 8, or NULL */
+} tern_flip_args;
+
 /* A whole layer on quantized activations, tokens quantized while they are in cache: quantize, whose m has trits and
    scales here, then matmul into y [n, rows]. */
 typedef struct tern_linear_args { tern_quantize_args quantize; const float *bias; float *y; } tern_linear_args;
@@ -573,7 +649,8 @@ typedef struct tern_linear_args { tern_quantize_args quantize; const float *bias
 #define TERN_OPS(X)                                                                    \
     X(ternarize) X(pack) X(unpack) X(quantize) X(matmul) X(matmul_dx) X(matmul_dw)     \
     X(dense) X(dense_i8) X(gather) X(scatter) X(fill) X(cast) X(map) X(norm) X(rope)   \
-    X(attention) X(loss) X(sum) X(optimize) X(scale_grad) X(hadamard) X(dead_zone)
+    X(attention) X(loss) X(sum) X(optimize) X(scale_grad) X(hadamard) X(dead_zone) \
+    X(round_i8) X(dequantize) X(flip)
 
 /* Operations that a backend may leave out: layers then compose others, with the same bits. */
 #define TERN_FUSED(X) X(linear)
@@ -628,22 +705,24 @@ extern void *tern_cuda_stream(const tern_context *c);
 /* -- parameters ([TERN-15]) -- */
 
 /* What a parameter is follows from its buffers: trits and scales alone are frozen; a shadow makes it
-   trainable by the straight-through estimator; rule TERN_DENSE keeps an ordinary float32 tensor in the
-   shadow. Set type before tern_param_alloc to choose an encoding (TRITS: 2BIT or BASE3; SCALES: F32,
-   F16, POW2 or LOG; SHADOW: F32 or BF16; both moments: F32 or BF16); set data and count to lend your own memory. */
+   trainable by the straight-through estimator; an accumulator instead makes it trainable without any float that lasts
+   (tern_flip), and votes let its scales learn; rule TERN_DENSE keeps an ordinary float32 tensor in the shadow. Set type
+   before tern_param_alloc to choose an encoding (TRITS: 2BIT or BASE3; SCALES: F32, F16, POW2 or LOG; SHADOW: F32 or
+   BF16; both moments: F32 or BF16); set data and count to lend your own memory. */
 typedef struct tern_buffer {
     tern_type type;
     void *data;    /* NULL: absent */
     size_t count;  /* elements (bytes for packed trits) */
     int32_t owned; /* allocated by tern_param_alloc */
 } tern_buffer;
-enum { TERN_TRITS, TERN_SCALES, TERN_SHADOW, TERN_GRAD, TERN_MOMENT1, TERN_MOMENT2, TERN_BUFFERS };
+enum { TERN_TRITS, TERN_SCALES, TERN_SHADOW, TERN_GRAD, TERN_MOMENT1, TERN_MOMENT2, TERN_ACCUM, TERN_VOTES, TERN_BUFFERS };
 enum {
     TERN_FOR_INFERENCE = 1 << TERN_TRITS | 1 << TERN_SCALES,
     TERN_FOR_GRADIENT  = TERN_FOR_INFERENCE | 1 << TERN_SHADOW | 1 << TERN_GRAD,
     TERN_FOR_SGD       = TERN_FOR_GRADIENT | 1 << TERN_MOMENT1,
     TERN_FOR_ADAMW     = TERN_FOR_SGD | 1 << TERN_MOMENT2,
-    TERN_FOR_TRAINING  = TERN_FOR_ADAMW & ~TERN_FOR_INFERENCE /* what tern_param_free drops to freeze */
+    TERN_FOR_FLIPS     = TERN_FOR_INFERENCE | 1 << TERN_GRAD | 1 << TERN_ACCUM, /* and 1 << TERN_VOTES for TERN_POW2 scales that learn */
+    TERN_FOR_TRAINING  = (TERN_FOR_ADAMW & ~TERN_FOR_INFERENCE) | 1 << TERN_ACCUM | 1 << TERN_VOTES /* what tern_param_free drops to freeze */
 };
 enum { /* flags */
     TERN_NO_DECAY = 1,    /* weight decay leaves this parameter alone (gains, biases, learned scales) */
@@ -665,6 +744,7 @@ typedef struct tern_param {
     uint32_t rotate;         /* 0, or the seed of a tern_hadamard rotation H: the matrix is W H, below */
     struct tern_param *dead; /* NULL, or the bias of the dead zone (Tequila): dense [1, rows], below, with */
     float lambda;            /* its factor, above 0 (1e-3 is usual) */
+    int32_t theta;           /* of its accumulator, 2 to 127; 0: 32 */
     tern_buffer buffer[TERN_BUFFERS];
 } tern_param;
 
@@ -674,6 +754,10 @@ typedef struct tern_param {
    dead is computed again with every ternarize; layers add it to their bias and its column sums of dy to its TERN_GRAD,
    which tern_model_step spreads over the dead zone before it clips. It may be in the model's list, for files and
    reports: the optimizer leaves it alone. tern_linear_fold puts it into a bias for good. */
+
+/* An accumulator (TERN_ACCUM, int8) excludes a shadow, a learned scale and a dead zone. tern_param_set then keeps in it how
+   far each weight is from its trit, tern_param_give zeros; layers compute the parameter's gradient and dx by exact products of
+   stochastically rounded int8, and tern_model_step flips trits instead of moving a shadow: the same bits on every tier. */
 
 /* Allocates the buffers in the mask that are absent (of a dense parameter, TERN_TRITS in the mask asks for
    its values, which lie in TERN_SHADOW). All or nothing. tern_param_free frees or detaches those in the mask:
@@ -711,9 +795,18 @@ TERN_API tern_result tern_param_verify(tern_context *c, const tern_param *p, con
 typedef struct tern_model { tern_param *const *items; int32_t count; } tern_model;
 typedef struct tern_audit {
     int64_t weights, ternary;               /* all parameters; those held as trits */
+    int64_t trainable_floats, persistent_floats, transient_floats; /* elements of F32, BF16 or F16 that a training changes, */
+                                            /* that it leaves alone, and that are gone after a step (gradients) */
     size_t packed_bytes, bytes[TERN_BUFFERS]; /* trits + scales + dense values; by kind of buffer */
 } tern_audit;
 TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern_audit *out);
+/* Fails where a trainable float exists, and names it. What has a TERN_GRAD is trained: its trits, shadow, moments,
+   accumulator and votes, and its scales, but those beside an accumulator without votes. */
+TERN_API tern_result tern_model_strict(tern_context *c, const tern_model *m);
+/* Where bytes go, in order and in small pieces. write returns 0 on success. */
+typedef struct tern_sink { int (*write)(void *user, const void *data, size_t bytes); void *user; } tern_sink;
+/* Every buffer as a line of text: name, kind, type, elements, bytes, and trainable, persistent or transient. */
+TERN_API tern_result tern_model_list(tern_context *c, const tern_model *m, const tern_sink *sink);
 
 /* -- layers ([TERN-15], [TERN-16]) -- */
 
@@ -730,6 +823,7 @@ typedef struct tern_linear {
     tern_param *lora_a, *lora_b; /* low-rank update: dense [r, cols] and [rows, r], or both NULL ... */
     float lora_scale;            /* ... y += (x~ A^T) B^T * lora_scale (Hu et al. 2021) */
     float arenas;                /* eps of y += eps x~ shadow^T, from 0; ramp it to exactly 0 before w is frozen */
+    uint64_t seed;               /* of the stochastic rounding in a backward with TERN_ACCUM: another for each, e.g. step << 32 | layer */
 } tern_linear;
 /* x~: the normalised (and rotated) activations in float. With LoRA or arenas and without a norm, a row with NaN gives
    a row with NaN besides the fault that is reported. */
@@ -737,7 +831,10 @@ TERN_API tern_result tern_linear_need(tern_context *c, const tern_linear *l, int
 /* x [n, cols] -> y [n, rows], apart. saved: need.saved bytes, aligned to 4 (on a GPU: 16), for the backward, or NULL for inference. */
 TERN_API tern_result tern_linear_forward(tern_context *c, const tern_linear *l, int64_t n, const float *x, float *y, void *saved);
 /* Straight-through: adds into the TERN_GRAD of w (with arenas: times 1 + eps), bias, gain, lora_a, lora_b and w->dead
-   where present; dx [n, cols] (or NULL) is overwritten. x and saved as in the forward. No two of the pointers may overlap. */
+   where present; dx [n, cols] (or NULL) is overwritten. x and saved as in the forward. No two of the pointers may overlap.
+   Where w has TERN_ACCUM, in integers: dy times the row scales becomes int8 token by token for dx, and times the scales of
+   the activations int8 with one scale for dw (tern_round_i8). That takes activations INT8 or INT4, at most 131071 tokens
+   and 2^24 rows, and neither LoRA nor arenas. */
 #ifndef TERNARY_NO_TRAINING
 TERN_API tern_result tern_linear_backward(tern_context *c, const tern_linear *l, int64_t n, const float *x, const void *saved, const float *dy, float *dx);
 #endif
@@ -774,6 +871,10 @@ typedef struct tern_step {
     uint64_t seed;
     uint32_t step; /* from 1 */
     float *norm2;
+    tern_flip_rule flip; /* parameters with TERN_ACCUM: see tern_flip_args; they are not in the norm, and need none of the above but seed and step */
+    float push;
+    int32_t sign_step, scale_step, scale_theta; /* scale_step: of those with TERN_VOTES; scale_theta 0: 32 */
+    tern_flips *flips;   /* what is added to (backend memory), or NULL */
 } tern_step;
 #ifndef TERNARY_NO_TRAINING
 TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const tern_step *s);
@@ -781,9 +882,9 @@ TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const
 
 /* Rates over a training: up to `peak` in `warmup` equal steps, the first of them above zero, and down to `floor`,
    which step `steps` and all after it have. TERN_COSINE falls from the warm-up on, by half a cosine (Loshchilov and
-   Hutter 2017). TERN_WSD keeps the peak and falls over the last `decay` steps by 1 - sqrt of the part of them that is
+   Hutter 2017), TERN_LINEAR by a straight line. TERN_WSD keeps the peak and falls over the last `decay` steps by 1 - sqrt of the part of them that is
    done (Haegele et al. 2024): training may go on longer from any step before these. */
-typedef enum { TERN_COSINE, TERN_WSD } tern_schedule_kind;
+typedef enum { TERN_COSINE, TERN_WSD, TERN_LINEAR } tern_schedule_kind;
 typedef struct tern_schedule {
     tern_schedule_kind kind;
     float peak, floor;
@@ -794,20 +895,31 @@ typedef struct tern_schedule {
 TERN_API tern_result tern_schedule_rate(tern_context *c, const tern_schedule *s, uint32_t step, float *rate);
 #endif
 
+/* -- true-ternary training ([TERN-20]) -- */
+
+/* The sign_step of a tern_step, scaled by the loss: round(first loss / mean) held to 1..most, where mean is a running average
+   of losses in integers of 2^-16, mean += (loss - mean) / 2^shift rounded down, from the first loss on. Keep it from step
+   to step, and with a checkpoint. A loss that is not finite gives 0, which skips the update, and stays out of the mean. */
+typedef struct tern_pace {
+    int32_t first, most, shift; /* 0: 4, 16, 6; up to 127, 127, 30 */
+    int64_t mean;               /* 0 to begin */
+} tern_pace;
+#ifndef TERNARY_NO_TRAINING
+TERN_API tern_result tern_sign_step(tern_context *c, tern_pace *p, float loss, int32_t *step);
+#endif
+
 /* -- files ([TERN-21]) -- */
 
 #ifndef TERNARY_NO_FILES
-/* Where bytes go, in order and in small pieces. write returns 0 on success. */
-typedef struct tern_sink { int (*write)(void *user, const void *data, size_t bytes); void *user; } tern_sink;
 /* Native form: a GGUF container with name.trits (base-3), name.scale or name (dense), read back bit-equal.
-   mask adds the TERN_SHADOW, TERN_MOMENT1 and TERN_MOMENT2 that parameters have (as 1 << buffer; 0 for a
+   mask adds the TERN_SHADOW, moments, TERN_ACCUM and TERN_VOTES that parameters have (as 1 << buffer; 0 for a
    frozen model, TERN_FOR_TRAINING to go on training; gradients are never saved). Names of parameters have
    1 to 55 bytes and differ. Nothing is written before the whole model is known to be fit to be saved. */
 TERN_API tern_result tern_model_save(tern_context *c, const tern_model *m, int32_t mask, const tern_sink *sink);
 /* Loads from memory (any alignment) into allocated parameters, by name: rule (TERN_GIVEN takes any that
    is not dense), rows, cols, grain, rotate, type of scales and of shadow must be those of the file, the encoding of
-   trits need not. A ternary parameter with
-   a shadow needs the shadow in the file; moments that the file lacks stay as they are; tensors of other
+   trits need not. A ternary parameter with a shadow, an
+   accumulator or votes needs them in the file, with the same theta; moments that the file lacks stay as they are; tensors of other
    names are ignored. Every byte is checked before anything is written: TERN_E_FORMAT, TERN_E_MISSING or
    TERN_E_SHAPE say what does not fit. */
 TERN_API tern_result tern_model_load(tern_context *c, const tern_model *m, const void *file, size_t size);
@@ -1255,7 +1367,9 @@ static tern_result tern__set_error(tern_error *e, tern_result code, const char *
     X(GATHER,   "gather: ids[%d] is out of range and its row was taken as zero")                         \
     X(NORM,     "norm: row %d is not finite and was taken as zero")                                      \
     X(LOSS,     "loss: row %d has a target out of range or logits that are not finite and was taken as zero") \
-    X(OPTIMIZE, "optimize: the gradient norm of step %d is not finite; the update was skipped")
+    X(OPTIMIZE, "optimize: the gradient norm of step %d is not finite; the update was skipped")         \
+    X(ROUND,    "round_i8: row %d is not finite and was taken as zero")                                  \
+    X(FLIP,     "flip: a gradient of step %d is not finite; the update was skipped")
 #define TERN__ENUM(name, text) TERN__FAULT_##name,
 typedef enum { TERN__FAULTS(TERN__ENUM) TERN__FAULTS_END } tern__fault;
 #undef TERN__ENUM
@@ -1741,6 +1855,19 @@ typedef struct tern__packing {
     int32_t base3;
 } tern__packing;
 
+/* Random halves: those of block b are the eight of Philox (seed, b, step, stream). */
+typedef struct tern__random { uint64_t seed; uint32_t step, stream; } tern__random;
+
+/* A step of n weights that lie in a row, whose halves begin `skip` behind the first of `block`. events [2] grow by flips and
+   by weights that stay at theta. */
+typedef struct tern__push {
+    tern__random random;
+    int32_t sign;         /* the rule */
+    int32_t factor;       /* kq, or the sign's step */
+    int32_t theta;
+    float inverse;        /* 256 / mean */
+} tern__push;
+
 /* A product of float tiles: sum[i][lane] = (first ? 0 : p[i][lane]) + sum over j < k, in order, of a[j][i] * b[j][lane]
    for up to tern__kernels.rows rows i and 32 lanes. It goes to p, or where c is set to c: c = (add ? c + : ) sum. */
 typedef struct tern__tile {
@@ -1780,6 +1907,9 @@ typedef struct tern__kernels {
     void (*widen)(tern_type type, int64_t n, const void *from, float *to); /* f16 or bf16 */
     void (*ternarize)(const tern__packing *p);
     void (*optimize)(const tern__optimize_work *w, int64_t begin, int64_t end); /* of these weights; begin is a multiple of 4 */
+    /* q = floor(x gain row inverse + u), products in this order, held to +-127, u from the halves from `block` on; gain or NULL */
+    void (*round_up)(const tern__random *r, uint64_t block, int64_t n, const float *x, const float *gain, float row, float inverse, int8_t *q);
+    void (*push)(const tern__push *p, uint64_t block, int64_t skip, int64_t n, float *grad, int8_t *accum, int8_t *trit, int32_t *events); /* see tern__push */
     int32_t tokens; /* that a dot call should get: many share what is decoded once, few keep their activations in L1 */
     int32_t rows;   /* of a float tile */
 } tern__kernels;
@@ -2162,7 +2292,7 @@ TERN_API tern_result tern_activation_shape(tern_context *c, const tern_matrix *m
     return TERN_OK;
 }
 
-/* One unit from its trits, [row][input]. */
+/* One unit from its trits, [row][input], rows `stride` apart. */
 typedef int8_t tern__unit_trits[TERN__ROWS][20];
 
 TERN__ANYWHERE uint8_t tern__pack_byte(tern_type encoding, const int8_t *d) /* digits 0, 4, 8, ... */
@@ -2171,11 +2301,11 @@ TERN__ANYWHERE uint8_t tern__pack_byte(tern_type encoding, const int8_t *d) /* d
                                             : 85 + d[0] + 4 * d[4] + 16 * d[8] + 64 * d[12]);
 }
 
-static void tern__pack_unit(tern_type encoding, tern__unit_trits t, uint8_t *unit)
+static void tern__pack_unit(tern_type encoding, const int8_t *t, int64_t stride, uint8_t *unit)
 {
     int32_t r, j;
     for (r = 0; r < TERN__ROWS; r++)
-        for (j = 0; j < 4; j++) unit[4 * r + j] = tern__pack_byte(encoding, t[r] + j);
+        for (j = 0; j < 4; j++) unit[4 * r + j] = tern__pack_byte(encoding, t + r * stride + j);
 }
 
 /* The inverse, for one row: `unit` trits. Returns whether every code is valid. */
@@ -2351,6 +2481,37 @@ static void tern__ternarize_body(tern__job *job, int64_t begin, int64_t end, int
     }
 }
 
+/* What a weight w with scale and trit leaves for the accumulator, in steps of half a scale / theta. */
+TERN__ANYWHERE int8_t tern__left_over(float w, float scale, float trit, int32_t theta)
+{
+    const float most = (float)(theta - 1), a = (w - scale * trit) / (0.5f * scale) * (float)theta;
+    if (scale == 0.0f) return 0;
+    return (int8_t)tern__round(a > most ? most : a < -most ? -most : a);
+}
+
+static void tern__accum_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_ternarize_args *a = (const tern_ternarize_args *)job->arg;
+    const tern_matrix *m = &a->m;
+    const tern__shape s = tern__shape_of(m);
+    float buffer[TERN__NARROW];
+    int8_t t[TERN__NARROW];
+    int64_t row, g, i, j, n;
+    (void)bad;
+    for (row = begin; row < end; row++)
+        for (g = 0; g < s.groups; g++) {
+            const float scale = tern__load_scale(m->scale_type, m->scales, tern__scale_index(m, &s, row, g));
+            for (i = 0; i < tern__group_cols(m, &s, g); i += n) {
+                const int64_t col = g * s.group + i, at = row * m->cols + col;
+                const float *w;
+                n = tern__min(TERN__NARROW, tern__group_cols(m, &s, g) - i);
+                w = tern__load_block(job->k, a, at, n, buffer);
+                tern__unpack_range(m, &s, row, col, n, t);
+                for (j = 0; j < n; j++) a->accum[at + j] = tern__left_over(w[j], scale, (float)t[j], a->theta);
+            }
+        }
+}
+
 static tern_result tern__refuse_weight(tern_run *run, const tern_ternarize_args *a, int64_t bad)
 {
     TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_NONFINITE, "ternarize: weights[%d][%d] is not a finite number below 2^96", bad / a->m.cols, bad % a->m.cols);
@@ -2399,6 +2560,7 @@ static tern_result tern__cpu_ternarize(tern_run *run, const tern_ternarize_args 
         memcpy(a->m.trits, w.undo, (size_t)state.trits);
         tern__copy_scales(&w, 1);
     }
+    if (bad == INT64_MAX && a->accum) tern__for(run, tern__accum_body, a, a->m.rows, tern__mul(a->m.cols, 40));
     return tern__refuse_weight(run, a, bad);
 }
 
@@ -2427,7 +2589,7 @@ static void tern__pack_body(tern__job *job, int64_t begin, int64_t end, int64_t 
                 memset(unit_trits, 0, sizeof unit_trits);
                 for (r = 0; r < tern__min(TERN__ROWS, m->rows - row); r++)
                     memcpy(unit_trits[r], t + r * m->cols + i, (size_t)tern__min(s.unit, cols - i));
-                tern__pack_unit(m->encoding, unit_trits, unit);
+                tern__pack_unit(m->encoding, unit_trits[0], (int64_t)sizeof unit_trits[0], unit);
             }
         }
 }
@@ -2488,6 +2650,8 @@ static tern_result tern__cpu_unpack(tern_run *run, const tern_unpack_args *a)
    What enters: float rows. What leaves: int8 rows or bits in the matrix's group layout, a scale and sums per
    token, with RMSNorm fused: its factor cancels inside q and enters the scale alone. Called by room 14.
    ------------------------------------------------------------------------------------------------ */
+
+enum { TERN__ROUNDING = 0x524E4438 }; /* the step of round_i8's random numbers */
 
 #define TERN__ROOT7 2.6457513f /* steps of int4 to the mean: a normal row then seldom goes beyond 7 */
 
@@ -2869,7 +3033,7 @@ static void tern__ternarize_scalar(const tern__packing *p)
                 const float v = tern__load_float(p->type, p->x, r * p->stride + i + j);
                 t[r][j] = (int8_t)((v > p->threshold[r]) - (v < -p->threshold[r]));
             }
-        tern__pack_unit(p->base3 ? TERN_BASE3 : TERN_2BIT, t, unit);
+        tern__pack_unit(p->base3 ? TERN_BASE3 : TERN_2BIT, t[0], (int64_t)sizeof t[0], unit);
     }
 }
 
@@ -2924,11 +3088,87 @@ static void tern__optimize_scalar(const tern__optimize_work *work, int64_t begin
         if (a->kind == TERN_ADAMW) tern__store_float(a->moment_type, a->moment2, i, tern__moment_rounded(a, e.moment2, moments[i & 3] >> 16));
     }
 }
+
+/* Half `which` of 16 bits of a block's words, the low half of a word first. */
+TERN__ANYWHERE uint32_t tern__half(const uint32_t words[4], int64_t which) { return words[which >> 1 & 3] >> 16 * (which & 1) & 0xFFFF; }
+
+/* floor(x / 2^bits); a right shift of negative numbers is the compiler's choice in C. */
+TERN__ANYWHERE int32_t tern__floor_shift(int32_t x, int32_t bits) { return x < 0 ? ~(~x >> bits) : x >> bits; }
+
+/* v (127/m) + u to the integer below. u is odd in 2^-17, so that it never makes an integer of another. */
+TERN__ANYWHERE int8_t tern__round_up(float v, uint32_t half)
+{
+    const float x = v + (float)(2 * half + 1) * 7.62939453125e-6f;
+    int32_t q = (int32_t)x;
+    q -= (float)q > x;
+    return (int8_t)(q > 127 ? 127 : q < -127 ? -127 : q);
+}
+
+static void tern__round_up_scalar(const tern__random *r, uint64_t block, int64_t n, const float *x, const float *gain, float row, float inverse, int8_t *q)
+{
+    uint32_t words[4] = {0, 0, 0, 0};
+    int64_t i;
+    for (i = 0; i < n; i++) {
+        if ((i & 7) == 0) tern__philox(r->seed, block + (uint64_t)(i >> 3), r->step, r->stream, words);
+        q[i] = tern__round_up((gain ? x[i] * gain[i] : x[i]) * row * inverse, tern__half(words, i & 7));
+    }
+}
+
+/* One weight's step: 0, 1 where its trit changes, 2 where it stays at theta. */
+TERN__ANYWHERE int32_t tern__push_one(const tern__push *p, uint32_t half, float g, int8_t *accum, int8_t *trit)
+{
+    int32_t a, s;
+    if (p->sign) a = *accum - p->factor * ((g > 0.0f) - (g < 0.0f));
+    else {
+        const float x = g * p->inverse;
+        const int32_t n = (int32_t)tern__round(x > 1024.0f ? 1024.0f : x < -1024.0f ? -1024.0f : x);
+        a = *accum - tern__floor_shift(n * p->factor + (int32_t)half, 16);
+    }
+    a = a > 127 ? 127 : a < -127 ? -127 : a;
+    *accum = (int8_t)a;
+    if (a < p->theta && a > -p->theta) return 0;
+    s = a > 0 ? 1 : -1;
+    if (*trit == s) {
+        *accum = (int8_t)(s * p->theta);
+        return 2;
+    }
+    *trit = (int8_t)(*trit + s);
+    *accum = (int8_t)(p->sign ? 0 : a - s * p->theta);
+    return 1;
+}
+
+static void tern__push_scalar(const tern__push *p, uint64_t block, int64_t skip, int64_t n, float *grad, int8_t *accum, int8_t *trit, int32_t *events)
+{
+    uint32_t words[4];
+    int64_t i;
+    if (n <= 0) return;
+    block += (uint64_t)(skip >> 3);
+    skip &= 7;
+    tern__philox(p->random.seed, block, p->random.step, p->random.stream, words);
+    for (i = 0; i < n; i++, skip++) {
+        int32_t event;
+        if (skip == 8) {
+            tern__philox(p->random.seed, ++block, p->random.step, p->random.stream, words);
+            skip = 0;
+        }
+        event = tern__push_one(p, tern__half(words, skip), grad[i], &accum[i], &trit[i]);
+        if (event) events[event - 1]++;
+        grad[i] = 0.0f;
+    }
+}
 #else
 #define tern__optimize_scalar NULL
 #define tern__optimize_sse41 NULL
 #define tern__optimize_avx2 NULL
 #define tern__optimize_avx512 NULL
+#define tern__round_up_scalar NULL
+#define tern__round_up_sse41 NULL
+#define tern__round_up_avx2 NULL
+#define tern__round_up_avx512 NULL
+#define tern__push_scalar NULL
+#define tern__push_sse41 NULL
+#define tern__push_avx2 NULL
+#define tern__push_avx512 NULL
 #endif
 
 static void tern__flip_scalar(int64_t n, const uint32_t *signs, const float *x, float *y)
@@ -2957,7 +3197,8 @@ static void tern__hadamard_scalar(int64_t p, float factor, float *x)
     tern__columns_##X, tern__pack_a_##X, tern__scaled_##X, tern__trits_##X,                              \
     tern__sum_##X, tern__sum_above_##X, tern__absmax_##X, tern__round_##X,                               \
     tern__dot_i8_##DOT_I8, tern__floats_##X, tern__dot_bits_##DOT_BITS,                                  \
-    tern__widen_##X, tern__ternarize_##X, tern__optimize_##X, TOKENS, TILE_ROWS
+    tern__widen_##X, tern__ternarize_##X, tern__optimize_##X,                                \
+    tern__round_up_##X, tern__push_##X, TOKENS, TILE_ROWS
 
 static const tern__kernels tern__kernels_scalar = {TERN__KERNELS(scalar, tern__tile_scalar, scalar, scalar, scalar, scalar, 64, TERN__ROWS_SCALAR)};
 
@@ -3347,12 +3588,21 @@ static TARGET void tern__ternarize_##X(const tern__packing *p)                  
 #define TERN__BLOCKS_4 0, 1
 #define TERN__BLOCKS_8 0, 2, 1, 3
 #define TERN__BLOCKS_16 0, 4, 1, 5, 2, 6, 3, 7
+#ifndef TERNARY_NO_TRAINING
+static void tern__philox_keys(uint64_t seed, uint32_t keys[20])
+{
+    for (uint32_t round = 0; round < 10; round++) {
+        keys[2 * round] = (uint32_t)seed + round * 0x9E3779B9u;
+        keys[2 * round + 1] = (uint32_t)(seed >> 32) + round * 0xBB67AE85u;
+    }
+}
+#endif
 #define TERN__X86_OPTIMIZE(X, TARGET, W, V, I, MM)                                                       \
-static inline __attribute__((always_inline)) TARGET void tern__philox_##X(const tern_optimize_args *a, uint32_t stream, const uint32_t *keys, int64_t block, I *word) \
+static inline __attribute__((always_inline)) TARGET void tern__philox_##X(const tern__random *r, const uint32_t *keys, int64_t block, I *word) \
 {                                                                                                        \
     static const int64_t blocks[W / 2] = {TERN__BLOCKS_##W};                                             \
     const I m0 = MM##set1_epi32((int32_t)0xD2511F53), m1 = MM##set1_epi32((int32_t)0xCD9E8D57);          \
-    I c0 = tern__load_int_##X(blocks) + block, c1 = MM##srli_epi64(c0, 32), c2 = MM##set1_epi32((int32_t)a->step), c3 = MM##set1_epi32((int32_t)stream); \
+    I c0 = tern__load_int_##X(blocks) + block, c1 = MM##srli_epi64(c0, 32), c2 = MM##set1_epi32((int32_t)r->step), c3 = MM##set1_epi32((int32_t)r->stream); \
     TERN__UNROLL for (int round = 0; round < 20; round += 2) {                                           \
         const I p0 = MM##mul_epu32(c0, m0), p1 = MM##mul_epu32(c2, m1);                                  \
         c0 = MM##srli_epi64(p1, 32) ^ c1 ^ MM##set1_epi32((int32_t)keys[round]);                         \
@@ -3390,16 +3640,14 @@ static TARGET int64_t tern__optimize_most_##X(const tern__optimize_work *work, i
     const V beta1 = MM##set1_ps(a->beta1), other1 = MM##set1_ps(1.0f - a->beta1), rate = MM##set1_ps(a->rate), decay = MM##set1_ps(a->decay); \
     const V beta2 = MM##set1_ps(a->beta2), other2 = MM##set1_ps(1.0f - a->beta2), eps = MM##set1_ps(a->eps); \
     const int32_t bf16 = a->type == TERN_BF16, narrow = a->moment_type == TERN_BF16;                     \
+    const tern__random random = {a->seed, a->step, a->stream}, other = {a->seed, a->step, a->stream ^ 0x80000000u}; \
     uint32_t keys[20];                                                                                   \
     int64_t i;                                                                                           \
-    for (uint32_t round = 0; round < 10; round++) {                                                      \
-        keys[2 * round] = (uint32_t)a->seed + round * 0x9E3779B9u;                                       \
-        keys[2 * round + 1] = (uint32_t)(a->seed >> 32) + round * 0xBB67AE85u;                           \
-    }                                                                                                    \
+    tern__philox_keys(a->seed, keys);                                                                    \
     for (i = begin; i <= end - 2 * W; i += 2 * W) {                                                      \
         I word[2] = {MM##set1_epi32(0)}, moments[2] = {MM##set1_epi32(0)};                                            \
-        if (bf16 && !a->nearest) tern__philox_##X(a, a->stream, keys, i / 4, word);                      \
-        if (narrow && a->moment1) tern__philox_##X(a, a->stream ^ 0x80000000u, keys, i / 4, moments);    \
+        if (bf16 && !a->nearest) tern__philox_##X(&random, keys, i / 4, word);                      \
+        if (narrow && a->moment1) tern__philox_##X(&other, keys, i / 4, moments);    \
         TERN__UNROLL for (int h = 0; h < 2; h++) {                                                       \
             const int64_t at = i + h * W;                                                                \
             const V g = MM##loadu_ps(a->grad + at) * factor;                                             \
@@ -3424,6 +3672,83 @@ static TARGET int64_t tern__optimize_most_##X(const tern__optimize_work *work, i
 static void tern__optimize_##X(const tern__optimize_work *work, int64_t begin, int64_t end)              \
 { /* not the TARGET's: gcc 12 leaves the vectors dirty where a function ends in another's call */        \
     tern__optimize_scalar(work, tern__optimize_most_##X(work, begin, end), end);                         \
+}
+
+/* Stochastic rounding and flips, by the same words as 16-bit halves: a block's eight lie as its row takes them. */
+enum { TERN__HALVES = 1024 }; /* at a time */
+#define TERN__X86_FLIPS(X, TARGET, W, V, I, MM)                                                          \
+static TARGET void tern__halves_##X(const tern__random *r, uint64_t block, int64_t n, uint16_t *to)      \
+{                                                                                                        \
+    uint32_t keys[20];                                                                                   \
+    tern__philox_keys(r->seed, keys);                                                                    \
+    for (int64_t i = 0; i < n; i += 4 * W) {                                                             \
+        I word[2];                                                                                       \
+        tern__philox_##X(r, keys, (int64_t)block + i / 8, word);                                         \
+        tern__store_int_##X(to + i, word[0]);                                                            \
+        tern__store_int_##X(to + i + 2 * W, word[1]);                                                    \
+    }                                                                                                    \
+}                                                                                                        \
+static TARGET void tern__round_up_##X(const tern__random *r, uint64_t block, int64_t n, const float *x, const float *gain, float row, float inverse, int8_t *q) \
+{                                                                                                        \
+    uint16_t half[TERN__HALVES + 4 * W];                                                                 \
+    const V most = MM##set1_ps(127.0f), least = MM##set1_ps(-127.0f), unit = MM##set1_ps(7.62939453125e-6f); \
+    const I one = MM##set1_epi32(1);                                                                     \
+    for (int64_t first = 0; first < n; first += TERN__HALVES) {                                          \
+        const int64_t end = n - first < TERN__HALVES ? n : first + (int64_t)TERN__HALVES;                \
+        tern__halves_##X(r, block + (uint64_t)first / 8, end - first, half);                             \
+        for (int64_t i = first; i < end; i += W) {                                                       \
+            const I u = MM##srli_epi32((I)tern__bf16_##X(half + (i - first)), 15) | one;                 \
+            V v = tern__load_##X(x + i, n - i);                                                          \
+            if (gain) v = v * tern__load_##X(gain + i, n - i);                                           \
+            v = v * MM##set1_ps(row);                                                                    \
+            v = v * MM##set1_ps(inverse);                                                                \
+            v = MM##floor_ps(v + MM##cvtepi32_ps(u) * unit);                                             \
+            tern__store_i8_##X(q + i, MM##cvttps_epi32(MM##max_ps(least, MM##min_ps(most, v))), n - i);  \
+        }                                                                                                \
+    }                                                                                                    \
+}                                                                                                        \
+static TARGET int64_t tern__push_most_##X(const tern__push *p, const uint16_t *half, int64_t n, float *grad, int8_t *accum, int8_t *trit, int32_t *events) \
+{                                                                                                        \
+    typedef int32_t ints __attribute__((vector_size(4 * W)));                                            \
+    const ints zero = {0}, one = zero + 1, theta = zero + p->theta;                                      \
+    ints flips = zero, held = zero;                                                                      \
+    int32_t lane[W];                                                                                     \
+    int64_t i;                                                                                           \
+    for (i = 0; i <= n - W; i += W) {                                                                    \
+        const V g = MM##loadu_ps(grad + i);                                                              \
+        const ints t = (ints)tern__i8_##X(trit + i);                                                     \
+        ints step;                                                                                       \
+        if (p->sign) step = (ints)MM##mullo_epi32((I)((ints)(g < MM##setzero_ps()) - (ints)(g > MM##setzero_ps())), MM##set1_epi32(p->factor)); \
+        else {                                                                                           \
+            const V units = MM##max_ps(MM##set1_ps(-1024.0f), MM##min_ps(MM##set1_ps(1024.0f), g * MM##set1_ps(p->inverse))); \
+            const I size = MM##mullo_epi32(MM##cvtps_epi32(units), MM##set1_epi32(p->factor));           \
+            step = (ints)MM##srai_epi32(MM##add_epi32(size, MM##srli_epi32((I)tern__bf16_##X(half + i), 16)), 16); \
+        }                                                                                                \
+        const ints moved = (ints)MM##max_epi32(MM##set1_epi32(-127), MM##min_epi32(MM##set1_epi32(127), (I)((ints)tern__i8_##X(accum + i) - step))); \
+        const ints below = moved >> 31, s = below | one, limit = (theta ^ below) - below;                \
+        const ints over = (ints)(moved >= theta) | (ints)(moved <= -theta), same = (ints)(t == s), flip = over & ~same, hold = over & same; \
+        const ints rest = p->sign ? zero : moved - limit;                                                \
+        flips -= flip;                                                                                   \
+        held -= hold;                                                                                    \
+        tern__store_i8_##X(accum + i, (I)((hold & limit) | (flip & rest) | (~over & moved)), W);         \
+        tern__store_i8_##X(trit + i, (I)(t + (s & flip)), W);                                            \
+        MM##storeu_ps(grad + i, MM##setzero_ps());                                                       \
+    }                                                                                                    \
+    tern__store_int_##X(lane, (I)flips);                                                                 \
+    for (int j = 0; j < W; j++) events[0] += lane[j];                                                    \
+    tern__store_int_##X(lane, (I)held);                                                                  \
+    for (int j = 0; j < W; j++) events[1] += lane[j];                                                    \
+    return i;                                                                                            \
+}                                                                                                        \
+static void tern__push_##X(const tern__push *p, uint64_t block, int64_t skip, int64_t n, float *grad, int8_t *accum, int8_t *trit, int32_t *events) \
+{                                                                                                        \
+    uint16_t half[TERN__HALVES + 8 + 4 * W];                                                             \
+    for (int64_t at = 0; at < n; at += TERN__HALVES) {                                                   \
+        const int64_t some = n - at < TERN__HALVES ? n - at : (int64_t)TERN__HALVES, from = (skip + at) % 8; \
+        if (!p->sign) tern__halves_##X(&p->random, block + (uint64_t)(skip + at) / 8, from + some, half); \
+        const int64_t done = at + tern__push_most_##X(p, half + from, some, grad + at, accum + at, trit + at, events); \
+        tern__push_scalar(p, block, skip + done, at + some - done, grad + done, accum + done, trit + done, events); \
+    }                                                                                                    \
 }
 
 /* Tier X brings tern__swap_X, whose lane i is lane i ^ h, h a power of two below W. Within a vector a + b and a - b are one
@@ -4196,6 +4521,7 @@ TERN__X86_FLOAT(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 TERN__X86_WEIGHTS(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 #ifndef TERNARY_NO_TRAINING
 TERN__X86_OPTIMIZE(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
+TERN__X86_FLIPS(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 #endif
 TERN__SSE41_INLINE __m128 tern__swap_sse41(__m128 v, int h) { return h == 1 ? _mm_shuffle_ps(v, v, 0xB1) : _mm_shuffle_ps(v, v, 0x4E); }
 TERN__X86_HADAMARD(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
@@ -4271,6 +4597,7 @@ TERN__X86_FLOAT(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
 TERN__X86_WEIGHTS(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
 #ifndef TERNARY_NO_TRAINING
 TERN__X86_OPTIMIZE(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
+TERN__X86_FLIPS(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
 #endif
 TERN__AVX2_INLINE __m256 tern__swap_avx2(__m256 v, int h)
 {
@@ -4372,6 +4699,7 @@ TERN__X86_FLOAT(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
 TERN__X86_WEIGHTS(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
 #ifndef TERNARY_NO_TRAINING
 TERN__X86_OPTIMIZE(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
+TERN__X86_FLIPS(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
 #endif
 TERN__AVX512_INLINE __m512 tern__swap_avx512(__m512 v, int h)
 {
@@ -5018,11 +5346,17 @@ static void tern__matmul_body(tern__job *job, int64_t begin, int64_t end, int64_
 
 /* -- float matrix products: one blocked driver, several right operands -- */
 
-/* A block of a is packed for L2, a strip of b for L1: 32 columns. */
+/* A block of a is packed for L2, a strip of b for L1: 32 columns. Machines without SIMD are often small ones. */
 enum {
+#ifdef TERNARY_NO_SIMD
+    TERN__M_BLOCK = 42,
+    TERN__K_BLOCK = 128,
+    TERN__STRIPS = 4,
+#else
     TERN__M_BLOCK = 378, /* rows; a multiple of 6 and 14 */
     TERN__K_BLOCK = 256,
     TERN__STRIPS = 16,   /* that meet a packed block, at most */
+#endif
     TERN__SPOILED = 16,  /* behind each tile's rows */
     TERN__DS = 256
 };
@@ -5899,7 +6233,7 @@ static void tern__attention_backward(const tern__kernels *k, const tern_attentio
     tern__gemm g = tern__gemm_of(a->keys, a->dim, a->queries, h->p, 1, a->keys, a->dv + dv, a->v_stride);
     g.b = dy; g.b_row = width; g.b_col = 1;
     g.add = add;
-    g.fused = 1;
+    g.fused = !a->exact;
     tern__gemm_here(k, &g, w);
     for (m0 = 0; m0 < a->queries; m0 += TERN__M_BLOCK) {
         const int64_t rows = tern__min(TERN__M_BLOCK, a->queries - m0);
@@ -5910,7 +6244,7 @@ static void tern__attention_backward(const tern__kernels *k, const tern_attentio
             const int64_t lanes = tern__min(TERN__DS, a->keys - n0);
             g = tern__gemm_of(rows, lanes, a->dim, dy + m0 * width, width, 1, w->ds, TERN__DS);
             g.b = h->v + n0 * a->v_stride; g.b_row = 1; g.b_col = a->v_stride;
-            g.fused = 1;
+            g.fused = !a->exact;
             tern__gemm_here(k, &g, w);
             for (i = 0; i < rows; i++)
                 for (j = 0; j < lanes; j++) {
@@ -5921,12 +6255,12 @@ static void tern__attention_backward(const tern__kernels *k, const tern_attentio
     }
     g = tern__gemm_of(a->queries, a->dim, a->keys, h->p, a->keys, 1, a->dq + dq, a->q_stride);
     g.b = h->k; g.b_row = a->k_stride; g.b_col = 1;
-    g.fused = 1;
+    g.fused = !a->exact;
     tern__gemm_here(k, &g, w);
     g = tern__gemm_of(a->keys, a->dim, a->queries, h->p, 1, a->keys, a->dk + dk, a->k_stride);
     g.b = h->q; g.b_row = a->q_stride; g.b_col = 1;
     g.add = add;
-    g.fused = 1;
+    g.fused = !a->exact;
     tern__gemm_here(k, &g, w);
 }
 
@@ -6134,7 +6468,313 @@ static tern_result tern__cpu_scale_grad(tern_run *run, const tern_scale_grad_arg
     if (a->rule == TERN_LSQ) a->dalpha[0] += tern__tree_total(&tree) * factor;
     return TERN_OK;
 }
+
+/* -- stochastic rounding to int8 -- */
+
+/* The largest |v| of each token or, of whole tensors, of a task's tokens. */
+typedef struct tern__round_work {
+    const tern_round_i8_args *a;
+    tern__shape s;
+    uint32_t most[TERN__WORKERS]; /* whole: of each task */
+    float scale;                  /* whole */
+} tern__round_work;
+
+/* Scales of a matrix's rows [first, first + n) as floats. */
+static const float *tern__row_scales(const tern__round_work *w, int64_t first, int64_t n, float *to)
+{
+    const tern_matrix *m = &w->a->m;
+    int64_t i;
+    if (!m->scales) return NULL;
+    for (i = 0; i < n; i++) to[i] = tern__load_scale(m->scale_type, m->scales, tern__scale_index(m, &w->s, first + i, w->a->group));
+    return to;
+}
+
+enum { TERN__ROUND_TOKENS = 16 }; /* that share a block of 1024 scales */
+
+/* Bits of the largest |v| of each of some tokens: rounding keeps the order, so that the row's factor comes last. */
+static void tern__round_sizes(const tern__kernels *k, const tern__round_work *w, int64_t first, int64_t tokens, uint32_t *size)
+{
+    const tern_round_i8_args *a = w->a;
+    float buffer[TERN__BLOCK];
+    int64_t i, t, n;
+    for (t = 0; t < tokens; t++) size[t] = 0;
+    for (i = 0; i < a->cols; i += n) {
+        const float *gain = tern__row_scales(w, i, n = tern__min(TERN__BLOCK, a->cols - i), buffer);
+        for (t = 0; t < tokens; t++) {
+            const uint32_t bits = k->absmax(n, a->x + (first + t) * a->cols + i, gain);
+            if (bits > size[t]) size[t] = bits;
+        }
+    }
+    for (t = 0; a->row && t < tokens; t++) size[t] = tern__bits(tern__float(size[t]) * a->row[first + t]) & 0x7FFFFFFFu;
+}
+
+/* Rows whose scale is known: 127/m, or 0 for a row of zeros. */
+static void tern__round_rows(const tern__kernels *k, const tern__round_work *w, int64_t first, int64_t tokens, const float *inverse)
+{
+    const tern_round_i8_args *a = w->a;
+    const int64_t blocks = tern__ceil_div(a->cols, 8);
+    float buffer[TERN__BLOCK];
+    tern__random random;
+    int64_t i, t, n;
+    random.seed = a->seed;
+    random.step = TERN__ROUNDING;
+    random.stream = a->stream;
+    for (i = 0; i < a->cols; i += n) {
+        const float *gain = tern__row_scales(w, i, n = tern__min(TERN__BLOCK, a->cols - i), buffer);
+        for (t = first; t < first + tokens; t++) {
+            const int64_t at = t * a->cols + i;
+            if (inverse[t - first] == 0.0f) memset(a->q + at, 0, (size_t)n);
+            else k->round_up(&random, (uint64_t)(t * blocks + i / 8), n, a->x + at, gain, a->row ? a->row[t] : 1.0f, inverse[t - first], a->q + at);
+        }
+    }
+}
+
+/* Scale and its inverse from the largest |v|; a row that is not finite or has none is 0. */
+static float tern__round_scale(uint32_t most, float *inverse)
+{
+    const float size = tern__float(most);
+    *inverse = tern__finite(size) && tern__finite(127.0f / size) ? 127.0f / size : 0.0f;
+    return *inverse == 0.0f ? 0.0f : size / 127.0f;
+}
+
+static void tern__round_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern__round_work *w = (const tern__round_work *)job->arg;
+    uint32_t size[TERN__ROUND_TOKENS];
+    float inverse[TERN__ROUND_TOKENS];
+    int64_t first, t, tokens;
+    for (first = begin; first < end; first += tokens) {
+        tokens = tern__min(TERN__ROUND_TOKENS, end - first);
+        tern__round_sizes(job->k, w, first, tokens, size);
+        for (t = 0; t < tokens; t++) {
+            w->a->scale[first + t] = tern__round_scale(size[t], &inverse[t]);
+            if (!tern__finite(tern__float(size[t]))) *bad = tern__min(*bad, first + t);
+        }
+        tern__round_rows(job->k, w, first, tokens, inverse);
+    }
+}
+
+static void tern__round_most_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    tern__round_work *w = (tern__round_work *)(uintptr_t)job->arg;
+    uint32_t size[TERN__ROUND_TOKENS], *most = &w->most[bad - job->bad];
+    int64_t first, t, tokens;
+    for (first = begin; first < end; first += tokens) {
+        tokens = tern__min(TERN__ROUND_TOKENS, end - first);
+        tern__round_sizes(job->k, w, first, tokens, size);
+        for (t = 0; t < tokens; t++) {
+            if (size[t] > *most) *most = size[t];
+            if (!tern__finite(tern__float(size[t]))) *bad = tern__min(*bad, first + t);
+        }
+    }
+}
+
+static void tern__round_whole_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern__round_work *w = (const tern__round_work *)job->arg;
+    float inverse[TERN__ROUND_TOKENS];
+    int64_t first, t;
+    (void)bad;
+    for (t = 0; t < TERN__ROUND_TOKENS; t++) inverse[t] = w->scale;
+    for (first = begin; first < end; first += TERN__ROUND_TOKENS) tern__round_rows(job->k, w, first, tern__min(TERN__ROUND_TOKENS, end - first), inverse);
+}
+
+static tern_result tern__cpu_round_i8(tern_run *run, const tern_round_i8_args *a)
+{
+    const int64_t cost = tern__mul(a->cols, 40);
+    tern__round_work w;
+    uint32_t most = 0;
+    int64_t bad;
+    int32_t i;
+    memset(&w, 0, sizeof w);
+    w.a = a;
+    if (a->m.scales) w.s = tern__shape_of(&a->m);
+    if (!a->whole) bad = tern__for(run, tern__round_body, &w, a->n, cost);
+    else {
+        bad = tern__for(run, tern__round_most_body, &w, a->n, tern__mul(a->cols, 5));
+        for (i = 0; i < TERN__WORKERS; i++) if (w.most[i] > most) most = w.most[i];
+        a->scale[0] = tern__round_scale(most, &w.scale);
+        tern__for(run, tern__round_whole_body, &w, a->n, cost);
+    }
+    if (bad != INT64_MAX) tern__set_fault(run, TERN__FAULT_ROUND, bad);
+    return TERN_OK;
+}
+
+/* Constant trip counts, so that compilers vectorise at -O2. */
+static void tern__dequantize_block(const int32_t *__restrict x, float scale, int32_t add, int64_t n, float *__restrict y)
+{
+    int32_t i;
+    if (n < TERN__LANES) for (i = 0; i < n; i++) y[i] = add ? y[i] + (float)x[i] * scale : (float)x[i] * scale;
+    else if (add) for (i = 0; i < TERN__LANES; i++) y[i] = y[i] + (float)x[i] * scale;
+    else for (i = 0; i < TERN__LANES; i++) y[i] = (float)x[i] * scale;
+}
+
+static void tern__dequantize_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_dequantize_args *a = (const tern_dequantize_args *)job->arg;
+    int64_t t, i;
+    (void)bad;
+    for (t = begin; t < end; t++)
+        for (i = 0; i < a->cols; i += TERN__LANES)
+            tern__dequantize_block(a->x + t * a->cols + i, a->scale[a->whole ? 0 : t], a->add, tern__min(TERN__LANES, a->cols - i), a->y + t * a->y_row + i);
+}
+
+static tern_result tern__cpu_dequantize(tern_run *run, const tern_dequantize_args *a)
+{
+    tern__for(run, tern__dequantize_body, a, a->n, tern__mul(a->cols, 5));
+    return TERN_OK;
+}
+
+/* -- flips: training without floats that last. Panels go to the threads; counts are sums of integers -- */
+
+typedef struct tern__flip_work {
+    const tern_flip_args *a;
+    tern__shape s;
+    tern__push push;
+    tern_flips count[TERN__WORKERS];
+    int64_t score[TERN__WORKERS]; /* of the tensor */
+} tern__flip_work;
+
+/* Sum over a group of sign(G) T, added to the score of each row of a panel. */
+static void tern__score_group(const tern__flip_work *w, int64_t row, int64_t rows, int64_t g, int64_t *score)
+{
+    const tern_matrix *m = &w->a->m;
+    int8_t t[TERN__NARROW];
+    int64_t r, i, j, n;
+    for (r = 0; r < rows; r++)
+        for (i = 0; i < tern__group_cols(m, &w->s, g); i += n) {
+            const float *grad = w->a->grad + (row + r) * m->cols + g * w->s.group + i;
+            n = tern__min(TERN__NARROW, tern__group_cols(m, &w->s, g) - i);
+            tern__unpack_range(m, &w->s, row + r, g * w->s.group + i, n, t);
+            for (j = 0; j < n; j++) score[r] += t[j] * ((grad[j] > 0.0f) - (grad[j] < 0.0f));
+        }
+}
+
+/* An exponent and its vote. Returns whether the exponent changed. */
+TERN__ANYWHERE int32_t tern__vote(const tern_flip_args *a, int64_t score, int8_t *exponent, int8_t *vote)
+{
+    int32_t v = *vote - a->scale_step * ((score > 0) - (score < 0)), s;
+    if (*exponent < -126) return 0; /* a scale of 0 */
+    v = v > 127 ? 127 : v < -127 ? -127 : v;
+    *vote = (int8_t)v;
+    if (v < a->scale_theta && v > -a->scale_theta) return 0;
+    s = v > 0 ? 1 : -1;
+    if (*exponent == s * 126) {
+        *vote = (int8_t)(s * a->scale_theta);
+        return 0;
+    }
+    *exponent = (int8_t)(*exponent + s);
+    *vote = (int8_t)(v - s * a->scale_theta);
+    return 1;
+}
+
+static void tern__vote_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    tern__flip_work *w = (tern__flip_work *)(uintptr_t)job->arg;
+    const tern_matrix *m = &w->a->m;
+    int8_t *exponents = (int8_t *)m->scales;
+    int64_t panel, g, r;
+    for (panel = begin; panel < end; panel++)
+        for (g = 0; g < w->s.groups; g++) {
+            const int64_t row = panel * TERN__ROWS, rows = tern__min(TERN__ROWS, m->rows - row), at = tern__scale_index(m, &w->s, row, g);
+            int64_t score[TERN__ROWS] = {0};
+            tern__score_group(w, row, rows, g, score);
+            for (r = 0; r < rows; r++)
+                if (m->grain == TERN_PER_TENSOR) w->score[bad - job->bad] += score[r];
+                else w->count[bad - job->bad].scales += tern__vote(w->a, score[r], &exponents[at + r], &w->a->votes[at + r]);
+        }
+}
+
+/* A group of a panel. */
+static void tern__flip_group(const tern__kernels *k, const tern__flip_work *w, int64_t panel, int64_t g, tern_flips *count)
+{
+    const tern_matrix *m = &w->a->m;
+    const int64_t row = panel * TERN__ROWS, rows = tern__min(TERN__ROWS, m->rows - row), blocks = tern__ceil_div(m->cols, 8);
+    const int64_t cols = tern__group_cols(m, &w->s, g);
+    uint8_t *unit = (uint8_t *)m->trits + panel * w->s.panel_bytes + g * w->s.group_units * TERN__UNIT;
+    int8_t t[TERN__ROWS * TERN__NARROW];
+    int32_t flipped[TERN__ROWS] = {0};
+    int64_t i, j, r, n;
+    for (i = 0; i < cols; i += n, unit += tern__ceil_div(n, w->s.unit) * TERN__UNIT) {
+        const int64_t col = g * w->s.group + i, flips = count->flips;
+        n = tern__min(TERN__NARROW, cols - i);
+        for (j = 0; j < n; j += w->s.unit) tern__unpack_rows(m->encoding, unit + j / w->s.unit * TERN__UNIT, TERN__NARROW, t + j);
+        for (r = 0; r < rows; r++) {
+            const int64_t at = (row + r) * m->cols + col;
+            int32_t events[2] = {0, 0};
+            k->push(&w->push, (uint64_t)((row + r) * blocks + col / 8), col % 8, n, w->a->grad + at, w->a->accum + at, t + r * TERN__NARROW, events);
+            count->flips += events[0];
+            count->saturated += events[1];
+            flipped[r] |= events[0];
+        }
+        if (count->flips == flips) continue;
+        for (j = 0; j < n; j += w->s.unit) tern__pack_unit(m->encoding, t + j, TERN__NARROW, unit + j / w->s.unit * TERN__UNIT);
+    }
+    for (r = 0; r < rows; r++) count->grains += flipped[r] != 0;
+}
+
+static void tern__flip_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    tern__flip_work *w = (tern__flip_work *)(uintptr_t)job->arg;
+    int64_t panel, g;
+    for (panel = begin; panel < end; panel++)
+        for (g = 0; g < w->s.groups; g++) tern__flip_group(job->k, w, panel, g, &w->count[bad - job->bad]);
+}
+
+/* What the weights of a step share; returns whether there is a step. */
+TERN__ANYWHERE int32_t tern__push_of(const tern_flip_args *a, tern__push *p)
+{
+    const float mean = *a->sum_abs / ((float)a->m.rows * (float)a->m.cols);
+    p->random.seed = a->seed;
+    p->random.step = a->step;
+    p->random.stream = a->stream;
+    p->sign = a->rule == TERN_FLIP_SIGN;
+    p->factor = p->sign ? a->sign_step : (int32_t)tern__round(256.0f * a->push);
+    p->theta = a->theta;
+    p->inverse = 256.0f / mean;
+    return tern__finite(*a->sum_abs) && mean > 0.0f && tern__finite(p->inverse) && !(p->sign && a->sign_step == 0);
+}
+
+static tern_result tern__cpu_flip(tern_run *run, const tern_flip_args *a)
+{
+    tern__flip_work w;
+    tern_flips all;
+    int32_t i;
+    memset(&w, 0, sizeof w);
+    memset(&all, 0, sizeof all);
+    w.a = a;
+    w.s = tern__shape_of(&a->m);
+    if (tern__push_of(a, &w.push)) {
+        if (a->scale_step) tern__for(run, tern__vote_body, &w, w.s.panels, tern__mul(a->m.cols, 16 * 40));
+        for (i = 1; i < TERN__WORKERS; i++) w.score[0] += w.score[i];
+        if (a->scale_step && a->m.grain == TERN_PER_TENSOR) w.count[0].scales += tern__vote(a, w.score[0], (int8_t *)a->m.scales, a->votes);
+        tern__for(run, tern__flip_body, &w, w.s.panels, tern__mul(a->m.cols, 16 * 40));
+        for (i = 0; i < TERN__WORKERS; i++) {
+            all.flips += w.count[i].flips;
+            all.grains += w.count[i].grains;
+            all.saturated += w.count[i].saturated;
+            all.scales += w.count[i].scales;
+        }
+        if (a->m.grain == TERN_PER_TENSOR) all.grains = all.flips > 0;
+        all.updates = 1;
+    } else {
+        if (!tern__finite(*a->sum_abs)) tern__set_fault(run, TERN__FAULT_FLIP, (int64_t)a->step);
+        memset(a->grad, 0, sizeof(float) * (size_t)(a->m.rows * a->m.cols));
+        all.skipped = 1;
+    }
+    if (!a->counts) return TERN_OK;
+    a->counts->flips += all.flips;
+    a->counts->grains += all.grains;
+    a->counts->saturated += all.saturated;
+    a->counts->scales += all.scales;
+    a->counts->updates += all.updates;
+    a->counts->skipped += all.skipped;
+    return TERN_OK;
+}
 #else
+#define tern__cpu_round_i8 NULL
+#define tern__cpu_dequantize NULL
+#define tern__cpu_flip NULL
 #define tern__cpu_matmul_dx NULL
 #define tern__cpu_matmul_dw NULL
 #define tern__cpu_scatter NULL
@@ -6384,12 +7024,19 @@ static tern_result tern__check_rule(tern_run *r, const char *name, tern_rule rul
     return TERN_OK;
 }
 
+static tern_result tern__check_theta(tern_run *r, const char *op, const char *name, int32_t theta)
+{
+    TERN__REQUIRE(r, theta >= 2 && theta <= 127, TERN_E_ARGUMENT, "%s: %s is %d, not 2 to 127", op, name, (int64_t)theta);
+    return TERN_OK;
+}
+
 static tern_result tern__check_ternarize(tern_run *r, const tern_ternarize_args *a)
 {
     TERN__TRY(tern__check_packed(r, "ternarize", &a->m));
     TERN__REQUIRE(r, (int32_t)a->rule >= 0 && a->rule < TERN_DENSE, TERN_E_ARGUMENT, "ternarize: rule %d does not ternarize", (int64_t)(int32_t)a->rule);
     TERN__TRY(tern__check_rule(r, "ternarize", a->rule, &a->m, a->rho, a->noise, a->zone));
     if (tern__is_learned(a->rule)) TERN__NEED("ternarize", alpha);
+    if (a->accum) TERN__TRY(tern__check_theta(r, "ternarize", "theta", a->theta));
     TERN__TRY(tern__check_float_type(r, "ternarize", a->type));
     return tern__check_pointer(r, "ternarize", "w", a->w, tern__type_bytes(a->type));
 }
@@ -6694,6 +7341,53 @@ static tern_result tern__check_dead_zone(tern_run *r, const tern_dead_zone_args 
     return TERN_OK;
 }
 
+static tern_result tern__check_round_i8(tern_run *r, const tern_round_i8_args *a)
+{
+    TERN__TRY(tern__check_count(r, "round_i8", "cols", a->cols, 1));
+    TERN__TRY(tern__check_count(r, "round_i8", "n", a->n, a->cols));
+    TERN__NEED("round_i8", x);
+    TERN__MAY("round_i8", row);
+    if (a->m.scales) {
+        TERN__TRY(tern__check_matrix(r, "round_i8", &a->m));
+        TERN__TRY(tern__check_pointer(r, "round_i8", "m.scales", a->m.scales, tern__type_bytes(a->m.scale_type)));
+        TERN__REQUIRE(r, a->m.rows == a->cols && a->group >= 0 && a->group < tern__shape_of(&a->m).groups, TERN_E_SHAPE,
+                      "round_i8: scales of %d rows for %d columns, group %d of %d", a->m.rows, a->cols, a->group, tern__shape_of(&a->m).groups);
+    }
+    TERN__TRY(tern__check_pointer(r, "round_i8", "q", a->q, 1));
+    TERN__NEED("round_i8", scale);
+    return TERN_OK;
+}
+
+static tern_result tern__check_dequantize(tern_run *r, const tern_dequantize_args *a)
+{
+    TERN__TRY(tern__check_count(r, "dequantize", "cols", a->cols, 1));
+    TERN__REQUIRE(r, a->y_row >= a->cols, TERN_E_SHAPE, "dequantize: y_row = %d is below cols = %d", a->y_row, a->cols);
+    TERN__TRY(tern__check_count(r, "dequantize", "n", a->n, a->y_row));
+    TERN__NEED("dequantize", x);
+    TERN__NEED("dequantize", scale);
+    TERN__NEED("dequantize", y);
+    return TERN_OK;
+}
+
+static tern_result tern__check_flip(tern_run *r, const tern_flip_args *a)
+{
+    TERN__TRY(tern__check_packed(r, "flip", &a->m));
+    TERN__REQUIRE(r, a->rule == TERN_FLIP_PROPORTIONAL || a->rule == TERN_FLIP_SIGN, TERN_E_ARGUMENT, "flip: rule %d is unknown", (int64_t)(int32_t)a->rule);
+    TERN__NEED("flip", grad);
+    TERN__TRY(tern__check_pointer(r, "flip", "accum", a->accum, 1));
+    TERN__NEED("flip", sum_abs);
+    TERN__TRY(tern__check_theta(r, "flip", "theta", a->theta));
+    TERN__REQUIRE(r, a->push >= 0.0f && a->push <= 127.0f, TERN_E_ARGUMENT, "flip: push is not in 0 to 127");
+    TERN__REQUIRE(r, a->sign_step >= 0 && a->sign_step <= 127, TERN_E_ARGUMENT, "flip: sign_step is %d, not 0 to 127", (int64_t)a->sign_step);
+    TERN__REQUIRE(r, a->scale_step >= 0 && a->scale_step <= 127, TERN_E_ARGUMENT, "flip: scale_step is %d, not 0 to 127", (int64_t)a->scale_step);
+    if (a->scale_step) {
+        TERN__TRY(tern__check_theta(r, "flip", "scale_theta", a->scale_theta));
+        TERN__REQUIRE(r, a->m.scale_type == TERN_POW2 && a->votes, TERN_E_ARGUMENT,
+                      "flip: scales learn as TERN_POW2 with votes; theirs is type %d", (int64_t)(int32_t)a->m.scale_type);
+    }
+    return a->counts ? tern__check_pointer(r, "flip", "counts", a->counts, 8) : TERN_OK;
+}
+
 #define TERN__PUBLIC(op)                                                                                            \
     static tern_result tern__checked_##op(tern_context *c, const tern_##op##_args *a)                               \
     {                                                                                                               \
@@ -6749,7 +7443,7 @@ TERN_API tern_matrix tern_param_matrix(const tern_param *p)
     return m;
 }
 
-static const char *const tern__buffer_names[TERN_BUFFERS] = {"trits", "scales", "shadow", "gradient", "first moment", "second moment"};
+static const char *const tern__buffer_names[TERN_BUFFERS] = {"trits", "scales", "shadow", "gradient", "first moment", "second moment", "accumulator", "votes"};
 
 /* The type that a buffer is read as. */
 static tern_type tern__buffer_type(const tern_param *p, int32_t which)
@@ -6757,8 +7451,32 @@ static tern_type tern__buffer_type(const tern_param *p, int32_t which)
     const tern_matrix m = tern_param_matrix(p);
     if (which == TERN_TRITS) return m.encoding;
     if (which == TERN_SCALES) return m.scale_type;
+    if (which >= TERN_ACCUM) return TERN_I8;
     if (which != TERN_GRAD && p->buffer[which].type == TERN_BF16) return TERN_BF16;
     return TERN_F32;
+}
+
+/* Trained without floats that last. */
+static int32_t tern__is_integer(const tern_param *p) { return p->buffer[TERN_ACCUM].data != NULL; }
+static int32_t tern__theta(const tern_param *p) { return p->theta ? p->theta : 32; }
+
+/* What an accumulator excludes; buffers: those that are there or asked for. */
+static tern_result tern__check_integer(tern_run *r, const tern_param *p, int32_t buffers)
+{
+    if (p->theta) TERN__TRY(tern__check_theta(r, p->name, "theta", p->theta));
+    if (!(buffers >> TERN_ACCUM & 1)) return TERN_OK;
+    TERN__REQUIRE(r, p->rule != TERN_DENSE, TERN_E_ARGUMENT, "%s: a dense parameter has no accumulator", p->name);
+    TERN__REQUIRE(r, !(buffers >> TERN_SHADOW & 1), TERN_E_ARGUMENT, "%s: a shadow and an accumulator exclude each other", p->name);
+    TERN__REQUIRE(r, !tern__is_learned(p->rule), TERN_E_ARGUMENT, "%s: a learned scale and an accumulator exclude each other", p->name);
+    TERN__REQUIRE(r, !p->dead, TERN_E_ARGUMENT, "%s: a dead zone needs a shadow, which an accumulator excludes", p->name);
+    return TERN_OK;
+}
+
+static int32_t tern__buffers_of(const tern_param *p)
+{
+    int32_t i, mask = 0;
+    for (i = 0; i < TERN_BUFFERS; i++) mask |= (p->buffer[i].data != NULL) << i;
+    return mask;
 }
 
 static tern_result tern__check_param(tern_context *c, const tern_param *p)
@@ -6789,7 +7507,7 @@ static tern_result tern__check_param(tern_context *c, const tern_param *p)
         TERN__REQUIRE(r, p->buffer[i].type == TERN_TYPE_DEFAULT || p->buffer[i].type == tern__buffer_type(p, i), TERN_E_ARGUMENT,
                       "%s: %s of type %d cannot be used", p->name, tern__buffer_names[i], (int64_t)p->buffer[i].type);
     TERN__REQUIRE(r, !p->dead || (p->lambda > 0 && tern__finite(p->lambda)), TERN_E_ARGUMENT, "%s: a dead zone needs a finite lambda above 0", p->name);
-    return TERN_OK;
+    return tern__check_integer(r, p, tern__buffers_of(p));
 }
 
 /* Fails where a buffer is absent, misaligned or has fewer elements than the parameter. */
@@ -6806,8 +7524,8 @@ static tern_result tern__check_buffer(tern_context *c, const tern_param *p, int3
 static int64_t tern__buffer_count(const tern_param *p, int32_t which)
 {
     const tern_matrix m = tern_param_matrix(p);
-    if (which > TERN_SCALES) return p->rows * p->cols;
-    if (p->rule == TERN_DENSE) return 0;
+    if (p->rule == TERN_DENSE) return which <= TERN_SCALES || which >= TERN_ACCUM ? 0 : p->rows * p->cols;
+    if (which > TERN_SCALES && which <= TERN_ACCUM) return p->rows * p->cols;
     return which == TERN_TRITS ? tern__shape_of(&m).panels * tern__shape_of(&m).panel_bytes : tern__shape_of(&m).scales;
 }
 
@@ -6836,6 +7554,8 @@ TERN_API tern_result tern_param_alloc(tern_context *c, tern_param *p, int32_t ma
     int32_t i, fresh = 0;
     TERN__TRY(tern__check_param(c, p));
     if (p->rule == TERN_DENSE && (mask >> TERN_TRITS & 1)) mask |= 1 << TERN_SHADOW;
+    if (p->rule == TERN_DENSE) mask &= ~(1 << TERN_ACCUM | 1 << TERN_VOTES);
+    TERN__TRY(tern__check_integer(&c->run, p, mask | tern__buffers_of(p)));
     for (i = 0; i < TERN_BUFFERS; i++) {
         tern_buffer *b = &p->buffer[i];
         const int64_t count = tern__buffer_count(p, i);
@@ -6952,6 +7672,21 @@ static tern_result tern__check_alpha(tern_context *c, const tern_param *p)
     return tern__check_ready(c, p->alpha);
 }
 
+/* An accumulator or votes, where they are, become zero. */
+static tern_result tern__clear_bytes(tern_context *c, const tern_param *p, int32_t which)
+{
+    static const uint8_t zeros[4096] = {0};
+    const int64_t count = tern__buffer_count(p, which);
+    int64_t at, n;
+    if (!p->buffer[which].data) return TERN_OK;
+    TERN__TRY(tern__check_buffer(c, p, which, count));
+    for (at = 0; at < count; at += n) {
+        n = tern__min(count - at, (int64_t)sizeof zeros);
+        TERN__TRY(tern_copy(c, (uint8_t *)p->buffer[which].data + at, zeros, (size_t)n, TERN_TO_DEVICE));
+    }
+    return TERN_OK;
+}
+
 TERN_API tern_result tern_param_set(tern_context *c, tern_param *p, tern_type type, const void *w)
 {
     tern_ternarize_args t;
@@ -6963,6 +7698,11 @@ TERN_API tern_result tern_param_set(tern_context *c, tern_param *p, tern_type ty
     if (p->dead) TERN__TRY(tern__check_dense_of(c, p->dead, p, "dead zone", 1, p->rows));
     if (w && p->rotate) return tern__param_set_rotated(c, p, type, w);
     t = tern__param_args(p);
+    if (tern__is_integer(p)) {
+        TERN__TRY(tern__check_buffer(c, p, TERN_ACCUM, p->rows * p->cols));
+        t.accum = (int8_t *)p->buffer[TERN_ACCUM].data;
+        t.theta = tern__theta(p);
+    }
     if (w && p->rule != TERN_DENSE) { /* refuses bad weights before anything is written */
         t.rule = p->rule;
         t.alpha = tern__floats(p->alpha, TERN_SHADOW);
@@ -6971,6 +7711,7 @@ TERN_API tern_result tern_param_set(tern_context *c, tern_param *p, tern_type ty
         t.w = w;
         TERN__TRY(tern__param_ternarize(c, p, &t));
         p->flags &= ~(uint32_t)TERN_KEEP_SCALES;
+        TERN__TRY(tern__clear_bytes(c, p, TERN_VOTES));
     }
     if (w && shadow) {
         tern_cast_args a;
@@ -7039,15 +7780,17 @@ static tern_result tern__upload_rows(tern_context *c, const tern_param *p, int64
     return tern_pack(c, &a);
 }
 
-/* A dense parameter becomes zero. */
-static tern_result tern__clear(tern_context *c, const tern_param *p)
+static tern_result tern__zero(tern_context *c, int64_t count, float *x)
 {
     tern_fill_args a;
     memset(&a, 0, sizeof a);
-    a.count = p->rows * p->cols;
-    a.x = tern__floats(p, TERN_SHADOW);
+    a.count = count;
+    a.x = x;
     return tern_fill(c, &a);
 }
+
+/* A dense parameter becomes zero. */
+static tern_result tern__clear(tern_context *c, const tern_param *p) { return tern__zero(c, p->rows * p->cols, tern__floats(p, TERN_SHADOW)); }
 
 /* Row-major scales from the host to those of m, through `ordered`: host memory for the scales in panel order. */
 static tern_result tern__upload_scales(tern_context *c, const tern_matrix *m, const float *scales, void *ordered)
@@ -7164,6 +7907,8 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
     if (shadow) TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
     if (alpha) TERN__TRY(tern__check_alpha(c, p));
     if (p->dead) TERN__TRY(tern__check_dense_of(c, p->dead, p, "dead zone", 1, p->rows));
+    for (i = TERN_ACCUM; i <= TERN_VOTES; i++)
+        if (p->buffer[i].data) TERN__TRY(tern__check_buffer(c, p, (int32_t)i, tern__buffer_count(p, (int32_t)i)));
     m = tern_param_matrix(p);
     s = tern__shape_of(&m);
     stored = m.grain == TERN_PER_TENSOR ? 1 : m.rows * s.groups;
@@ -7191,6 +7936,8 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
     if (result == TERN_OK && shadow) result = tern__give_shadow(c, p, trits, scales, &g);
     if (result == TERN_OK && alpha) result = tern__give_alpha(c, p, scales, &g);
     if (result == TERN_OK && p->dead) result = tern__clear(c, p->dead); /* given trits of 0 are weights of 0 */
+    if (result == TERN_OK) result = tern__clear_bytes(c, p, TERN_ACCUM);
+    if (result == TERN_OK) result = tern__clear_bytes(c, p, TERN_VOTES);
     if (result == TERN_OK) p->flags |= TERN_KEEP_SCALES;
     if (g.staging) tern_free(c, g.staging);
     if (g.shadow_scales) tern_free(c, g.shadow_scales);
@@ -7451,6 +8198,18 @@ static tern_result tern__check_model(tern_context *c, const tern_model *m)
     return TERN_OK;
 }
 
+/* What training does with a buffer. */
+typedef enum { TERN__TRAINABLE, TERN__PERSISTENT, TERN__TRANSIENT } tern__lasting;
+
+static tern__lasting tern__lasts(const tern_param *p, int32_t which)
+{
+    if (which == TERN_GRAD) return TERN__TRANSIENT;
+    if (!p->buffer[TERN_GRAD].data) return TERN__PERSISTENT;
+    return which == TERN_SCALES && tern__is_integer(p) && !p->buffer[TERN_VOTES].data ? TERN__PERSISTENT : TERN__TRAINABLE;
+}
+
+static int32_t tern__is_float(tern_type type) { return type == TERN_F32 || type == TERN_BF16 || type == TERN_F16; }
+
 TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern_audit *out)
 {
     int32_t i, b;
@@ -7463,7 +8222,9 @@ TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern
         if (p->rule != TERN_DENSE) out->ternary += p->rows * p->cols;
         for (b = 0; b < TERN_BUFFERS; b++) {
             const size_t bytes = p->buffer[b].data ? p->buffer[b].count * (size_t)tern__type_bytes(tern__buffer_type(p, b)) : 0;
+            int64_t *const floats[] = {&out->trainable_floats, &out->persistent_floats, &out->transient_floats};
             out->bytes[b] += bytes;
+            if (p->buffer[b].data && tern__is_float(tern__buffer_type(p, b))) *floats[tern__lasts(p, b)] += (int64_t)p->buffer[b].count;
             if (b <= TERN_SCALES || (p->rule == TERN_DENSE && b == TERN_SHADOW)) out->packed_bytes += bytes;
         }
     }
@@ -7552,8 +8313,33 @@ static int32_t tern__has_input(const tern_linear *l) { return tern__reads_floats
 static int64_t tern__shadow_rows(const tern_param *p) { return tern__buffer_type(p, TERN_SHADOW) == TERN_BF16 ? tern__chunk_rows(p, sizeof(float)) : p->rows; }
 static int64_t tern__shadow_bytes(const tern_param *p) { return tern__buffer_type(p, TERN_SHADOW) == TERN_BF16 ? tern__shadow_rows(p) * p->cols * 4 : 0; }
 
+/* What an integer backward needs: dy as int8 and its scales, some rows of trits as int8, some rows of a product. */
+typedef struct tern__integer { int8_t *q, *trits; float *scale; int32_t *product; int64_t rows, lines, bytes; } tern__integer;
+
+/* Elements of these, or 16 rows where that is more (the tests set less, so that small shapes go in parts too). */
+#ifndef TERN__INTEGER_PART
+#define TERN__INTEGER_PART 4194304
+#endif
+
+static tern__integer tern__integer_at(const tern_param *p, int64_t n, void *base)
+{
+    const int64_t scale = tern__scratch_piece(tern__mul(n, p->rows)), trits = tern__add(scale, tern__scratch_piece(tern__mul(n, 4)));
+    tern__integer w = {NULL, NULL, NULL, NULL, 0, 0, 0};
+    int64_t product;
+    w.rows = tern__min(p->rows, tern__max(TERN__INTEGER_PART / p->cols, TERN__ROWS) / TERN__ROWS * TERN__ROWS);
+    w.lines = tern__min(tern__max(n, p->rows), tern__max(TERN__INTEGER_PART / p->cols, TERN__ROWS));
+    product = tern__add(trits, tern__scratch_piece(w.rows * p->cols));
+    w.bytes = tern__add(product, tern__scratch_piece(w.lines * p->cols * 4));
+    if (!base) return w;
+    w.q = (int8_t *)base;
+    w.scale = (float *)(void *)(w.q + scale);
+    w.trits = w.q + trits;
+    w.product = (int32_t *)(void *)(w.q + product);
+    return w;
+}
+
 /* Scratch: x~, in the backward the gradient before the norm; the bias with the dead zone's; LoRA's gradient of x~ A^T;
-   of arenas outputs or their gradient. */
+   of arenas outputs or their gradient; of an integer backward, the above. */
 static int64_t tern__linear_scratch(const tern_linear *l, int64_t n)
 {
     const int64_t row = tern__scratch_piece(tern__mul(tern__mul(n, l->w->cols), 4));
@@ -7566,7 +8352,7 @@ static int64_t tern__linear_scratch(const tern_linear *l, int64_t n)
         bytes = tern__add(bytes, tern__scratch_piece(tern__mul(tern__mul(n, l->w->rows), 4)));
         bytes = tern__add(bytes, tern__scratch_piece(tern__shadow_bytes(l->w)));
     }
-    return bytes;
+    return tern__is_integer(l->w) ? tern__add(bytes, tern__integer_at(l->w, n, NULL).bytes) : bytes;
 }
 
 TERN_API tern_result tern_linear_need(tern_context *c, const tern_linear *l, int64_t n, tern_need *out)
@@ -7870,6 +8656,7 @@ TERN_API tern_result tern_linear_merge(tern_context *c, const tern_linear *l)
     TERN__TRY(tern__check_linear(c, l, 1));
     TERN__REQUIRE(&c->run, l->lora_a, TERN_E_MISSING, "%s: there is no lora_a to merge", l->w->name);
     TERN__TRY(tern__check_alpha(c, l->w));
+    TERN__REQUIRE(&c->run, !tern__is_integer(l->w), TERN_E_UNSUPPORTED, "%s: a merge beside an accumulator; freeze it first", l->w->name);
     memset(&g, 0, sizeof g);
     g.c = c;
     g.l = l;
@@ -7970,6 +8757,126 @@ static tern_result tern__linear_dx(tern_context *c, const tern_linear *l, int64_
     return tern_matmul_dx(c, &a);
 }
 
+/* -- the integer backward: both products are exact, so that gradients have the same bits on every tier -- */
+
+/* Activations whose bytes are the factors of dw, and sums that fit into int32: 127 per row of w, 127 * 127 per token. */
+static tern_result tern__check_integer_backward(tern_context *c, const tern_linear *l, int64_t n)
+{
+    tern_run *r = &c->run;
+    TERN__REQUIRE(r, l->act == TERN_ACT_INT8 || l->act == TERN_ACT_INT4, TERN_E_UNSUPPORTED,
+                  "%s: act %d beside an accumulator; its gradients need TERN_ACT_INT8 or TERN_ACT_INT4", l->w->name, (int64_t)(int32_t)l->act);
+    TERN__REQUIRE(r, l->arenas == 0.0f, TERN_E_UNSUPPORTED, "%s: arenas need a shadow, which an accumulator excludes", l->w->name);
+    TERN__REQUIRE(r, !l->lora_a, TERN_E_UNSUPPORTED, "%s: LoRA beside an accumulator; freeze the matrix first", l->w->name);
+    TERN__REQUIRE(r, n <= TERN__I8_MOST_K, TERN_E_SHAPE, "%s: %d tokens; an integer backward takes %d at a time", l->w->name, n, (int64_t)TERN__I8_MOST_K);
+    TERN__REQUIRE(r, l->w->rows <= (int64_t)1 << 24, TERN_E_SHAPE, "%s: %d rows; an integer backward takes %d", l->w->name, l->w->rows, (int64_t)1 << 24);
+    return TERN_OK;
+}
+
+/* A product in scratch as floats: [rows, cols] into y. */
+static tern_result tern__from_product(tern_context *c, const tern__integer *w, int64_t rows, int64_t cols, const float *scale, int32_t whole, float *y, int64_t y_row)
+{
+    tern_dequantize_args a;
+    a.n = rows;
+    a.cols = cols;
+    a.x = w->product;
+    a.scale = scale;
+    a.whole = whole;
+    a.y = y;
+    a.y_row = y_row;
+    a.add = whole; /* dw is added to */
+    return tern_dequantize(c, &a);
+}
+
+/* Tokens [t, t + tokens) of dx of a group's columns; *here: the first row of the trits that are unpacked. */
+static tern_result tern__integer_dx_tokens(tern_context *c, const tern_linear *l, const tern__integer *w, int64_t g, int64_t t, int64_t tokens, int64_t *here, float *dx)
+{
+    const tern_matrix m = tern_param_matrix(l->w);
+    const tern__shape s = tern__shape_of(&m);
+    tern_unpack_args u;
+    tern_dense_i8_args d;
+    u.m = m;
+    u.trits = w->trits;
+    u.values = NULL;
+    d.m = tokens;
+    d.n = tern__group_cols(&m, &s, g);
+    d.a_row = m.rows; d.a_col = 1;
+    d.b = w->trits + g * s.group; d.b_row = m.cols; d.b_col = 1;
+    d.c = w->product; d.c_row = d.n;
+    for (u.row = 0; u.row < m.rows; u.row += u.count) {
+        u.count = tern__min(w->rows, m.rows - u.row);
+        if (*here != u.row) TERN__TRY(tern_unpack(c, &u));
+        *here = u.row;
+        d.k = u.count;
+        d.a = w->q + t * m.rows + u.row;
+        d.add = u.row > 0;
+        TERN__TRY(tern_dense_i8(c, &d));
+    }
+    return tern__from_product(c, w, tokens, d.n, w->scale + t, 0, dx + t * m.cols + g * s.group, m.cols);
+}
+
+/* dx = (dy S) T, group by group. */
+static tern_result tern__integer_dx(tern_context *c, const tern_linear *l, int64_t n, const float *dy, float *dx, const tern__integer *w)
+{
+    const tern_matrix m = tern_param_matrix(l->w);
+    const tern__shape s = tern__shape_of(&m);
+    tern_round_i8_args a;
+    int64_t t, tokens, here = -1;
+    memset(&a, 0, sizeof a);
+    a.n = n;
+    a.cols = m.rows;
+    a.x = dy;
+    a.m = m;
+    a.seed = l->seed;
+    a.q = w->q;
+    a.scale = w->scale;
+    for (a.group = 0; a.group < s.groups; a.group++) {
+        a.stream = (uint32_t)a.group + 1;
+        TERN__TRY(tern_round_i8(c, &a));
+        for (t = 0; t < n; t += tokens) {
+            tokens = tern__min(w->lines, n - t);
+            TERN__TRY(tern__integer_dx_tokens(c, l, w, a.group, t, tokens, &here, dx));
+        }
+    }
+    return TERN_OK;
+}
+
+/* dw += (dy * the activations' scales)^T q. Groups that end with a unit lie side by side in q, and are one product. */
+static tern_result tern__integer_dw(tern_context *c, const tern_linear *l, int64_t n, const tern__kept *kept, const float *dy, float *dw, const tern__integer *w)
+{
+    const tern_matrix m = tern_param_matrix(l->w);
+    const tern__shape s = tern__shape_of(&m);
+    const int64_t group = s.group % s.unit ? s.group : m.cols;
+    tern_round_i8_args a;
+    tern_dense_i8_args d;
+    int64_t row, col;
+    memset(&a, 0, sizeof a);
+    a.n = n;
+    a.cols = m.rows;
+    a.x = dy;
+    a.row = kept->scale;
+    a.whole = 1;
+    a.seed = l->seed;
+    a.q = w->q;
+    a.scale = w->scale;
+    TERN__TRY(tern_round_i8(c, &a));
+    memset(&d, 0, sizeof d);
+    d.k = n;
+    d.a_row = 1; d.a_col = m.rows;
+    d.b_row = s.stride; d.b_col = 1;
+    d.c = w->product;
+    for (row = 0; row < m.rows; row += d.m) {
+        d.m = tern__min(w->lines, m.rows - row);
+        d.a = w->q + row;
+        for (col = 0; col < m.cols; col += group) {
+            d.n = d.c_row = tern__min(group, m.cols - col);
+            d.b = kept->q + col / s.group * s.group_units * s.unit;
+            TERN__TRY(tern_dense_i8(c, &d));
+            TERN__TRY(tern__from_product(c, w, d.m, d.n, w->scale, 1, dw + row * m.cols + col, m.cols));
+        }
+    }
+    return TERN_OK;
+}
+
 /* c [m, n] (+)= a b, with a [m, k] or transposed [k, m], and b [k, n]. */
 static tern_result tern__times_columns(tern_context *c, int64_t m, int64_t n, int64_t k, const float *a, int32_t transposed, const float *b, float *y, int32_t add)
 {
@@ -7995,10 +8902,10 @@ static tern_result tern__lora_backward(tern_context *c, const tern_linear *l, in
     return da ? tern__times_columns(c, rank, l->w->cols, n, dlow, 1, input, da, 1) : TERN_OK;
 }
 
-/* dx~ of all parts, rotated back. dlow and scaled: of LoRA, and memory for arenas * dy. */
-static tern_result tern__linear_dinput(tern_context *c, const tern_linear *l, int64_t n, const float *dy, const float *dlow, float *scaled, float *dx)
+/* dx~ of all parts, rotated back. dlow and scaled: of LoRA, and memory for arenas * dy; integer: set with an accumulator. */
+static tern_result tern__linear_dinput(tern_context *c, const tern_linear *l, int64_t n, const float *dy, const float *dlow, float *scaled, const tern__integer *integer, float *dx)
 {
-    TERN__TRY(tern__linear_dx(c, l, n, dy, dx));
+    TERN__TRY(integer->q ? tern__integer_dx(c, l, n, dy, dx, integer) : tern__linear_dx(c, l, n, dy, dx));
     if (dlow) TERN__TRY(tern__times_columns(c, n, l->w->cols, tern__rank(l), dlow, 0, tern__floats(l->lora_a, TERN_SHADOW), dx, 1));
     if (scaled) {
         TERN__TRY(tern__add_scaled(c, n * l->w->rows, dy, l->arenas, NULL, scaled));
@@ -8017,9 +8924,13 @@ static tern_result tern__check_gradients(tern_context *c, const tern_linear *l)
 }
 
 /* The gradients of w (with arenas: of both its parts, for the activations of the first), bias and dead zone. */
-static tern_result tern__linear_dparams(tern_context *c, const tern_linear *l, int64_t n, const float *input, const tern__kept *kept, const float *dy, float *scaled)
+static tern_result tern__linear_dparams(tern_context *c, const tern_linear *l, int64_t n, const float *input, const tern__kept *kept, const float *dy, float *scaled, const tern__integer *integer)
 {
     float *dw = tern__floats(l->w, TERN_GRAD), *dbias = tern__floats(l->bias, TERN_GRAD);
+    if (integer->q) {
+        if (dw) TERN__TRY(tern__integer_dw(c, l, n, kept, dy, dw, integer));
+        return tern__linear_dw(c, l, n, input, kept, dy, NULL, dbias);
+    }
     TERN__TRY(tern__linear_dw(c, l, n, input, kept, dy, NULL, tern__floats(l->w->dead, TERN_GRAD)));
     if (!scaled) return tern__linear_dw(c, l, n, input, kept, dy, dw, dbias);
     TERN__TRY(tern__linear_dw(c, l, n, input, kept, dy, NULL, dbias));
@@ -8030,6 +8941,7 @@ static tern_result tern__linear_dparams(tern_context *c, const tern_linear *l, i
 TERN_API tern_result tern_linear_backward(tern_context *c, const tern_linear *l, int64_t n, const float *x, const void *saved, const float *dy, float *dx)
 {
     tern__kept kept;
+    tern__integer integer = {NULL, NULL, NULL, NULL, 0, 0, 0};
     tern_norm_args norm;
     const float *input = NULL;
     float *dgain, *dlow = NULL, *scaled = NULL;
@@ -8039,22 +8951,26 @@ TERN_API tern_result tern_linear_backward(tern_context *c, const tern_linear *l,
     if (dx) TERN__TRY(tern__check_pointer(&c->run, l->w->name, "dx", dx, 4));
     if (tern__kept_at(l, n, NULL).bytes) TERN__TRY(tern__check_pointer(&c->run, l->w->name, "saved", saved, 4));
     TERN__TRY(tern__check_gradients(c, l));
+    if (tern__is_integer(l->w)) {
+        TERN__TRY(tern__check_integer_backward(c, l, n));
+        integer = tern__integer_at(l->w, n, tern__take(c, tern__integer_at(l->w, n, NULL).bytes));
+    }
     kept = tern__kept_at(l, n, (void *)(uintptr_t)saved);
     if ((tern__floats(l->w, TERN_GRAD) && !kept.q) || tern__floats(l->lora_a, TERN_GRAD)) TERN__TRY(tern__linear_input(c, l, n, x, &input));
     if (l->arenas > 0.0f) scaled = (float *)tern__take(c, n * l->w->rows * 4);
-    TERN__TRY(tern__linear_dparams(c, l, n, input, &kept, dy, scaled));
+    TERN__TRY(tern__linear_dparams(c, l, n, input, &kept, dy, scaled, &integer));
     if (l->lora_a) {
         dlow = (float *)tern__take(c, n * tern__rank(l) * 4);
         TERN__TRY(tern__lora_backward(c, l, n, input, &kept, dy, dlow));
     }
     dgain = tern__floats(l->gain, TERN_GRAD);
-    if (l->norm == TERN_NORM_NONE) return dx ? tern__linear_dinput(c, l, n, dy, dlow, scaled, dx) : TERN_OK;
+    if (l->norm == TERN_NORM_NONE) return dx ? tern__linear_dinput(c, l, n, dy, dlow, scaled, &integer, dx) : TERN_OK;
     if (!dx && !dgain) return TERN_OK;
     norm = tern__linear_norm(l, n, x);
     norm.dx = dx;
     norm.dgain = dgain;
     norm.dy = (float *)tern__take(c, n * l->w->cols * 4);
-    TERN__TRY(tern__linear_dinput(c, l, n, dy, dlow, scaled, (float *)(uintptr_t)norm.dy));
+    TERN__TRY(tern__linear_dinput(c, l, n, dy, dlow, scaled, &integer, (float *)(uintptr_t)norm.dy));
     return tern_norm(c, &norm);
 }
 #endif
@@ -8128,17 +9044,13 @@ static int32_t tern__is_trained(const tern_model *m, const tern_param *p)
 static tern_result tern__spread_dead(tern_context *c, const tern_param *p)
 {
     tern_dead_zone_args a;
-    tern_fill_args f;
     memset(&a, 0, sizeof a);
     a.m = tern_param_matrix(p);
     a.lambda = p->lambda;
     a.dbias = tern__floats(p->dead, TERN_GRAD);
     a.dw = tern__floats(p, TERN_GRAD);
     TERN__TRY(tern_dead_zone(c, &a));
-    memset(&f, 0, sizeof f);
-    f.count = p->rows;
-    f.x = tern__floats(p->dead, TERN_GRAD);
-    return tern_fill(c, &f);
+    return tern__zero(c, p->rows, tern__floats(p->dead, TERN_GRAD));
 }
 
 /* The learned scale of a parameter that trains, where it has a gradient. */
@@ -8174,6 +9086,40 @@ static tern_optimize_args tern__step_args(const tern_model *m, int32_t i, const 
     return a;
 }
 
+/* The step of a parameter with an accumulator. */
+static tern_flip_args tern__step_flip(const tern_model *m, int32_t i, const tern_step *s, const float *sum_abs)
+{
+    const tern_param *p = m->items[i];
+    tern_flip_args a;
+    memset(&a, 0, sizeof a);
+    a.m = tern_param_matrix(p);
+    a.rule = s->flip;
+    a.grad = tern__floats(p, TERN_GRAD);
+    a.accum = (int8_t *)p->buffer[TERN_ACCUM].data;
+    a.votes = (int8_t *)p->buffer[TERN_VOTES].data;
+    a.sum_abs = sum_abs;
+    a.push = s->push;
+    a.sign_step = s->sign_step;
+    a.theta = tern__theta(p);
+    a.scale_step = a.votes ? s->scale_step : 0;
+    a.scale_theta = s->scale_theta ? s->scale_theta : 32;
+    a.seed = s->seed;
+    a.step = s->step;
+    a.stream = (uint32_t)i;
+    a.counts = s->flips;
+    return a;
+}
+
+static tern_result tern__check_step_flip(tern_context *c, const tern_model *m, int32_t i, const tern_step *s)
+{
+    const tern_param *p = m->items[i];
+    const tern_flip_args a = tern__step_flip(m, i, s, (const float *)(const void *)c->scratch);
+    TERN__TRY(tern__check_buffer(c, p, TERN_GRAD, p->rows * p->cols));
+    TERN__TRY(tern__check_buffer(c, p, TERN_ACCUM, p->rows * p->cols));
+    if (a.votes) TERN__TRY(tern__check_buffer(c, p, TERN_VOTES, tern__buffer_count(p, TERN_VOTES)));
+    return tern__check_flip(&c->run, &a);
+}
+
 /* Everything a step will need, before the first parameter or gradient changes. */
 static tern_result tern__check_step(tern_context *c, const tern_model *m, const tern_step *s)
 {
@@ -8187,11 +9133,15 @@ static tern_result tern__check_step(tern_context *c, const tern_model *m, const 
         if (!tern__is_trained(m, p)) continue;
         trained++;
         TERN__TRY(tern__check_ready(c, p));
+        if (tern__is_integer(p)) {
+            TERN__TRY(tern__check_step_flip(c, m, i, s));
+            continue;
+        }
         if (p->dead) {
             TERN__TRY(tern__check_dense_of(c, p->dead, p, "dead zone", 1, p->rows));
             TERN__TRY(tern__check_buffer(c, p->dead, TERN_GRAD, p->rows));
         }
-        for (b = TERN_SHADOW; b < TERN_BUFFERS; b++)
+        for (b = TERN_SHADOW; b <= TERN_MOMENT2; b++)
             if (p->buffer[b].data || b <= TERN_GRAD || s->optimizer == TERN_ADAMW) TERN__TRY(tern__check_buffer(c, p, b, p->rows * p->cols));
         TERN__REQUIRE(&c->run, s->optimizer != TERN_ADAMW || tern__buffer_type(p, TERN_MOMENT1) == tern__buffer_type(p, TERN_MOMENT2), TERN_E_ARGUMENT,
                       "%s: its moments are of types %d and %d", p->name, (int64_t)tern__buffer_type(p, TERN_MOMENT1), (int64_t)tern__buffer_type(p, TERN_MOMENT2));
@@ -8232,7 +9182,7 @@ static tern_result tern__step_ternarize(tern_context *c, const tern_model *m, co
     for (i = 0; i < m->count; i++) {
         tern_param *p = m->items[i];
         tern_ternarize_args a;
-        if (!p->buffer[TERN_GRAD].data || p->rule == TERN_DENSE) continue;
+        if (!p->buffer[TERN_GRAD].data || p->rule == TERN_DENSE || tern__is_integer(p)) continue;
         p->flags &= ~(uint32_t)TERN_KEEP_SCALES;
         a = tern__param_args(p);
         a.noise = p->noise;
@@ -8247,6 +9197,21 @@ static tern_result tern__step_ternarize(tern_context *c, const tern_model *m, co
     return TERN_OK;
 }
 
+/* The mean of |G| goes by way of the second float of scratch. */
+static tern_result tern__flip_param(tern_context *c, const tern_model *m, int32_t i, const tern_step *s)
+{
+    float *sum_abs = (float *)(void *)c->scratch + 1;
+    const tern_flip_args a = tern__step_flip(m, i, s, sum_abs);
+    tern_sum_args sum;
+    sum.kind = TERN_SUM_ABS;
+    sum.count = a.m.rows * a.m.cols;
+    sum.x = a.grad;
+    sum.y = sum_abs;
+    sum.add = 0;
+    TERN__TRY(tern_sum(c, &sum));
+    return tern_flip(c, &a);
+}
+
 TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const tern_step *s)
 {
     float *norm2;
@@ -8256,7 +9221,7 @@ TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const
     norm2 = s->norm2 ? s->norm2 : (float *)(void *)c->scratch;
     for (i = 0; i < m->count; i++) {
         tern_sum_args a;
-        if (!tern__is_trained(m, m->items[i])) continue;
+        if (!tern__is_trained(m, m->items[i]) || tern__is_integer(m->items[i])) continue;
         if (m->items[i]->dead) TERN__TRY(tern__spread_dead(c, m->items[i]));
         a.kind = TERN_SUM_SQUARES;
         a.count = m->items[i]->rows * m->items[i]->cols;
@@ -8266,9 +9231,12 @@ TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const
         first = 0;
         TERN__TRY(tern_sum(c, &a));
     }
+    if (first && s->norm2) TERN__TRY(tern__zero(c, 1, s->norm2));
     for (i = 0; i < m->count; i++) {
         const tern_optimize_args a = tern__step_args(m, i, s, norm2);
-        if (tern__is_trained(m, m->items[i])) TERN__TRY(tern_optimize(c, &a));
+        if (!tern__is_trained(m, m->items[i])) continue;
+        if (tern__is_integer(m->items[i])) TERN__TRY(tern__flip_param(c, m, i, s));
+        else TERN__TRY(tern_optimize(c, &a));
     }
     return tern__step_ternarize(c, m, s);
 }
@@ -8279,7 +9247,7 @@ TERN_API tern_result tern_schedule_rate(tern_context *c, const tern_schedule *s,
     float t, sine, left;
     if (!c) return TERN_E_ARGUMENT;
     TERN__REQUIRE(&c->run, s && rate, TERN_E_ARGUMENT, "schedule: the desc or rate is NULL");
-    TERN__REQUIRE(&c->run, (int32_t)s->kind >= 0 && s->kind <= TERN_WSD, TERN_E_ARGUMENT, "schedule: kind %d is unknown", (int64_t)s->kind);
+    TERN__REQUIRE(&c->run, (int32_t)s->kind >= 0 && s->kind <= TERN_LINEAR, TERN_E_ARGUMENT, "schedule: kind %d is unknown", (int64_t)s->kind);
     TERN__REQUIRE(&c->run, s->floor >= 0.0f && s->floor <= s->peak && tern__finite(s->peak), TERN_E_ARGUMENT,
                   "schedule: peak and floor must be finite, the floor from 0 to the peak");
     TERN__REQUIRE(&c->run, step > 0, TERN_E_ARGUMENT, "schedule: steps are counted from 1");
@@ -8294,9 +9262,85 @@ TERN_API tern_result tern_schedule_rate(tern_context *c, const tern_schedule *s,
         if (s->kind == TERN_COSINE) {
             tern__sincos(t * 1.57079633f, &sine, &left);
             left = left * left; /* (1 + cos 2x) / 2 = cos^2 x loses nothing near its zero */
-        } else left = 1.0f - tern__sqrt(t);
+        } else left = 1.0f - (s->kind == TERN_WSD ? tern__sqrt(t) : t);
         *rate = s->floor + (s->peak - s->floor) * left;
     }
+    return TERN_OK;
+}
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   [TERN-20] True-ternary training
+   What enters: models whose parameters have accumulators. What leaves: what of them is float, and the step of the sign
+   rule. The rules themselves are tern_flip in [TERN-14], which [TERN-19] calls; the integer backward is in [TERN-15].
+   ------------------------------------------------------------------------------------------------ */
+
+static const char *const tern__type_names[] = {"none", "f32", "bf16", "f16", "i8", "pow2", "log", "2bit", "base3"}; /* as tern_type */
+
+TERN_API tern_result tern_model_strict(tern_context *c, const tern_model *m)
+{
+    int32_t i, b;
+    TERN__TRY(tern__check_model(c, m));
+    for (i = 0; i < m->count; i++)
+        for (b = 0; b < TERN_BUFFERS; b++) {
+            const tern_param *p = m->items[i];
+            TERN__REQUIRE(&c->run, !p->buffer[b].data || !tern__is_float(tern__buffer_type(p, b)) || tern__lasts(p, b) != TERN__TRAINABLE, TERN_E_ARGUMENT,
+                          "%s: its %s is %d trainable floats (%s)", p->name, tern__buffer_names[b], (int64_t)p->buffer[b].count, tern__type_names[tern__buffer_type(p, b)]);
+        }
+    return TERN_OK;
+}
+
+static size_t tern__print(char *out, size_t size, const char *format, ...)
+{
+    va_list list;
+    va_start(list, format);
+    tern__format(out, size, format, list);
+    va_end(list);
+    return strlen(out);
+}
+
+TERN_API tern_result tern_model_list(tern_context *c, const tern_model *m, const tern_sink *sink)
+{
+    static const char *const lasting[] = {"trainable", "persistent", "transient"};
+    char line[256];
+    int32_t i, b;
+    TERN__TRY(tern__check_model(c, m));
+    TERN__REQUIRE(&c->run, sink && sink->write, TERN_E_ARGUMENT, "list: the sink or its write is NULL");
+    for (i = 0; i < m->count; i++)
+        for (b = 0; b < TERN_BUFFERS; b++) {
+            const tern_param *p = m->items[i];
+            const tern_type type = tern__buffer_type(p, b);
+            const int64_t count = (int64_t)p->buffer[b].count;
+            size_t bytes;
+            if (!p->buffer[b].data) continue;
+            bytes = tern__print(line, sizeof line, "%s, %s, %s, %d, %d, %s\n", p->name, tern__buffer_names[b], tern__type_names[type],
+                                b == TERN_TRITS ? p->rows * p->cols : count, count * tern__type_bytes(type), lasting[tern__lasts(p, b)]);
+            TERN__REQUIRE(&c->run, sink->write(sink->user, line, bytes) == 0, TERN_E_IO, "list: the sink refused the %s of %s", tern__buffer_names[b], p->name);
+        }
+    return TERN_OK;
+}
+
+#ifndef TERNARY_NO_TRAINING
+/* A loss in 2^-16, from 0 to 2^30. */
+static int64_t tern__fixed_loss(float loss) { return loss <= 0.0f ? 0 : loss >= 1073741824.0f ? (int64_t)1 << 46 : (int64_t)(loss * 65536.0f); }
+
+TERN_API tern_result tern_sign_step(tern_context *c, tern_pace *p, float loss, int32_t *step)
+{
+    int64_t first, most, shift, fixed, change;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__REQUIRE(&c->run, p && step, TERN_E_ARGUMENT, "sign_step: the pace or step is NULL");
+    first = p->first ? p->first : 4;
+    most = p->most ? p->most : 16;
+    shift = p->shift ? p->shift : 6;
+    TERN__REQUIRE(&c->run, first > 0 && first <= 127 && most > 0 && most <= 127 && shift > 0 && shift <= 30 && p->mean >= 0 && p->mean <= (int64_t)1 << 46, TERN_E_ARGUMENT,
+                  "sign_step: first %d, most %d, shift %d or mean %d is out of range", first, most, shift, p->mean);
+    *step = 0;
+    if (!tern__finite(loss)) return TERN_OK;
+    fixed = tern__fixed_loss(loss);
+    change = fixed - p->mean;
+    if (p->mean == 0) p->mean = fixed;
+    else p->mean += change < 0 ? ~(~change >> shift) : change >> shift;
+    *step = (int32_t)(p->mean > 0 ? tern__max(1, tern__min(most, (2 * first * fixed + p->mean) / (2 * p->mean))) : 1);
     return TERN_OK;
 }
 #endif
@@ -8312,7 +9356,8 @@ TERN_API tern_result tern_schedule_rate(tern_context *c, const tern_schedule *s,
                    lowest digit, as code trit + 1; the digits after the last trit are 1
      NAME.scale    F32, F16, I8 exponents (-128: zero) or I16 logarithms (-32768: zero), [rows, groups]
      NAME          F32: the values of a dense parameter
-     NAME.shadow (F32 or BF16), NAME.moment1, NAME.moment2 (F32), where they were asked for
+     NAME.shadow, NAME.moment1, NAME.moment2 (F32 or BF16), where they were asked for
+     NAME.accum    I8 [rows, cols], with the key .theta; NAME.votes I8, one for each stored scale, in panel order [TERN-8]
    ------------------------------------------------------------------------------------------------ */
 
 #ifndef TERNARY_NO_FILES
@@ -8415,7 +9460,7 @@ static int32_t tern__is_stored(const tern_param *p, int32_t which, int32_t mask)
     return which != TERN_GRAD && (mask >> which & 1) && p->buffer[which].data;
 }
 
-static const char *const tern__suffixes[TERN_BUFFERS] = {".trits", ".scale", ".shadow", "", ".moment1", ".moment2"};
+static const char *const tern__suffixes[TERN_BUFFERS] = {".trits", ".scale", ".shadow", "", ".moment1", ".moment2", ".accum", ".votes"};
 
 static const char *tern__suffix(const tern_param *p, int32_t which)
 {
@@ -8442,7 +9487,11 @@ static tern__tensor tern__tensor_of(const tern_param *p, int32_t which)
         if (p->grain == TERN_PER_TENSOR) t.dims[1] = 1;
         if (type == TERN_POW2) t.type = TERN__GGML_I8;
         if (type == TERN_LOG) t.type = TERN__GGML_I16;
+    } else if (which == TERN_VOTES) {
+        t.dims[0] = tern__buffer_count(p, TERN_VOTES);
+        t.dims[1] = 1;
     }
+    if (type == TERN_I8) t.type = TERN__GGML_I8;
     t.bytes = t.dims[0] * t.dims[1] * (which == TERN_TRITS ? 1 : tern__type_bytes(type));
     return t;
 }
@@ -8578,6 +9627,10 @@ static void tern__emit_param_keys(tern__writer *w, const tern_param *p)
     tern__emit_number(w, (uint64_t)p->cols, 8);
     tern__emit_key(w, "ternary.", p->name, ".grain", TERN__GGUF_INT32);
     tern__emit_number(w, (uint64_t)(int64_t)p->grain, 4);
+    if (tern__is_stored(p, TERN_ACCUM, w->mask)) {
+        tern__emit_key(w, "ternary.", p->name, ".theta", TERN__GGUF_UINT32);
+        tern__emit_number(w, (uint64_t)tern__theta(p), 4);
+    }
     if (!p->rotate) return;
     tern__emit_key(w, "ternary.", p->name, ".rotate", TERN__GGUF_UINT32);
     tern__emit_number(w, p->rotate, 4);
@@ -8607,7 +9660,7 @@ static void tern__emit_head(tern__writer *w, uint64_t hash)
     int64_t offset = 0;
     int32_t i, b;
     for (i = 0; i < w->m->count; i++) {
-        keys += w->m->items[i]->rotate != 0;
+        keys += (uint64_t)((w->m->items[i]->rotate != 0) + tern__is_stored(w->m->items[i], TERN_ACCUM, w->mask));
         for (b = 0; b < TERN_BUFFERS; b++) tensors += (uint64_t)tern__is_written(w, i, b);
     }
     tern__emit_bytes(w, "GGUF", 4);
@@ -8692,10 +9745,11 @@ static tern_result tern__emit_scales(tern__writer *w, const tern_param *p)
     return TERN_OK;
 }
 
-static tern_result tern__emit_floats(tern__writer *w, const tern_param *p, int32_t which)
+/* Elements as they lie in memory. */
+static tern_result tern__emit_elements(tern__writer *w, const tern_param *p, int32_t which)
 {
     const int32_t width = (int32_t)tern__type_bytes(tern__buffer_type(p, which));
-    const int64_t bytes = p->rows * p->cols * width;
+    const int64_t bytes = tern__buffer_count(p, which) * width;
     uint8_t *chunk = (uint8_t *)w->reader.host;
     int64_t at, n;
     for (at = 0; at < bytes; at += n) {
@@ -8748,7 +9802,7 @@ static tern_result tern__emit_file(tern__writer *w, uint64_t hash)
         for (b = 0; b < TERN_BUFFERS; b++) {
             const tern_param *p = w->m->items[i];
             if (!tern__is_written(w, i, b)) continue;
-            if (b >= TERN_SHADOW) TERN__TRY(tern__emit_floats(w, p, b));
+            if (b >= TERN_SHADOW) TERN__TRY(tern__emit_elements(w, p, b));
             else if (b == TERN_SCALES) TERN__TRY(tern__emit_scales(w, p));
             else if (w->block) TERN__TRY(tern__emit_blocks(w, p));
             else TERN__TRY(tern__emit_trits(w, p));
@@ -9041,6 +10095,8 @@ static tern_result tern__match_param(tern__loader *l, const tern_param *p)
     TERN__TRY(tern__match_number(l, p, ".rows", TERN__GGUF_UINT64, p->rows));
     TERN__TRY(tern__match_number(l, p, ".cols", TERN__GGUF_UINT64, p->cols));
     TERN__TRY(tern__match_number(l, p, ".grain", TERN__GGUF_INT32, p->grain));
+    if (tern__is_integer(p) && tern__find(&l->file, &l->file.tensors, p->name, ".accum", "", &e))
+        TERN__TRY(tern__match_number(l, p, ".theta", TERN__GGUF_UINT32, tern__theta(p)));
     if (!tern__find(&l->file, &l->file.keys, "ternary.", p->name, ".rotate", &e)) e.value = 0;
     TERN__REQUIRE(&l->c->run, e.value == p->rotate, TERN_E_SHAPE, "%s: rotate is %d in the file and %d in the parameter", p->name, (int64_t)e.value, (int64_t)p->rotate);
     return TERN_OK;
@@ -9091,6 +10147,16 @@ static tern_result tern__check_scales(tern__loader *l, const tern_param *p, cons
     return TERN_OK;
 }
 
+/* Accumulators and votes are -127 to 127. */
+static tern_result tern__check_bytes(tern__loader *l, const tern_param *p, int32_t which, const uint8_t *source)
+{
+    const int64_t bytes = tern__tensor_of(p, which).bytes;
+    int64_t i;
+    for (i = 0; i < bytes; i++)
+        TERN__REQUIRE(&l->c->run, source[i] != 0x80, TERN_E_FORMAT, "%s%s: byte %d is -128, below -127", p->name, tern__suffix(p, which), i);
+    return TERN_OK;
+}
+
 /* Finds and checks one tensor. Moments may be absent. */
 static tern_result tern__match_tensor(tern__loader *l, const tern_param *p, int32_t which, const uint8_t **source)
 {
@@ -9098,7 +10164,7 @@ static tern_result tern__match_tensor(tern__loader *l, const tern_param *p, int3
     const char *suffix = tern__suffix(p, which);
     tern__entry e;
     if (!tern__find(&l->file, &l->file.tensors, p->name, suffix, "", &e)) {
-        TERN__REQUIRE(&l->c->run, which > TERN_SHADOW, TERN_E_MISSING, "the file has no tensor %s%s", p->name, suffix);
+        TERN__REQUIRE(&l->c->run, which == TERN_MOMENT1 || which == TERN_MOMENT2, TERN_E_MISSING, "the file has no tensor %s%s", p->name, suffix);
         return TERN_OK;
     }
     TERN__REQUIRE(&l->c->run, e.type == (uint64_t)t.type, TERN_E_SHAPE,
@@ -9107,6 +10173,7 @@ static tern_result tern__match_tensor(tern__loader *l, const tern_param *p, int3
                   "%s%s is %d x %d x %d x %d in the file and %d x %d in the parameter", p->name, suffix,
                   (int64_t)e.dims[3], (int64_t)e.dims[2], (int64_t)e.dims[1], (int64_t)e.dims[0], t.dims[1], t.dims[0]);
     *source = l->file.bytes + l->file.data + e.offset;
+    if (which >= TERN_ACCUM) return tern__check_bytes(l, p, which, *source);
     if (which == TERN_TRITS) return tern__check_trits(l, p, *source);
     return which == TERN_SCALES ? tern__check_scales(l, p, *source) : TERN_OK;
 }
@@ -9158,7 +10225,7 @@ static tern_result tern__load_scales(tern__loader *l, const tern_param *p, const
     return tern__upload_scales(l->c, &m, l->scales, l->ordered);
 }
 
-static tern_result tern__load_floats(tern__loader *l, const tern_param *p, int32_t which, const uint8_t *source)
+static tern_result tern__load_elements(tern__loader *l, const tern_param *p, int32_t which, const uint8_t *source)
 {
     const tern__tensor t = tern__tensor_of(p, which);
     const int32_t width = (int32_t)tern__type_bytes(tern__buffer_type(p, which));
@@ -9181,7 +10248,7 @@ static tern_result tern__load_model(tern__loader *l, const tern_model *m)
             if (!source) continue;
             if (b == TERN_TRITS) TERN__TRY(tern__load_trits(l, m->items[i], source));
             else if (b == TERN_SCALES) TERN__TRY(tern__load_scales(l, m->items[i], source));
-            else TERN__TRY(tern__load_floats(l, m->items[i], b, source));
+            else TERN__TRY(tern__load_elements(l, m->items[i], b, source));
         }
     return TERN_OK;
 }

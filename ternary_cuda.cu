@@ -682,6 +682,7 @@ static tern_result tern__gpu_ternarize(tern_run *r, tern__gpu *d, const tern_ter
     TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
     TERN__REQUIRE(r, a->m.grain != TERN_PER_TENSOR || a->m.rows <= TERN__WORK, TERN_E_UNSUPPORTED,
                   "cuda: ternarize: a grain of %d rows; %d is the most", a->m.rows, (int64_t)TERN__WORK);
+    TERN__REQUIRE(r, !a->accum, TERN_E_UNSUPPORTED, "%s: ternarize has no accum", r->backend->name);
     if (a->type == TERN_F16) tern__ternarize_as<TERN_F16>(d, p);
     else if (a->type == TERN_BF16) tern__ternarize_as<TERN_BF16>(d, p);
     else tern__ternarize_as<TERN_F32>(d, p);
@@ -1863,6 +1864,7 @@ static tern_result tern__attention_back(tern_run *r, const tern__gpu *d, const t
 static tern_result tern__gpu_attention(tern_run *r, tern__gpu *d, const tern_attention_args *a)
 {
     const tern__attention t = tern__attention_of(a);
+    TERN__REQUIRE(r, !a->dy || !a->exact, TERN_E_UNSUPPORTED, "%s: attention has no exact backward", r->backend->name);
     TERN__TRY(tern__check_row(r, "attention", a->keys));
     return a->dy ? tern__attention_back(r, d, a, &t) : tern__attention_run(r, d, a, &t);
 }
@@ -2652,6 +2654,18 @@ static tern_result tern__gpu_scale_grad(tern_run *r, tern__gpu *d, const tern_sc
    [CUDA-9] The function table
    What enters: tern__gpu_NAME for every operation. What leaves: tern_cuda_backend.
    ------------------------------------------------------------------------------------------------ */
+
+/* What this backend does not have yet is an error that names it. */
+#define TERN__ABSENT(op)                                                                          \
+    static tern_result tern__gpu_##op(tern_run *r, tern__gpu *d, const tern_##op##_args *a)       \
+    {                                                                                             \
+        (void)d;                                                                                  \
+        (void)a;                                                                                  \
+        TERN__FAIL(r, TERN_E_UNSUPPORTED, "%s has no operation " #op, r->backend->name);          \
+    }
+TERN__ABSENT(round_i8)
+TERN__ABSENT(dequantize)
+TERN__ABSENT(flip)
 
 /* Every operation on its device, its launches checked; errors of before are told apart. */
 #define TERN__OP(op)                                                                              \

@@ -1781,10 +1781,10 @@ static void make_good(void)
 {
     const tern_matrix m = (arena_used = 0, good_matrix());
     int8_t *trits = (int8_t *)memset(arena_take(64), 0, 256);
-    float *x = arena_take(64), *y = arena_take(64), *z = arena_take(64), *u = arena_take(64);
+    float *x = arena_take(64), *y = arena_take(64), *z = arena_take(64), *u = arena_take(64), *v = arena_take(64);
     int32_t *ids = (int32_t *)(void *)arena_take(16);
     int i;
-    for (i = 0; i < 64; i++) x[i] = y[i] = z[i] = u[i] = 0.125f;
+    for (i = 0; i < 64; i++) x[i] = y[i] = z[i] = u[i] = v[i] = 0.125f;
     memset(ids, 0, 64);
 #define CLEAR(op) memset(&good_##op, 0, sizeof good_##op);
     TERN_OPS(CLEAR)
@@ -1818,6 +1818,10 @@ static void make_good(void)
     good_optimize.kind = TERN_ADAMW; good_optimize.count = 10; good_optimize.w = x; good_optimize.grad = y; good_optimize.moment1 = z; good_optimize.moment2 = u;
     good_optimize.rate = 0.1f; good_optimize.beta1 = 0.9f; good_optimize.beta2 = 0.99f; good_optimize.eps = 1e-8f; good_optimize.step = 1;
     good_optimize.norm2 = arena_take(1);
+    good_round_i8.n = 2; good_round_i8.cols = 3; good_round_i8.x = v; good_round_i8.m = m; good_round_i8.q = trits; good_round_i8.scale = y;
+    good_dequantize.n = 2; good_dequantize.cols = 3; good_dequantize.x = ids; good_dequantize.scale = x; good_dequantize.y = y; good_dequantize.y_row = 3;
+    good_flip.m = m; good_flip.m.scale_type = TERN_POW2; good_flip.grad = x; good_flip.accum = good_flip.votes = trits; good_flip.sum_abs = v; good_flip.theta = 32;
+    good_flip.push = 3.0f; good_flip.sign_step = 1; good_flip.scale_step = 1; good_flip.scale_theta = 32;
     good_scale_grad.m = m; good_scale_grad.rule = TERN_SEQ; good_scale_grad.w = x; good_scale_grad.dw = y; good_scale_grad.dalpha = z;
 }
 
@@ -1913,6 +1917,16 @@ static const wrong wrongs[] = {
     RANGED_FLOAT(optimize, rate, -1) RANGED_FLOAT(optimize, rate, NAN) RANGED_FLOAT(optimize, eps, 0) RANGED_FLOAT(optimize, beta1, 1) RANGED_FLOAT(optimize, beta1, -0.5)
     RANGED_FLOAT(optimize, beta2, 1) RANGED_FLOAT(optimize, beta2, NAN) RANGED_FLOAT(optimize, eps, -1) RANGED_FLOAT(optimize, decay, INFINITY)
     WRONG(optimize, moment_type, TO_INT32, TERN_F16, TERN_E_ARGUMENT, "moments of type 3")
+    COUNTED(round_i8, n) COUNTED(round_i8, cols) NEEDED(round_i8, x) ALIGNED(round_i8, row) NEEDED_BYTES(round_i8, q) NEEDED(round_i8, scale) MATRIX(round_i8)
+    ALIGNED(round_i8, m.scales) WRONG(round_i8, m.rows, TO_INT64, 4, TERN_E_SHAPE, "scales of 4 rows for 3 columns")
+    WRONG(round_i8, group, TO_INT64, 1, TERN_E_SHAPE, "group 1 of 1") WRONG(round_i8, group, TO_INT64, -1, TERN_E_SHAPE, "group -1 of 1")
+    COUNTED(dequantize, n) COUNTED(dequantize, cols) NEEDED(dequantize, x) NEEDED(dequantize, scale) NEEDED(dequantize, y)
+    WRONG(dequantize, y_row, TO_INT64, 2, TERN_E_SHAPE, "y_row = 2 is below cols = 3")
+    MATRIX(flip) NEEDED_BYTES(flip, m.trits) NEEDED_BYTES(flip, m.scales) NEEDED(flip, grad) NEEDED_BYTES(flip, accum) NEEDED(flip, sum_abs) ALIGNED(flip, counts)
+    RANGED32(flip, rule, -1) RANGED32(flip, rule, 2) RANGED32(flip, theta, 1) RANGED32(flip, theta, 128) RANGED32(flip, scale_theta, 1) RANGED32(flip, scale_theta, 128)
+    RANGED_FLOAT(flip, push, -1) RANGED_FLOAT(flip, push, NAN) RANGED_FLOAT(flip, push, 128) RANGED32(flip, sign_step, -1) RANGED32(flip, sign_step, 128)
+    RANGED32(flip, scale_step, -1) RANGED32(flip, scale_step, 128) WRONG(flip, votes, TO_NULL, 0, TERN_E_ARGUMENT, "learn as TERN_POW2 with votes")
+    WRONG(flip, m.scale_type, TO_INT32, TERN_F16, TERN_E_ARGUMENT, "learn as TERN_POW2 with votes; theirs is type 3")
     PACKED(scale_grad) NEEDED(scale_grad, w) NEEDED(scale_grad, dw) NEEDED(scale_grad, dalpha) RANGED32(scale_grad, type, TERN_I8)
     WRONG(scale_grad, rule, TO_INT32, TERN_TWN, TERN_E_ARGUMENT, "rule 2 has no learned scale")
     WRONG(scale_grad, rule, TO_INT32, TERN_LSQ, TERN_E_ARGUMENT, "rule lsq learns one scale for the tensor; a grain of -1")

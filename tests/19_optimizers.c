@@ -784,7 +784,7 @@ static void test_schedule_refusals(void)
     CHECK_FAILS(t.c, tern_schedule_rate(t.c, NULL, 1, &rate), TERN_E_ARGUMENT, "NULL");
     CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, NULL), TERN_E_ARGUMENT, "NULL");
     CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 0, &rate), TERN_E_ARGUMENT, "counted from 1");
-    s = good; s.kind = (tern_schedule_kind)2; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "kind 2");
+    s = good; s.kind = (tern_schedule_kind)3; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "kind 3");
     s = good; s.floor = 0.2f; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "floor");
     s = good; s.floor = -1.0f; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "floor");
     s = good; s.floor = NAN; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "floor");

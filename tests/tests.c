@@ -2,6 +2,7 @@
 #define _DEFAULT_SOURCE /* setenv and the like under -std=c99 */
 #define TERNARY_IMPLEMENTATION
 #define TERN__TASK_COST 1000
+#define TERN__INTEGER_PART 2048
 #include "amx.h"
 #include "../ternary.h"
 #include "test.h"
@@ -18,6 +19,7 @@
     X(bitlinear)  \
     X(embedding)  \
     X(optimizers) \
+    X(true_ternary) \
     X(files)      \
     X(selftest)
 
@@ -36,6 +38,7 @@ SUITES(SUITE)
 #include "15_bitlinear.c"
 #include "16_embedding.c"
 #include "19_optimizers.c"
+#include "20_true_ternary.c"
 #include "21_files.c"
 #include "22_selftest.c"
 
