@@ -1818,6 +1818,10 @@ static void make_good(void)
     good_optimize.kind = TERN_ADAMW; good_optimize.count = 10; good_optimize.w = x; good_optimize.grad = y; good_optimize.moment1 = z; good_optimize.moment2 = u;
     good_optimize.rate = 0.1f; good_optimize.beta1 = 0.9f; good_optimize.beta2 = 0.99f; good_optimize.eps = 1e-8f; good_optimize.step = 1;
     good_optimize.norm2 = arena_take(1);
+    good_route.n = 2; good_route.count = 5; good_route.k = 2; good_route.logits = x; good_route.ids = ids; good_route.weights = y;
+    good_group.n = 2; good_group.count = 5; good_group.k = 2; good_group.ids = ids; good_group.weights = x;
+    good_group.loads = (int32_t *)(void *)z; good_group.tokens = good_group.loads + 8; good_group.slots = good_group.loads + 16; good_group.sorted = y;
+    good_row_dot.rows = 3; good_row_dot.cols = 5; good_row_dot.n = 2; good_row_dot.a = x; good_row_dot.b = y; good_row_dot.ids = good_row_dot.to = ids; good_row_dot.y = z;
     good_scale_grad.m = m; good_scale_grad.rule = TERN_SEQ; good_scale_grad.w = x; good_scale_grad.dw = y; good_scale_grad.dalpha = z;
 }
 
@@ -1913,6 +1917,14 @@ static const wrong wrongs[] = {
     RANGED_FLOAT(optimize, rate, -1) RANGED_FLOAT(optimize, rate, NAN) RANGED_FLOAT(optimize, eps, 0) RANGED_FLOAT(optimize, beta1, 1) RANGED_FLOAT(optimize, beta1, -0.5)
     RANGED_FLOAT(optimize, beta2, 1) RANGED_FLOAT(optimize, beta2, NAN) RANGED_FLOAT(optimize, eps, -1) RANGED_FLOAT(optimize, decay, INFINITY)
     WRONG(optimize, moment_type, TO_INT32, TERN_F16, TERN_E_ARGUMENT, "moments of type 3")
+    COUNTED(route, n) NEEDED(route, logits) NEEDED(route, ids) NEEDED(route, weights) ALIGNED(route, dweights) ALIGNED(route, loads) RANGED32(route, kind, 3) RANGED32(route, kind, -1)
+    WRONG(route, count, TO_INT32, 0, TERN_E_SHAPE, "route: 0 experts; 1 to 1024") WRONG(route, count, TO_INT32, 1025, TERN_E_SHAPE, "route: 1025 experts; 1 to 1024")
+    WRONG(route, k, TO_INT32, 0, TERN_E_SHAPE, "route: k = 0 of 5 experts") WRONG(route, k, TO_INT32, 6, TERN_E_SHAPE, "route: k = 6 of 5 experts")
+    WRONG(route, n, TO_INT64, 429496730, TERN_E_OVERFLOW, "route: n = 429496730 x 5 experts is beyond int32") RANGED_FLOAT(route, balance, NAN) RANGED_FLOAT(route, balance, INFINITY)
+    COUNTED(group, n) NEEDED(group, ids) NEEDED(group, weights) NEEDED(group, loads) NEEDED(group, tokens) NEEDED(group, slots) ALIGNED(group, sorted)
+    WRONG(group, count, TO_INT32, -1, TERN_E_SHAPE, "group: -1 experts") WRONG(group, k, TO_INT32, 6, TERN_E_SHAPE, "group: k = 6 of 5 experts")
+    COUNTED(row_dot, rows) COUNTED(row_dot, cols) COUNTED(row_dot, n) NEEDED(row_dot, a) NEEDED(row_dot, b) NEEDED(row_dot, ids) NEEDED(row_dot, to) NEEDED(row_dot, y)
+    ALIGNED(gather, weight) ALIGNED(scatter, weight)
     PACKED(scale_grad) NEEDED(scale_grad, w) NEEDED(scale_grad, dw) NEEDED(scale_grad, dalpha) RANGED32(scale_grad, type, TERN_I8)
     WRONG(scale_grad, rule, TO_INT32, TERN_TWN, TERN_E_ARGUMENT, "rule 2 has no learned scale")
     WRONG(scale_grad, rule, TO_INT32, TERN_LSQ, TERN_E_ARGUMENT, "rule lsq learns one scale for the tensor; a grain of -1")

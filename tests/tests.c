@@ -17,6 +17,7 @@
     X(backends)   \
     X(bitlinear)  \
     X(embedding)  \
+    X(moe)        \
     X(optimizers) \
     X(files)      \
     X(selftest)
@@ -35,6 +36,7 @@ SUITES(SUITE)
 #include "14_backends.c"
 #include "15_bitlinear.c"
 #include "16_embedding.c"
+#include "17_moe.c"
 #include "19_optimizers.c"
 #include "21_files.c"
 #include "22_selftest.c"
