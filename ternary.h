@@ -581,9 +581,9 @@ typedef struct tern_loss_args {
     float scale;
 } tern_loss_args;
 
-/* y[0] = the canonical sum of x, |x| or x^2 over count floats; add: added to y[0]. */
+/* y[0] = the canonical sum of x, |x| or x^2 over count elements of type F32 (default), BF16 or F16; add: added to y[0]. */
 typedef enum { TERN_SUM, TERN_SUM_ABS, TERN_SUM_SQUARES } tern_sum_kind;
-typedef struct tern_sum_args { tern_sum_kind kind; int64_t count; const float *x; float *y; int32_t add; } tern_sum_args;
+typedef struct tern_sum_args { tern_sum_kind kind; int64_t count; tern_type type; const void *x; float *y; int32_t add; } tern_sum_args;
 
 /* One optimizer step over count weights of type F32 or BF16 (written with stochastic rounding keyed by
    seed, step, stream and element; nearest: to nearest even), then the gradient is set to zero. Moments of type BF16
@@ -703,6 +703,7 @@ typedef struct tern_param {
     float rho;                /* running average of the scales, and ... */
     float noise, zone;        /* ... noise near the threshold: see tern_ternarize_args */
     uint32_t rotate;         /* 0, or the seed of a tern_hadamard rotation H: the matrix is W H, below */
+    uint32_t sync;           /* 0, or the number of a set of parameters with one scale for all, below */
     struct tern_param *dead; /* NULL, or the bias of the dead zone (Tequila): dense [1, rows], below, with */
     float lambda;            /* its factor, above 0 (1e-3 is usual) */
     tern_buffer buffer[TERN_BUFFERS];
@@ -714,6 +715,12 @@ typedef struct tern_param {
    dead is computed again with every ternarize; layers add it to their bias and its column sums of dy to its TERN_GRAD,
    which tern_model_step spreads over the dead zone before it clips. It may be in the model's list, for files and
    reports: the optimizer leaves it alone. tern_linear_fold puts it into a bias for good. */
+
+/* Parameters of a model with the same sync share one scale, mean|w| over all of them (ScaleSync: per expert, or one for a
+   whole block of experts; else a large scale outweighs what a router says). They are ABSMEAN or ABSMEAN_SIGMA, all the same,
+   TERN_PER_TENSOR with F32 scales, without rho, and have a shadow while they train. tern_model_requantize and each
+   step take the scale again, in the order of the model. Setting one from floats gives it its own scale until then; a NULL
+   tern_param_set keeps the scale there is. */
 
 /* Allocates the buffers in the mask that are absent (of a dense parameter, TERN_TRITS in the mask asks for
    its values, which lie in TERN_SHADOW). All or nothing. tern_param_free frees or detaches those in the mask:
@@ -754,6 +761,9 @@ typedef struct tern_audit {
     size_t packed_bytes, bytes[TERN_BUFFERS]; /* trits + scales + dense values; by kind of buffer */
 } tern_audit;
 TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern_audit *out);
+/* Trits and scales of all that have a shadow from it, as by a NULL tern_param_set, sets of sync together: after they were
+   set, and as the last act of a training. Scales that were given stay, in a set those of all. */
+TERN_API tern_result tern_model_requantize(tern_context *c, const tern_model *m);
 
 /* -- layers ([TERN-15], [TERN-16]) -- */
 
@@ -841,6 +851,33 @@ TERN_API tern_result tern_moe_forward(tern_context *c, const tern_moe *m, int64_
 /* Adds into the TERN_GRAD of all parameters where present; dx [n, cols] (or NULL) is overwritten. As tern_linear_backward. */
 #ifndef TERNARY_NO_TRAINING
 TERN_API tern_result tern_moe_backward(tern_context *c, const tern_moe *m, int64_t n, const float *x, const void *saved, const float *dy, float *dx);
+#endif
+/* Of what a forward saved for n tokens, each or NULL: adds to loads [count] how many tokens chose each expert, the mean
+   entropy in nats of the softmax over all experts, and the load-balance loss. In host memory; it allocates, and waits. */
+typedef struct tern_moe_report { float entropy, balance; } tern_moe_report;
+TERN_API tern_result tern_moe_stats(tern_context *c, const tern_moe *m, int64_t n, const void *saved, int64_t *loads, tern_moe_report *out);
+/* Sets all experts, from floats of F32, F16 or BF16 in backend memory (not those of the low-rank form, which no float
+   mixture has), and the router where one is given; sets of sync together. gate: NULL where there is none. bytes: those
+   of the floats and of the trits, scales and dense values that stand for them, or NULL. Missing arrays are refused before anything
+   changes; a weight that is not finite leaves the parameters before its own set. */
+typedef struct tern_expert_floats { const void *gate, *up, *down; } tern_expert_floats;
+typedef struct tern_moe_bytes { size_t before, after; } tern_moe_bytes;
+TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, tern_type type, const tern_expert_floats *experts, const tern_expert_floats *always,
+                                         const void *router, tern_moe_bytes *bytes);
+
+/* Per-layer embeddings, as in Gemma 3n: y = x + norm(project(gelu(gate x) * rows)) with a row for each token, rows [n,
+   rows of gate]. */
+typedef struct tern_ple {
+    tern_linear gate, project;
+    tern_param *gain; /* of the norm, dense [1, rows of project], or NULL */
+    float eps;        /* 0: 1e-6 */
+} tern_ple;
+TERN_API tern_result tern_ple_need(tern_context *c, const tern_ple *l, int64_t n, tern_need *out);
+/* x [n, cols] -> y [n, cols], apart; saved as of tern_linear_forward. */
+TERN_API tern_result tern_ple_forward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, float *y, void *saved);
+/* dx [n, cols] and drows (each or NULL) are overwritten. */
+#ifndef TERNARY_NO_TRAINING
+TERN_API tern_result tern_ple_backward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, const void *saved, const float *dy, float *dx, float *drows);
 #endif
 #endif
 
@@ -1951,12 +1988,17 @@ static int64_t tern__for(tern_run *r, tern__body *body, const void *arg, int64_t
 /* Weights beyond 2^96 would overflow the sums, so they count as not finite. */
 TERN__ANYWHERE int32_t tern__weight_ok(float w) { return (tern__bits(w) & 0x7FFFFFFFu) < 0x6F800000u; }
 
-/* Up to 1024 weights from element i as floats: where they lie, or converted into the buffer. */
+/* Up to 1024 elements from i on as floats: where they lie, or converted into the buffer. */
+static const float *tern__floats_at(const tern__kernels *k, tern_type type, const void *x, int64_t i, int64_t n, float *buffer)
+{
+    if (type != TERN_BF16 && type != TERN_F16) return (const float *)x + i;
+    k->widen(type, n, (const uint16_t *)x + i, buffer);
+    return buffer;
+}
+
 static const float *tern__load_block(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, float *buffer)
 {
-    if (a->type != TERN_BF16 && a->type != TERN_F16) return (const float *)a->w + i;
-    k->widen(a->type, n, (const uint16_t *)a->w + i, buffer);
-    return buffer;
+    return tern__floats_at(k, a->type, a->w, i, n, buffer);
 }
 
 /* The first bad one of n weights from element i, or INT64_MAX. */
@@ -6056,11 +6098,12 @@ typedef struct tern__sum_work { const tern_sum_args *a; int64_t block0; float *s
 static void tern__sum_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern__sum_work *w = (const tern__sum_work *)job->arg;
+    float buffer[TERN__BLOCK] TERN__ALIGN64;
     int64_t i;
     (void)bad;
     for (i = begin; i < end; i++) {
-        const int64_t at = (w->block0 + i) * TERN__BLOCK;
-        w->sums[i] = job->k->sum((int32_t)w->a->kind, tern__min(TERN__BLOCK, w->a->count - at), w->a->x + at);
+        const int64_t at = (w->block0 + i) * TERN__BLOCK, n = tern__min(TERN__BLOCK, w->a->count - at);
+        w->sums[i] = job->k->sum((int32_t)w->a->kind, n, tern__floats_at(job->k, w->a->type, w->a->x, at, n, buffer));
     }
 }
 
@@ -6735,7 +6778,8 @@ static tern_result tern__check_sum(tern_run *r, const tern_sum_args *a)
 {
     TERN__REQUIRE(r, (int32_t)a->kind >= 0 && a->kind <= TERN_SUM_SQUARES, TERN_E_ARGUMENT, "sum: kind %d is unknown", (int64_t)(int32_t)a->kind);
     TERN__TRY(tern__check_count(r, "sum", "count", a->count, 1));
-    TERN__NEED("sum", x);
+    TERN__TRY(tern__check_float_type(r, "sum", a->type));
+    TERN__TRY(tern__check_pointer(r, "sum", "x", a->x, tern__type_bytes(a->type)));
     TERN__NEED("sum", y);
     return TERN_OK;
 }
@@ -6888,6 +6932,8 @@ static tern_result tern__check_param(tern_context *c, const tern_param *p)
     for (i = 0; i < TERN_BUFFERS; i++)
         TERN__REQUIRE(r, p->buffer[i].type == TERN_TYPE_DEFAULT || p->buffer[i].type == tern__buffer_type(p, i), TERN_E_ARGUMENT,
                       "%s: %s of type %d cannot be used", p->name, tern__buffer_names[i], (int64_t)p->buffer[i].type);
+    TERN__REQUIRE(r, !p->sync || ((p->rule == TERN_ABSMEAN || p->rule == TERN_ABSMEAN_SIGMA) && m.grain == TERN_PER_TENSOR && m.scale_type == TERN_F32 && p->rho == 0.0f),
+                  TERN_E_ARGUMENT, "%s: a set with one scale (sync %d) has rule absmean, one F32 scale for the tensor and no rho", p->name, (int64_t)p->sync);
     TERN__REQUIRE(r, !p->dead || (p->lambda > 0 && tern__finite(p->lambda)), TERN_E_ARGUMENT, "%s: a dead zone needs a finite lambda above 0", p->name);
     return TERN_OK;
 }
@@ -6987,7 +7033,7 @@ static tern_ternarize_args tern__param_args(const tern_param *p)
     tern_ternarize_args a;
     memset(&a, 0, sizeof a);
     a.m = tern_param_matrix(p);
-    a.rule = p->flags & TERN_KEEP_SCALES ? TERN_GIVEN : p->rule;
+    a.rule = p->sync || (p->flags & TERN_KEEP_SCALES) ? TERN_GIVEN : p->rule;
     a.type = tern__buffer_type(p, TERN_SHADOW);
     a.w = p->buffer[TERN_SHADOW].data;
     if (a.rule == TERN_GIVEN) return a;
@@ -7549,6 +7595,187 @@ static tern_result tern__check_model(tern_context *c, const tern_model *m)
     TERN__REQUIRE(&c->run, m && m->items && m->count > 0, TERN_E_ARGUMENT, "the model is NULL or has no parameters");
     for (i = 0; i < m->count; i++) TERN__TRY(tern__check_param(c, m->items[i]));
     return TERN_OK;
+}
+
+/* -- parameters that share a scale -- */
+
+static tern_result tern__scale_by(tern_context *c, int64_t count, const float *x, float factor, float *y)
+{
+    tern_map_args a;
+    memset(&a, 0, sizeof a);
+    a.fn = TERN_MAP_SCALE;
+    a.count = count;
+    a.alpha = factor;
+    a.a = x;
+    a.y = y;
+    return tern_map(c, &a);
+}
+
+/* What a parameter is ternarized from. */
+typedef struct tern__source { tern_param *p; tern_type type; const void *w; } tern__source;
+
+/* Sources by their number; p is NULL where there is none. */
+typedef struct tern__sources { tern__source (*at)(const void *of, int32_t i); const void *of; int32_t count; } tern__sources;
+
+static tern__source tern__source_of_shadow(tern_param *p)
+{
+    tern__source s;
+    s.p = p->buffer[TERN_SHADOW].data && p->rule != TERN_DENSE ? p : NULL;
+    s.type = tern__buffer_type(p, TERN_SHADOW);
+    s.w = p->buffer[TERN_SHADOW].data;
+    return s;
+}
+static tern__source tern__source_of_model(const void *of, int32_t i) { return tern__source_of_shadow(((const tern_model *)of)->items[i]); }
+
+/* Noise of a step; step 0: none. */
+typedef struct tern__step_noise { uint64_t seed; uint32_t step; } tern__step_noise;
+
+static tern_result tern__source_ternarize(tern_context *c, const tern__source *s, int32_t i, const tern__step_noise *n, void *scale)
+{
+    tern_ternarize_args a = tern__param_args(s->p);
+    a.type = s->type;
+    a.w = s->w;
+    if (scale) a.m.scales = scale;
+    if (n->step) {
+        a.noise = s->p->noise;
+        a.zone = s->p->zone;
+        a.seed = n->seed;
+        a.step = n->step;
+        a.stream = (uint32_t)i ^ 0x40000000u; /* not that of the rounding of weights or moments */
+        a.spare = c->scratch + 64; /* a norm that was there has been used; before it lies a set's scale */
+        a.spare_bytes = c->scratch_bytes - 64;
+    }
+    return tern__param_ternarize(c, s->p, &a);
+}
+
+/* A set that cannot be ternarized: the error as it is, or the shadow whose element spoiled the scale of all. */
+static tern_result tern__sync_blame(tern_context *c, const tern__sources *all, uint32_t sync)
+{
+    const tern_error kept = c->run.error;
+    tern_cast_args a;
+    int32_t i;
+    memset(&a, 0, sizeof a);
+    a.finite = 1;
+    for (i = 0; i < all->count; i++) {
+        const tern__source s = all->at(all->of, i);
+        if (!s.p || s.p->sync != sync || s.w != s.p->buffer[TERN_SHADOW].data) continue;
+        a.count = s.p->rows * s.p->cols;
+        a.from = a.to = s.type;
+        a.src = a.dst = s.p->buffer[TERN_SHADOW].data; /* onto itself: it is looked at */
+        if (tern_cast(c, &a) != TERN_OK) {
+            const tern_error e = c->run.error;
+            return tern__set_error(&c->run.error, e.code, "%s: %s", s.p->name, e.text);
+        }
+    }
+    c->run.error = kept;
+    return kept.code;
+}
+
+/* The set of source `first`: its scale is made in scratch and stored beside trits that were taken with it. */
+static tern_result tern__sync_set(tern_context *c, const tern__sources *all, int32_t first, const tern__step_noise *noise)
+{
+    const tern_param *of = all->at(all->of, first).p;
+    float *scale = (float *)(void *)c->scratch;
+    int64_t weights = 0;
+    tern_sum_args sum;
+    int32_t i;
+    sum.kind = TERN_SUM_ABS;
+    sum.y = scale;
+    for (i = first; i < all->count; i++) {
+        const tern__source s = all->at(all->of, i);
+        if (!s.p || s.p->sync != of->sync) continue;
+        sum.count = s.p->rows * s.p->cols;
+        sum.type = s.type;
+        sum.x = s.w;
+        sum.add = i > first;
+        TERN__TRY(tern_sum(c, &sum));
+        weights += sum.count;
+    }
+    TERN__TRY(tern__scale_by(c, 1, scale, 1.0f / (of->rule == TERN_ABSMEAN_SIGMA ? (float)weights * 0.7978845608f : (float)weights), scale));
+    for (i = first; i < all->count; i++) {
+        const tern__source s = all->at(all->of, i);
+        if (!s.p || s.p->sync != of->sync) continue;
+        if (tern__source_ternarize(c, &s, i, noise, scale) != TERN_OK) return tern__sync_blame(c, all, of->sync);
+        TERN__TRY(tern__scale_by(c, 1, scale, 1.0f, (float *)s.p->buffer[TERN_SCALES].data));
+    }
+    return TERN_OK;
+}
+
+/* Whether an earlier source is of the same set, and whether one of the set keeps a given scale. */
+static int32_t tern__sync_is_first(const tern__sources *all, int32_t i)
+{
+    const uint32_t sync = all->at(all->of, i).p->sync;
+    int32_t j;
+    for (j = 0; j < i; j++) {
+        const tern__source s = all->at(all->of, j);
+        if (s.p && s.p->sync == sync) return 0;
+    }
+    return 1;
+}
+
+static int32_t tern__sync_keeps(const tern__sources *all, uint32_t sync)
+{
+    int32_t i;
+    for (i = 0; i < all->count; i++) {
+        const tern__source s = all->at(all->of, i);
+        if (s.p && s.p->sync == sync && (s.p->flags & TERN_KEEP_SCALES)) return 1;
+    }
+    return 0;
+}
+
+static tern_result tern__sync_sets(tern_context *c, const tern__sources *all, const tern__step_noise *noise)
+{
+    int32_t i;
+    for (i = 0; i < all->count; i++) {
+        const tern__source s = all->at(all->of, i);
+        if (!s.p || !s.p->sync || !tern__sync_is_first(all, i)) continue;
+        if (!tern__sync_keeps(all, s.p->sync)) TERN__TRY(tern__sync_set(c, all, i, noise));
+    }
+    return TERN_OK;
+}
+
+static tern__sources tern__sources_of_model(const tern_model *m)
+{
+    tern__sources s;
+    s.at = tern__source_of_model;
+    s.of = m;
+    s.count = m->count;
+    return s;
+}
+
+/* Each member beside the first of its set. */
+static tern_result tern__check_sync(tern_context *c, const tern_model *m)
+{
+    int32_t i, j;
+    for (i = 0; i < m->count; i++) {
+        const tern_param *p = m->items[i], *q = p;
+        for (j = 0; p->sync && q == p && j < i; j++) if (m->items[j]->sync == p->sync) q = m->items[j];
+        TERN__REQUIRE(&c->run, q->rule == p->rule, TERN_E_ARGUMENT, "%s and %s share a scale (sync %d) and differ in rule", q->name, p->name, (int64_t)p->sync);
+        TERN__REQUIRE(&c->run, !q->buffer[TERN_SHADOW].data == !p->buffer[TERN_SHADOW].data, TERN_E_MISSING,
+                      "%s shares its scale with %s (sync %d), and one of them has no shadow", p->name, q->name, (int64_t)p->sync);
+        if (!p->sync || !p->buffer[TERN_SHADOW].data) continue;
+        TERN__TRY(tern__check_ready(c, p));
+        TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
+    }
+    return TERN_OK;
+}
+
+TERN_API tern_result tern_model_requantize(tern_context *c, const tern_model *m)
+{
+    const tern__step_noise none = {0, 0};
+    tern__sources all;
+    int32_t i;
+    TERN__TRY(tern__check_model(c, m));
+    TERN__TRY(tern__check_sync(c, m));
+    all = tern__sources_of_model(m);
+    for (i = 0; i < m->count; i++) {
+        tern_param *p = m->items[i];
+        if (!p->buffer[TERN_SHADOW].data || p->rule == TERN_DENSE) continue;
+        TERN__TRY(tern__check_ready(c, p));
+        TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
+        if (!p->sync || tern__sync_keeps(&all, p->sync)) TERN__TRY(tern_param_set(c, p, TERN_TYPE_DEFAULT, NULL));
+    }
+    return tern__sync_sets(c, &all, &none);
 }
 
 TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern_audit *out)
@@ -9009,6 +9236,253 @@ TERN_API tern_result tern_moe_backward(tern_context *c, const tern_moe *m, int64
     return tern__moe_leave(c, &w, tern__moe_back(c, m, n, x, dy, dx, &w));
 }
 #endif
+
+/* -- reports, on the host -- */
+
+static void tern__moe_tally(const tern_moe *m, int64_t n, const float *logits, const int32_t *loads, tern_moe_report *out)
+{
+    float p[TERN__MAX_EXPERTS], mean[TERN__MAX_EXPERTS];
+    int64_t t, usable = 0;
+    int32_t e, finite;
+    memset(out, 0, sizeof *out);
+    memset(mean, 0, sizeof mean);
+    for (t = 0; t < n; t++) {
+        for (finite = 1, e = 0; e < m->count; e++) finite &= tern__finite(logits[t * m->count + e]);
+        if (!finite) continue;
+        usable++;
+        tern__route_softmax(&tern__kernels_scalar, logits + t * m->count, m->count, p);
+        for (e = 0; e < m->count; e++) {
+            mean[e] += p[e];
+            if (p[e] > 0.0f) out->entropy -= p[e] * tern__log(p[e]);
+        }
+    }
+    if (usable) out->entropy = out->entropy / (float)usable;
+    for (e = 0; e < m->count; e++) out->balance += (float)loads[e] / ((float)n * (float)m->top_k) * (mean[e] / (float)n);
+    out->balance = out->balance * m->balance * (float)m->count;
+}
+
+TERN_API tern_result tern_moe_stats(tern_context *c, const tern_moe *m, int64_t n, const void *saved, int64_t *loads, tern_moe_report *out)
+{
+    int32_t chosen[TERN__MAX_EXPERTS], e;
+    tern__moe_work w;
+    tern_result result;
+    float *logits;
+    TERN__TRY(tern__check_moe(c, m, n));
+    TERN__TRY(tern__check_pointer(&c->run, "moe", "saved", saved, 4));
+    memset(&w, 0, sizeof w);
+    tern__moe_saved(m, n, (void *)(uintptr_t)saved, &w);
+    logits = (float *)tern__host_alloc(&c->run.allocator, (size_t)(n * m->count) * sizeof(float));
+    TERN__REQUIRE(&c->run, logits, TERN_E_MEMORY, "moe: no memory for the logits of %d tokens", n);
+    result = tern_copy(c, logits, w.logits, (size_t)(n * m->count) * sizeof(float), TERN_TO_HOST);
+    if (result == TERN_OK) result = tern_copy(c, chosen, w.loads, (size_t)m->count * sizeof(int32_t), TERN_TO_HOST);
+    for (e = 0; result == TERN_OK && loads && e < m->count; e++) loads[e] += chosen[e];
+    if (result == TERN_OK && out) tern__moe_tally(m, n, logits, chosen, out);
+    tern__host_free(&c->run.allocator, logits);
+    return result;
+}
+
+/* -- a mixture of floats -- */
+
+typedef struct tern__moe_given { const tern_moe *m; tern_type type; const tern_expert_floats *experts, *always; const void *router; } tern__moe_given;
+
+/* Three of each expert and of the one that is always on, then the router. */
+static tern__source tern__moe_float(const void *of, int32_t i)
+{
+    const tern__moe_given *f = (const tern__moe_given *)of;
+    const tern_expert *e = i / 3 < f->m->count ? &f->m->experts[i / 3] : f->m->always;
+    const tern_expert_floats *w = i / 3 < f->m->count ? &f->experts[i / 3] : f->always;
+    tern__source s;
+    s.type = f->type;
+    if (i == 3 * f->m->count + 3) { s.p = f->router ? f->m->router.w : NULL; s.w = f->router; return s; }
+    s.p = !e ? NULL : i % 3 == 0 ? e->gate : i % 3 == 1 ? e->up : e->down;
+    s.w = !e || !w ? NULL : i % 3 == 0 ? w->gate : i % 3 == 1 ? w->up : w->down;
+    return s;
+}
+
+/* The same once they are set: from the shadow where there is one. */
+static tern__source tern__moe_source(const void *of, int32_t i)
+{
+    const tern__source s = tern__moe_float(of, i);
+    return s.p && s.p->buffer[TERN_SHADOW].data ? tern__source_of_shadow(s.p) : s;
+}
+
+TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, tern_type type, const tern_expert_floats *experts, const tern_expert_floats *always,
+                                         const void *router, tern_moe_bytes *bytes)
+{
+    const tern__step_noise none = {0, 0};
+    tern__moe_given f;
+    tern__sources all;
+    tern_audit audit;
+    int32_t i;
+    TERN__TRY(tern__check_moe(c, m, 1));
+    TERN__REQUIRE(&c->run, experts && (!m->always || always), TERN_E_ARGUMENT, "moe: floats of the experts, or of the one that is always on, are NULL");
+    TERN__REQUIRE(&c->run, !m->low_a, TERN_E_UNSUPPORTED, "moe: the low-rank form is not one of floats");
+    TERN__TRY(tern__check_float_type(&c->run, "moe", type));
+    f.m = m;
+    f.type = type;
+    f.experts = experts;
+    f.always = always;
+    f.router = router;
+    all.at = tern__moe_float;
+    all.of = &f;
+    all.count = 3 * m->count + 4;
+    for (i = 0; i < all.count; i++) {
+        const tern__source s = all.at(&f, i);
+        if (s.p) TERN__TRY(tern__check_pointer(&c->run, s.p->name, "its float array", s.w, tern__type_bytes(type)));
+    }
+    if (bytes) memset(bytes, 0, sizeof *bytes);
+    for (i = 0; i < all.count; i++) {
+        const tern__source s = all.at(&f, i);
+        const tern_model one = {&s.p, 1};
+        if (!s.p) continue;
+        TERN__TRY(tern_param_set(c, s.p, type, s.w));
+        TERN__TRY(tern_model_audit(c, &one, &audit));
+        if (bytes) bytes->before += (size_t)(s.p->rows * s.p->cols * tern__type_bytes(type));
+        if (bytes) bytes->after += audit.packed_bytes;
+    }
+    all.at = tern__moe_source;
+    return tern__sync_sets(c, &all, &none);
+}
+
+/* -- per-layer embeddings (Gemma 3n) -- */
+
+typedef struct tern__ple_work { void *gate, *project; float *low, *fn, *product, *out; float *dlow, *dfn, *dout; int64_t saved_bytes, scratch_bytes; } tern__ple_work;
+
+static void tern__ple_saved(const tern_ple *l, int64_t n, void *base, tern__ple_work *w)
+{
+    tern__pieces p = {(unsigned char *)base, 0};
+    w->gate = tern__piece(&p, tern__kept_at(&l->gate, n, NULL).bytes, 1);
+    w->project = tern__piece(&p, tern__kept_at(&l->project, n, NULL).bytes, 1);
+    w->low = tern__piece_of_floats(&p, n, l->gate.w->rows);
+    w->fn = tern__piece_of_floats(&p, n, l->gate.w->rows);
+    w->product = tern__piece_of_floats(&p, n, l->gate.w->rows);
+    w->out = tern__piece_of_floats(&p, n, l->project.w->rows);
+    w->saved_bytes = p.bytes;
+}
+
+static void tern__ple_memory(const tern_ple *l, int64_t n, void *saved, void *base, tern__ple_work *w)
+{
+    tern__pieces p = {(unsigned char *)base, 0};
+    memset(w, 0, sizeof *w);
+    tern__ple_saved(l, n, saved, w);
+    if (!saved) tern__ple_saved(l, n, tern__piece(&p, w->saved_bytes, 1), w);
+    w->dlow = tern__piece_of_floats(&p, n, l->gate.w->rows);
+    w->dfn = tern__piece_of_floats(&p, n, l->gate.w->rows);
+    w->dout = tern__piece_of_floats(&p, n, l->project.w->rows);
+    w->scratch_bytes = p.bytes;
+}
+
+TERN_API tern_result tern_ple_need(tern_context *c, const tern_ple *l, int64_t n, tern_need *out)
+{
+    tern__ple_work w;
+    int64_t scratch;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__REQUIRE(&c->run, l && out, TERN_E_ARGUMENT, "ple: the layer or out is NULL");
+    TERN__TRY(tern__check_linear(c, &l->gate, n));
+    TERN__TRY(tern__check_linear(c, &l->project, n));
+    TERN__REQUIRE(&c->run, l->project.w->cols == l->gate.w->rows && l->project.w->rows == l->gate.w->cols, TERN_E_SHAPE, "%s is %d x %d beside %s of %d x %d",
+                  l->project.w->name, l->project.w->rows, l->project.w->cols, l->gate.w->name, l->gate.w->rows, l->gate.w->cols);
+    TERN__REQUIRE(&c->run, l->eps >= 0 && tern__finite(l->eps), TERN_E_ARGUMENT, "ple: eps is out of range");
+    if (l->gain) TERN__TRY(tern__check_dense_of(c, l->gain, l->project.w, "gain", 1, l->project.w->rows));
+    tern__ple_memory(l, n, NULL, NULL, &w);
+    scratch = tern__add(w.scratch_bytes, tern__max(tern__linear_bytes(&l->gate, n), tern__linear_bytes(&l->project, n)));
+    TERN__REQUIRE(&c->run, tern__fits(scratch), TERN_E_OVERFLOW, "ple: the scratch of %d tokens overflows", n);
+    out->saved = (size_t)w.saved_bytes;
+    out->scratch = (size_t)scratch;
+    return TERN_OK;
+}
+
+/* Layers inside take their scratch behind this one's, until scratch_base is what it was. */
+static tern_result tern__ple_enter(tern_context *c, const tern_ple *l, int64_t n, const void *saved, tern__ple_work *w)
+{
+    tern_need need = TERN_ZERO;
+    TERN__TRY(tern_ple_need(c, l, n, &need));
+    TERN__TRY(tern__begin_scratch(c, "ple", n, need.scratch));
+    tern__ple_memory(l, n, (void *)(uintptr_t)saved, c->scratch + c->scratch_base, w);
+    c->scratch_base += (size_t)w->scratch_bytes;
+    return TERN_OK;
+}
+
+static tern_norm_args tern__ple_norm(const tern_ple *l, int64_t n, const tern__ple_work *w)
+{
+    tern_norm_args a;
+    memset(&a, 0, sizeof a);
+    a.n = n;
+    a.cols = l->project.w->rows;
+    a.x = w->out;
+    a.gain = tern__floats(l->gain, TERN_SHADOW);
+    a.eps = l->eps > 0.0f ? l->eps : 1e-6f;
+    return a;
+}
+
+static tern_result tern__ple_run(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, float *y, const tern__ple_work *w)
+{
+    const int64_t low = n * l->gate.w->rows;
+    tern_norm_args norm;
+    TERN__TRY(tern_linear_forward(c, &l->gate, n, x, w->low, w->gate));
+    TERN__TRY(tern__moe_map(c, TERN_MAP_GELU, low, w->low, NULL, w->fn));
+    TERN__TRY(tern__moe_map(c, TERN_MAP_MUL, low, w->fn, rows, w->product));
+    TERN__TRY(tern_linear_forward(c, &l->project, n, w->product, w->out, w->project));
+    norm = tern__ple_norm(l, n, w);
+    norm.y = y;
+    TERN__TRY(tern_norm(c, &norm));
+    return tern__moe_map(c, TERN_MAP_ADD, n * norm.cols, x, y, y);
+}
+
+TERN_API tern_result tern_ple_forward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, float *y, void *saved)
+{
+    tern__ple_work w;
+    tern_result result;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__TRY(tern__check_pointer(&c->run, "ple", "x", x, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ple", "rows", rows, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ple", "y", y, 4));
+    if (saved) TERN__TRY(tern__check_pointer(&c->run, "ple", "saved", saved, 4));
+    TERN__TRY(tern__ple_enter(c, l, n, saved, &w));
+    result = tern__ple_run(c, l, n, x, rows, y, &w);
+    c->scratch_base -= (size_t)w.scratch_bytes;
+    return result;
+}
+
+#ifndef TERNARY_NO_TRAINING
+static tern_result tern__ple_back(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, const float *dy, float *dx, float *drows, const tern__ple_work *w)
+{
+    const int64_t low = n * l->gate.w->rows;
+    tern_norm_args norm = tern__ple_norm(l, n, w);
+    norm.dy = dy;
+    norm.dx = w->dout;
+    norm.dgain = tern__floats(l->gain, TERN_GRAD);
+    TERN__TRY(tern_norm(c, &norm));
+    TERN__TRY(tern_linear_backward(c, &l->project, n, w->product, w->project, w->dout, w->dlow));
+    if (drows) TERN__TRY(tern__moe_map_back(c, TERN_MAP_MUL, low, w->fn, rows, w->dlow, NULL, drows));
+    TERN__TRY(tern__moe_map_back(c, TERN_MAP_MUL, low, w->fn, rows, w->dlow, w->dfn, NULL));
+    TERN__TRY(tern__moe_map_back(c, TERN_MAP_GELU, low, w->low, NULL, w->dfn, w->dfn, NULL));
+    TERN__TRY(tern_linear_backward(c, &l->gate, n, x, w->gate, w->dfn, dx));
+    return dx ? tern__moe_map(c, TERN_MAP_ADD, n * norm.cols, dx, dy, dx) : TERN_OK;
+}
+
+TERN_API tern_result tern_ple_backward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, const void *saved, const float *dy, float *dx, float *drows)
+{
+    tern__ple_work w;
+    tern_result result;
+    tern_need need = TERN_ZERO;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__TRY(tern__check_pointer(&c->run, "ple", "x", x, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ple", "rows", rows, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ple", "saved", saved, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ple", "dy", dy, 4));
+    if (dx) TERN__TRY(tern__check_pointer(&c->run, "ple", "dx", dx, 4));
+    if (drows) TERN__TRY(tern__check_pointer(&c->run, "ple", "drows", drows, 4));
+    TERN__TRY(tern_ple_need(c, l, n, &need));
+    TERN__TRY(tern__check_gradients(c, &l->gate));
+    TERN__TRY(tern__check_gradients(c, &l->project));
+    if (tern__floats(l->gain, TERN_GRAD)) TERN__TRY(tern__check_buffer(c, l->gain, TERN_GRAD, l->gain->cols));
+    TERN__TRY(tern__ple_enter(c, l, n, saved, &w));
+    result = tern__ple_back(c, l, n, x, rows, dy, dx, drows, &w);
+    c->scratch_base -= (size_t)w.scratch_bytes;
+    return result;
+}
+#endif
 #endif
 
 /* ------------------------------------------------------------------------------------------------
@@ -9080,6 +9554,7 @@ static tern_result tern__check_step(tern_context *c, const tern_model *m, const 
 {
     int32_t i, b, trained = 0;
     TERN__TRY(tern__check_model(c, m));
+    TERN__TRY(tern__check_sync(c, m));
     TERN__REQUIRE(&c->run, s, TERN_E_ARGUMENT, "step: the desc is NULL");
     TERN__REQUIRE(&c->run, tern__finite(s->decay), TERN_E_ARGUMENT, "step: the decay is out of range"); /* undecayed parameters would not notice */
     for (i = 0; i < m->count; i++) {
@@ -9126,26 +9601,22 @@ static tern_result tern__step_scales(tern_context *c, const tern_model *m)
     return TERN_OK;
 }
 
-/* Trits from the shadows, by learned scales that have made their step too. */
+/* Trits from the shadows, by learned scales that have made their step too; sets of sync as a whole. */
 static tern_result tern__step_ternarize(tern_context *c, const tern_model *m, const tern_step *s)
 {
+    const tern__sources all = tern__sources_of_model(m);
+    tern__step_noise noise;
     int32_t i;
+    noise.seed = s->seed;
+    noise.step = s->step;
     for (i = 0; i < m->count; i++) {
         tern_param *p = m->items[i];
-        tern_ternarize_args a;
+        const tern__source source = tern__source_of_shadow(p);
         if (!p->buffer[TERN_GRAD].data || p->rule == TERN_DENSE) continue;
         p->flags &= ~(uint32_t)TERN_KEEP_SCALES;
-        a = tern__param_args(p);
-        a.noise = p->noise;
-        a.zone = p->zone;
-        a.seed = s->seed;
-        a.step = s->step;
-        a.stream = (uint32_t)i ^ 0x40000000u; /* not that of the rounding of weights or moments */
-        a.spare = c->scratch; /* a norm that was there has been used */
-        a.spare_bytes = c->scratch_bytes;
-        TERN__TRY(tern__param_ternarize(c, p, &a));
+        if (!p->sync) TERN__TRY(tern__source_ternarize(c, &source, i, &noise, NULL));
     }
-    return TERN_OK;
+    return tern__sync_sets(c, &all, &noise);
 }
 
 TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const tern_step *s)
@@ -9161,6 +9632,7 @@ TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const
         if (m->items[i]->dead) TERN__TRY(tern__spread_dead(c, m->items[i]));
         a.kind = TERN_SUM_SQUARES;
         a.count = m->items[i]->rows * m->items[i]->cols;
+        a.type = TERN_F32;
         a.x = tern__floats(m->items[i], TERN_GRAD);
         a.y = norm2;
         a.add = !first;

@@ -2562,7 +2562,8 @@ static tern_result tern__gpu_sum(tern_run *r, tern__gpu *d, const tern_sum_args 
 {
     const int64_t most = (int64_t)TERN__WORK * TERN__BLOCK;
     TERN__REQUIRE(r, a->count <= most, TERN_E_UNSUPPORTED, "cuda: sum: %d floats; %d is the most", a->count, most);
-    tern__gpu_total(d, (int)a->kind, a->count, a->x, d->work, a->y, a->add);
+    TERN__REQUIRE(r, a->type != TERN_BF16 && a->type != TERN_F16, TERN_E_UNSUPPORTED, "cuda: sum: type %d; only TERN_F32 for now", (int64_t)a->type);
+    tern__gpu_total(d, (int)a->kind, a->count, (const float *)a->x, d->work, a->y, a->add);
     return TERN_OK;
 }
 

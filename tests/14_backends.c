@@ -1187,7 +1187,7 @@ static void sums(tern_context *c, record *r)
             a.add = kind != TERN_SUM_ABS;
             if (!a.add) want = size = 0.0;
             for (j = 0; j < a.count; j++) {
-                const double x = a.x[j];
+                const double x = ((const float *)a.x)[j];
                 want += kind == TERN_SUM ? x : kind == TERN_SUM_ABS ? fabs(x) : x * x;
                 size += fabs(x);
             }
@@ -1818,7 +1818,7 @@ static void make_good(void)
     good_optimize.kind = TERN_ADAMW; good_optimize.count = 10; good_optimize.w = x; good_optimize.grad = y; good_optimize.moment1 = z; good_optimize.moment2 = u;
     good_optimize.rate = 0.1f; good_optimize.beta1 = 0.9f; good_optimize.beta2 = 0.99f; good_optimize.eps = 1e-8f; good_optimize.step = 1;
     good_optimize.norm2 = arena_take(1);
-    good_route.n = 2; good_route.count = 5; good_route.k = 2; good_route.logits = x; good_route.ids = ids; good_route.weights = y;
+    good_route.n = 2; good_route.count = 5; good_route.k = 2; good_route.logits = arena_take(16); good_route.ids = ids; good_route.weights = y;
     good_group.n = 2; good_group.count = 5; good_group.k = 2; good_group.ids = ids; good_group.weights = x;
     good_group.loads = (int32_t *)(void *)z; good_group.tokens = good_group.loads + 8; good_group.slots = good_group.loads + 16; good_group.sorted = y;
     good_row_dot.rows = 3; good_row_dot.cols = 5; good_row_dot.n = 2; good_row_dot.a = x; good_row_dot.b = y; good_row_dot.ids = good_row_dot.to = ids; good_row_dot.y = z;
@@ -1911,7 +1911,7 @@ static const wrong wrongs[] = {
     WRONG(attention, dim, TO_INT32, 0, TERN_E_SHAPE, "dim = 0") WRONG(attention, dim, TO_INT32, 1025, TERN_E_SHAPE, "dim = 1025")
     WRONG(attention, q_stride, TO_INT64, 7, TERN_E_SHAPE, "strides 7") WRONG(attention, k_stride, TO_INT64, 7, TERN_E_SHAPE, "strides 8, 7") WRONG(attention, v_stride, TO_INT64, 7, TERN_E_SHAPE, "strides 8, 8, 7")
     COUNTED(loss, n) COUNTED(loss, classes) NEEDED(loss, logits) NEEDED(loss, targets) NEEDED(loss, losses) ALIGNED(loss, dlogits)
-    COUNTED(sum, count) NEEDED(sum, x) NEEDED(sum, y) RANGED32(sum, kind, -1) RANGED32(sum, kind, 3)
+    COUNTED(sum, count) NEEDED(sum, x) NEEDED(sum, y) RANGED32(sum, kind, -1) RANGED32(sum, kind, 3) RANGED32(sum, type, TERN_I8)
     COUNTED(optimize, count) NEEDED(optimize, w) NEEDED(optimize, grad) NEEDED(optimize, moment1) NEEDED(optimize, moment2) ALIGNED(optimize, norm2)
     RANGED32(optimize, kind, 2) RANGED32(optimize, type, TERN_F16) RANGED32(optimize, step, 0)
     RANGED_FLOAT(optimize, rate, -1) RANGED_FLOAT(optimize, rate, NAN) RANGED_FLOAT(optimize, eps, 0) RANGED_FLOAT(optimize, beta1, 1) RANGED_FLOAT(optimize, beta1, -0.5)

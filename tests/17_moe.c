@@ -813,6 +813,515 @@ static void moe_backwards(tern_context *c, record *r)
 }
 static void test_moe_backward(void) { same_for_threads(moe_backwards); }
 
+
+/* -- reports, refusals, files -- */
+
+static void test_moe_stats(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    kit_options o = kits[0];
+    const int64_t n = 9;
+    kit *k = kit_open(t.c, &o);
+    float *x = moe_input(k, n), *y = hold_output(n * o.cols), *logits = hold_output(n * o.count);
+    int64_t loads[4] = {100, 0, 0, 0}, i;
+    double entropy = 0, balance = 0, mean[4] = {0};
+    void *saved = kit_reserve(k, n);
+    tern_moe_report report;
+    int32_t *ids = hold_choice(k, n, x), expected[4] = {100, 0, 0, 0}, e;
+    CHECK_OK(t.c, tern_linear_forward(t.c, &k->m.router, n, x, logits, NULL));
+    for (i = 0; i < n; i++) {
+        double p[4];
+        literal_softmax(hold_doubles(logits + i * 4, 4), 4, p);
+        for (e = 0; e < 4; e++) { entropy -= p[e] * log(p[e]) / (double)n; mean[e] += p[e] / (double)n; }
+    }
+    for (i = 0; i < n * o.top_k; i++) expected[ids[i]]++;
+    for (e = 0; e < 4; e++) balance += 0.5 * 4 * (expected[e] - (e ? 0 : 100)) / (double)(n * o.top_k) * mean[e];
+    k->m.balance = 0.5f;
+    CHECK_OK(t.c, tern_moe_forward(t.c, &k->m, n, x, y, saved));
+    CHECK_OK(t.c, tern_moe_stats(t.c, &k->m, n, saved, loads, &report));
+    for (e = 0; e < 4; e++) CHECK(loads[e] == expected[e], "expert %d: %d, not %d", (int)e, (int)loads[e], (int)expected[e]);
+    CHECK(fabs(report.entropy - entropy) < 1e-5 && fabs(report.balance - balance) < 1e-5, "%g, %g; not %g, %g", report.entropy, report.balance, entropy, balance);
+    CHECK_OK(t.c, tern_moe_stats(t.c, &k->m, n, saved, NULL, NULL));
+    CHECK_FAILS(t.c, tern_moe_stats(t.c, &k->m, n, NULL, loads, &report), TERN_E_ARGUMENT, "saved is NULL");
+    test_fail_at = test_allocations;
+    CHECK_FAILS(t.c, tern_moe_stats(t.c, &k->m, n, saved, loads, &report), TERN_E_MEMORY, "9 tokens");
+    kit_close(k);
+    release();
+    test_close(&t);
+}
+
+static void test_moe_refusals(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    kit *k = kit_open(t.c, &kits[0]);
+    tern_moe m = k->m;
+    tern_need need, one;
+    tern_param other = param_of("other", 14, 21, TERN_ABSMEAN, TERN_PER_ROW);
+    float *x = hold_floats(500 * 21), *y = hold_floats(500 * 21), before = y[0];
+    tern_expert spare[4];
+    void *saved = kit_reserve(k, 4);
+    int32_t i;
+#define REFUSED(code, part) \
+    do { CHECK_FAILS(t.c, tern_moe_need(t.c, &m, 4, &need), code, part); CHECK_FAILS(t.c, tern_moe_forward(t.c, &m, 4, x, y, saved), code, part); \
+         CHECK_FAILS(t.c, tern_moe_backward(t.c, &m, 4, x, saved, x, y), code, part); CHECK(y[0] == before, "something was written"); m = k->m; } while (0)
+    CHECK_OK(t.c, tern_param_alloc(t.c, &other, TERN_FOR_GRADIENT));
+    memcpy(spare, k->experts, sizeof spare);
+    m.top_k = 0; REFUSED(TERN_E_SHAPE, "moe: k = 0 of 4 experts");
+    m.top_k = 5; REFUSED(TERN_E_SHAPE, "moe: k = 5 of 4 experts");
+    m.count = 0; REFUSED(TERN_E_SHAPE, "moe: 0 experts; 1 to 1024");
+    m.count = 3; REFUSED(TERN_E_SHAPE, "router.0 is 4 x 21 for 3 experts of 21 inputs");
+    m.experts = NULL; REFUSED(TERN_E_ARGUMENT, "experts");
+    m.fn = TERN_MAP_MUL; REFUSED(TERN_E_ARGUMENT, "fn 1");
+    m.weights = (tern_route_kind)3; REFUSED(TERN_E_ARGUMENT, "weights 3");
+    m.dispatch = (tern_dispatch)3; REFUSED(TERN_E_ARGUMENT, "dispatch 3");
+    m.inner = (tern_norm_kind)2; REFUSED(TERN_E_ARGUMENT, "inner norm 2");
+    m.dense_max = -1; REFUSED(TERN_E_ARGUMENT, "dense_max -1");
+    m.balance = (float)NAN; REFUSED(TERN_E_ARGUMENT, "balance");
+    m.eps = -1; REFUSED(TERN_E_ARGUMENT, "eps");
+    m.router.w = NULL; REFUSED(TERN_E_ARGUMENT, "w is NULL");
+    m.low_a = k->lows_a; REFUSED(TERN_E_ARGUMENT, "low_a and low_b come together");
+    m.experts = spare;
+    spare[2].up = &other; REFUSED(TERN_E_SHAPE, "moe: the up of expert 2 is 14 x 21, that of the first 13 x 21");
+    spare[2] = k->experts[2]; spare[3].down = NULL; m.experts = spare; REFUSED(TERN_E_MISSING, "moe: expert 3 has no down");
+    spare[3] = k->experts[3]; spare[1].gate = NULL; m.experts = spare; REFUSED(TERN_E_MISSING, "moe: expert 1 and the first differ in having a gate");
+    k->expert[5].grain = TERN_PER_TENSOR; REFUSED(TERN_E_ARGUMENT, "moe: the down of expert 1 differs from that of the first in rule, grain");
+    k->expert[5].grain = TERN_PER_ROW;
+    for (i = 0; i < 12; i++) k->expert[i].rotate = i % 3 == 2 ? 0 : 3;
+    REFUSED(TERN_E_UNSUPPORTED, "up.0: what experts share is not rotated");
+    for (i = 0; i < 12; i++) k->expert[i].rotate = 0;
+    k->expert[2].buffer[TERN_GRAD].count--;
+    CHECK_FAILS(t.c, tern_moe_backward(t.c, &m, 4, x, saved, x, y), TERN_E_SHAPE, "down.0: its gradient has");
+    k->expert[2].buffer[TERN_GRAD].count++;
+    CHECK(tern_moe_forward(NULL, &m, 4, x, y, NULL) == TERN_E_ARGUMENT && tern_moe_need(NULL, &m, 4, &need) == TERN_E_ARGUMENT, "no context");
+    CHECK_FAILS(t.c, tern_moe_forward(t.c, &m, 4, NULL, y, NULL), TERN_E_ARGUMENT, "moe: x is NULL");
+    CHECK_FAILS(t.c, tern_moe_forward(t.c, &m, 0, x, y, NULL), TERN_E_SHAPE, "n = 0");
+    CHECK_FAILS(t.c, tern_moe_forward(t.c, &m, (int64_t)1 << 40, x, y, NULL), TERN_E_OVERFLOW, "beyond int32");
+    CHECK_OK(t.c, tern_moe_need(t.c, &m, 4, &one));
+    CHECK_FAILS(t.c, tern_moe_forward(t.c, &m, 100000, x, y, NULL), TERN_E_SCRATCH, "moe: 100000 tokens need");
+    CHECK_OK(t.c, tern_moe_forward(t.c, &m, 4, x, y, saved)); /* and all is as it was */
+    tern_param_free(t.c, &other, -1);
+    kit_close(k);
+    release();
+    test_close(&t);
+}
+
+typedef struct moe_bytes_sink { unsigned char *data; size_t size; } moe_bytes_sink;
+static int moe_write(void *user, const void *data, size_t bytes)
+{
+    moe_bytes_sink *s = (moe_bytes_sink *)user;
+    s->data = (unsigned char *)realloc(s->data, s->size + bytes);
+    memcpy(s->data + s->size, data, bytes);
+    s->size += bytes;
+    return 0;
+}
+
+/* Saved, loaded into another and frozen, it gives the same bits; the audit counts every expert. */
+static void test_moe_files(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    int i;
+    for (i = 0; i < 8; i += 7) {
+        const int64_t n = 5, cols = kits[i].cols;
+        kit *a = kit_open(t.c, &kits[i]), *b = kit_open(t.c, &kits[i]);
+        const tern_model ma = {a->all, a->count}, mb = {b->all, b->count};
+        const float *x = moe_input(a, n);
+        float *y = hold_output(n * cols), *z = hold_output(n * cols);
+        moe_bytes_sink file = {NULL, 0};
+        tern_sink sink;
+        tern_audit audit;
+        int32_t p;
+        int64_t weights = 0;
+        sink.write = moe_write;
+        sink.user = &file;
+        kit_reserve(a, n);
+        CHECK_OK(t.c, tern_moe_forward(t.c, &a->m, n, x, y, NULL));
+        CHECK_OK(t.c, tern_model_save(t.c, &ma, 0, &sink));
+        for (p = 0; p < b->count; p++) tern_param_free(t.c, b->all[p], TERN_FOR_TRAINING);
+        CHECK_OK(t.c, tern_model_load(t.c, &mb, file.data, file.size));
+        CHECK_OK(t.c, tern_moe_forward(t.c, &b->m, n, x, z, NULL));
+        CHECK(memcmp(y, z, (size_t)(n * cols) * 4) == 0, "kit %d: another mixture came back", i);
+        CHECK_OK(t.c, tern_model_audit(t.c, &mb, &audit));
+        for (p = 0; p < a->count; p++) weights += a->all[p]->rows * a->all[p]->cols;
+        CHECK(audit.weights == weights && audit.bytes[TERN_GRAD] == 0, "%d weights of %d", (int)audit.weights, (int)weights);
+        free(file.data);
+        kit_close(a);
+        kit_close(b);
+        release();
+    }
+    test_close(&t);
+}
+
+/* -- one scale for many -- */
+
+static double mean_of(kit *k, uint32_t sync)
+{
+    double sum = 0, count = 0;
+    int32_t i;
+    int64_t j;
+    for (i = 0; i < k->count; i++) {
+        const float *w = (const float *)k->all[i]->buffer[TERN_SHADOW].data;
+        if (k->all[i]->sync != sync) continue;
+        for (j = 0; j < k->all[i]->rows * k->all[i]->cols; j++) sum += fabs(k->all[i]->buffer[TERN_SHADOW].type == TERN_BF16 ? tern__load_float(TERN_BF16, w, j) : w[j]);
+        count += (double)(k->all[i]->rows * k->all[i]->cols);
+    }
+    return sum / count;
+}
+
+/* Every scale is that of its set, and every trit taken with it. */
+static void check_sync(kit *k, record *r, int sigma)
+{
+    int32_t i;
+    int64_t j, row;
+    for (i = 0; i < k->count; i++) {
+        const tern_param *p = k->all[i];
+        const float scale = p->rule == TERN_DENSE ? 0.0f : ((const float *)p->buffer[TERN_SCALES].data)[0];
+        if (!p->sync) continue;
+        CHECK(fabs(scale - mean_of(k, p->sync) / (sigma ? 0.7978845608 : 1)) < 1e-6, "%s: %g of %g", p->name, scale, mean_of(k, p->sync));
+        for (row = 0; row < p->rows; row++) {
+            int8_t trits[200];
+            CHECK_OK(k->c, tern_param_get(k->c, p, row, trits, NULL, NULL));
+            for (j = 0; j < p->cols; j++) {
+                const float w = tern__load_float(p->buffer[TERN_SHADOW].type, p->buffer[TERN_SHADOW].data, row * p->cols + j);
+                CHECK(trits[j] == (fabsf(w) > 0.5f * scale ? w > 0 ? 1 : -1 : 0), "%s[%d][%d]", p->name, (int)row, (int)j);
+            }
+        }
+        record_words(r, &scale, 1);
+    }
+}
+
+static void moe_syncs(tern_context *c, record *r)
+{
+    int i;
+    for (i = 0; i < 4; i++) {
+        kit_options o = kits[0];
+        kit *k;
+        tern_model m;
+        tern_step s = TERN_ZERO;
+        const int64_t n = 8;
+        const float *x;
+        float *y = hold_output(n * o.cols), *shadow;
+        void *saved;
+        int32_t e, j;
+        o.grain = TERN_PER_TENSOR;
+        o.rule = i & 2 ? TERN_ABSMEAN_SIGMA : TERN_ABSMEAN;
+        k = kit_open(c, &o);
+        m.items = k->all;
+        m.count = k->count;
+        for (e = 0; e < o.count; e++) /* experts of many sizes; a set each, or one for all */
+            for (j = 0; j < 3; j++) {
+                tern_param *p = &k->expert[3 * e + j];
+                int64_t w;
+                shadow = (float *)p->buffer[TERN_SHADOW].data;
+                for (w = 0; w < p->rows * p->cols; w++) shadow[w] *= (float)(1 + e);
+                p->sync = i & 1 ? 7 : (uint32_t)(1 + e);
+                if (j == 1) CHECK_OK(c, tern_param_convert(c, p, TERN_SHADOW, TERN_BF16));
+            }
+        CHECK_OK(c, tern_model_requantize(c, &m));
+        check_sync(k, r, i & 2);
+        CHECK_OK(c, tern_param_set(c, &k->expert[4], TERN_TYPE_DEFAULT, NULL)); /* one of a set keeps its scale */
+        check_sync(k, r, i & 2);
+        x = moe_input(k, n);
+        saved = kit_reserve(k, n);
+        s.rate = 0.05f;
+        s.seed = 5;
+        for (s.step = 1; s.step <= 3; s.step++) {
+            CHECK_OK(c, tern_moe_forward(c, &k->m, n, x, y, saved));
+            CHECK_OK(c, tern_moe_backward(c, &k->m, n, x, saved, y, NULL));
+            CHECK_OK(c, tern_model_step(c, &m, &s));
+            check_sync(k, r, i & 2);
+        }
+        kit_close(k);
+        release();
+    }
+}
+static void test_moe_sync(void) { same_for_threads(moe_syncs); }
+
+static void test_moe_sync_refusals(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    kit_options o = kits[0];
+    kit *k;
+    tern_model m;
+    tern_step s = TERN_ZERO;
+    float scale, *scales;
+    o.grain = TERN_PER_TENSOR;
+    k = kit_open(t.c, &o);
+    m.items = k->all;
+    m.count = k->count;
+    s.step = 1;
+    k->expert[0].sync = k->expert[1].sync = 9;
+    scales = (float *)k->expert[1].buffer[TERN_SCALES].data;
+    k->expert[1].rule = TERN_ABSMEAN_SIGMA;
+    CHECK_FAILS(t.c, tern_model_requantize(t.c, &m), TERN_E_ARGUMENT, "gate.0 and up.0 share a scale (sync 9) and differ in rule");
+    CHECK_FAILS(t.c, tern_model_step(t.c, &m, &s), TERN_E_ARGUMENT, "differ in rule");
+    k->expert[1].rule = TERN_TWN;
+    CHECK_FAILS(t.c, tern_model_requantize(t.c, &m), TERN_E_ARGUMENT, "up.0: a set with one scale (sync 9) has rule absmean");
+    k->expert[1].rule = TERN_ABSMEAN;
+    k->expert[1].rho = 0.5f;
+    CHECK_FAILS(t.c, tern_model_requantize(t.c, &m), TERN_E_ARGUMENT, "up.0: a set with one scale");
+    k->expert[1].rho = 0;
+    scale = scales[0];
+    ((float *)k->expert[1].buffer[TERN_SHADOW].data)[3] = (float)NAN;
+    CHECK_FAILS(t.c, tern_model_requantize(t.c, &m), TERN_E_NONFINITE, "up.0: cast: element 3 is not finite");
+    CHECK(scales[0] == scale, "the scale was written");
+    tern_param_free(t.c, &k->expert[1], TERN_FOR_TRAINING);
+    CHECK_FAILS(t.c, tern_model_requantize(t.c, &m), TERN_E_MISSING, "up.0 shares its scale with gate.0 (sync 9), and one of them has no shadow");
+    CHECK_FAILS(t.c, tern_model_step(t.c, &m, &s), TERN_E_MISSING, "no shadow");
+    kit_close(k);
+    test_close(&t);
+}
+
+/* -- from floats -- */
+
+static void test_moe_from_dense(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    int variant;
+    for (variant = 0; variant < 6; variant++) { /* frozen, with a shadow, frozen in sets; from f32 and bf16 */
+        kit_options o = kits[0];
+        tern_expert_floats floats[4], always;
+        tern_moe_bytes bytes;
+        tern_audit audit;
+        kit *k;
+        const tern_type type = variant >= 3 ? TERN_BF16 : TERN_F32;
+        tern_model m;
+        int32_t i;
+        o.always = 10;
+        o.grain = TERN_PER_TENSOR;
+        k = kit_open(t.c, &o);
+        m.items = k->all;
+        m.count = k->count;
+        memset(floats, 0, sizeof floats);
+        for (i = 0; i < 15; i++) {
+            tern_param *p = &k->expert[i < 12 ? i : 3 * KIT_EXPERTS + i - 12];
+            const int64_t count = p->rows * p->cols;
+            tern_expert_floats *e = i < 12 ? &floats[i / 3] : &always;
+            void *w = hold((size_t)count * 4);
+            tern_cast_args cast = TERN_ZERO;
+            cast.count = count;
+            cast.src = hold_floats(count);
+            cast.dst = w;
+            cast.to = type;
+            CHECK_OK(t.c, tern_cast(t.c, &cast));
+            if (i % 3 == 0) e->gate = w; else if (i % 3 == 1) e->up = w; else e->down = w;
+            if (variant % 3 == 2) p->sync = 3;
+            if (variant % 3 != 1) tern_param_free(t.c, p, TERN_FOR_TRAINING);
+        }
+        floats[2].up = NULL;
+        CHECK_FAILS(t.c, tern_moe_from_dense(t.c, &k->m, type, floats, &always, NULL, &bytes), TERN_E_ARGUMENT, "up.2: its float array is NULL");
+        CHECK_FAILS(t.c, tern_moe_from_dense(t.c, &k->m, type, floats, NULL, NULL, &bytes), TERN_E_ARGUMENT, "always on");
+        floats[2].up = floats[1].up;
+        CHECK_OK(t.c, tern_moe_from_dense(t.c, &k->m, type, floats, &always, NULL, &bytes));
+        CHECK_OK(t.c, tern_model_audit(t.c, &m, &audit));
+        CHECK(bytes.before == (size_t)((12 * 13 + 3 * 10) * 21 * (variant >= 3 ? 2 : 4)), "%d before", (int)bytes.before);
+        CHECK(bytes.after == audit.packed_bytes - (4 + 1 + 1) * 21 * 4, "%d after", (int)bytes.after);
+        for (i = 0; i < 15; i++) {
+            tern_param *p = &k->expert[i < 12 ? i : 3 * KIT_EXPERTS + i - 12];
+            const tern_expert_floats *e = i < 12 ? &floats[i / 3] : &always;
+            const void *w = i % 3 == 0 ? e->gate : i % 3 == 1 ? e->up : e->down;
+            const float scale = ((const float *)p->buffer[TERN_SCALES].data)[0], first = ((const float *)k->expert[0].buffer[TERN_SCALES].data)[0];
+            int8_t trits[21];
+            int64_t j;
+            CHECK(variant % 3 == 2 ? scale == first : i == 0 || scale != first || p->name[0] == 'x', "%s: scale %g beside %g", p->name, scale, first);
+            CHECK_OK(t.c, tern_param_get(t.c, p, 1, trits, NULL, NULL));
+            for (j = 0; j < p->cols; j++) {
+                const float v = tern__load_float(type, w, p->cols + j);
+                CHECK(trits[j] == (fabsf(v) > 0.5f * scale ? v > 0 ? 1 : -1 : 0), "%s[1][%d]", p->name, (int)j);
+            }
+        }
+        kit_close(k);
+        release();
+    }
+    test_close(&t);
+}
+
+/* -- per-layer embeddings -- */
+
+typedef struct ple_case { tern_ple l; double *gate, *project, *gain; const float *dy; int64_t n; } ple_case;
+
+static double ple_loss(const ple_case *f, const double *x, const double *rows)
+{
+    const int64_t cols = f->l.gate.w->cols, low = f->l.gate.w->rows;
+    double loss = 0, g[64], o[64], y[64];
+    int64_t t, i, j;
+    for (t = 0; t < f->n; t++) {
+        for (i = 0; i < low; i++) {
+            for (g[i] = 0, j = 0; j < cols; j++) g[i] += f->gate[i * cols + j] * x[t * cols + j];
+            g[i] = reference_fn(TERN_MAP_GELU, g[i]) * rows[t * low + i];
+        }
+        for (i = 0; i < cols; i++)
+            for (o[i] = 0, j = 0; j < low; j++) o[i] += f->project[i * low + j] * g[j];
+        reference_norm(o, f->gain, cols, y);
+        for (i = 0; i < cols; i++) loss += (y[i] + x[t * cols + i]) * f->dy[t * cols + i];
+    }
+    return loss;
+}
+
+static void ple_slopes(const ple_case *f, const double *x, const double *rows, double *value, int64_t count, const float *got, const char *name)
+{
+    int64_t i;
+    for (i = 0; i < count; i++) {
+        const double at = value[i];
+        double slope;
+        value[i] = at + 1e-5;
+        slope = ple_loss(f, x, rows);
+        value[i] = at - 1e-5;
+        slope = (slope - ple_loss(f, x, rows)) / 2e-5;
+        value[i] = at;
+        CHECK(fabs(slope - got[i]) < 2e-4 * (1 + fabs(slope)), "%s[%d]: %g, not %g", name, (int)i, got[i], slope);
+    }
+}
+
+static void ples(tern_context *c, record *r)
+{
+    int act;
+    for (act = TERN_ACT_INT8; act <= TERN_ACT_FLOAT; act++) {
+        const int64_t n = 6, cols = 19, low = 11;
+        tern_param gate = param_of("gate", low, cols, TERN_ABSMEAN, TERN_PER_ROW), project = param_of("project", cols, low, TERN_ABSMEAN, TERN_PER_ROW), gain = param_of("gain", 1, cols, TERN_DENSE, 0);
+        tern_param *const all[] = {&gate, &project, &gain};
+        const float *x = hold_floats(n * cols), *rows = hold_floats(n * low);
+        float *y = hold_output(n * cols), *dx = hold_output(n * cols), *drows = hold_output(n * low), *again = hold_output(n * cols);
+        ple_case f;
+        tern_need need = TERN_ZERO;
+        void *saved;
+        int i;
+        for (i = 0; i < 3; i++) { CHECK_OK(c, tern_param_alloc(c, all[i], TERN_FOR_GRADIENT)); set_random(c, all[i]); }
+        memset(&f, 0, sizeof f);
+        f.l.gate.w = &gate;
+        f.l.project.w = &project;
+        f.l.gate.act = f.l.project.act = (tern_act)act;
+        f.l.gain = &gain;
+        f.n = n;
+        f.dy = hold_floats(n * cols);
+        CHECK_OK(c, tern_ple_need(c, &f.l, n, &need));
+        CHECK_OK(c, tern_reserve(c, need.scratch));
+        saved = hold(need.saved);
+        CHECK_OK(c, tern_ple_forward(c, &f.l, n, x, rows, y, saved));
+        CHECK_OK(c, tern_ple_forward(c, &f.l, n, x, rows, again, NULL));
+        CHECK(memcmp(y, again, (size_t)(n * cols) * 4) == 0, "without saved it differs");
+        CHECK_OK(c, tern_ple_backward(c, &f.l, n, x, rows, saved, f.dy, dx, drows));
+        if (act == TERN_ACT_FLOAT) {
+            double *xs = hold_doubles(x, n * cols), *rs = hold_doubles(rows, n * low);
+            f.gate = hold_values(c, &gate);
+            f.project = hold_values(c, &project);
+            f.gain = hold_values(c, &gain);
+            ple_slopes(&f, xs, rs, xs, n * cols, dx, "x");
+            ple_slopes(&f, xs, rs, rs, n * low, drows, "rows");
+            ple_slopes(&f, xs, rs, f.gate, low * cols, grad_of(&gate), "gate");
+            ple_slopes(&f, xs, rs, f.project, low * cols, grad_of(&project), "project");
+            ple_slopes(&f, xs, rs, f.gain, cols, grad_of(&gain), "gain");
+        }
+        record_words(r, y, n * cols);
+        record_words(r, dx, n * cols);
+        project.rows--;
+        CHECK_FAILS(c, tern_ple_forward(c, &f.l, n, x, rows, y, NULL), TERN_E_SHAPE, "project is 18 x 11 beside gate of 11 x 19");
+        project.rows++;
+        CHECK_FAILS(c, tern_ple_forward(c, &f.l, n, x, NULL, y, NULL), TERN_E_ARGUMENT, "ple: rows is NULL");
+        CHECK_FAILS(c, tern_ple_forward(c, &f.l, 1000000, x, rows, y, NULL), TERN_E_SCRATCH, "ple: 1000000 tokens need");
+        for (i = 0; i < 3; i++) tern_param_free(c, all[i], -1);
+        release();
+    }
+}
+static void test_ple(void) { same_for_threads(ples); }
+
+/* -- training: a router that starts lopsided, and targets that need several experts -- */
+
+static void moe_training(tern_context *c, record *r)
+{
+    enum { TOKENS = 64, STEPS = 150 };
+    int kind;
+    for (kind = 0; kind < 3; kind++) { /* without the balance loss, with it, low rank with it */
+        kit_options o = kits[kind == 2 ? 6 : 0];
+        kit *k;
+        tern_model m;
+        tern_step s = TERN_ZERO;
+        const float *x, *target;
+        float *y, *dy;
+        void *saved;
+        double first = 0, loss = 0;
+        int64_t i, loads[4] = {0};
+        tern_moe_report report;
+        o.inner = TERN_NORM_RMS;
+        k = kit_open(c, &o);
+        m.items = k->all;
+        m.count = k->count;
+        x = moe_input(k, TOKENS);
+        target = hold_floats(TOKENS * o.cols);
+        y = hold_output(TOKENS * o.cols);
+        dy = hold_output(TOKENS * o.cols);
+        saved = kit_reserve(k, TOKENS);
+        k->m.balance = kind ? 1.0f : 0.0f;
+        for (i = 0; i < o.count * o.cols; i++) ((float *)k->router.buffer[TERN_SHADOW].data)[i] *= 0.1f;
+        s.seed = 3;
+        for (s.step = 1; s.step <= STEPS; s.step++) {
+            s.rate = 0.02f;
+            CHECK_OK(c, tern_moe_forward(c, &k->m, TOKENS, x, y, saved));
+            for (loss = 0, i = 0; i < TOKENS * o.cols; i++) {
+                dy[i] = (y[i] - target[i]) / TOKENS;
+                loss += (double)(y[i] - target[i]) * (y[i] - target[i]) / (double)(TOKENS * o.cols);
+            }
+            if (s.step == 1) first = loss;
+            CHECK_OK(c, tern_moe_backward(c, &k->m, TOKENS, x, saved, dy, NULL));
+            CHECK_OK(c, tern_model_step(c, &m, &s));
+        }
+        CHECK_OK(c, tern_moe_forward(c, &k->m, TOKENS, x, y, saved));
+        CHECK_OK(c, tern_moe_stats(c, &k->m, TOKENS, saved, loads, &report));
+        CHECK(loss < 0.3 * first, "kind %d: the loss went from %g to %g", kind, first, loss);
+        for (i = 0; kind && i < o.count; i++) CHECK(loads[i] > 15 && loads[i] < 60, "kind %d: expert %d has %d of %d tokens", kind, (int)i, (int)loads[i], TOKENS);
+        record_words(r, y, TOKENS * o.cols);
+        kit_close(k);
+        release();
+    }
+}
+static void test_moe_training(void)
+{
+    record want = record_of(moe_training, TERN_ISA_BEST, 1), got = record_of(moe_training, TERN_ISA_BEST, 3);
+    CHECK(got.size == want.size && memcmp(got.data, want.data, got.size) == 0, "3 threads train otherwise");
+    free(want.data);
+    free(got.data);
+}
+
+/* The balance loss alone evens a router that prefers one expert. */
+static void test_moe_balance(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    kit_options o = kits[0];
+    const int64_t n = 100;
+    kit *k = kit_open(t.c, &o);
+    tern_param *router = &k->router;
+    tern_model m;
+    tern_step s = TERN_ZERO;
+    float *x, *y = hold_output(n * o.cols), *dy = hold_zeros(n * o.cols), *w = (float *)router->buffer[TERN_SHADOW].data;
+    int64_t i, loads[4] = {0}, after[4] = {0};
+    tern_moe_report before, even;
+    void *saved;
+    m.items = &router;
+    m.count = 1;
+    x = hold_floats(n * o.cols);
+    for (i = 0; i < n; i++) x[i * o.cols] = 1.0f;
+    k->m.router.norm = TERN_NORM_NONE;
+    k->m.router.gain = NULL;
+    for (i = 0; i < o.count * o.cols; i++) w[i] *= 0.1f;
+    w[0] = w[o.cols] = 2.0f; /* two experts for all */
+    saved = kit_reserve(k, n);
+    k->m.balance = 1.0f;
+    s.rate = 0.02f;
+    CHECK_OK(t.c, tern_moe_forward(t.c, &k->m, n, x, y, saved));
+    CHECK_OK(t.c, tern_moe_stats(t.c, &k->m, n, saved, loads, &before));
+    CHECK(loads[0] > 95 && loads[1] > 95, "lopsided: %d, %d", (int)loads[0], (int)loads[1]);
+    for (s.step = 1; s.step <= 200; s.step++) {
+        CHECK_OK(t.c, tern_moe_backward(t.c, &k->m, n, x, saved, dy, NULL));
+        CHECK_OK(t.c, tern_model_step(t.c, &m, &s));
+        CHECK_OK(t.c, tern_moe_forward(t.c, &k->m, n, x, y, saved));
+    }
+    CHECK_OK(t.c, tern_moe_stats(t.c, &k->m, n, saved, after, &even));
+    for (i = 0; i < 4; i++) CHECK(after[i] > 35 && after[i] < 65, "expert %d has %d of 100 tokens", (int)i, (int)after[i]);
+    CHECK(before.balance > 1.5f && even.balance < 1.05f, "the balance loss went from %g to %g", before.balance, even.balance);
+    kit_close(k);
+    release();
+    test_close(&t);
+}
+
 static void suite_moe(void)
 {
     RUN(test_moe_route);
@@ -826,4 +1335,13 @@ static void suite_moe(void)
     RUN(test_moe_one_for_all);
     RUN(test_moe_gradients);
     RUN(test_moe_backward);
+    RUN(test_moe_stats);
+    RUN(test_moe_refusals);
+    RUN(test_moe_files);
+    RUN(test_moe_sync);
+    RUN(test_moe_sync_refusals);
+    RUN(test_moe_from_dense);
+    RUN(test_ple);
+    RUN(test_moe_training);
+    RUN(test_moe_balance);
 }
