@@ -8462,17 +8462,17 @@ TERN_API tern_linear tern_embedding_as_linear(const tern_embedding *e, tern_norm
 #ifndef TERNARY_NO_MOE
 
 /* Consecutive pieces of memory, or (base NULL) their size. */
-typedef struct tern__pieces { unsigned char *base; int64_t bytes; } tern__pieces;
+typedef struct tern__layout { unsigned char *base; int64_t bytes; } tern__layout;
 
-static void *tern__piece(tern__pieces *p, int64_t count, int64_t width)
+static void *tern__piece(tern__layout *p, int64_t count, int64_t width)
 {
     void *at = p->base ? p->base + p->bytes : NULL;
     p->bytes = tern__add(p->bytes, tern__scratch_piece(tern__mul(count, width)));
     return at;
 }
 
-static float *tern__piece_of_floats(tern__pieces *p, int64_t rows, int64_t cols) { return (float *)tern__piece(p, tern__mul(rows, cols), 4); }
-static int32_t *tern__piece_of_ids(tern__pieces *p, int64_t count) { return (int32_t *)tern__piece(p, count, 4); }
+static float *tern__piece_of_floats(tern__layout *p, int64_t rows, int64_t cols) { return (float *)tern__piece(p, tern__mul(rows, cols), 4); }
+static int32_t *tern__piece_of_ids(tern__layout *p, int64_t count) { return (int32_t *)tern__piece(p, count, 4); }
 
 static int64_t tern__linear_bytes(const tern_linear *l, int64_t n) { return tern__add(tern__kept_at(l, n, NULL).bytes, tern__linear_scratch(l, n)); }
 
@@ -8640,7 +8640,7 @@ static int64_t tern__moe_width(const tern_moe *m) { return tern__max(m->experts-
 static void tern__moe_saved(const tern_moe *m, int64_t n, void *base, tern__moe_work *w)
 {
     tern_param *quantized = tern__moe_quantized(m);
-    tern__pieces p = {(unsigned char *)base, 0};
+    tern__layout p = {(unsigned char *)base, 0};
     memset(&w->x, 0, sizeof w->x);
     if (quantized) {
         const tern_linear l = tern__moe_reader(m, quantized);
@@ -8690,7 +8690,7 @@ static void tern__moe_memory(const tern_moe *m, int64_t n, int32_t dense, int32_
     const int64_t cols = m->experts->up->cols, width = tern__moe_width(m), rank = m->low_a ? m->low_a[0]->rows : 0;
     const int64_t places = tern__mul(n, dense && !backward ? m->count : m->top_k);
     tern_param *quantized = tern__moe_quantized(m);
-    tern__pieces p = {(unsigned char *)base, 0};
+    tern__layout p = {(unsigned char *)base, 0};
     memset(w, 0, sizeof *w);
     tern__moe_saved(m, n, saved, w);
     if (!saved) tern__moe_saved(m, n, tern__piece(&p, w->saved_bytes, 1), w);
@@ -9350,7 +9350,7 @@ typedef struct tern__ple_work { void *gate, *project; float *low, *fn, *product,
 
 static void tern__ple_saved(const tern_ple *l, int64_t n, void *base, tern__ple_work *w)
 {
-    tern__pieces p = {(unsigned char *)base, 0};
+    tern__layout p = {(unsigned char *)base, 0};
     w->gate = tern__piece(&p, tern__kept_at(&l->gate, n, NULL).bytes, 1);
     w->project = tern__piece(&p, tern__kept_at(&l->project, n, NULL).bytes, 1);
     w->low = tern__piece_of_floats(&p, n, l->gate.w->rows);
@@ -9362,7 +9362,7 @@ static void tern__ple_saved(const tern_ple *l, int64_t n, void *base, tern__ple_
 
 static void tern__ple_memory(const tern_ple *l, int64_t n, void *saved, void *base, tern__ple_work *w)
 {
-    tern__pieces p = {(unsigned char *)base, 0};
+    tern__layout p = {(unsigned char *)base, 0};
     memset(w, 0, sizeof *w);
     tern__ple_saved(l, n, saved, w);
     if (!saved) tern__ple_saved(l, n, tern__piece(&p, w->saved_bytes, 1), w);

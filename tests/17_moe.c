@@ -469,7 +469,7 @@ static void moe_forwards(tern_context *c, record *r)
     for (i = 0; i < KITS; i++) {
         static const int64_t sizes[] = {1, 15, 16, 17, 127};
         kit *k = kit_open(c, &kits[i]);
-        for (s = 0; s < 5; s++) {
+        for (s = i % 5; s < 5; s += 2) {
             const int64_t n = sizes[s], cols = kits[i].cols;
             const float *x = moe_input(k, n);
             float *y = hold_output(n * cols), *other = hold_output(n * cols);
@@ -492,37 +492,36 @@ static void moe_forwards(tern_context *c, record *r)
         kit_close(k);
     }
 }
-static void test_moe_forward(void) { same_everywhere(moe_forwards, UINT64_C(0xB1B6BCD0A1FA61E9)); }
+static void test_moe_forward(void) { same_everywhere(moe_forwards, UINT64_C(0xD1CBD25088A3893F)); }
 
 /* Numbers of experts and of those chosen. */
 static void moe_counts(tern_context *c, record *r)
 {
-    static const int32_t counts[] = {1, 3, 8, 128}, ks[] = {1, 2, 8, 128};
-    int i, j;
-    for (i = 0; i < 4; i++)
-        for (j = 0; j < 4 && (j == 0 || ks[j] <= counts[i]); j++) {
-            kit_options o = kits[0];
-            const int64_t n = 19;
-            kit *k;
-            const float *x;
-            float *y = hold_output(n * o.cols), *other = hold_output(n * o.cols);
-            o.count = counts[i];
-            o.top_k = ks[j];
-            k = kit_open(c, &o);
-            x = moe_input(k, n);
-            k->m.dense_max = n; /* AUTO is dense */
-            kit_reserve(k, n);
-            CHECK_OK(c, tern_moe_forward(c, &k->m, n, x, y, NULL));
-            k->m.dense_max = n - 1;
-            kit_reserve(k, n);
-            CHECK_OK(c, tern_moe_forward(c, &k->m, n, x, other, NULL));
-            CHECK(memcmp(y, other, (size_t)(n * o.cols) * 4) == 0, "%d of %d experts: dense and sparse differ", (int)o.top_k, (int)o.count);
-            record_words(r, y, n * o.cols);
-            kit_close(k);
-            release();
-        }
+    static const int32_t counts[] = {1, 3, 8, 8, 128, 128}, ks[] = {1, 2, 1, 8, 8, 128};
+    int i;
+    for (i = 0; i < 6; i++) {
+        kit_options o = kits[0];
+        const int64_t n = 5;
+        kit *k;
+        const float *x;
+        float *y = hold_output(n * o.cols), *other = hold_output(n * o.cols);
+        o.count = counts[i];
+        o.top_k = ks[i];
+        k = kit_open(c, &o);
+        x = moe_input(k, n);
+        k->m.dense_max = n; /* AUTO is dense */
+        kit_reserve(k, n);
+        CHECK_OK(c, tern_moe_forward(c, &k->m, n, x, y, NULL));
+        k->m.dense_max = n - 1;
+        kit_reserve(k, n);
+        CHECK_OK(c, tern_moe_forward(c, &k->m, n, x, other, NULL));
+        CHECK(memcmp(y, other, (size_t)(n * o.cols) * 4) == 0, "%d of %d experts: dense and sparse differ", (int)o.top_k, (int)o.count);
+        record_words(r, y, n * o.cols);
+        kit_close(k);
+        release();
+    }
 }
-static void test_moe_counts(void) { same_everywhere(moe_counts, UINT64_C(0xF027C611B3E1C415)); }
+static void test_moe_counts(void) { same_everywhere(moe_counts, UINT64_C(0x6B9EC3463F2A2277)); }
 
 /* What an expert that was not chosen holds does not matter; a token without a choice gets what is always on. */
 static void test_moe_leaks(void)
@@ -712,10 +711,11 @@ static double *hold_values(tern_context *c, const tern_param *p)
     return wide;
 }
 
+/* Some 30 elements of each array, at odd steps. */
 static void compare_slopes(const moe_reference *f, const double *x, double *value, int64_t count, const float *got, int kit_index, const char *name)
 {
     int64_t i;
-    for (i = 0; i < count; i++) {
+    for (i = 0; i < count; i += count / 60 * 2 + 1) {
         const double at = value[i];
         double slope;
         value[i] = at + 1e-5;
@@ -749,7 +749,7 @@ static void moe_gradients(tern_context *c, record *unused)
     int i;
     (void)unused;
     for (i = 0; i < KITS; i++) {
-        const int64_t n = 7;
+        const int64_t n = 5;
         kit_options o = kits[i];
         moe_reference f;
         kit *k;
