@@ -86,6 +86,12 @@ OPTIONS (define before the implementation; public layouts never depend on them)
     TERNARY_NO_FILES          no model files
     TERNARY_ACCEPT_FAST_MATH  compile under fast-math, without the promise of equal bits
 
+MIXTURE OF EXPERTS
+
+    A tern_moe is a router, experts (two or three parameters each) and top_k. Small batches may run every
+    expert over all tokens, large ones each expert over its own: tern_dispatch, with the same bits. Parameters with
+    the same `sync` share one scale. tern_moe_from_dense takes a float mixture in one call.
+
 MEMORY
 
     Buffers come from the context's allocator or are yours (set tern_buffer.data and count); tern_reserve is
