@@ -893,7 +893,7 @@ TERN_API tern_result tern_ple_backward(tern_context *c, const tern_ple *l, int64
    packs. A norm that is not finite skips the update: a data fault (averages of rho and noise go on). Defaults: beta1
    0.9, beta2 0.99, eps 1e-8. norm2: where to leave the squared gradient norm (backend memory, one float), or NULL.
    A learned scale (alpha) is a parameter of the model; one that has a TERN_GRAD gets its gradient here, before the norm.
-   Scratch of at least the bytes of a parameter's trits, scales and alpha saves a pass over its shadow: tern_ternarize_args.spare. */
+   Scratch of 64 bytes more than a parameter's trits, scales and alpha saves a pass over its shadow: tern_ternarize_args.spare. */
 typedef struct tern_step {
     tern_optimizer optimizer;
     float rate, beta1, beta2, eps, decay, clip;
