@@ -1,6 +1,13 @@
 /* Room 17, mixture of experts, and its operations of room 14. Forward: bit for bit what the public layers give token by token
    and expert by expert, for dense and sparse dispatch, every tier, thread count and option. Gradients: central differences of
-   a float64 reference. */
+   a float64 reference. Mutations that the tests were seen to see: the last of equal logits, no renormalization, route's backward
+   without its sum, without those that were not chosen (ALL), the balance loss without count or mean, ids kept in a fault,
+   gather and scatter without weight, dots in order, results multiplied by zero and not picked (also before low_b), scales or sums
+   not gathered, fn of up (forward, backward), no inner norm, another default fn, always left out (forward, backward), the
+   norm's dx or gain left out, dweights left out, gradients without weight, h of the low-rank form without gradient or not
+   computed again, scratch not given back, shapes unchecked; a set's scale without sqrt(2/pi), of its last member, of narrow types
+   read as floats, not stored, not taken in a step or from floats, a member with a scale of its own; per-layer embeddings without
+   their residual (forward, backward); loads not added to, entropy not a mean, balance without its factor. */
 
 /* -- a layer of odd sizes, with whatever options -- */
 
@@ -528,9 +535,9 @@ static void test_moe_leaks(void)
 {
     int dispatch, dense;
     for (dispatch = TERN_DISPATCH_DENSE; dispatch <= TERN_DISPATCH_SPARSE; dispatch++)
-        for (dense = 0; dense < 2; dense++) {
+        for (dense = 0; dense < 3; dense++) { /* 2: the low-rank form */
             test_context t = test_open(TERN_ISA_BEST, 1);
-            kit_options o = kits[dense ? 3 : 0];
+            kit_options o = kits[dense == 2 ? 7 : dense ? 3 : 0];
             const int64_t n = 6, cols = o.cols;
             kit *k = kit_open(t.c, &o);
             float *x = moe_input(k, n), *y = hold_output(n * cols), *other = hold_output(n * cols), *router = (float *)k->router.buffer[TERN_SHADOW].data;
@@ -545,10 +552,10 @@ static void test_moe_leaks(void)
                 for (j = 0; j < cols; j++) router[i * cols + j] = i == 1 ? -1.0f : 0.01f * (float)((i * 5 + j) % 7);
             kit_reserve(k, n);
             CHECK_OK(t.c, tern_moe_forward(t.c, &k->m, n, x, y, NULL));
-            for (which = 0; which < 3; which++) {
-                tern_param *p = &k->expert[3 + which];
-                float *bad = (float *)p->buffer[dense ? TERN_SHADOW : TERN_SCALES].data;
-                for (i = 0; i < (dense ? p->rows * p->cols : p->rows); i++) bad[i] = (float)NAN;
+            for (which = 0; which < (dense == 2 ? 2 : 3); which++) {
+                tern_param *p = dense < 2 ? &k->expert[3 + which] : which ? &k->low_b[1] : &k->low_a[1];
+                float *bad = (float *)p->buffer[dense == 1 ? TERN_SHADOW : TERN_SCALES].data;
+                for (i = 0; i < (dense == 1 ? p->rows * p->cols : p->rows); i++) bad[i] = (float)NAN;
                 CHECK_OK(t.c, tern_moe_forward(t.c, &k->m, n, x, other, NULL));
                 CHECK(memcmp(y, other, (size_t)(n * cols) * 4) == 0, "dispatch %d: NaN leaks from matrix %d", dispatch, which);
                 CHECK_OK(t.c, tern_sync(t.c));
@@ -1184,6 +1191,8 @@ static void ples(tern_context *c, record *r)
         ple_case f;
         tern_need need = TERN_ZERO;
         void *saved;
+        double sum;
+        int64_t j;
         int i;
         for (i = 0; i < 3; i++) { CHECK_OK(c, tern_param_alloc(c, all[i], TERN_FOR_GRADIENT)); set_random(c, all[i]); }
         memset(&f, 0, sizeof f);
@@ -1205,6 +1214,8 @@ static void ples(tern_context *c, record *r)
             f.gate = hold_values(c, &gate);
             f.project = hold_values(c, &project);
             f.gain = hold_values(c, &gain);
+            for (sum = 0, j = 0; j < n * cols; j++) sum += (double)y[j] * f.dy[j];
+            CHECK(fabs(sum - ple_loss(&f, xs, rs)) < 1e-4, "y dy is %g, not %g", sum, ple_loss(&f, xs, rs));
             ple_slopes(&f, xs, rs, xs, n * cols, dx, "x");
             ple_slopes(&f, xs, rs, rs, n * low, drows, "rows");
             ple_slopes(&f, xs, rs, f.gate, low * cols, grad_of(&gate), "gate");
