@@ -29,13 +29,13 @@ CONTENTS (search for the tag)
     [TERN-14] Backends: the function table, one instance per tier, selection
     [TERN-15] Parameters and BitLinear
     [TERN-16] Embedding
+    [TERN-17] Mixture of experts
     [TERN-19] Optimizers and shadow weights
     [TERN-20] True-ternary training
     [TERN-21] Model files
     [TERN-22] Self-test
 
-    A room calls only rooms before it. Rooms that are not here yet (Arm, WebAssembly, mixture of experts,
-    graphs) keep their numbers free.
+    A room calls only rooms before it. Rooms that are not here yet (Arm, WebAssembly, graphs) keep their numbers free.
 
 QUICK START
 
@@ -97,8 +97,15 @@ OPTIONS (define before the implementation; public layouts never depend on them)
     TERNARY_NO_SIMD           the scalar tier alone; TERNARY_NO_SSE41, _NO_AVX2, _NO_AVX_VNNI, _NO_AVX512_VNNI,
                               _NO_AVX512_VBMI, _NO_AMX_INT8 leave out one tier each (the last three: and those behind it)
     TERNARY_NO_TRAINING       no backward of ternary layers, no optimizers
+    TERNARY_NO_MOE            no mixture of experts
     TERNARY_NO_FILES          no model files
     TERNARY_ACCEPT_FAST_MATH  compile under fast-math, without the promise of equal bits
+
+MIXTURE OF EXPERTS
+
+    A tern_moe is a router, experts (two or three parameters each) and top_k. Small batches may run every
+    expert over all tokens, large ones each expert over its own: tern_dispatch, with the same bits. Parameters with
+    the same `sync` share one scale. tern_moe_from_dense takes a float mixture in one call.
 
 MEMORY
 
@@ -471,12 +478,49 @@ typedef struct tern_dense_i8_args {
     int32_t add;
 } tern_dense_i8_args;
 
-/* y [n, cols] = rows ids[i] of a packed matrix, or of w [rows, cols] when m.trits is NULL.
-   An id out of range is a data fault and a zero row. */
-typedef struct tern_gather_args { tern_matrix m; const float *w; int64_t n; const int32_t *ids; float *y; } tern_gather_args;
+/* y [n, cols] = rows ids[i] of a packed matrix, or of w [rows, cols] when m.trits is NULL, whose words are moved as
+   they are, be they floats or not; with weight [n], row i is multiplied by weight[i]. An id out of range is a data
+   fault and a zero row. */
+typedef struct tern_gather_args { tern_matrix m; const float *w; int64_t n; const int32_t *ids; const float *weight; float *y; } tern_gather_args;
 
-/* Adds dy [n, cols] into rows ids[i] of dw [rows, cols], in order of i. Ids out of range are skipped. */
-typedef struct tern_scatter_args { int64_t rows, cols, n; const int32_t *ids; const float *dy; float *dw; } tern_scatter_args;
+/* Adds dy [n, cols], times weight [n] where that is not NULL, into rows ids[i] of dw [rows, cols], in order of i. Ids out
+   of range are skipped. */
+typedef struct tern_scatter_args { int64_t rows, cols, n; const int32_t *ids; const float *weight, *dy; float *dw; } tern_scatter_args;
+
+/* Routing of n tokens over `count` experts (at most 1024) by logits [n, count]: ids [n, k] of the k largest, ascending (of
+   equal logits the lower id's goes first), and their weights [n, k]. A row with NaN or Inf is a data fault: ids -1,
+   weights 0. Backward (dweights [n, k] set; logits, ids, weights as they were): dlogits, zero for such rows. With loads
+   [count], the tokens of each expert, they are also those of the load-balance loss balance * count * sum over experts of
+   f P: f = loads/(n k), taken as constant, P the mean over n tokens of the softmax (Fedus et al. 2021). Sums are canonical. */
+typedef enum {
+    TERN_ROUTE_SELECTED,     /* softmax over the selected logits */
+    TERN_ROUTE_RENORMALIZED, /* softmax over all, divided by the sum of the selected: the same but for its rounding */
+    TERN_ROUTE_ALL           /* softmax over all */
+} tern_route_kind;
+typedef struct tern_route_args {
+    int64_t n;
+    int32_t count, k;
+    tern_route_kind kind;
+    const float *logits;
+    int32_t *ids; float *weights;
+    const float *dweights; /* set: backward */
+    const int32_t *loads; float balance;
+    float *dlogits;
+} tern_route_args;
+
+/* What route chose, by expert: loads [count] tokens each, those of expert 0 first, in order: tokens [n k], slots
+   [n k] (the place in ids and weights) and sorted [n k], their weights (may be NULL); -1, -1 and 0 after the last.
+   dense: [count, n] instead, where token t of an expert that was not chosen for it is -1, -1 and 0. Ids out of range
+   belong to no expert. n k and count n are below 2^31. */
+typedef struct tern_group_args {
+    int64_t n;
+    int32_t count, k, dense;
+    const int32_t *ids; const float *weights;
+    int32_t *loads, *tokens, *slots; float *sorted;
+} tern_group_args;
+
+/* y[to[i]] = the canonical sum of a[ids[i]] * b[i] over a row, a [rows, cols], b [n, cols]. Ids out of range are skipped. */
+typedef struct tern_row_dot_args { int64_t rows, cols, n; const float *a, *b; const int32_t *ids, *to; float *y; } tern_row_dot_args;
 
 /* Fills with zeros, or with normal deviates of the given standard deviation: element i of the result
    depends on (seed, stream, i) alone. */
@@ -562,9 +606,9 @@ typedef struct tern_loss_args {
     float scale;
 } tern_loss_args;
 
-/* y[0] = the canonical sum of x, |x| or x^2 over count floats; add: added to y[0]. */
+/* y[0] = the canonical sum of x, |x| or x^2 over count elements of type F32 (default), BF16 or F16; add: added to y[0]. */
 typedef enum { TERN_SUM, TERN_SUM_ABS, TERN_SUM_SQUARES } tern_sum_kind;
-typedef struct tern_sum_args { tern_sum_kind kind; int64_t count; const float *x; float *y; int32_t add; } tern_sum_args;
+typedef struct tern_sum_args { tern_sum_kind kind; int64_t count; tern_type type; const void *x; float *y; int32_t add; } tern_sum_args;
 
 /* One optimizer step over count weights of type F32 or BF16 (written with stochastic rounding keyed by
    seed, step, stream and element; nearest: to nearest even), then the gradient is set to zero. Moments of type BF16
@@ -649,8 +693,8 @@ typedef struct tern_linear_args { tern_quantize_args quantize; const float *bias
 #define TERN_OPS(X)                                                                    \
     X(ternarize) X(pack) X(unpack) X(quantize) X(matmul) X(matmul_dx) X(matmul_dw)     \
     X(dense) X(dense_i8) X(gather) X(scatter) X(fill) X(cast) X(map) X(norm) X(rope)   \
-    X(attention) X(loss) X(sum) X(optimize) X(scale_grad) X(hadamard) X(dead_zone) \
-    X(round_i8) X(dequantize) X(flip)
+    X(attention) X(loss) X(sum) X(optimize) X(scale_grad) X(hadamard) X(dead_zone)     \
+    X(round_i8) X(dequantize) X(flip) X(route) X(group) X(row_dot)
 
 /* Operations that a backend may leave out: layers then compose others, with the same bits. */
 #define TERN_FUSED(X) X(linear)
@@ -673,6 +717,7 @@ typedef struct tern_run {
 struct tern_backend {
     const char *name;
     const void *data;                      /* the backend's own constants */
+    int64_t dense_max;                     /* tokens up to which AUTO runs all experts of a tern_moe over all of them */
     tern_result (*open)(tern_run *r);
     void (*close)(tern_run *r);
     void *(*alloc)(tern_run *r, size_t bytes); /* aligned to 64, zeroed */
@@ -742,6 +787,7 @@ typedef struct tern_param {
     float rho;                /* running average of the scales, and ... */
     float noise, zone;        /* ... noise near the threshold: see tern_ternarize_args */
     uint32_t rotate;         /* 0, or the seed of a tern_hadamard rotation H: the matrix is W H, below */
+    uint32_t sync;           /* 0, or the number of a set of parameters with one scale for all, below */
     struct tern_param *dead; /* NULL, or the bias of the dead zone (Tequila): dense [1, rows], below, with */
     float lambda;            /* its factor, above 0 (1e-3 is usual) */
     int32_t theta;           /* of its accumulator, 2 to 127; 0: 32 */
@@ -758,6 +804,12 @@ typedef struct tern_param {
 /* An accumulator (TERN_ACCUM, int8) excludes a shadow, a learned scale and a dead zone. tern_param_set then keeps in it how
    far each weight is from its trit, tern_param_give zeros; layers compute the parameter's gradient and dx by exact products of
    stochastically rounded int8, and tern_model_step flips trits instead of moving a shadow: the same bits on every tier. */
+
+/* Parameters of a model with the same sync share one scale, mean|w| over all of them (ScaleSync: per expert, or one for a
+   whole block of experts; else a large scale outweighs what a router says). They are ABSMEAN or ABSMEAN_SIGMA, all the same,
+   TERN_PER_TENSOR with F32 scales, without rho, and have a shadow while they train. tern_model_requantize and each
+   step take the scale again, in the order of the model. Setting one from floats gives it its own scale until then; a NULL
+   tern_param_set keeps the scale there is. */
 
 /* Allocates the buffers in the mask that are absent (of a dense parameter, TERN_TRITS in the mask asks for
    its values, which lie in TERN_SHADOW). All or nothing. tern_param_free frees or detaches those in the mask:
@@ -807,6 +859,10 @@ TERN_API tern_result tern_model_strict(tern_context *c, const tern_model *m);
 typedef struct tern_sink { int (*write)(void *user, const void *data, size_t bytes); void *user; } tern_sink;
 /* Every buffer as a line of text: name, kind, type, elements, bytes, and trainable, persistent or transient. */
 TERN_API tern_result tern_model_list(tern_context *c, const tern_model *m, const tern_sink *sink);
+
+/* Trits and scales of all that have a shadow from it, as by a NULL tern_param_set, sets of sync together: after they were
+   set, and as the last act of a training. Scales that were given stay, in a set those of all. */
+TERN_API tern_result tern_model_requantize(tern_context *c, const tern_model *m);
 
 /* -- layers ([TERN-15], [TERN-16]) -- */
 
@@ -858,13 +914,83 @@ TERN_API tern_result tern_embedding_backward(tern_context *c, const tern_embeddi
 #endif
 TERN_API tern_linear tern_embedding_as_linear(const tern_embedding *e, tern_norm_kind norm, tern_act act);
 
+/* -- mixture of experts ([TERN-17]) -- */
+
+#ifndef TERNARY_NO_MOE
+/* down(fn(gate x) * (up x)), or without a gate down(fn(up x)). The parameters are a model's like all others. */
+typedef struct tern_expert { tern_param *gate, *up, *down; } tern_expert;
+
+/* DENSE: every expert over all tokens, in shapes that do not depend on the routing (a GPU can capture it), results that
+   were not chosen left away. SPARSE: every expert over the tokens that chose it. The same bits. */
+typedef enum { TERN_DISPATCH_AUTO, TERN_DISPATCH_DENSE, TERN_DISPATCH_SPARSE } tern_dispatch;
+
+/* y = the sum over the chosen experts, in their order, of weight * expert(x), plus always(x). The router is a layer of
+   its own on x, dense or ternary, with `count` outputs; tern_route says who is chosen. Experts share a norm and the
+   quantized activations. They are alike in shapes, rules, grains and encodings; what reads x is not rotated.
+   Low-rank form: experts is one, whose projections all share, and y = down(sum of weight * h * (low_b low_a x)) + always(x)
+   with h = fn(gate x) * (up x) or fn(up x), low_a [rank, cols] and low_b [rows of up, rank], ternary or dense. */
+typedef struct tern_moe {
+    tern_linear router;
+    const tern_expert *experts;         /* [count]; with low_a: one */
+    int32_t count, top_k;
+    tern_route_kind weights;
+    tern_map_fn fn;                     /* SILU (also where it is 0), GELU, RELU or RELU2 */
+    tern_param *gain;                   /* of the norm, dense [1, cols], or NULL */
+    tern_norm_kind norm, inner;         /* of x; of what goes into down */
+    float eps;                          /* 0: 1e-6 */
+    tern_act act;                       /* of all ternary experts; not BIT with a norm */
+    const tern_expert *always;          /* an expert of any width that sees every token, or NULL */
+    tern_param *const *low_a, *const *low_b; /* [count] each, or NULL */
+    tern_dispatch dispatch;
+    int64_t dense_max;                  /* AUTO is DENSE up to so many tokens; 0: what suits the backend (a CPU: none) */
+    float balance;                      /* factor of the load-balance loss (tern_route_args), whose gradient the backward adds */
+} tern_moe;
+/* Asks for a layer whose parameters are allocated. `saved` holds routing and quantized activations: the backward
+   computes the experts again. Scratch is enough for all tokens to choose the same expert. */
+TERN_API tern_result tern_moe_need(tern_context *c, const tern_moe *m, int64_t n, tern_need *out);
+/* x [n, cols] -> y [n, cols], apart. saved: need.saved bytes, aligned to 4 (on a GPU: 16), or NULL for inference. A
+   token whose logits are not finite is a data fault and goes to no expert. A GPU is waited for, once, by SPARSE. */
+TERN_API tern_result tern_moe_forward(tern_context *c, const tern_moe *m, int64_t n, const float *x, float *y, void *saved);
+/* Adds into the TERN_GRAD of all parameters where present; dx [n, cols] (or NULL) is overwritten. As tern_linear_backward. */
+#ifndef TERNARY_NO_TRAINING
+TERN_API tern_result tern_moe_backward(tern_context *c, const tern_moe *m, int64_t n, const float *x, const void *saved, const float *dy, float *dx);
+#endif
+/* Of what a forward saved for n tokens, each or NULL: adds to loads [count] how many tokens chose each expert, the mean
+   entropy in nats of the softmax over all experts, and the load-balance loss. In host memory; it allocates, and waits. */
+typedef struct tern_moe_report { float entropy, balance; } tern_moe_report;
+TERN_API tern_result tern_moe_stats(tern_context *c, const tern_moe *m, int64_t n, const void *saved, int64_t *loads, tern_moe_report *out);
+/* Sets all experts, from floats of F32, F16 or BF16 in backend memory (not those of the low-rank form, which no float
+   mixture has), and the router where one is given; sets of sync together. gate: NULL where there is none. bytes: those
+   of the floats and of the trits, scales and dense values that stand for them, or NULL. Missing arrays are refused before anything
+   changes; a weight that is not finite leaves the parameters before its own set. */
+typedef struct tern_expert_floats { const void *gate, *up, *down; } tern_expert_floats;
+typedef struct tern_moe_bytes { size_t before, after; } tern_moe_bytes;
+TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, tern_type type, const tern_expert_floats *experts, const tern_expert_floats *always,
+                                         const void *router, tern_moe_bytes *bytes);
+
+/* Per-layer embeddings, as in Gemma 3n: y = x + norm(project(gelu(gate x) * rows)) with a row for each token, rows [n,
+   rows of gate]. */
+typedef struct tern_ple {
+    tern_linear gate, project;
+    tern_param *gain; /* of the norm, dense [1, rows of project], or NULL */
+    float eps;        /* 0: 1e-6 */
+} tern_ple;
+TERN_API tern_result tern_ple_need(tern_context *c, const tern_ple *l, int64_t n, tern_need *out);
+/* x [n, cols] -> y [n, cols], apart; saved as of tern_linear_forward. */
+TERN_API tern_result tern_ple_forward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, float *y, void *saved);
+/* dx [n, cols] and drows (each or NULL) are overwritten. */
+#ifndef TERNARY_NO_TRAINING
+TERN_API tern_result tern_ple_backward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, const void *saved, const float *dy, float *dx, float *drows);
+#endif
+#endif
+
 /* -- training ([TERN-19]) -- */
 
 /* Clips by global norm, updates every parameter that has a TERN_GRAD, zeroes the gradients, ternarizes and
    packs. A norm that is not finite skips the update: a data fault (averages of rho and noise go on). Defaults: beta1
    0.9, beta2 0.99, eps 1e-8. norm2: where to leave the squared gradient norm (backend memory, one float), or NULL.
    A learned scale (alpha) is a parameter of the model; one that has a TERN_GRAD gets its gradient here, before the norm.
-   Scratch of at least the bytes of a parameter's trits, scales and alpha saves a pass over its shadow: tern_ternarize_args.spare. */
+   Scratch of 64 bytes more than a parameter's trits, scales and alpha saves a pass over its shadow: tern_ternarize_args.spare. */
 typedef struct tern_step {
     tern_optimizer optimizer;
     float rate, beta1, beta2, eps, decay, clip;
@@ -1312,6 +1438,7 @@ struct tern_context {
     tern_run run;
     unsigned char *scratch;   /* backend memory */
     size_t scratch_bytes, scratch_used;
+    size_t scratch_base;      /* where a layer's scratch begins: behind that of the layer it is part of */
 };
 
 TERN_API const char *tern_result_text(tern_result code)
@@ -1366,6 +1493,7 @@ static tern_result tern__set_error(tern_error *e, tern_result code, const char *
     X(MATMUL,   "matmul: activation row %d is not finite and was taken as zero")                         \
     X(GATHER,   "gather: ids[%d] is out of range and its row was taken as zero")                         \
     X(NORM,     "norm: row %d is not finite and was taken as zero")                                      \
+    X(ROUTE,    "route: the logits of row %d are not finite; it goes to no expert")                      \
     X(LOSS,     "loss: row %d has a target out of range or logits that are not finite and was taken as zero") \
     X(OPTIMIZE, "optimize: the gradient norm of step %d is not finite; the update was skipped")         \
     X(ROUND,    "round_i8: row %d is not finite and was taken as zero")                                  \
@@ -2012,12 +2140,17 @@ static int64_t tern__for(tern_run *r, tern__body *body, const void *arg, int64_t
 /* Weights beyond 2^96 would overflow the sums, so they count as not finite. */
 TERN__ANYWHERE int32_t tern__weight_ok(float w) { return (tern__bits(w) & 0x7FFFFFFFu) < 0x6F800000u; }
 
-/* Up to 1024 weights from element i as floats: where they lie, or converted into the buffer. */
+/* Up to 1024 elements from i on as floats: where they lie, or converted into the buffer. */
+static const float *tern__floats_at(const tern__kernels *k, tern_type type, const void *x, int64_t i, int64_t n, float *buffer)
+{
+    if (type != TERN_BF16 && type != TERN_F16) return (const float *)x + i;
+    k->widen(type, n, (const uint16_t *)x + i, buffer);
+    return buffer;
+}
+
 static const float *tern__load_block(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, float *buffer)
 {
-    if (a->type != TERN_BF16 && a->type != TERN_F16) return (const float *)a->w + i;
-    k->widen(a->type, n, (const uint16_t *)a->w + i, buffer);
-    return buffer;
+    return tern__floats_at(k, a->type, a->w, i, n, buffer);
 }
 
 /* The first bad one of n weights from element i, or INT64_MAX. */
@@ -5850,13 +5983,26 @@ static tern_result tern__cpu_matmul_dw(tern_run *run, const tern_matmul_dw_args 
 }
 #endif
 
+/* Row i of p: softmax of the visible scores, zeros behind them. */
+static void tern__softmax_row(const tern__kernels *k, float *p, int64_t visible, int64_t keys, float scale)
+{
+    float largest, sum;
+    int64_t j;
+    for (j = 0; j < visible; j++) p[j] = p[j] * scale;
+    for (largest = p[0], j = 1; j < visible; j++) if (p[j] > largest) largest = p[j];
+    for (j = 0; j < visible; j++) p[j] = tern__exp(p[j] - largest);
+    sum = tern__sum_of(k, TERN_SUM, visible, p);
+    for (j = 0; j < visible; j++) p[j] = p[j] / sum;
+    for (; j < keys; j++) p[j] = 0.0f;
+}
+
 /* -- rows by id -- */
 
 static void tern__gather_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_gather_args *a = (const tern_gather_args *)job->arg;
     const tern__shape s = tern__shape_of(&a->m);
-    int64_t i;
+    int64_t i, j;
     for (i = begin; i < end; i++) {
         float *y = a->y + i * a->m.cols;
         if (a->ids[i] < 0 || a->ids[i] >= a->m.rows) {
@@ -5864,17 +6010,17 @@ static void tern__gather_body(tern__job *job, int64_t begin, int64_t end, int64_
             memset(y, 0, sizeof(float) * (size_t)a->m.cols);
         } else if (a->m.trits) tern__unpack_row(&a->m, &s, a->ids[i], NULL, y);
         else memcpy(y, a->w + a->ids[i] * a->m.cols, sizeof(float) * (size_t)a->m.cols);
+        for (j = 0; a->weight && j < a->m.cols; j++) y[j] = a->weight[i] * y[j];
     }
 }
 
 static tern_result tern__cpu_gather(tern_run *run, const tern_gather_args *a)
 {
-    int64_t bad = tern__for(run, tern__gather_body, a, a->n, tern__mul(a->m.cols, 30));
+    int64_t bad = tern__for(run, tern__gather_body, a, a->n, a->m.trits ? tern__mul(a->m.cols, 30) : a->m.cols);
     if (bad != INT64_MAX) tern__set_fault(run, TERN__FAULT_GATHER, bad);
     return TERN_OK;
 }
 
-#ifndef TERNARY_NO_TRAINING
 /* Threads share out the columns, so that every sum runs in the order of the tokens. */
 static void tern__scatter_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
@@ -5885,7 +6031,8 @@ static void tern__scatter_body(tern__job *job, int64_t begin, int64_t end, int64
         float *dw;
         if (a->ids[i] < 0 || a->ids[i] >= a->rows) continue;
         dw = a->dw + a->ids[i] * a->cols;
-        for (j = begin; j < end; j++) dw[j] = dw[j] + a->dy[i * a->cols + j];
+        if (a->weight) for (j = begin; j < end; j++) dw[j] = dw[j] + a->weight[i] * a->dy[i * a->cols + j];
+        else for (j = begin; j < end; j++) dw[j] = dw[j] + a->dy[i * a->cols + j];
     }
 }
 
@@ -5894,6 +6041,161 @@ static tern_result tern__cpu_scatter(tern_run *run, const tern_scatter_args *a)
     tern__for(run, tern__scatter_body, a, a->cols, tern__mul(a->n, 5));
     return TERN_OK;
 }
+
+/* -- routing and grouping by expert -- */
+
+enum { TERN__MAX_EXPERTS = 1024 }; /* a token's logits are one block of a canonical sum */
+
+#ifndef TERNARY_NO_MOE
+
+/* p = softmax of n logits. */
+static void tern__route_softmax(const tern__kernels *k, const float *x, int64_t n, float *p)
+{
+    memcpy(p, x, sizeof(float) * (size_t)n);
+    tern__softmax_row(k, p, n, n, 1.0f);
+}
+
+/* The k-th largest of n numbers, and how many of those that are equal to it are among the k; best: room for k. */
+static float tern__route_limit(const float *x, int32_t n, int32_t k, float *best, int32_t *equal)
+{
+    int32_t have = 0, i, j;
+    for (i = 0; i < n; i++) {
+        if (have == k && !(x[i] > best[k - 1])) continue;
+        for (j = have < k ? have++ : k - 1; j > 0 && x[i] > best[j - 1]; j--) best[j] = best[j - 1];
+        best[j] = x[i];
+    }
+    for (*equal = 0; *equal < k && best[k - 1 - *equal] == best[k - 1];) ++*equal;
+    return best[k - 1];
+}
+
+static void tern__route_token(const tern__kernels *k, const tern_route_args *a, const float *x, int32_t *ids, float *weights)
+{
+    float p[TERN__MAX_EXPERTS];
+    int32_t i, at = 0, equal;
+    const float limit = tern__route_limit(x, a->count, a->k, p, &equal);
+    for (i = 0; at < a->k; i++)
+        if (x[i] > limit || (x[i] == limit && equal-- > 0)) {
+            weights[at] = x[i];
+            ids[at++] = i;
+        }
+    if (a->kind == TERN_ROUTE_SELECTED) {
+        tern__softmax_row(k, weights, a->k, a->k, 1.0f);
+        return;
+    }
+    tern__route_softmax(k, x, a->count, p);
+    for (i = 0; i < a->k; i++) weights[i] = p[ids[i]];
+    if (a->kind == TERN_ROUTE_RENORMALIZED) {
+        const float sum = k->sum(TERN_SUM, a->k, weights);
+        for (i = 0; i < a->k; i++) weights[i] = weights[i] / sum;
+    }
+}
+
+/* dlogits of the weights: w (dw - sum of w dw) for those that share a softmax with the selected, whose dw is 0 elsewhere. */
+static void tern__route_back(const tern__kernels *k, const tern_route_args *a, const float *p, const int32_t *ids, const float *weights, const float *dw, float *dx)
+{
+    float terms[TERN__MAX_EXPERTS], sum;
+    int32_t i;
+    for (i = 0; i < a->k; i++) terms[i] = weights[i] * dw[i];
+    sum = k->sum(TERN_SUM, a->k, terms);
+    if (a->kind == TERN_ROUTE_ALL) for (i = 0; i < a->count; i++) dx[i] = p[i] * (0.0f - sum);
+    for (i = 0; i < a->k; i++) dx[ids[i]] = weights[i] * (dw[i] - sum);
+}
+
+/* and of the load-balance loss, whose gradient in p[i] is g[i]. */
+static void tern__balance_back(const tern__kernels *k, const tern_route_args *a, const float *p, float *dx)
+{
+    const float factor = a->balance * (float)a->count / ((float)a->n * (float)a->n * (float)a->k);
+    float terms[TERN__MAX_EXPERTS], mean;
+    int32_t i;
+    for (i = 0; i < a->count; i++) terms[i] = p[i] * (factor * (float)a->loads[i]);
+    mean = k->sum(TERN_SUM, a->count, terms);
+    for (i = 0; i < a->count; i++) dx[i] = dx[i] + p[i] * (factor * (float)a->loads[i] - mean);
+}
+
+static void tern__route_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_route_args *a = (const tern_route_args *)job->arg;
+    float p[TERN__MAX_EXPERTS];
+    int64_t t, i;
+    for (t = begin; t < end; t++) {
+        const float *x = a->logits + t * a->count;
+        float *weights = a->weights + t * a->k, *dx = a->dweights ? a->dlogits + t * a->count : NULL;
+        int32_t *ids = a->ids + t * a->k;
+        const int32_t usable = tern__finite(tern__float(job->k->absmax(a->count, x, NULL)));
+        if (dx) memset(dx, 0, sizeof(float) * (size_t)a->count);
+        if (!usable) *bad = tern__min(*bad, t);
+        if (!usable && !dx) for (i = 0; i < a->k; i++) { ids[i] = -1; weights[i] = 0.0f; }
+        if (!usable) continue;
+        if (!dx) { tern__route_token(job->k, a, x, ids, weights); continue; }
+        tern__route_softmax(job->k, x, a->count, p);
+        tern__route_back(job->k, a, p, ids, weights, a->dweights + t * a->k, dx);
+        if (a->loads) tern__balance_back(job->k, a, p, dx);
+    }
+}
+
+static tern_result tern__cpu_route(tern_run *run, const tern_route_args *a)
+{
+    const int64_t bad = tern__for(run, tern__route_body, a, a->n, tern__mul(a->count, 40));
+    if (bad != INT64_MAX) tern__set_fault(run, TERN__FAULT_ROUTE, bad);
+    return TERN_OK;
+}
+
+static void tern__group_put(const tern_group_args *a, int64_t at, int64_t slot)
+{
+    a->tokens[at] = slot < 0 ? -1 : (int32_t)(slot / a->k);
+    a->slots[at] = (int32_t)slot;
+    if (a->sorted) a->sorted[at] = slot < 0 ? 0.0f : a->weights[slot];
+}
+
+/* A counting sort, which keeps the order of the tokens; a matter of microseconds, on one thread. */
+static tern_result tern__cpu_group(tern_run *run, const tern_group_args *a)
+{
+    const int64_t slots = a->n * a->k, places = a->dense ? a->n * a->count : slots;
+    int32_t next[TERN__MAX_EXPERTS];
+    int64_t i, first = 0;
+    (void)run;
+    memset(a->loads, 0, sizeof(int32_t) * (size_t)a->count);
+    for (i = 0; i < slots; i++)
+        if (a->ids[i] >= 0 && a->ids[i] < a->count) a->loads[a->ids[i]]++;
+    for (i = 0; i < a->count; first += a->loads[i++]) next[i] = (int32_t)first;
+    for (i = a->dense ? 0 : first; i < places; i++) tern__group_put(a, i, -1);
+    for (i = 0; i < slots; i++) {
+        const int32_t id = a->ids[i];
+        if (id >= 0 && id < a->count) tern__group_put(a, a->dense ? id * a->n + i / a->k : next[id]++, i);
+    }
+    return TERN_OK;
+}
+
+static void tern__row_dot_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_row_dot_args *a = (const tern_row_dot_args *)job->arg;
+    float block[TERN__BLOCK];
+    tern__tree tree;
+    int64_t i, j, col;
+    (void)bad;
+    for (i = begin; i < end; i++) {
+        const float *x, *z = a->b + i * a->cols;
+        if (a->ids[i] < 0 || a->ids[i] >= a->rows) continue;
+        x = a->a + a->ids[i] * a->cols;
+        tern__tree_init(&tree, job->k);
+        for (col = 0; col < a->cols; col += TERN__BLOCK) {
+            const int64_t n = tern__min(TERN__BLOCK, a->cols - col);
+            for (j = 0; j < n; j++) block[j] = x[col + j] * z[col + j];
+            tern__tree_push(&tree, job->k->sum(TERN_SUM, n, block));
+        }
+        a->y[a->to[i]] = tern__tree_total(&tree);
+    }
+}
+
+static tern_result tern__cpu_row_dot(tern_run *run, const tern_row_dot_args *a)
+{
+    tern__for(run, tern__row_dot_body, a, a->n, tern__mul(a->cols, 2));
+    return TERN_OK;
+}
+#else
+#define tern__cpu_route NULL
+#define tern__cpu_group NULL
+#define tern__cpu_row_dot NULL
 #endif
 
 /* -- element by element -- */
@@ -6194,19 +6496,6 @@ static tern__head tern__head_of(const tern_attention_args *a, int64_t batch, int
     return h;
 }
 
-/* Row i of p: softmax of the visible scores, zeros behind them. */
-static void tern__softmax_row(const tern__kernels *k, float *p, int64_t visible, int64_t keys, float scale)
-{
-    float largest, sum;
-    int64_t j;
-    for (j = 0; j < visible; j++) p[j] = p[j] * scale;
-    for (largest = p[0], j = 1; j < visible; j++) if (p[j] > largest) largest = p[j];
-    for (j = 0; j < visible; j++) p[j] = tern__exp(p[j] - largest);
-    sum = tern__sum_of(k, TERN_SUM, visible, p);
-    for (j = 0; j < visible; j++) p[j] = p[j] / sum;
-    for (; j < keys; j++) p[j] = 0.0f;
-}
-
 static void tern__attention_forward(const tern__kernels *k, const tern_attention_args *a, const tern__head *h, tern__work *w)
 {
     const int64_t width = (int64_t)a->heads * a->dim;
@@ -6333,11 +6622,12 @@ typedef struct tern__sum_work { const tern_sum_args *a; int64_t block0; float *s
 static void tern__sum_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern__sum_work *w = (const tern__sum_work *)job->arg;
+    float buffer[TERN__BLOCK] TERN__ALIGN64;
     int64_t i;
     (void)bad;
     for (i = begin; i < end; i++) {
-        const int64_t at = (w->block0 + i) * TERN__BLOCK;
-        w->sums[i] = job->k->sum((int32_t)w->a->kind, tern__min(TERN__BLOCK, w->a->count - at), w->a->x + at);
+        const int64_t at = (w->block0 + i) * TERN__BLOCK, n = tern__min(TERN__BLOCK, w->a->count - at);
+        w->sums[i] = job->k->sum((int32_t)w->a->kind, n, tern__floats_at(job->k, w->a->type, w->a->x, at, n, buffer));
     }
 }
 
@@ -6777,7 +7067,6 @@ static tern_result tern__cpu_flip(tern_run *run, const tern_flip_args *a)
 #define tern__cpu_flip NULL
 #define tern__cpu_matmul_dx NULL
 #define tern__cpu_matmul_dw NULL
-#define tern__cpu_scatter NULL
 #define tern__cpu_optimize NULL
 #define tern__cpu_scale_grad NULL
 #endif
@@ -6807,7 +7096,7 @@ static tern_result tern__cpu_sync(tern_run *r) { (void)r; return TERN_OK; }
 #define TERN__OP(op) tern__cpu_##op,
 #define TERN__TABLE(suffix, text)                                                              \
     static const tern_backend tern__backend_##suffix = {                                       \
-        text, &tern__kernels_##suffix, tern__cpu_open, tern__cpu_close, tern__cpu_alloc,       \
+        text, &tern__kernels_##suffix, 0, tern__cpu_open, tern__cpu_close, tern__cpu_alloc,       \
         tern__cpu_free, tern__cpu_copy, tern__cpu_sync, TERN_OPS(TERN__OP) TERN_FUSED(TERN__OP) \
     };
 TERN__TABLE(scalar, "scalar")
@@ -7165,6 +7454,7 @@ static tern_result tern__check_gather(tern_run *r, const tern_gather_args *a)
     }
     TERN__TRY(tern__check_count(r, "gather", "n", a->n, a->m.cols));
     TERN__NEED("gather", ids);
+    TERN__MAY("gather", weight);
     TERN__NEED("gather", y);
     return TERN_OK;
 }
@@ -7175,8 +7465,58 @@ static tern_result tern__check_scatter(tern_run *r, const tern_scatter_args *a)
     TERN__TRY(tern__check_count(r, "scatter", "rows", a->rows, a->cols));
     TERN__TRY(tern__check_count(r, "scatter", "n", a->n, a->cols));
     TERN__NEED("scatter", ids);
+    TERN__MAY("scatter", weight);
     TERN__NEED("scatter", dy);
     TERN__NEED("scatter", dw);
+    return TERN_OK;
+}
+
+/* n tokens that choose k of `count` experts. */
+static tern_result tern__check_choice(tern_run *r, const char *op, int64_t n, int64_t count, int64_t k)
+{
+    TERN__REQUIRE(r, count > 0 && count <= TERN__MAX_EXPERTS, TERN_E_SHAPE, "%s: %d experts; 1 to %d can be routed to", op, count, (int64_t)TERN__MAX_EXPERTS);
+    TERN__REQUIRE(r, k > 0 && k <= count, TERN_E_SHAPE, "%s: k = %d of %d experts", op, k, count);
+    TERN__TRY(tern__check_count(r, op, "n", n, count));
+    TERN__REQUIRE(r, tern__mul(n, count) <= INT32_MAX, TERN_E_OVERFLOW, "%s: n = %d x %d experts is beyond int32", op, n, count);
+    return TERN_OK;
+}
+
+static tern_result tern__check_route(tern_run *r, const tern_route_args *a)
+{
+    TERN__TRY(tern__check_choice(r, "route", a->n, a->count, a->k));
+    TERN__REQUIRE(r, (int32_t)a->kind >= 0 && a->kind <= TERN_ROUTE_ALL, TERN_E_ARGUMENT, "route: kind %d is unknown", (int64_t)(int32_t)a->kind);
+    TERN__REQUIRE(r, tern__finite(a->balance), TERN_E_ARGUMENT, "route: balance is not finite");
+    TERN__NEED("route", logits);
+    TERN__NEED("route", ids);
+    TERN__NEED("route", weights);
+    TERN__MAY("route", dweights);
+    TERN__MAY("route", loads);
+    if (a->dweights) TERN__NEED("route", dlogits);
+    return TERN_OK;
+}
+
+static tern_result tern__check_group(tern_run *r, const tern_group_args *a)
+{
+    TERN__TRY(tern__check_choice(r, "group", a->n, a->count, a->k));
+    TERN__NEED("group", ids);
+    TERN__MAY("group", sorted);
+    if (a->sorted) TERN__NEED("group", weights);
+    TERN__NEED("group", loads);
+    TERN__NEED("group", tokens);
+    TERN__NEED("group", slots);
+    return TERN_OK;
+}
+
+static tern_result tern__check_row_dot(tern_run *r, const tern_row_dot_args *a)
+{
+    TERN__TRY(tern__check_count(r, "row_dot", "cols", a->cols, 1));
+    TERN__TRY(tern__check_count(r, "row_dot", "rows", a->rows, a->cols));
+    TERN__TRY(tern__check_count(r, "row_dot", "n", a->n, a->cols));
+    TERN__NEED("row_dot", a);
+    TERN__NEED("row_dot", b);
+    TERN__NEED("row_dot", ids);
+    TERN__NEED("row_dot", to);
+    TERN__NEED("row_dot", y);
     return TERN_OK;
 }
 
@@ -7282,7 +7622,8 @@ static tern_result tern__check_sum(tern_run *r, const tern_sum_args *a)
 {
     TERN__REQUIRE(r, (int32_t)a->kind >= 0 && a->kind <= TERN_SUM_SQUARES, TERN_E_ARGUMENT, "sum: kind %d is unknown", (int64_t)(int32_t)a->kind);
     TERN__TRY(tern__check_count(r, "sum", "count", a->count, 1));
-    TERN__NEED("sum", x);
+    TERN__TRY(tern__check_float_type(r, "sum", a->type));
+    TERN__TRY(tern__check_pointer(r, "sum", "x", a->x, tern__type_bytes(a->type)));
     TERN__NEED("sum", y);
     return TERN_OK;
 }
@@ -7506,6 +7847,8 @@ static tern_result tern__check_param(tern_context *c, const tern_param *p)
     for (i = 0; i < TERN_BUFFERS; i++)
         TERN__REQUIRE(r, p->buffer[i].type == TERN_TYPE_DEFAULT || p->buffer[i].type == tern__buffer_type(p, i), TERN_E_ARGUMENT,
                       "%s: %s of type %d cannot be used", p->name, tern__buffer_names[i], (int64_t)p->buffer[i].type);
+    TERN__REQUIRE(r, !p->sync || ((p->rule == TERN_ABSMEAN || p->rule == TERN_ABSMEAN_SIGMA) && m.grain == TERN_PER_TENSOR && m.scale_type == TERN_F32 && p->rho == 0.0f),
+                  TERN_E_ARGUMENT, "%s: a set with one scale (sync %d) has rule absmean, one F32 scale for the tensor and no rho", p->name, (int64_t)p->sync);
     TERN__REQUIRE(r, !p->dead || (p->lambda > 0 && tern__finite(p->lambda)), TERN_E_ARGUMENT, "%s: a dead zone needs a finite lambda above 0", p->name);
     return tern__check_integer(r, p, tern__buffers_of(p));
 }
@@ -7607,7 +7950,7 @@ static tern_ternarize_args tern__param_args(const tern_param *p)
     tern_ternarize_args a;
     memset(&a, 0, sizeof a);
     a.m = tern_param_matrix(p);
-    a.rule = p->flags & TERN_KEEP_SCALES ? TERN_GIVEN : p->rule;
+    a.rule = p->sync || (p->flags & TERN_KEEP_SCALES) ? TERN_GIVEN : p->rule;
     a.type = tern__buffer_type(p, TERN_SHADOW);
     a.w = p->buffer[TERN_SHADOW].data;
     if (a.rule == TERN_GIVEN) return a;
@@ -8210,6 +8553,187 @@ static tern__lasting tern__lasts(const tern_param *p, int32_t which)
 
 static int32_t tern__is_float(tern_type type) { return type == TERN_F32 || type == TERN_BF16 || type == TERN_F16; }
 
+/* -- parameters that share a scale -- */
+
+static tern_result tern__scale_by(tern_context *c, int64_t count, const float *x, float factor, float *y)
+{
+    tern_map_args a;
+    memset(&a, 0, sizeof a);
+    a.fn = TERN_MAP_SCALE;
+    a.count = count;
+    a.alpha = factor;
+    a.a = x;
+    a.y = y;
+    return tern_map(c, &a);
+}
+
+/* What a parameter is ternarized from. */
+typedef struct tern__source { tern_param *p; tern_type type; const void *w; } tern__source;
+
+/* Sources by their number; p is NULL where there is none. */
+typedef struct tern__sources { tern__source (*at)(const void *of, int32_t i); const void *of; int32_t count; } tern__sources;
+
+static tern__source tern__source_of_shadow(tern_param *p)
+{
+    tern__source s;
+    s.p = p->buffer[TERN_SHADOW].data && p->rule != TERN_DENSE ? p : NULL;
+    s.type = tern__buffer_type(p, TERN_SHADOW);
+    s.w = p->buffer[TERN_SHADOW].data;
+    return s;
+}
+static tern__source tern__source_of_model(const void *of, int32_t i) { return tern__source_of_shadow(((const tern_model *)of)->items[i]); }
+
+/* Noise of a step; step 0: none. */
+typedef struct tern__step_noise { uint64_t seed; uint32_t step; } tern__step_noise;
+
+static tern_result tern__source_ternarize(tern_context *c, const tern__source *s, int32_t i, const tern__step_noise *n, void *scale)
+{
+    tern_ternarize_args a = tern__param_args(s->p);
+    a.type = s->type;
+    a.w = s->w;
+    if (scale) a.m.scales = scale;
+    if (n->step) {
+        a.noise = s->p->noise;
+        a.zone = s->p->zone;
+        a.seed = n->seed;
+        a.step = n->step;
+        a.stream = (uint32_t)i ^ 0x40000000u; /* not that of the rounding of weights or moments */
+        a.spare = c->scratch + 64; /* a norm that was there has been used; before it lies a set's scale */
+        a.spare_bytes = c->scratch_bytes - 64;
+    }
+    return tern__param_ternarize(c, s->p, &a);
+}
+
+/* A set that cannot be ternarized: the error as it is, or the shadow whose element spoiled the scale of all. */
+static tern_result tern__sync_blame(tern_context *c, const tern__sources *all, uint32_t sync)
+{
+    const tern_error kept = c->run.error;
+    tern_cast_args a;
+    int32_t i;
+    memset(&a, 0, sizeof a);
+    a.finite = 1;
+    for (i = 0; i < all->count; i++) {
+        const tern__source s = all->at(all->of, i);
+        if (!s.p || s.p->sync != sync || s.w != s.p->buffer[TERN_SHADOW].data) continue;
+        a.count = s.p->rows * s.p->cols;
+        a.from = a.to = s.type;
+        a.src = a.dst = s.p->buffer[TERN_SHADOW].data; /* onto itself: it is looked at */
+        if (tern_cast(c, &a) != TERN_OK) {
+            const tern_error e = c->run.error;
+            return tern__set_error(&c->run.error, e.code, "%s: %s", s.p->name, e.text);
+        }
+    }
+    c->run.error = kept;
+    return kept.code;
+}
+
+/* The set of source `first`: its scale is made in scratch and stored beside trits that were taken with it. */
+static tern_result tern__sync_set(tern_context *c, const tern__sources *all, int32_t first, const tern__step_noise *noise)
+{
+    const tern_param *of = all->at(all->of, first).p;
+    float *scale = (float *)(void *)c->scratch;
+    int64_t weights = 0;
+    tern_sum_args sum;
+    int32_t i;
+    sum.kind = TERN_SUM_ABS;
+    sum.y = scale;
+    for (i = first; i < all->count; i++) {
+        const tern__source s = all->at(all->of, i);
+        if (!s.p || s.p->sync != of->sync) continue;
+        sum.count = s.p->rows * s.p->cols;
+        sum.type = s.type;
+        sum.x = s.w;
+        sum.add = i > first;
+        TERN__TRY(tern_sum(c, &sum));
+        weights += sum.count;
+    }
+    TERN__TRY(tern__scale_by(c, 1, scale, 1.0f / (of->rule == TERN_ABSMEAN_SIGMA ? (float)weights * 0.7978845608f : (float)weights), scale));
+    for (i = first; i < all->count; i++) {
+        const tern__source s = all->at(all->of, i);
+        if (!s.p || s.p->sync != of->sync) continue;
+        if (tern__source_ternarize(c, &s, i, noise, scale) != TERN_OK) return tern__sync_blame(c, all, of->sync);
+        TERN__TRY(tern__scale_by(c, 1, scale, 1.0f, (float *)s.p->buffer[TERN_SCALES].data));
+    }
+    return TERN_OK;
+}
+
+/* Whether an earlier source is of the same set, and whether one of the set keeps a given scale. */
+static int32_t tern__sync_is_first(const tern__sources *all, int32_t i)
+{
+    const uint32_t sync = all->at(all->of, i).p->sync;
+    int32_t j;
+    for (j = 0; j < i; j++) {
+        const tern__source s = all->at(all->of, j);
+        if (s.p && s.p->sync == sync) return 0;
+    }
+    return 1;
+}
+
+static int32_t tern__sync_keeps(const tern__sources *all, uint32_t sync)
+{
+    int32_t i;
+    for (i = 0; i < all->count; i++) {
+        const tern__source s = all->at(all->of, i);
+        if (s.p && s.p->sync == sync && (s.p->flags & TERN_KEEP_SCALES)) return 1;
+    }
+    return 0;
+}
+
+static tern_result tern__sync_sets(tern_context *c, const tern__sources *all, const tern__step_noise *noise)
+{
+    int32_t i;
+    for (i = 0; i < all->count; i++) {
+        const tern__source s = all->at(all->of, i);
+        if (!s.p || !s.p->sync || !tern__sync_is_first(all, i)) continue;
+        if (!tern__sync_keeps(all, s.p->sync)) TERN__TRY(tern__sync_set(c, all, i, noise));
+    }
+    return TERN_OK;
+}
+
+static tern__sources tern__sources_of_model(const tern_model *m)
+{
+    tern__sources s;
+    s.at = tern__source_of_model;
+    s.of = m;
+    s.count = m->count;
+    return s;
+}
+
+/* Each member beside the first of its set. */
+static tern_result tern__check_sync(tern_context *c, const tern_model *m)
+{
+    int32_t i, j;
+    for (i = 0; i < m->count; i++) {
+        const tern_param *p = m->items[i], *q = p;
+        for (j = 0; p->sync && q == p && j < i; j++) if (m->items[j]->sync == p->sync) q = m->items[j];
+        TERN__REQUIRE(&c->run, q->rule == p->rule, TERN_E_ARGUMENT, "%s and %s share a scale (sync %d) and differ in rule", q->name, p->name, (int64_t)p->sync);
+        TERN__REQUIRE(&c->run, !q->buffer[TERN_SHADOW].data == !p->buffer[TERN_SHADOW].data, TERN_E_MISSING,
+                      "%s shares its scale with %s (sync %d), and one of them has no shadow", p->name, q->name, (int64_t)p->sync);
+        if (!p->sync || !p->buffer[TERN_SHADOW].data) continue;
+        TERN__TRY(tern__check_ready(c, p));
+        TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
+    }
+    return TERN_OK;
+}
+
+TERN_API tern_result tern_model_requantize(tern_context *c, const tern_model *m)
+{
+    const tern__step_noise none = {0, 0};
+    tern__sources all;
+    int32_t i;
+    TERN__TRY(tern__check_model(c, m));
+    TERN__TRY(tern__check_sync(c, m));
+    all = tern__sources_of_model(m);
+    for (i = 0; i < m->count; i++) {
+        tern_param *p = m->items[i];
+        if (!p->buffer[TERN_SHADOW].data || p->rule == TERN_DENSE) continue;
+        TERN__TRY(tern__check_ready(c, p));
+        TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
+        if (!p->sync || tern__sync_keeps(&all, p->sync)) TERN__TRY(tern_param_set(c, p, TERN_TYPE_DEFAULT, NULL));
+    }
+    return tern__sync_sets(c, &all, &none);
+}
+
 TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern_audit *out)
 {
     int32_t i, b;
@@ -8367,14 +8891,20 @@ TERN_API tern_result tern_linear_need(tern_context *c, const tern_linear *l, int
     return TERN_OK;
 }
 
+/* A layer begins to take its scratch. */
+static tern_result tern__begin_scratch(tern_context *c, const char *name, int64_t n, size_t need)
+{
+    TERN__REQUIRE(&c->run, need <= c->scratch_bytes - c->scratch_base, TERN_E_SCRATCH,
+                  "%s: %d tokens need %d bytes of scratch, %d are reserved", name, n, (int64_t)need, (int64_t)(c->scratch_bytes - c->scratch_base));
+    c->scratch_used = c->scratch_base;
+    return TERN_OK;
+}
+
 static tern_result tern__need_scratch(tern_context *c, const tern_linear *l, int64_t n)
 {
     tern_need need = TERN_ZERO;
     TERN__TRY(tern_linear_need(c, l, n, &need));
-    TERN__REQUIRE(&c->run, need.scratch <= c->scratch_bytes, TERN_E_SCRATCH,
-                  "%s: %d tokens need %d bytes of scratch, %d are reserved", l->w->name, n, (int64_t)need.scratch, (int64_t)c->scratch_bytes);
-    c->scratch_used = 0;
-    return TERN_OK;
+    return tern__begin_scratch(c, l->w->name, n, need.scratch);
 }
 
 static float tern__linear_eps(const tern_linear *l) { return l->eps > 0.0f ? l->eps : 1e-6f; }
@@ -8498,6 +9028,25 @@ static tern_result tern__times_shadow(tern_context *c, const tern_linear *l, int
     return TERN_OK;
 }
 
+/* y = activations W^T + bias, from those that are kept, or (not quantized) from x~. */
+static tern_result tern__linear_times(tern_context *c, const tern_linear *l, int64_t n, const float *input, const tern__kept *kept, const float *bias, float *y)
+{
+    tern_matmul_args a;
+    if (l->w->rule == TERN_DENSE) {
+        tern_dense_args d = tern__linear_dense(l, n, input, y);
+        return tern_dense(c, &d);
+    }
+    memset(&a, 0, sizeof a);
+    a.m = tern_param_matrix(l->w);
+    a.act = l->act;
+    a.n = n;
+    a.q = kept->q; a.scale = kept->scale; a.sum = kept->sum;
+    a.x = input;
+    a.bias = bias;
+    a.y = y;
+    return tern_matmul(c, &a);
+}
+
 /* y = activations W^T + bias, from x where they are quantized together with the norm, else from x~. */
 static tern_result tern__linear_weights(tern_context *c, const tern_linear *l, int64_t n, const float *x, const float *input, const tern__kept *kept, const float *bias, float *y)
 {
@@ -8515,19 +9064,7 @@ static tern_result tern__linear_weights(tern_context *c, const tern_linear *l, i
         a.y = y;
         return tern__run_linear(c, &a);
     }
-    if (l->w->rule == TERN_DENSE) {
-        tern_dense_args a = tern__linear_dense(l, n, input, y);
-        return tern_dense(c, &a);
-    } else {
-        tern_matmul_args a;
-        memset(&a, 0, sizeof a);
-        a.m = tern_param_matrix(l->w);
-        a.n = n;
-        a.x = input;
-        a.bias = bias;
-        a.y = y;
-        return tern_matmul(c, &a);
-    }
+    return tern__linear_times(c, l, n, input, kept, bias, y);
 }
 
 TERN_API tern_result tern_linear_forward(tern_context *c, const tern_linear *l, int64_t n, const float *x, float *y, void *saved)
@@ -8992,6 +9529,7 @@ TERN_API tern_result tern_embedding_forward(tern_context *c, const tern_embeddin
     a.w = tern__floats(e->w, TERN_SHADOW);
     a.n = n;
     a.ids = ids;
+    a.weight = NULL;
     a.y = y;
     return tern_gather(c, &a);
 }
@@ -9010,6 +9548,7 @@ TERN_API tern_result tern_embedding_backward(tern_context *c, const tern_embeddi
     a.cols = e->w->cols;
     a.n = n;
     a.ids = ids;
+    a.weight = NULL;
     a.dy = dy;
     a.dw = tern__floats(e->w, TERN_GRAD);
     return tern_scatter(c, &a);
@@ -9025,6 +9564,1030 @@ TERN_API tern_linear tern_embedding_as_linear(const tern_embedding *e, tern_norm
     l.act = act;
     return l;
 }
+
+/* ------------------------------------------------------------------------------------------------
+   [TERN-17] Mixture of experts
+   What enters: tokens, a router and the experts' parameters. What leaves: for each token the weighted sum of
+   the experts that the router chose, their gradients, and what was chosen how often. Experts run one after
+   the other, each over its tokens at once; a token's sum goes in the order of the experts. The backward
+   computes the experts again: what is saved does not grow with what is chosen.
+   ------------------------------------------------------------------------------------------------ */
+#ifndef TERNARY_NO_MOE
+
+/* Consecutive pieces of memory, or (base NULL) their size. */
+typedef struct tern__layout { unsigned char *base; int64_t bytes; } tern__layout;
+
+static void *tern__piece(tern__layout *p, int64_t count, int64_t width)
+{
+    void *at = p->base ? p->base + p->bytes : NULL;
+    p->bytes = tern__add(p->bytes, tern__scratch_piece(tern__mul(count, width)));
+    return at;
+}
+
+static float *tern__piece_of_floats(tern__layout *p, int64_t rows, int64_t cols) { return (float *)tern__piece(p, tern__mul(rows, cols), 4); }
+static int32_t *tern__piece_of_ids(tern__layout *p, int64_t count) { return (int32_t *)tern__piece(p, count, 4); }
+
+static int64_t tern__linear_bytes(const tern_linear *l, int64_t n) { return tern__add(tern__kept_at(l, n, NULL).bytes, tern__linear_scratch(l, n)); }
+
+/* Experts read x as it was normalised and quantized once for all of them; what they made of it goes down. */
+static tern_linear tern__moe_reader(const tern_moe *m, tern_param *w)
+{
+    tern_linear l;
+    memset(&l, 0, sizeof l);
+    l.w = w;
+    l.act = m->act;
+    return l;
+}
+
+static tern_linear tern__moe_front(const tern_moe *m, tern_param *w)
+{
+    tern_linear l = tern__moe_reader(m, w);
+    l.gain = m->gain;
+    l.norm = m->norm;
+    l.eps = m->eps;
+    return l;
+}
+
+static tern_linear tern__moe_down(const tern_moe *m, tern_param *w)
+{
+    tern_linear l = tern__moe_reader(m, w);
+    l.norm = m->inner;
+    l.eps = m->eps;
+    return l;
+}
+
+static int32_t tern__moe_quantizes(const tern_moe *m, const tern_param *w) { return m->act != TERN_ACT_FLOAT && w->rule != TERN_DENSE; }
+
+/* Of the parameters that read x (those beside them are alike): one that reads it quantized, and whether one reads floats. */
+static tern_param *tern__moe_quantized(const tern_moe *m)
+{
+    if (tern__moe_quantizes(m, m->experts->up)) return m->experts->up;
+    return m->low_a && tern__moe_quantizes(m, m->low_a[0]) ? m->low_a[0] : NULL;
+}
+static int32_t tern__moe_floats(const tern_moe *m)
+{
+    return !tern__moe_quantizes(m, m->experts->up) || (m->low_a && !tern__moe_quantizes(m, m->low_a[0]));
+}
+
+static int32_t tern__moe_dense(const tern_context *c, const tern_moe *m, int64_t n)
+{
+    if (m->dispatch != TERN_DISPATCH_AUTO) return m->dispatch == TERN_DISPATCH_DENSE;
+    return n <= (m->dense_max > 0 ? m->dense_max : c->run.backend->dense_max);
+}
+
+/* -- checks -- */
+
+static tern_result tern__check_alike(tern_context *c, const tern_param *p, const tern_param *like, const char *what, int64_t expert, int32_t any_rows)
+{
+    tern_run *r = &c->run;
+    TERN__REQUIRE(r, p, TERN_E_MISSING, "moe: expert %d has no %s", expert, what);
+    if (p == like) return TERN_OK;
+    TERN__REQUIRE(r, p->cols == like->cols && (any_rows || p->rows == like->rows), TERN_E_SHAPE,
+                  "moe: the %s of expert %d is %d x %d, that of the first %d x %d", what, expert, p->rows, p->cols, like->rows, like->cols);
+    TERN__REQUIRE(r, p->rule == like->rule && p->grain == like->grain && tern__buffer_type(p, TERN_TRITS) == tern__buffer_type(like, TERN_TRITS) &&
+                  tern__buffer_type(p, TERN_SCALES) == tern__buffer_type(like, TERN_SCALES), TERN_E_ARGUMENT,
+                  "moe: the %s of expert %d differs from that of the first in rule, grain, encoding or type of scales", what, expert);
+    TERN__REQUIRE(r, !p->dead == !like->dead && p->rotate == like->rotate, TERN_E_ARGUMENT,
+                  "moe: the %s of expert %d differs from that of the first in rotation or dead zone", what, expert);
+    return TERN_OK;
+}
+
+/* A parameter that reads the shared activations of x. */
+static tern_result tern__check_reader(tern_context *c, const tern_moe *m, tern_param *w, int64_t n)
+{
+    const tern_linear l = tern__moe_reader(m, w);
+    const tern_matrix a = tern_param_matrix(w), b = tern_param_matrix(m->experts->up);
+    TERN__TRY(tern__check_linear(c, &l, n));
+    TERN__REQUIRE(&c->run, !w->rotate, TERN_E_UNSUPPORTED, "%s: what experts share is not rotated", w->name);
+    TERN__REQUIRE(&c->run, w->cols == m->experts->up->cols, TERN_E_SHAPE, "%s: it has %d columns, %s %d", w->name, w->cols, m->experts->up->name, m->experts->up->cols);
+    TERN__REQUIRE(&c->run, !tern__moe_quantizes(m, w) || !tern__moe_quantizes(m, m->experts->up) ||
+                  (a.encoding == b.encoding && (a.grain > 0 ? a.grain : 0) == (b.grain > 0 ? b.grain : 0)), TERN_E_ARGUMENT,
+                  "%s and %s read the same activations; their groups and encodings must be alike", w->name, m->experts->up->name);
+    return TERN_OK;
+}
+
+static tern_result tern__check_expert(tern_context *c, const tern_moe *m, const tern_expert *e, int64_t index, int64_t n)
+{
+    const tern_expert *like = m->experts;
+    const int32_t always = e == m->always;
+    tern_linear down;
+    TERN__TRY(tern__check_alike(c, e->up, like->up, "up", index, always));
+    TERN__REQUIRE(&c->run, !e->gate == !like->gate || always, TERN_E_MISSING, "moe: expert %d and the first differ in having a gate", index);
+    if (e->gate) TERN__TRY(tern__check_alike(c, e->gate, e == like || !like->gate ? e->up : like->gate, "gate", index, always));
+    TERN__REQUIRE(&c->run, !e->gate || e->gate->rows == e->up->rows, TERN_E_SHAPE, "%s has %d rows, %s %d", e->gate->name, e->gate->rows, e->up->name, e->up->rows);
+    if (!always) TERN__TRY(tern__check_alike(c, e->down, like->down, "down", index, 0));
+    TERN__REQUIRE(&c->run, e->down, TERN_E_MISSING, "moe: the expert that is always on has no down");
+    TERN__REQUIRE(&c->run, e->down->rows == e->up->cols && e->down->cols == e->up->rows, TERN_E_SHAPE,
+                  "%s is %d x %d beside %s of %d x %d", e->down->name, e->down->rows, e->down->cols, e->up->name, e->up->rows, e->up->cols);
+    TERN__TRY(tern__check_reader(c, m, e->up, n));
+    if (e->gate) TERN__TRY(tern__check_reader(c, m, e->gate, n));
+    down = tern__moe_down(m, e->down);
+    return tern__check_linear(c, &down, n);
+}
+
+static tern_result tern__check_low(tern_context *c, const tern_moe *m, int64_t index, int64_t n)
+{
+    tern_linear b;
+    TERN__TRY(tern__check_alike(c, m->low_a[index], m->low_a[0], "low_a", index, 0));
+    TERN__TRY(tern__check_alike(c, m->low_b[index], m->low_b[0], "low_b", index, 0));
+    TERN__REQUIRE(&c->run, m->low_b[index]->rows == m->experts->up->rows && m->low_b[index]->cols == m->low_a[index]->rows, TERN_E_SHAPE,
+                  "%s is %d x %d, between %s of %d rows and %s of %d", m->low_b[index]->name, m->low_b[index]->rows, m->low_b[index]->cols,
+                  m->experts->up->name, m->experts->up->rows, m->low_a[index]->name, m->low_a[index]->rows);
+    TERN__TRY(tern__check_reader(c, m, m->low_a[index], n));
+    b = tern__moe_reader(m, m->low_b[index]);
+    return tern__check_linear(c, &b, n);
+}
+
+static tern_result tern__check_moe(tern_context *c, const tern_moe *m, int64_t n)
+{
+    tern_run *r;
+    tern_linear front;
+    int32_t e;
+    if (!c) return TERN_E_ARGUMENT;
+    r = &c->run;
+    TERN__REQUIRE(r, m && m->experts && m->experts->up && m->experts->down, TERN_E_ARGUMENT, "moe: the layer, its experts or the parameters of the first are NULL");
+    TERN__REQUIRE(r, !m->low_a == !m->low_b, TERN_E_ARGUMENT, "moe: low_a and low_b come together");
+    TERN__TRY(tern__check_choice(r, "moe", n, m->count, m->top_k));
+    TERN__REQUIRE(r, (m->fn == TERN_MAP_ADD || (m->fn >= TERN_MAP_RELU && m->fn <= TERN_MAP_GELU)) && (int32_t)m->weights >= 0 && m->weights <= TERN_ROUTE_ALL &&
+                  (int32_t)m->dispatch >= 0 && m->dispatch <= TERN_DISPATCH_SPARSE && (m->inner == TERN_NORM_NONE || m->inner == TERN_NORM_RMS) && m->dense_max >= 0, TERN_E_ARGUMENT,
+                  "moe: fn %d, weights %d, dispatch %d, inner norm %d or dense_max %d is out of range", (int64_t)(int32_t)m->fn, (int64_t)(int32_t)m->weights,
+                  (int64_t)(int32_t)m->dispatch, (int64_t)(int32_t)m->inner, m->dense_max);
+    TERN__REQUIRE(r, tern__finite(m->balance), TERN_E_ARGUMENT, "moe: balance is not finite");
+    for (e = 0; e < (m->low_a ? 1 : m->count); e++) TERN__TRY(tern__check_expert(c, m, &m->experts[e], e, n));
+    for (e = 0; m->low_a && e < m->count; e++) TERN__TRY(tern__check_low(c, m, e, n));
+    if (m->always) {
+        TERN__REQUIRE(r, m->always->up, TERN_E_MISSING, "moe: the expert that is always on has no up");
+        TERN__TRY(tern__check_expert(c, m, m->always, -1, n));
+    }
+    front = tern__moe_front(m, m->experts->up);
+    TERN__TRY(tern__check_linear(c, &front, n));
+    TERN__TRY(tern__check_linear(c, &m->router, n));
+    TERN__REQUIRE(r, m->router.w->rows == m->count && m->router.w->cols == m->experts->up->cols, TERN_E_SHAPE, "%s is %d x %d for %d experts of %d inputs",
+                  m->router.w->name, m->router.w->rows, m->router.w->cols, (int64_t)m->count, m->experts->up->cols);
+    return TERN_OK;
+}
+
+/* -- memory -- */
+
+/* Activations of some tokens as experts read them. */
+typedef struct tern__moe_rows { tern__kept kept; const float *x; } tern__moe_rows;
+
+typedef struct tern__moe_work {
+    /* `saved`: the activations of all tokens and what was chosen; of the low-rank form, the sum that goes down */
+    tern__kept x;
+    void *router, *inner;
+    float *logits, *weights, *sum;
+    int32_t *ids, *loads;
+    /* scratch: x~ in float; groups; the rows of an expert and what becomes of them */
+    float *normed, *sorted, *gathered, *gate, *up, *fn, *h, *picked, *out, *low, *hidden;
+    int32_t *tokens, *slots;
+    void *rows;
+    /* and of the backward */
+    float *dweights, *dlogits, *dx, *dout, *drows, *dh, *dgate, *dup, *dlow, *dsum, *dhidden;
+    void *again;
+    int64_t saved_bytes, scratch_bytes, nested;
+} tern__moe_work;
+
+static int64_t tern__moe_width(const tern_moe *m) { return tern__max(m->experts->up->rows, m->always ? m->always->up->rows : 0); }
+
+static void tern__moe_saved(const tern_moe *m, int64_t n, void *base, tern__moe_work *w)
+{
+    tern_param *quantized = tern__moe_quantized(m);
+    tern__layout p = {(unsigned char *)base, 0};
+    memset(&w->x, 0, sizeof w->x);
+    if (quantized) {
+        const tern_linear l = tern__moe_reader(m, quantized);
+        w->x = tern__kept_at(&l, n, tern__piece(&p, tern__kept_at(&l, n, NULL).bytes, 1));
+    }
+    w->router = tern__piece(&p, tern__kept_at(&m->router, n, NULL).bytes, 1);
+    w->logits = tern__piece_of_floats(&p, n, m->count);
+    w->weights = tern__piece_of_floats(&p, n, m->top_k);
+    w->ids = tern__piece_of_ids(&p, n * m->top_k);
+    w->loads = tern__piece_of_ids(&p, m->count);
+    if (m->low_a) {
+        const tern_linear down = tern__moe_down(m, m->experts->down);
+        w->inner = tern__piece(&p, tern__kept_at(&down, n, NULL).bytes, 1);
+        w->sum = tern__piece_of_floats(&p, n, m->experts->up->rows);
+    }
+    w->saved_bytes = p.bytes;
+}
+
+/* What layers inside this one take, the largest of it: those of a kind are alike. */
+static int64_t tern__moe_nested(const tern_moe *m, int64_t n)
+{
+    tern_param *const readers[] = {m->experts->up, m->experts->gate, m->always ? m->always->up : NULL, m->low_a ? m->low_a[0] : NULL, m->low_b ? m->low_b[0] : NULL};
+    tern_param *const downs[] = {m->experts->down, m->always ? m->always->down : NULL};
+    int64_t most = tern__linear_bytes(&m->router, n);
+    size_t i;
+    tern_linear l;
+    for (i = 0; i < sizeof readers / sizeof *readers; i++)
+        if (readers[i]) { l = tern__moe_reader(m, readers[i]); most = tern__max(most, tern__linear_bytes(&l, n)); }
+    for (i = 0; i < sizeof downs / sizeof *downs; i++)
+        if (downs[i]) { l = tern__moe_down(m, downs[i]); most = tern__max(most, tern__linear_bytes(&l, n)); }
+    return most;
+}
+
+/* What an expert's forward keeps for its backward, which follows at once: of down, or of low_b. */
+static int64_t tern__moe_again(const tern_moe *m, int64_t n)
+{
+    tern_linear l = m->low_b ? tern__moe_reader(m, m->low_b[0]) : tern__moe_down(m, m->experts->down);
+    int64_t bytes = tern__kept_at(&l, n, NULL).bytes;
+    if (!m->always) return bytes;
+    l = tern__moe_down(m, m->always->down);
+    return tern__max(bytes, tern__kept_at(&l, n, NULL).bytes);
+}
+
+/* All memory of a forward or backward, from base on (NULL: sizes alone), with `saved` first where the caller has none. */
+static void tern__moe_memory(const tern_moe *m, int64_t n, int32_t dense, int32_t backward, void *saved, void *base, tern__moe_work *w)
+{
+    const int64_t cols = m->experts->up->cols, width = tern__moe_width(m), rank = m->low_a ? m->low_a[0]->rows : 0;
+    const int64_t places = tern__mul(n, dense && !backward ? m->count : m->top_k);
+    tern_param *quantized = tern__moe_quantized(m);
+    tern__layout p = {(unsigned char *)base, 0};
+    memset(w, 0, sizeof *w);
+    tern__moe_saved(m, n, saved, w);
+    if (!saved) tern__moe_saved(m, n, tern__piece(&p, w->saved_bytes, 1), w);
+    if (tern__moe_floats(m) && m->norm != TERN_NORM_NONE) w->normed = tern__piece_of_floats(&p, n, cols);
+    w->tokens = tern__piece_of_ids(&p, places);
+    w->slots = tern__piece_of_ids(&p, places);
+    w->sorted = tern__piece_of_floats(&p, places, 1);
+    if (quantized) {
+        const tern_linear l = tern__moe_reader(m, quantized);
+        w->rows = tern__piece(&p, tern__kept_at(&l, n, NULL).bytes, 1);
+    }
+    if (tern__moe_floats(m)) w->gathered = tern__piece_of_floats(&p, n, cols);
+    w->gate = tern__piece_of_floats(&p, n, width);
+    w->up = tern__piece_of_floats(&p, n, width);
+    w->fn = tern__piece_of_floats(&p, n, width);
+    w->h = tern__piece_of_floats(&p, n, width);
+    w->picked = tern__piece_of_floats(&p, n, tern__max(width, rank));
+    w->out = tern__piece_of_floats(&p, n, cols);
+    if (m->low_a) {
+        w->low = tern__piece_of_floats(&p, n, rank);
+        w->hidden = tern__piece_of_floats(&p, n, width);
+    }
+    if (backward) {
+        w->dweights = tern__piece_of_floats(&p, n, m->top_k);
+        w->dlogits = tern__piece_of_floats(&p, n, m->count);
+        w->dx = tern__piece_of_floats(&p, n, cols);
+        w->dout = tern__piece_of_floats(&p, n, tern__max(cols, width));
+        w->drows = tern__piece_of_floats(&p, n, cols);
+        w->dh = tern__piece_of_floats(&p, n, width);
+        w->dgate = tern__piece_of_floats(&p, n, width);
+        w->dup = tern__piece_of_floats(&p, n, width);
+        w->again = tern__piece(&p, tern__moe_again(m, n), 1);
+        if (m->low_a) {
+            w->dlow = tern__piece_of_floats(&p, n, rank);
+            w->dsum = tern__piece_of_floats(&p, n, width);
+            w->dhidden = tern__piece_of_floats(&p, n, width);
+        }
+    }
+    w->scratch_bytes = p.bytes;
+    w->nested = tern__moe_nested(m, n);
+}
+
+TERN_API tern_result tern_moe_need(tern_context *c, const tern_moe *m, int64_t n, tern_need *out)
+{
+    tern__moe_work forward, backward;
+    int64_t scratch;
+    TERN__TRY(tern__check_moe(c, m, n));
+    TERN__REQUIRE(&c->run, out, TERN_E_ARGUMENT, "moe: out is NULL");
+    tern__moe_memory(m, n, tern__moe_dense(c, m, n), 0, NULL, NULL, &forward);
+    tern__moe_memory(m, n, 0, 1, NULL, NULL, &backward); /* `saved` counted too: simple, and safe */
+    scratch = tern__add(tern__max(forward.scratch_bytes, backward.scratch_bytes), forward.nested);
+    TERN__REQUIRE(&c->run, tern__fits(scratch), TERN_E_OVERFLOW, "moe: the scratch of %d tokens overflows", n);
+    out->saved = (size_t)forward.saved_bytes;
+    out->scratch = (size_t)scratch;
+    return TERN_OK;
+}
+
+/* Layers inside this one take their scratch behind its own, until tern__moe_leave. */
+static tern_result tern__moe_enter(tern_context *c, const tern_moe *m, int64_t n, int32_t backward, void *saved, tern__moe_work *w)
+{
+    tern_need need = TERN_ZERO;
+    TERN__TRY(tern_moe_need(c, m, n, &need));
+    TERN__TRY(tern__begin_scratch(c, "moe", n, need.scratch));
+    tern__moe_memory(m, n, tern__moe_dense(c, m, n), backward, saved, c->scratch + c->scratch_base, w);
+    c->scratch_base += (size_t)w->scratch_bytes;
+    return TERN_OK;
+}
+
+static tern_result tern__moe_leave(tern_context *c, const tern__moe_work *w, tern_result result)
+{
+    c->scratch_base -= (size_t)w->scratch_bytes;
+    return result;
+}
+
+/* -- rows -- */
+
+static tern_result tern__gather_rows_of(tern_context *c, int64_t rows, int64_t cols, const void *from, int64_t n, const int32_t *ids, const float *weight, void *to)
+{
+    tern_gather_args a;
+    memset(&a, 0, sizeof a);
+    a.m.rows = rows;
+    a.m.cols = cols;
+    a.w = (const float *)from;
+    a.n = n;
+    a.ids = ids;
+    a.weight = weight;
+    a.y = (float *)to;
+    return tern_gather(c, &a);
+}
+
+static tern_result tern__scatter_rows_of(tern_context *c, int64_t rows, int64_t cols, const float *from, int64_t n, const int32_t *ids, const float *weight, float *to)
+{
+    tern_scatter_args a;
+    a.rows = rows;
+    a.cols = cols;
+    a.n = n;
+    a.ids = ids;
+    a.weight = weight;
+    a.dy = from;
+    a.dw = to;
+    return tern_scatter(c, &a);
+}
+
+static tern_result tern__moe_map(tern_context *c, tern_map_fn fn, int64_t count, const float *a, const float *b, float *y)
+{
+    tern_map_args p;
+    memset(&p, 0, sizeof p);
+    p.fn = fn;
+    p.count = count;
+    p.alpha = 1.0f;
+    p.a = a;
+    p.b = b;
+    p.y = y;
+    return tern_map(c, &p);
+}
+
+static tern_map_fn tern__moe_fn(const tern_moe *m) { return m->fn == TERN_MAP_ADD ? TERN_MAP_SILU : m->fn; }
+
+/* -- forward -- */
+
+/* The activations of all tokens; the quantized ones are in `saved` already where `quantize` is 0. */
+static tern_result tern__moe_read(tern_context *c, const tern_moe *m, int64_t n, const float *x, const tern__moe_work *w, int32_t quantize, tern__moe_rows *all)
+{
+    tern_param *quantized = tern__moe_quantized(m);
+    const tern_linear l = tern__moe_front(m, quantized ? quantized : m->experts->up);
+    all->kept = w->x;
+    all->x = w->normed ? w->normed : x;
+    if (quantized && quantize) {
+        tern_quantize_args a;
+        memset(&a, 0, sizeof a);
+        a.m = tern_param_matrix(l.w);
+        a.act = l.act;
+        a.n = n;
+        a.x = x;
+        a.norm = l.norm;
+        a.gain = tern__floats(l.gain, TERN_SHADOW);
+        a.eps = tern__linear_eps(&l);
+        a.q = w->x.q; a.scale = w->x.scale; a.sum = w->x.sum;
+        TERN__TRY(tern_quantize(c, &a));
+    }
+    if (w->normed) {
+        tern_norm_args a = tern__linear_norm(&l, n, x);
+        a.y = w->normed;
+        return tern_norm(c, &a);
+    }
+    return TERN_OK;
+}
+
+/* Those of some tokens. */
+static tern_result tern__moe_gather(tern_context *c, const tern_moe *m, int64_t all_n, const tern__moe_rows *all, int64_t n, const int32_t *ids, const tern__moe_work *w, tern__moe_rows *out)
+{
+    tern_param *quantized = tern__moe_quantized(m);
+    const int64_t cols = m->experts->up->cols;
+    memset(out, 0, sizeof *out);
+    if (quantized) {
+        const tern_linear l = tern__moe_reader(m, quantized);
+        const tern_matrix matrix = tern_param_matrix(quantized);
+        const tern__shape s = tern__shape_of(&matrix);
+        out->kept = tern__kept_at(&l, n, w->rows);
+        TERN__TRY(tern__gather_rows_of(c, all_n, s.stride / 4, all->kept.q, n, ids, NULL, out->kept.q));
+        TERN__TRY(tern__gather_rows_of(c, all_n, 1, all->kept.scale, n, ids, NULL, out->kept.scale));
+        TERN__TRY(tern__gather_rows_of(c, all_n, s.groups, all->kept.sum, n, ids, NULL, out->kept.sum));
+    }
+    if (!w->gathered) return TERN_OK;
+    out->x = w->gathered;
+    return tern__gather_rows_of(c, all_n, cols, all->x, n, ids, NULL, w->gathered);
+}
+
+static tern_result tern__moe_times(tern_context *c, const tern_moe *m, tern_param *p, int64_t n, const tern__moe_rows *rows, float *y)
+{
+    const tern_linear l = tern__moe_reader(m, p);
+    return tern__linear_times(c, &l, n, rows->x, &rows->kept, tern__floats(p->dead, TERN_SHADOW), y);
+}
+
+/* h = fn(gate x) up x, or fn(up x). */
+static tern_result tern__moe_hidden(tern_context *c, const tern_moe *m, const tern_expert *e, int64_t n, const tern__moe_rows *rows, const tern__moe_work *w, float *h)
+{
+    const int64_t count = n * e->up->rows;
+    TERN__TRY(tern__moe_times(c, m, e->up, n, rows, w->up));
+    if (!e->gate) return tern__moe_map(c, tern__moe_fn(m), count, w->up, NULL, h);
+    TERN__TRY(tern__moe_times(c, m, e->gate, n, rows, w->gate));
+    TERN__TRY(tern__moe_map(c, tern__moe_fn(m), count, w->gate, NULL, w->fn));
+    return tern__moe_map(c, TERN_MAP_MUL, count, w->fn, w->up, h);
+}
+
+/* Of a dense dispatch, the rows that were chosen, zero for the others, whatever an expert made of those. */
+static tern_result tern__moe_pick(tern_context *c, int64_t n, int64_t cols, const float *x, const int32_t *chosen, float *out)
+{
+    TERN__TRY(tern__zero(c, n * cols, out));
+    return tern__scatter_rows_of(c, n, cols, x, n, chosen, NULL, out);
+}
+
+/* The groups, one after the other: places [at, at + n) of tokens, slots and sorted. */
+typedef struct tern__moe_turn { int64_t at, n; int32_t expert, dense; int32_t loads[TERN__MAX_EXPERTS]; } tern__moe_turn;
+
+static tern_result tern__moe_turns(tern_context *c, const tern_moe *m, int64_t n, int32_t dense, const tern__moe_work *w, tern__moe_turn *t)
+{
+    tern_group_args a;
+    a.n = n;
+    a.count = m->count;
+    a.k = m->top_k;
+    a.dense = dense;
+    a.ids = w->ids;
+    a.weights = w->weights;
+    a.loads = w->loads;
+    a.tokens = w->tokens;
+    a.slots = w->slots;
+    a.sorted = w->sorted;
+    t->expert = -1;
+    t->dense = dense;
+    t->at = 0;
+    t->n = dense ? n : 0;
+    if (dense) t->at = -n;
+    TERN__TRY(tern_group(c, &a));
+    return dense ? TERN_OK : tern_copy(c, t->loads, w->loads, (size_t)m->count * sizeof(int32_t), TERN_TO_HOST);
+}
+
+/* The next expert that has tokens. */
+static int32_t tern__moe_next(const tern_moe *m, tern__moe_turn *t)
+{
+    do {
+        t->at += t->n;
+        if (++t->expert >= m->count) return 0;
+        if (!t->dense) t->n = t->loads[t->expert];
+    } while (t->n == 0);
+    return 1;
+}
+
+/* Adds the experts' outputs, weighted, to y. */
+static tern_result tern__moe_experts(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const tern__moe_work *w, tern__moe_turn *t, float *y)
+{
+    const int64_t cols = m->experts->up->cols;
+    while (tern__moe_next(m, t)) {
+        const tern_expert *e = &m->experts[t->expert];
+        const tern_linear down = tern__moe_down(m, e->down);
+        const float *h = w->h;
+        tern__moe_rows rows = *all;
+        if (!t->dense) TERN__TRY(tern__moe_gather(c, m, n, all, t->n, w->tokens + t->at, w, &rows));
+        TERN__TRY(tern__moe_hidden(c, m, e, t->n, &rows, w, w->h));
+        if (t->dense) {
+            TERN__TRY(tern__moe_pick(c, n, e->up->rows, h, w->tokens + t->at, w->picked));
+            h = w->picked;
+        }
+        TERN__TRY(tern_linear_forward(c, &down, t->n, h, w->out, NULL));
+        TERN__TRY(tern__scatter_rows_of(c, n, cols, w->out, t->n, w->tokens + t->at, w->sorted + t->at, y));
+    }
+    return TERN_OK;
+}
+
+/* B A x of an expert into w->up. */
+static tern_result tern__moe_low(tern_context *c, const tern_moe *m, int32_t expert, int64_t n, const tern__moe_rows *rows, const int32_t *chosen, const tern__moe_work *w, void *saved)
+{
+    const tern_linear b = tern__moe_reader(m, m->low_b[expert]);
+    const float *low = w->low;
+    TERN__TRY(tern__moe_times(c, m, m->low_a[expert], n, rows, w->low));
+    if (chosen) {
+        TERN__TRY(tern__moe_pick(c, n, b.w->cols, low, chosen, w->picked));
+        low = w->picked;
+    }
+    return tern_linear_forward(c, &b, n, low, w->up, saved);
+}
+
+/* Adds to the sum over the experts of weight * h * (B A x). h: of all tokens. */
+static tern_result tern__moe_lows(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const tern__moe_work *w, tern__moe_turn *t)
+{
+    const int64_t width = m->experts->up->rows;
+    while (tern__moe_next(m, t)) {
+        const float *h = w->hidden;
+        tern__moe_rows rows = *all;
+        if (!t->dense) {
+            TERN__TRY(tern__moe_gather(c, m, n, all, t->n, w->tokens + t->at, w, &rows));
+            TERN__TRY(tern__gather_rows_of(c, n, width, w->hidden, t->n, w->tokens + t->at, NULL, w->h));
+            h = w->h;
+        }
+        TERN__TRY(tern__moe_low(c, m, t->expert, t->n, &rows, t->dense ? w->tokens + t->at : NULL, w, NULL));
+        TERN__TRY(tern__moe_map(c, TERN_MAP_MUL, t->n * width, h, w->up, w->fn));
+        TERN__TRY(tern__scatter_rows_of(c, n, width, w->fn, t->n, w->tokens + t->at, w->sorted + t->at, w->sum));
+    }
+    return TERN_OK;
+}
+
+static tern_result tern__moe_route(tern_context *c, const tern_moe *m, int64_t n, const float *x, const tern__moe_work *w)
+{
+    tern_route_args a;
+    memset(&a, 0, sizeof a);
+    a.n = n;
+    a.count = m->count;
+    a.k = m->top_k;
+    a.kind = m->weights;
+    a.logits = w->logits;
+    a.ids = w->ids;
+    a.weights = w->weights;
+    TERN__TRY(tern_linear_forward(c, &m->router, n, x, w->logits, w->router));
+    return tern_route(c, &a);
+}
+
+static tern_result tern__moe_run(tern_context *c, const tern_moe *m, int64_t n, const float *x, float *y, const tern__moe_work *w)
+{
+    const int64_t cols = m->experts->up->cols, width = m->experts->up->rows;
+    tern__moe_turn t;
+    tern__moe_rows all;
+    TERN__TRY(tern__moe_route(c, m, n, x, w));
+    TERN__TRY(tern__moe_turns(c, m, n, tern__moe_dense(c, m, n), w, &t));
+    TERN__TRY(tern__moe_read(c, m, n, x, w, 1, &all));
+    if (m->low_a) {
+        const tern_linear down = tern__moe_down(m, m->experts->down);
+        TERN__TRY(tern__moe_hidden(c, m, m->experts, n, &all, w, w->hidden));
+        TERN__TRY(tern__zero(c, n * width, w->sum));
+        TERN__TRY(tern__moe_lows(c, m, n, &all, w, &t));
+        TERN__TRY(tern_linear_forward(c, &down, n, w->sum, y, w->inner));
+    } else {
+        TERN__TRY(tern__zero(c, n * cols, y));
+        TERN__TRY(tern__moe_experts(c, m, n, &all, w, &t, y));
+    }
+    if (m->always) {
+        const tern_linear down = tern__moe_down(m, m->always->down);
+        TERN__TRY(tern__moe_hidden(c, m, m->always, n, &all, w, w->h));
+        TERN__TRY(tern_linear_forward(c, &down, n, w->h, w->out, NULL));
+        return tern__moe_map(c, TERN_MAP_ADD, n * cols, y, w->out, y);
+    }
+    return TERN_OK;
+}
+
+TERN_API tern_result tern_moe_forward(tern_context *c, const tern_moe *m, int64_t n, const float *x, float *y, void *saved)
+{
+    tern__moe_work w;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__TRY(tern__check_pointer(&c->run, "moe", "x", x, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "moe", "y", y, 4));
+    if (saved) TERN__TRY(tern__check_pointer(&c->run, "moe", "saved", saved, 4));
+    TERN__TRY(tern__moe_enter(c, m, n, 0, saved, &w));
+    return tern__moe_leave(c, &w, tern__moe_run(c, m, n, x, y, &w));
+}
+
+/* -- backward -- */
+#ifndef TERNARY_NO_TRAINING
+
+/* dx~ of the rows into w->drows, from dy of a parameter that read them. */
+static tern_result tern__moe_reader_back(tern_context *c, const tern_moe *m, tern_param *p, int64_t n, const tern__moe_rows *rows, const float *dy, const tern__moe_work *w)
+{
+    const tern_linear l = tern__moe_reader(m, p);
+    return tern_linear_backward(c, &l, n, rows->x ? rows->x : dy, rows->kept.q, dy, w->drows);
+}
+
+/* dx~ of the tokens += that of their rows. */
+static tern_result tern__moe_add_rows(tern_context *c, const tern_moe *m, int64_t n, int64_t rows, const int32_t *tokens, const tern__moe_work *w)
+{
+    const int64_t cols = m->experts->up->cols;
+    if (tokens) return tern__scatter_rows_of(c, n, cols, w->drows, rows, tokens, NULL, w->dx);
+    return tern__moe_map(c, TERN_MAP_ADD, n * cols, w->dx, w->drows, w->dx);
+}
+
+static tern_result tern__moe_map_back(tern_context *c, tern_map_fn fn, int64_t count, const float *a, const float *b, const float *dy, float *da, float *db)
+{
+    tern_map_args p;
+    memset(&p, 0, sizeof p);
+    p.fn = fn;
+    p.count = count;
+    p.a = a;
+    p.b = b;
+    p.dy = dy;
+    p.da = da;
+    p.db = db;
+    return tern_map(c, &p);
+}
+
+/* From dh of rows whose gate, up and fn are in w: the gradients of gate and up, and dx~. tokens: NULL for all. */
+static tern_result tern__moe_hidden_back(tern_context *c, const tern_moe *m, const tern_expert *e, int64_t all_n, int64_t n, const tern__moe_rows *rows,
+                                         const int32_t *tokens, const float *dh, const tern__moe_work *w)
+{
+    const int64_t count = n * e->up->rows;
+    if (e->gate) {
+        TERN__TRY(tern__moe_map_back(c, TERN_MAP_MUL, count, w->fn, w->up, dh, w->dgate, w->dup));
+        TERN__TRY(tern__moe_map_back(c, tern__moe_fn(m), count, w->gate, NULL, w->dgate, w->dgate, NULL));
+        TERN__TRY(tern__moe_reader_back(c, m, e->gate, n, rows, w->dgate, w));
+        TERN__TRY(tern__moe_add_rows(c, m, all_n, n, tokens, w));
+    } else TERN__TRY(tern__moe_map_back(c, tern__moe_fn(m), count, w->up, NULL, dh, w->dup, NULL));
+    TERN__TRY(tern__moe_reader_back(c, m, e->up, n, rows, w->dup, w));
+    return tern__moe_add_rows(c, m, all_n, n, tokens, w);
+}
+
+/* dweights[slot] = <d[token], out of its row>, both of so many columns. */
+static tern_result tern__moe_weights_back(tern_context *c, int64_t n, int64_t cols, const float *d, const float *out, const tern__moe_turn *t, const tern__moe_work *w)
+{
+    tern_row_dot_args a;
+    a.rows = n;
+    a.cols = cols;
+    a.n = t->n;
+    a.a = d;
+    a.b = out;
+    a.ids = w->tokens + t->at;
+    a.to = w->slots + t->at;
+    a.y = w->dweights;
+    return tern_row_dot(c, &a);
+}
+
+static tern_result tern__moe_experts_back(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const float *dy, const tern__moe_work *w, tern__moe_turn *t)
+{
+    const int64_t cols = m->experts->up->cols;
+    while (tern__moe_next(m, t)) {
+        const tern_expert *e = &m->experts[t->expert];
+        const tern_linear down = tern__moe_down(m, e->down);
+        const int32_t *tokens = w->tokens + t->at;
+        tern__moe_rows rows;
+        TERN__TRY(tern__moe_gather(c, m, n, all, t->n, tokens, w, &rows));
+        TERN__TRY(tern__moe_hidden(c, m, e, t->n, &rows, w, w->h));
+        TERN__TRY(tern_linear_forward(c, &down, t->n, w->h, w->out, w->again));
+        TERN__TRY(tern__moe_weights_back(c, n, cols, dy, w->out, t, w));
+        TERN__TRY(tern__gather_rows_of(c, n, cols, dy, t->n, tokens, w->sorted + t->at, w->dout));
+        TERN__TRY(tern_linear_backward(c, &down, t->n, w->h, w->again, w->dout, w->dh));
+        TERN__TRY(tern__moe_hidden_back(c, m, e, n, t->n, &rows, tokens, w->dh, w));
+    }
+    return TERN_OK;
+}
+
+/* Of the low-rank form, from dsum, the gradient of the sum; with dh of all tokens into dhidden. */
+static tern_result tern__moe_lows_back(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const tern__moe_work *w, tern__moe_turn *t)
+{
+    const int64_t width = m->experts->up->rows;
+    while (tern__moe_next(m, t)) {
+        const tern_linear b = tern__moe_reader(m, m->low_b[t->expert]);
+        const int32_t *tokens = w->tokens + t->at;
+        tern__moe_rows rows;
+        TERN__TRY(tern__moe_gather(c, m, n, all, t->n, tokens, w, &rows));
+        TERN__TRY(tern__gather_rows_of(c, n, width, w->hidden, t->n, tokens, NULL, w->h));
+        TERN__TRY(tern__moe_low(c, m, t->expert, t->n, &rows, NULL, w, w->again));
+        TERN__TRY(tern__moe_map(c, TERN_MAP_MUL, t->n * width, w->h, w->up, w->fn));
+        TERN__TRY(tern__moe_weights_back(c, n, width, w->dsum, w->fn, t, w));
+        TERN__TRY(tern__gather_rows_of(c, n, width, w->dsum, t->n, tokens, w->sorted + t->at, w->dout));
+        TERN__TRY(tern__moe_map_back(c, TERN_MAP_MUL, t->n * width, w->h, w->up, w->dout, w->dh, w->dup));
+        TERN__TRY(tern__scatter_rows_of(c, n, width, w->dh, t->n, tokens, NULL, w->dhidden));
+        TERN__TRY(tern_linear_backward(c, &b, t->n, w->low, w->again, w->dup, w->dlow));
+        TERN__TRY(tern__moe_reader_back(c, m, m->low_a[t->expert], t->n, &rows, w->dlow, w));
+        TERN__TRY(tern__moe_add_rows(c, m, n, t->n, tokens, w));
+    }
+    return TERN_OK;
+}
+
+static tern_result tern__moe_low_back(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const float *dy, const tern__moe_work *w, tern__moe_turn *t)
+{
+    const tern_linear down = tern__moe_down(m, m->experts->down);
+    TERN__TRY(tern_linear_backward(c, &down, n, w->sum, w->inner, dy, w->dsum));
+    TERN__TRY(tern__moe_hidden(c, m, m->experts, n, all, w, w->hidden));
+    TERN__TRY(tern__zero(c, n * m->experts->up->rows, w->dhidden));
+    TERN__TRY(tern__moe_lows_back(c, m, n, all, w, t));
+    TERN__TRY(tern__moe_hidden(c, m, m->experts, n, all, w, w->hidden)); /* gate, up and fn of all tokens again */
+    return tern__moe_hidden_back(c, m, m->experts, n, n, all, NULL, w->dhidden, w);
+}
+
+static tern_result tern__moe_router_back(tern_context *c, const tern_moe *m, int64_t n, const float *x, const tern__moe_work *w, float *dx)
+{
+    tern_route_args a;
+    memset(&a, 0, sizeof a);
+    a.n = n;
+    a.count = m->count;
+    a.k = m->top_k;
+    a.kind = m->weights;
+    a.logits = w->logits;
+    a.ids = w->ids;
+    a.weights = w->weights;
+    a.dweights = w->dweights;
+    a.loads = m->balance != 0.0f ? w->loads : NULL;
+    a.balance = m->balance;
+    a.dlogits = w->dlogits;
+    TERN__TRY(tern_route(c, &a));
+    return tern_linear_backward(c, &m->router, n, x, w->router, w->dlogits, dx);
+}
+
+/* dx += the gradient of x through the norm that experts share, from dx~. */
+static tern_result tern__moe_norm_back(tern_context *c, const tern_moe *m, int64_t n, const float *x, const tern__moe_work *w, float *dx)
+{
+    const tern_linear l = tern__moe_front(m, m->experts->up);
+    tern_norm_args a;
+    if (m->norm == TERN_NORM_NONE) return dx ? tern__moe_map(c, TERN_MAP_ADD, n * l.w->cols, dx, w->dx, dx) : TERN_OK;
+    a = tern__linear_norm(&l, n, x);
+    a.dy = w->dx;
+    a.dx = dx;
+    a.add = 1;
+    a.dgain = tern__floats(m->gain, TERN_GRAD);
+    return tern_norm(c, &a);
+}
+
+static tern_result tern__moe_back(tern_context *c, const tern_moe *m, int64_t n, const float *x, const float *dy, float *dx, const tern__moe_work *w)
+{
+    tern__moe_turn t;
+    tern__moe_rows all;
+    TERN__TRY(tern__moe_turns(c, m, n, 0, w, &t));
+    TERN__TRY(tern__moe_read(c, m, n, x, w, 0, &all));
+    TERN__TRY(tern__zero(c, n * m->experts->up->cols, w->dx));
+    if (m->low_a) TERN__TRY(tern__moe_low_back(c, m, n, &all, dy, w, &t));
+    else TERN__TRY(tern__moe_experts_back(c, m, n, &all, dy, w, &t));
+    if (m->always) {
+        const tern_linear down = tern__moe_down(m, m->always->down);
+        TERN__TRY(tern__moe_hidden(c, m, m->always, n, &all, w, w->h));
+        TERN__TRY(tern_linear_forward(c, &down, n, w->h, w->out, w->again));
+        TERN__TRY(tern_linear_backward(c, &down, n, w->h, w->again, dy, w->dh));
+        TERN__TRY(tern__moe_hidden_back(c, m, m->always, n, n, &all, NULL, w->dh, w));
+    }
+    TERN__TRY(tern__moe_router_back(c, m, n, x, w, dx));
+    return tern__moe_norm_back(c, m, n, x, w, dx);
+}
+
+/* Every gradient that will be added to, before the first is. */
+static tern_result tern__check_moe_gradients(tern_context *c, const tern_moe *m)
+{
+    tern_linear l;
+    int32_t e, i;
+    TERN__TRY(tern__check_gradients(c, &m->router));
+    l = tern__moe_front(m, m->experts->up);
+    TERN__TRY(tern__check_gradients(c, &l));
+    for (e = -1; e < m->count; e++) {
+        const tern_expert *x = e < 0 ? m->always : m->low_a && e ? NULL : &m->experts[e];
+        tern_param *const all[] = {x ? x->gate : NULL, x ? x->up : NULL, x ? x->down : NULL, m->low_a && e >= 0 ? m->low_a[e] : NULL, m->low_a && e >= 0 ? m->low_b[e] : NULL};
+        for (i = 0; i < 5; i++) {
+            if (!all[i]) continue;
+            l = tern__moe_reader(m, all[i]);
+            TERN__TRY(tern__check_gradients(c, &l));
+        }
+    }
+    return TERN_OK;
+}
+
+TERN_API tern_result tern_moe_backward(tern_context *c, const tern_moe *m, int64_t n, const float *x, const void *saved, const float *dy, float *dx)
+{
+    tern__moe_work w;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__TRY(tern__check_pointer(&c->run, "moe", "x", x, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "moe", "saved", saved, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "moe", "dy", dy, 4));
+    if (dx) TERN__TRY(tern__check_pointer(&c->run, "moe", "dx", dx, 4));
+    TERN__TRY(tern__check_moe(c, m, n));
+    TERN__TRY(tern__check_moe_gradients(c, m));
+    TERN__TRY(tern__moe_enter(c, m, n, 1, (void *)(uintptr_t)saved, &w));
+    return tern__moe_leave(c, &w, tern__moe_back(c, m, n, x, dy, dx, &w));
+}
+#endif
+
+/* -- reports, on the host -- */
+
+static void tern__moe_tally(const tern_moe *m, int64_t n, const float *logits, const int32_t *loads, tern_moe_report *out)
+{
+    float p[TERN__MAX_EXPERTS], mean[TERN__MAX_EXPERTS];
+    int64_t t, usable = 0;
+    int32_t e, finite;
+    memset(out, 0, sizeof *out);
+    memset(mean, 0, sizeof mean);
+    for (t = 0; t < n; t++) {
+        for (finite = 1, e = 0; e < m->count; e++) finite &= tern__finite(logits[t * m->count + e]);
+        if (!finite) continue;
+        usable++;
+        tern__route_softmax(&tern__kernels_scalar, logits + t * m->count, m->count, p);
+        for (e = 0; e < m->count; e++) {
+            mean[e] += p[e];
+            if (p[e] > 0.0f) out->entropy -= p[e] * tern__log(p[e]);
+        }
+    }
+    if (usable) out->entropy = out->entropy / (float)usable;
+    for (e = 0; e < m->count; e++) out->balance += (float)loads[e] / ((float)n * (float)m->top_k) * (mean[e] / (float)n);
+    out->balance = out->balance * m->balance * (float)m->count;
+}
+
+TERN_API tern_result tern_moe_stats(tern_context *c, const tern_moe *m, int64_t n, const void *saved, int64_t *loads, tern_moe_report *out)
+{
+    int32_t chosen[TERN__MAX_EXPERTS], e;
+    tern__moe_work w;
+    tern_result result;
+    float *logits;
+    TERN__TRY(tern__check_moe(c, m, n));
+    TERN__TRY(tern__check_pointer(&c->run, "moe", "saved", saved, 4));
+    memset(&w, 0, sizeof w);
+    tern__moe_saved(m, n, (void *)(uintptr_t)saved, &w);
+    logits = (float *)tern__host_alloc(&c->run.allocator, (size_t)(n * m->count) * sizeof(float));
+    TERN__REQUIRE(&c->run, logits, TERN_E_MEMORY, "moe: no memory for the logits of %d tokens", n);
+    result = tern_copy(c, logits, w.logits, (size_t)(n * m->count) * sizeof(float), TERN_TO_HOST);
+    if (result == TERN_OK) result = tern_copy(c, chosen, w.loads, (size_t)m->count * sizeof(int32_t), TERN_TO_HOST);
+    for (e = 0; result == TERN_OK && loads && e < m->count; e++) loads[e] += chosen[e];
+    if (result == TERN_OK && out) tern__moe_tally(m, n, logits, chosen, out);
+    tern__host_free(&c->run.allocator, logits);
+    return result;
+}
+
+/* -- a mixture of floats -- */
+
+typedef struct tern__moe_given { const tern_moe *m; tern_type type; const tern_expert_floats *experts, *always; const void *router; } tern__moe_given;
+
+/* Three of each expert and of the one that is always on, then the router. */
+static tern__source tern__moe_float(const void *of, int32_t i)
+{
+    const tern__moe_given *f = (const tern__moe_given *)of;
+    const tern_expert *e = i / 3 < f->m->count ? &f->m->experts[i / 3] : f->m->always;
+    const tern_expert_floats *w = i / 3 < f->m->count ? &f->experts[i / 3] : f->always;
+    tern__source s;
+    s.type = f->type;
+    if (i == 3 * f->m->count + 3) { s.p = f->router ? f->m->router.w : NULL; s.w = f->router; return s; }
+    s.p = !e ? NULL : i % 3 == 0 ? e->gate : i % 3 == 1 ? e->up : e->down;
+    s.w = !e || !w ? NULL : i % 3 == 0 ? w->gate : i % 3 == 1 ? w->up : w->down;
+    return s;
+}
+
+/* The same once they are set: from the shadow where there is one. */
+static tern__source tern__moe_source(const void *of, int32_t i)
+{
+    const tern__source s = tern__moe_float(of, i);
+    return s.p && s.p->buffer[TERN_SHADOW].data ? tern__source_of_shadow(s.p) : s;
+}
+
+TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, tern_type type, const tern_expert_floats *experts, const tern_expert_floats *always,
+                                         const void *router, tern_moe_bytes *bytes)
+{
+    const tern__step_noise none = {0, 0};
+    tern__moe_given f;
+    tern__sources all;
+    tern_audit audit;
+    int32_t i;
+    TERN__TRY(tern__check_moe(c, m, 1));
+    TERN__REQUIRE(&c->run, experts && (!m->always || always), TERN_E_ARGUMENT, "moe: floats of the experts, or of the one that is always on, are NULL");
+    TERN__REQUIRE(&c->run, !m->low_a, TERN_E_UNSUPPORTED, "moe: the low-rank form is not one of floats");
+    TERN__TRY(tern__check_float_type(&c->run, "moe", type));
+    f.m = m;
+    f.type = type;
+    f.experts = experts;
+    f.always = always;
+    f.router = router;
+    all.at = tern__moe_float;
+    all.of = &f;
+    all.count = 3 * m->count + 4;
+    for (i = 0; i < all.count; i++) {
+        const tern__source s = all.at(&f, i);
+        if (s.p) TERN__TRY(tern__check_pointer(&c->run, s.p->name, "its float array", s.w, tern__type_bytes(type)));
+    }
+    if (bytes) memset(bytes, 0, sizeof *bytes);
+    for (i = 0; i < all.count; i++) {
+        const tern__source s = all.at(&f, i);
+        const tern_model one = {&s.p, 1};
+        if (!s.p) continue;
+        TERN__TRY(tern_param_set(c, s.p, type, s.w));
+        TERN__TRY(tern_model_audit(c, &one, &audit));
+        if (bytes) bytes->before += (size_t)(s.p->rows * s.p->cols * tern__type_bytes(type));
+        if (bytes) bytes->after += audit.packed_bytes;
+    }
+    all.at = tern__moe_source;
+    return tern__sync_sets(c, &all, &none);
+}
+
+/* -- per-layer embeddings (Gemma 3n) -- */
+
+typedef struct tern__ple_work { void *gate, *project; float *low, *fn, *product, *out; float *dlow, *dfn, *dout; int64_t saved_bytes, scratch_bytes; } tern__ple_work;
+
+static void tern__ple_saved(const tern_ple *l, int64_t n, void *base, tern__ple_work *w)
+{
+    tern__layout p = {(unsigned char *)base, 0};
+    w->gate = tern__piece(&p, tern__kept_at(&l->gate, n, NULL).bytes, 1);
+    w->project = tern__piece(&p, tern__kept_at(&l->project, n, NULL).bytes, 1);
+    w->low = tern__piece_of_floats(&p, n, l->gate.w->rows);
+    w->fn = tern__piece_of_floats(&p, n, l->gate.w->rows);
+    w->product = tern__piece_of_floats(&p, n, l->gate.w->rows);
+    w->out = tern__piece_of_floats(&p, n, l->project.w->rows);
+    w->saved_bytes = p.bytes;
+}
+
+static void tern__ple_memory(const tern_ple *l, int64_t n, void *saved, void *base, tern__ple_work *w)
+{
+    tern__layout p = {(unsigned char *)base, 0};
+    memset(w, 0, sizeof *w);
+    tern__ple_saved(l, n, saved, w);
+    if (!saved) tern__ple_saved(l, n, tern__piece(&p, w->saved_bytes, 1), w);
+    w->dlow = tern__piece_of_floats(&p, n, l->gate.w->rows);
+    w->dfn = tern__piece_of_floats(&p, n, l->gate.w->rows);
+    w->dout = tern__piece_of_floats(&p, n, l->project.w->rows);
+    w->scratch_bytes = p.bytes;
+}
+
+TERN_API tern_result tern_ple_need(tern_context *c, const tern_ple *l, int64_t n, tern_need *out)
+{
+    tern__ple_work w;
+    int64_t scratch;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__REQUIRE(&c->run, l && out, TERN_E_ARGUMENT, "ple: the layer or out is NULL");
+    TERN__TRY(tern__check_linear(c, &l->gate, n));
+    TERN__TRY(tern__check_linear(c, &l->project, n));
+    TERN__REQUIRE(&c->run, l->project.w->cols == l->gate.w->rows && l->project.w->rows == l->gate.w->cols, TERN_E_SHAPE, "%s is %d x %d beside %s of %d x %d",
+                  l->project.w->name, l->project.w->rows, l->project.w->cols, l->gate.w->name, l->gate.w->rows, l->gate.w->cols);
+    TERN__REQUIRE(&c->run, l->eps >= 0 && tern__finite(l->eps), TERN_E_ARGUMENT, "ple: eps is out of range");
+    if (l->gain) TERN__TRY(tern__check_dense_of(c, l->gain, l->project.w, "gain", 1, l->project.w->rows));
+    tern__ple_memory(l, n, NULL, NULL, &w);
+    scratch = tern__add(w.scratch_bytes, tern__max(tern__linear_bytes(&l->gate, n), tern__linear_bytes(&l->project, n)));
+    TERN__REQUIRE(&c->run, tern__fits(scratch), TERN_E_OVERFLOW, "ple: the scratch of %d tokens overflows", n);
+    out->saved = (size_t)w.saved_bytes;
+    out->scratch = (size_t)scratch;
+    return TERN_OK;
+}
+
+/* Layers inside take their scratch behind this one's, until scratch_base is what it was. */
+static tern_result tern__ple_enter(tern_context *c, const tern_ple *l, int64_t n, const void *saved, tern__ple_work *w)
+{
+    tern_need need = TERN_ZERO;
+    TERN__TRY(tern_ple_need(c, l, n, &need));
+    TERN__TRY(tern__begin_scratch(c, "ple", n, need.scratch));
+    tern__ple_memory(l, n, (void *)(uintptr_t)saved, c->scratch + c->scratch_base, w);
+    c->scratch_base += (size_t)w->scratch_bytes;
+    return TERN_OK;
+}
+
+static tern_norm_args tern__ple_norm(const tern_ple *l, int64_t n, const tern__ple_work *w)
+{
+    tern_norm_args a;
+    memset(&a, 0, sizeof a);
+    a.n = n;
+    a.cols = l->project.w->rows;
+    a.x = w->out;
+    a.gain = tern__floats(l->gain, TERN_SHADOW);
+    a.eps = l->eps > 0.0f ? l->eps : 1e-6f;
+    return a;
+}
+
+static tern_result tern__ple_run(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, float *y, const tern__ple_work *w)
+{
+    const int64_t low = n * l->gate.w->rows;
+    tern_norm_args norm;
+    TERN__TRY(tern_linear_forward(c, &l->gate, n, x, w->low, w->gate));
+    TERN__TRY(tern__moe_map(c, TERN_MAP_GELU, low, w->low, NULL, w->fn));
+    TERN__TRY(tern__moe_map(c, TERN_MAP_MUL, low, w->fn, rows, w->product));
+    TERN__TRY(tern_linear_forward(c, &l->project, n, w->product, w->out, w->project));
+    norm = tern__ple_norm(l, n, w);
+    norm.y = y;
+    TERN__TRY(tern_norm(c, &norm));
+    return tern__moe_map(c, TERN_MAP_ADD, n * norm.cols, x, y, y);
+}
+
+TERN_API tern_result tern_ple_forward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, float *y, void *saved)
+{
+    tern__ple_work w;
+    tern_result result;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__TRY(tern__check_pointer(&c->run, "ple", "x", x, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ple", "rows", rows, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ple", "y", y, 4));
+    if (saved) TERN__TRY(tern__check_pointer(&c->run, "ple", "saved", saved, 4));
+    TERN__TRY(tern__ple_enter(c, l, n, saved, &w));
+    result = tern__ple_run(c, l, n, x, rows, y, &w);
+    c->scratch_base -= (size_t)w.scratch_bytes;
+    return result;
+}
+
+#ifndef TERNARY_NO_TRAINING
+static tern_result tern__ple_back(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, const float *dy, float *dx, float *drows, const tern__ple_work *w)
+{
+    const int64_t low = n * l->gate.w->rows;
+    tern_norm_args norm = tern__ple_norm(l, n, w);
+    norm.dy = dy;
+    norm.dx = w->dout;
+    norm.dgain = tern__floats(l->gain, TERN_GRAD);
+    TERN__TRY(tern_norm(c, &norm));
+    TERN__TRY(tern_linear_backward(c, &l->project, n, w->product, w->project, w->dout, w->dlow));
+    if (drows) TERN__TRY(tern__moe_map_back(c, TERN_MAP_MUL, low, w->fn, rows, w->dlow, NULL, drows));
+    TERN__TRY(tern__moe_map_back(c, TERN_MAP_MUL, low, w->fn, rows, w->dlow, w->dfn, NULL));
+    TERN__TRY(tern__moe_map_back(c, TERN_MAP_GELU, low, w->low, NULL, w->dfn, w->dfn, NULL));
+    TERN__TRY(tern_linear_backward(c, &l->gate, n, x, w->gate, w->dfn, dx));
+    return dx ? tern__moe_map(c, TERN_MAP_ADD, n * norm.cols, dx, dy, dx) : TERN_OK;
+}
+
+TERN_API tern_result tern_ple_backward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, const void *saved, const float *dy, float *dx, float *drows)
+{
+    tern__ple_work w;
+    tern_result result;
+    tern_need need = TERN_ZERO;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__TRY(tern__check_pointer(&c->run, "ple", "x", x, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ple", "rows", rows, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ple", "saved", saved, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ple", "dy", dy, 4));
+    if (dx) TERN__TRY(tern__check_pointer(&c->run, "ple", "dx", dx, 4));
+    if (drows) TERN__TRY(tern__check_pointer(&c->run, "ple", "drows", drows, 4));
+    TERN__TRY(tern_ple_need(c, l, n, &need));
+    TERN__TRY(tern__check_gradients(c, &l->gate));
+    TERN__TRY(tern__check_gradients(c, &l->project));
+    if (tern__floats(l->gain, TERN_GRAD)) TERN__TRY(tern__check_buffer(c, l->gain, TERN_GRAD, l->gain->cols));
+    TERN__TRY(tern__ple_enter(c, l, n, saved, &w));
+    result = tern__ple_back(c, l, n, x, rows, dy, dx, drows, &w);
+    c->scratch_base -= (size_t)w.scratch_bytes;
+    return result;
+}
+#endif
+#endif
 
 /* ------------------------------------------------------------------------------------------------
    [TERN-19] Optimizers and shadow weights
@@ -9125,6 +10688,7 @@ static tern_result tern__check_step(tern_context *c, const tern_model *m, const 
 {
     int32_t i, b, trained = 0;
     TERN__TRY(tern__check_model(c, m));
+    TERN__TRY(tern__check_sync(c, m));
     TERN__REQUIRE(&c->run, s, TERN_E_ARGUMENT, "step: the desc is NULL");
     TERN__REQUIRE(&c->run, tern__finite(s->decay), TERN_E_ARGUMENT, "step: the decay is out of range"); /* undecayed parameters would not notice */
     for (i = 0; i < m->count; i++) {
@@ -9175,26 +10739,22 @@ static tern_result tern__step_scales(tern_context *c, const tern_model *m)
     return TERN_OK;
 }
 
-/* Trits from the shadows, by learned scales that have made their step too. */
+/* Trits from the shadows, by learned scales that have made their step too; sets of sync as a whole. */
 static tern_result tern__step_ternarize(tern_context *c, const tern_model *m, const tern_step *s)
 {
+    const tern__sources all = tern__sources_of_model(m);
+    tern__step_noise noise;
     int32_t i;
+    noise.seed = s->seed;
+    noise.step = s->step;
     for (i = 0; i < m->count; i++) {
         tern_param *p = m->items[i];
-        tern_ternarize_args a;
+        const tern__source source = tern__source_of_shadow(p);
         if (!p->buffer[TERN_GRAD].data || p->rule == TERN_DENSE || tern__is_integer(p)) continue;
         p->flags &= ~(uint32_t)TERN_KEEP_SCALES;
-        a = tern__param_args(p);
-        a.noise = p->noise;
-        a.zone = p->zone;
-        a.seed = s->seed;
-        a.step = s->step;
-        a.stream = (uint32_t)i ^ 0x40000000u; /* not that of the rounding of weights or moments */
-        a.spare = c->scratch; /* a norm that was there has been used */
-        a.spare_bytes = c->scratch_bytes;
-        TERN__TRY(tern__param_ternarize(c, p, &a));
+        if (!p->sync) TERN__TRY(tern__source_ternarize(c, &source, i, &noise, NULL));
     }
-    return TERN_OK;
+    return tern__sync_sets(c, &all, &noise);
 }
 
 /* The mean of |G| goes by way of the second float of scratch. */
@@ -9204,6 +10764,7 @@ static tern_result tern__flip_param(tern_context *c, const tern_model *m, int32_
     const tern_flip_args a = tern__step_flip(m, i, s, sum_abs);
     tern_sum_args sum;
     sum.kind = TERN_SUM_ABS;
+    sum.type = TERN_F32;
     sum.count = a.m.rows * a.m.cols;
     sum.x = a.grad;
     sum.y = sum_abs;
@@ -9225,6 +10786,7 @@ TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const
         if (m->items[i]->dead) TERN__TRY(tern__spread_dead(c, m->items[i]));
         a.kind = TERN_SUM_SQUARES;
         a.count = m->items[i]->rows * m->items[i]->cols;
+        a.type = TERN_F32;
         a.x = tern__floats(m->items[i], TERN_GRAD);
         a.y = norm2;
         a.add = !first;

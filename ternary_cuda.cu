@@ -2090,6 +2090,9 @@ static __global__ void tern__gather_rows(tern_gather_args a, tern__shape s, int 
         if (!usable && threadIdx.x == 0) tern__report(blame, i);
         if (usable && a.m.trits) tern__gather_packed(&a.m, &s, id, wide, y);
         else tern__gather_dense(usable ? a.w + id * a.m.cols : NULL, a.m.cols, wide, y);
+        if (!usable || !a.weight) continue;
+        __syncthreads(); /* others wrote the row */
+        for (int64_t j = threadIdx.x; j < a.m.cols; j += blockDim.x) y[j] = a.weight[i] * y[j];
     }
 }
 
@@ -2150,7 +2153,7 @@ static __global__ void tern__scatter_rows(tern_scatter_args a, int wide)
             const int found = tern__find(a.ids, from, a.n, id, votes, list);
             for (int f = 0; f < found; f++) {
                 tern__load4(TERN_F32, a.dy, (from + list[f]) * a.cols + col, n, wide, x);
-                for (int k = 0; k < 4; k++) sum[k] = sum[k] + x[k];
+                for (int k = 0; k < 4; k++) sum[k] = sum[k] + (a.weight ? a.weight[from + list[f]] * x[k] : x[k]);
             }
         }
         if (first) tern__store4(TERN_F32, a.dw, id * a.cols + col, n, wide, sum);
@@ -2561,7 +2564,8 @@ static tern_result tern__gpu_sum(tern_run *r, tern__gpu *d, const tern_sum_args 
 {
     const int64_t most = (int64_t)TERN__WORK * TERN__BLOCK;
     TERN__REQUIRE(r, a->count <= most, TERN_E_UNSUPPORTED, "cuda: sum: %d floats; %d is the most", a->count, most);
-    tern__gpu_total(d, (int)a->kind, a->count, a->x, d->work, a->y, a->add);
+    TERN__REQUIRE(r, a->type != TERN_BF16 && a->type != TERN_F16, TERN_E_UNSUPPORTED, "cuda: sum: type %d; only TERN_F32 for now", (int64_t)a->type);
+    tern__gpu_total(d, (int)a->kind, a->count, (const float *)a->x, d->work, a->y, a->add);
     return TERN_OK;
 }
 
@@ -2666,6 +2670,9 @@ static tern_result tern__gpu_scale_grad(tern_run *r, tern__gpu *d, const tern_sc
 TERN__ABSENT(round_i8)
 TERN__ABSENT(dequantize)
 TERN__ABSENT(flip)
+TERN__ABSENT(route)
+TERN__ABSENT(group)
+TERN__ABSENT(row_dot)
 
 /* Every operation on its device, its launches checked; errors of before are told apart. */
 #define TERN__OP(op)                                                                              \
@@ -2758,7 +2765,7 @@ static tern_result tern__gpu_open(tern_run *r)
 
 #define TERN__OP(op) tern__cuda_##op,
 #define TERN__TABLE(device)                                                                                               \
-    {"cuda", &tern__gpu_index[(device) + 2], tern__gpu_open, tern__gpu_close, tern__gpu_alloc, tern__gpu_free, tern__gpu_copy, \
+    {"cuda", &tern__gpu_index[(device) + 2], 128, tern__gpu_open, tern__gpu_close, tern__gpu_alloc, tern__gpu_free, tern__gpu_copy, \
      tern__gpu_sync, TERN_OPS(TERN__OP) TERN_FUSED(TERN__OP)}
 static const int tern__gpu_index[TERN__GPUS + 2] = {-2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 static const tern_backend tern__gpu_table[TERN__GPUS + 2] = {

@@ -1187,7 +1187,7 @@ static void sums(tern_context *c, record *r)
             a.add = kind != TERN_SUM_ABS;
             if (!a.add) want = size = 0.0;
             for (j = 0; j < a.count; j++) {
-                const double x = a.x[j];
+                const double x = ((const float *)a.x)[j];
                 want += kind == TERN_SUM ? x : kind == TERN_SUM_ABS ? fabs(x) : x * x;
                 size += fabs(x);
             }
@@ -1822,6 +1822,10 @@ static void make_good(void)
     good_dequantize.n = 2; good_dequantize.cols = 3; good_dequantize.x = ids; good_dequantize.scale = x; good_dequantize.y = y; good_dequantize.y_row = 3;
     good_flip.m = m; good_flip.m.scale_type = TERN_POW2; good_flip.grad = x; good_flip.accum = good_flip.votes = trits; good_flip.sum_abs = v; good_flip.theta = 32;
     good_flip.push = 3.0f; good_flip.sign_step = 1; good_flip.scale_step = 1; good_flip.scale_theta = 32;
+    good_route.n = 2; good_route.count = 5; good_route.k = 2; good_route.logits = arena_take(16); good_route.ids = ids; good_route.weights = y;
+    good_group.n = 2; good_group.count = 5; good_group.k = 2; good_group.ids = ids; good_group.weights = x;
+    good_group.loads = (int32_t *)(void *)z; good_group.tokens = good_group.loads + 8; good_group.slots = good_group.loads + 16; good_group.sorted = y;
+    good_row_dot.rows = 3; good_row_dot.cols = 5; good_row_dot.n = 2; good_row_dot.a = x; good_row_dot.b = y; good_row_dot.ids = good_row_dot.to = ids; good_row_dot.y = z;
     good_scale_grad.m = m; good_scale_grad.rule = TERN_SEQ; good_scale_grad.w = x; good_scale_grad.dw = y; good_scale_grad.dalpha = z;
 }
 
@@ -1911,7 +1915,7 @@ static const wrong wrongs[] = {
     WRONG(attention, dim, TO_INT32, 0, TERN_E_SHAPE, "dim = 0") WRONG(attention, dim, TO_INT32, 1025, TERN_E_SHAPE, "dim = 1025")
     WRONG(attention, q_stride, TO_INT64, 7, TERN_E_SHAPE, "strides 7") WRONG(attention, k_stride, TO_INT64, 7, TERN_E_SHAPE, "strides 8, 7") WRONG(attention, v_stride, TO_INT64, 7, TERN_E_SHAPE, "strides 8, 8, 7")
     COUNTED(loss, n) COUNTED(loss, classes) NEEDED(loss, logits) NEEDED(loss, targets) NEEDED(loss, losses) ALIGNED(loss, dlogits)
-    COUNTED(sum, count) NEEDED(sum, x) NEEDED(sum, y) RANGED32(sum, kind, -1) RANGED32(sum, kind, 3)
+    COUNTED(sum, count) NEEDED(sum, x) NEEDED(sum, y) RANGED32(sum, kind, -1) RANGED32(sum, kind, 3) RANGED32(sum, type, TERN_I8)
     COUNTED(optimize, count) NEEDED(optimize, w) NEEDED(optimize, grad) NEEDED(optimize, moment1) NEEDED(optimize, moment2) ALIGNED(optimize, norm2)
     RANGED32(optimize, kind, 2) RANGED32(optimize, type, TERN_F16) RANGED32(optimize, step, 0)
     RANGED_FLOAT(optimize, rate, -1) RANGED_FLOAT(optimize, rate, NAN) RANGED_FLOAT(optimize, eps, 0) RANGED_FLOAT(optimize, beta1, 1) RANGED_FLOAT(optimize, beta1, -0.5)
@@ -1927,6 +1931,14 @@ static const wrong wrongs[] = {
     RANGED_FLOAT(flip, push, -1) RANGED_FLOAT(flip, push, NAN) RANGED_FLOAT(flip, push, 128) RANGED32(flip, sign_step, -1) RANGED32(flip, sign_step, 128)
     RANGED32(flip, scale_step, -1) RANGED32(flip, scale_step, 128) WRONG(flip, votes, TO_NULL, 0, TERN_E_ARGUMENT, "learn as TERN_POW2 with votes")
     WRONG(flip, m.scale_type, TO_INT32, TERN_F16, TERN_E_ARGUMENT, "learn as TERN_POW2 with votes; theirs is type 3")
+    COUNTED(route, n) NEEDED(route, logits) NEEDED(route, ids) NEEDED(route, weights) ALIGNED(route, dweights) ALIGNED(route, loads) RANGED32(route, kind, 3) RANGED32(route, kind, -1)
+    WRONG(route, count, TO_INT32, 0, TERN_E_SHAPE, "route: 0 experts; 1 to 1024") WRONG(route, count, TO_INT32, 1025, TERN_E_SHAPE, "route: 1025 experts; 1 to 1024")
+    WRONG(route, k, TO_INT32, 0, TERN_E_SHAPE, "route: k = 0 of 5 experts") WRONG(route, k, TO_INT32, 6, TERN_E_SHAPE, "route: k = 6 of 5 experts")
+    WRONG(route, n, TO_INT64, 429496730, TERN_E_OVERFLOW, "route: n = 429496730 x 5 experts is beyond int32") RANGED_FLOAT(route, balance, NAN) RANGED_FLOAT(route, balance, INFINITY)
+    COUNTED(group, n) NEEDED(group, ids) NEEDED(group, weights) NEEDED(group, loads) NEEDED(group, tokens) NEEDED(group, slots) ALIGNED(group, sorted)
+    WRONG(group, count, TO_INT32, -1, TERN_E_SHAPE, "group: -1 experts") WRONG(group, k, TO_INT32, 6, TERN_E_SHAPE, "group: k = 6 of 5 experts")
+    COUNTED(row_dot, rows) COUNTED(row_dot, cols) COUNTED(row_dot, n) NEEDED(row_dot, a) NEEDED(row_dot, b) NEEDED(row_dot, ids) NEEDED(row_dot, to) NEEDED(row_dot, y)
+    ALIGNED(gather, weight) ALIGNED(scatter, weight)
     PACKED(scale_grad) NEEDED(scale_grad, w) NEEDED(scale_grad, dw) NEEDED(scale_grad, dalpha) RANGED32(scale_grad, type, TERN_I8)
     WRONG(scale_grad, rule, TO_INT32, TERN_TWN, TERN_E_ARGUMENT, "rule 2 has no learned scale")
     WRONG(scale_grad, rule, TO_INT32, TERN_LSQ, TERN_E_ARGUMENT, "rule lsq learns one scale for the tensor; a grain of -1")

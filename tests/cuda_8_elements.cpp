@@ -576,7 +576,7 @@ static void test_cuda_element_limits()
     tern_scatter_args scatter = {};
     tern_sum_args sum = {};
     norm.x = norm.y = loss.losses = scatter.dw = sum.y = x[GPU];
-    loss.logits = scatter.dy = sum.x = x[GPU];
+    sum.x = loss.logits = scatter.dy = x[GPU];
     loss.targets = scatter.ids = id[GPU];
     loss.n = scatter.n = scatter.rows = 1;
     loss.classes = scatter.cols = TERN__LONGEST_ROW + 1;

@@ -18,6 +18,7 @@
     X(backends)   \
     X(bitlinear)  \
     X(embedding)  \
+    X(moe)        \
     X(optimizers) \
     X(true_ternary) \
     X(files)      \
@@ -37,6 +38,7 @@ SUITES(SUITE)
 #include "14_backends.c"
 #include "15_bitlinear.c"
 #include "16_embedding.c"
+#include "17_moe.c"
 #include "19_optimizers.c"
 #include "20_true_ternary.c"
 #include "21_files.c"
