@@ -63,10 +63,16 @@ ONE WAY THROUGH
     float input --(norm)--quantize--> int8 + scale ----------------+--matmul--> int32 --scales, bias--> output
                                       (or int4, or bits)
     training: shadow --ternarize, pack--> the same forward --> dy --> dx, dw --> optimizer --> shadow
-
     without floats that last: the same forward --> dy --> int8 --> exact dx, dw --> accumulator --> trits
+
     Layers are compositions of the operations in [TERN-3], and hold no data: a tern_linear is a handful of
     pointers to parameters. What a parameter is follows from the buffers it has.
+
+MIXTURE OF EXPERTS
+
+    A tern_moe is a router, experts (two or three parameters each) and top_k. Small batches may run every
+    expert over all tokens, large ones each expert over its own: tern_dispatch, with the same bits. Parameters with
+    the same `sync` share one scale. tern_moe_from_dense takes a float mixture in one call.
 
 TRUE-TERNARY TRAINING
 
@@ -101,19 +107,14 @@ OPTIONS (define before the implementation; public layouts never depend on them)
     TERNARY_NO_FILES          no model files
     TERNARY_ACCEPT_FAST_MATH  compile under fast-math, without the promise of equal bits
 
-MIXTURE OF EXPERTS
-
-    A tern_moe is a router, experts (two or three parameters each) and top_k. Small batches may run every
-    expert over all tokens, large ones each expert over its own: tern_dispatch, with the same bits. Parameters with
-    the same `sync` share one scale. tern_moe_from_dense takes a float mixture in one call.
-
 MEMORY
 
     Buffers come from the context's allocator or are yours (set tern_buffer.data and count); tern_reserve is
     the only call that grows scratch, so a forward or training step never allocates. tern_LAYER_need tells
-    both sizes: `saved`, the caller's, between forward and backward, and scratch. On the CPU tern_open takes 1.6 MB (without SIMD 0.1) for
-    each of parallel.workers, which the first float product touches. Kernels use up to 100 KB
-    of stack (300 KB in a build without optimization). The default allocator is malloc; on Linux it advises huge pages for blocks of 4 MB and more.
+    both sizes: `saved`, the caller's, between forward and backward, and scratch. On the CPU tern_open takes
+    1.6 MB (without SIMD 0.1) for each of parallel.workers, which the first float product touches. Kernels use
+    up to 100 KB of stack (300 KB in a build without optimization). The default allocator is malloc; on Linux it
+    advises huge pages for blocks of 4 MB and more.
 
 THREADS
 
