@@ -1573,6 +1573,153 @@ static void bench_adamw(int64_t count)
     tern_free(plain, block);
 }
 
+/* -- a training step: blocks of a transformer, BF16 shadows, AdamW; embedding and head left out -- */
+
+enum { BLOCKS = 4, LINEARS = 4, CONTEXT = 256, HEAD = 64 };
+typedef struct training {
+    tern_context *c;
+    int64_t n, width;
+    tern_param w[BLOCKS * LINEARS], *items[BLOCKS * LINEARS];
+    tern_linear layer[BLOCKS * LINEARS];
+    void *saved[BLOCKS * LINEARS];
+    tern_model model;
+    tern_step step;
+    tern_attention_args attention;
+    float *x, *y, *dx; /* as wide as the widest */
+} training;
+
+static void call_forward(void *arg)
+{
+    training *t = (training *)arg;
+    int i;
+    for (i = 0; i < BLOCKS * LINEARS; i++) must(t->c, tern_linear_forward(t->c, &t->layer[i], t->n, t->x, t->y, t->saved[i]));
+}
+static void call_backward(void *arg)
+{
+    training *t = (training *)arg;
+    int i;
+    for (i = 0; i < BLOCKS * LINEARS; i++) must(t->c, tern_linear_backward(t->c, &t->layer[i], t->n, t->x, t->saved[i], t->y, t->dx));
+}
+static void call_attentions(void *arg)
+{
+    training *t = (training *)arg;
+    tern_attention_args a = t->attention;
+    int i;
+    for (i = 0; i < BLOCKS; i++) {
+        a.dy = NULL;
+        must(t->c, tern_attention(t->c, &a));
+        a.dy = t->dx;
+        must(t->c, tern_attention(t->c, &a));
+    }
+}
+static void call_elements(void *arg) /* of a block: two sums of residuals and a squared ReLU, forward and backward */
+{
+    training *t = (training *)arg;
+    tern_map_args add, relu;
+    int i;
+    memset(&add, 0, sizeof add);
+    add.fn = TERN_MAP_ADD;
+    add.alpha = 1.0f;
+    add.count = t->n * t->width;
+    add.a = t->x; add.b = t->dx; add.y = t->dx;
+    memset(&relu, 0, sizeof relu);
+    relu.fn = TERN_MAP_RELU2;
+    relu.count = 4 * t->n * t->width;
+    relu.a = t->x; relu.y = t->dx;
+    for (i = 0; i < BLOCKS; i++) {
+        tern_map_args back = relu;
+        back.dy = t->y; back.da = t->dx;
+        must(t->c, tern_map(t->c, &relu));
+        must(t->c, tern_map(t->c, &add)); must(t->c, tern_map(t->c, &add));
+        must(t->c, tern_map(t->c, &add)); must(t->c, tern_map(t->c, &add));
+        must(t->c, tern_map(t->c, &back));
+    }
+}
+static void call_update(void *arg)
+{
+    training *t = (training *)arg;
+    t->step.step++;
+    must(t->c, tern_model_step(t->c, &t->model, &t->step));
+}
+static void call_step(void *arg)
+{
+    call_forward(arg);
+    call_attentions(arg);
+    call_elements(arg);
+    call_backward(arg);
+    call_update(arg);
+}
+
+static void bench_training(int64_t width, int64_t n)
+{
+    static const int64_t shapes[LINEARS][2] = {{3, 1}, {1, 1}, {4, 1}, {1, 4}}; /* q, k and v; output; up; down */
+    const double weights = 12.0 * BLOCKS * (double)(width * width), macs = (double)n * weights;
+    const double pairs = BLOCKS * (double)(n * (CONTEXT + 1)) * (double)width; /* multiply-adds of scores and values, the visible half */
+    float *p = (float *)memory((size_t)(n / CONTEXT * (width / HEAD) * CONTEXT * CONTEXT) * 4);
+    const char *shape = shape_text("%dx%ld N=%ld", BLOCKS, (long)width, (long)n);
+    size_t scratch = 0;
+    training *t = (training *)memory(sizeof *t);
+    char name[32];
+    int i;
+    snprintf(name, sizeof name, "%s", shape);
+    t->n = n;
+    t->width = width;
+    t->x = random_floats(4 * n * width);
+    t->y = random_floats(4 * n * width);
+    t->dx = random_floats(4 * n * width);
+    for (i = 0; i < BLOCKS * LINEARS; i++) {
+        tern_param *w = t->items[i] = &t->w[i];
+        float *initial;
+        tern_need need;
+        snprintf(w->name, sizeof w->name, "w%d", i);
+        w->rows = shapes[i % LINEARS][0] * width;
+        w->cols = shapes[i % LINEARS][1] * width;
+        w->grain = TERN_PER_ROW;
+        w->buffer[TERN_SHADOW].type = TERN_BF16;
+        t->layer[i].w = w;
+        t->layer[i].norm = TERN_NORM_RMS;
+        initial = random_floats(w->rows * w->cols);
+        must(plain, tern_param_alloc(plain, w, TERN_FOR_ADAMW));
+        must(plain, tern_param_set(plain, w, TERN_F32, initial));
+        must(plain, tern_linear_need(plain, &t->layer[i], n, &need));
+        t->saved[i] = memory(need.saved);
+        if (need.scratch > scratch) scratch = need.scratch;
+        tern_free(plain, initial);
+    }
+    t->model.items = t->items;
+    t->model.count = BLOCKS * LINEARS;
+    t->step.rate = 1e-3f;
+    t->attention.batch = n / CONTEXT;
+    t->attention.queries = t->attention.keys = CONTEXT;
+    t->attention.heads = t->attention.kv_heads = (int32_t)(width / HEAD);
+    t->attention.dim = HEAD;
+    t->attention.q = t->x; t->attention.k = t->x + width; t->attention.v = t->x + 2 * width;
+    t->attention.q_stride = t->attention.k_stride = t->attention.v_stride = 3 * width;
+    t->attention.y = t->y; t->attention.p = p;
+    t->attention.dq = t->y + n * width; t->attention.dk = t->attention.dq + width; t->attention.dv = t->attention.dk + width;
+    for (i = 0; i < setup_count; i++) {
+        const setup *s = &setups[i];
+        if (s->isa != best->isa && s->isa != TERN_ISA_AVX2) continue;
+        t->c = s->c;
+        must(t->c, tern_reserve(t->c, scratch));
+        measure(MACS, "step: forward", name, s, INT8, macs, call_forward, t);
+        measure(MACS, "step: attention", name, s, FMA, 3.0 * pairs, call_attentions, t);
+        measure(BYTES, "step: elements", name, s, DRAM, BLOCKS * 32.0 * 4.0 * (double)(n * width), call_elements, t);
+        measure(MACS, "step: backward", name, s, FMA, 2.0 * macs, call_backward, t);
+        measure(BYTES, "step: update", name, s, DRAM, weights * (2 * 2 + 2 * 8 + 2 * 4 + 4 + 2 + 0.25), call_update, t);
+        measure(MACS, "step", name, s, FMA, 3.0 * (macs + pairs), call_step, t);
+    }
+    for (i = 0; i < BLOCKS * LINEARS; i++) {
+        tern_param_free(plain, &t->w[i], TERN_FOR_ADAMW);
+        tern_free(plain, t->saved[i]);
+    }
+    tern_free(plain, t->dx);
+    tern_free(plain, t->y);
+    tern_free(plain, t->x);
+    tern_free(plain, p);
+    tern_free(plain, t);
+}
+
 /* -- small operations: what a call costs -- */
 
 typedef struct small { tern_context *c; tern_map_args map; tern_norm_args norm; } small;
@@ -1651,6 +1798,14 @@ static void target_ratio(const char *text, const char *whole, const char *part, 
     else printf("  %-66s %4.0f%%   not measured\n", text, 100 * aim);
 }
 
+/* What the other parts of a whole take of its time. */
+static void target_share(const char *text, const char *part, const char *whole, const char *tier, double aim)
+{
+    const result *a = find_result(part, "", tier), *b = find_result(whole, "", tier);
+    if (a && b) print_target(text, aim, 1 - a->time / b->time);
+    else printf("  %-66s %4.0f%%   not measured\n", text, 100 * aim);
+}
+
 /* The best tier's rate over OpenBLAS's for the same product. */
 static void target_peer(const char *text, const char *op, const char *place)
 {
@@ -1682,6 +1837,7 @@ static void targets_table(void)
     target_ratio("the same in the log lattice, from DRAM", "matmul 2-bit row", "matmul 2-bit log group 128", "DRAM", "avx512-vnni", 0.92);
     target_ratio("the same in the log lattice, from L2", "matmul 2-bit row", "matmul 2-bit log group 128", "L2", "avx512-vnni", 0.85);
     target_ratio("2-bit groups of 128 x 64 tokens, avx512-vnni, rate of rows", "matmul 2-bit row", "matmul 2-bit group 128", "N=64", "avx512-vnni", 0.85);
+    target_share("training step but for its update (optimizer, ternarize, pack)", "step: update", "step", best->name, 0.90);
     target_peer("dX of 2560x2560 x 2048 tokens, best tier, of OpenBLAS", "matmul_dx", "2560x2560 N=2048");
     target_peer("dW of the same, int8 activations", "matmul_dw int8", "2560x2560 N=2048");
     target_peer("dX of 4096x14336 x 512 tokens", "matmul_dx", "4096x14336 N=512");
@@ -1767,6 +1923,8 @@ int main(int argc, char **argv)
     title("Moving data");
     bench_convert(q ? 512 : 2048);
     bench_adamw(q ? 1 << 16 : 1 << 20);
+    title("A training step");
+    bench_training(q ? 128 : 512, q ? 256 : 4096);
     title("Small operations");
     bench_small(128);
     if (!option.csv) targets_table();
