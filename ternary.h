@@ -5608,7 +5608,7 @@ static void tern__gemm_strip(const tern__kernels *k, const tern__gemm *g, int64_
     t.b = w->b;
     t.first = at % TERN__SEGMENT == 0;
     t.add = at >= TERN__SEGMENT || (!whole && g->add);
-    t.c_row = whole ? TERN__LANES : g->c_row;
+    t.c_row = whole ? (int64_t)TERN__LANES : g->c_row;
     for (i = 0; i < rows; i += k->rows) {
         float *c = g->c + (m0 + i) * g->c_row + n0;
         t.a = w->a + tern__tile_at(k, i, len);

@@ -122,7 +122,7 @@ static int file_equal(tern_context *c, const tern_param *a, const tern_param *b,
     }
     for (k = TERN_SHADOW; k < TERN_BUFFERS; k++)
         if (k != TERN_GRAD && ((mask >> k & 1) || (k == TERN_SHADOW && a->rule == TERN_DENSE)))
-            equal &= file_buffer_bytes(a, k) == file_buffer_bytes(b, k) && memcmp(a->buffer[k].data, b->buffer[k].data, file_buffer_bytes(a, k)) == 0;
+            equal &= file_buffer_bytes(a, k) == file_buffer_bytes(b, k) && (!file_buffer_bytes(a, k) || memcmp(a->buffer[k].data, b->buffer[k].data, file_buffer_bytes(a, k)) == 0);
     if (a->buffer[TERN_TRITS].type == b->buffer[TERN_TRITS].type)
         for (k = TERN_TRITS; k <= TERN_SCALES; k++)
             equal &= memcmp(a->buffer[k].data ? a->buffer[k].data : "", b->buffer[k].data ? b->buffer[k].data : "", file_buffer_bytes(a, k)) == 0;
