@@ -10,7 +10,7 @@ It turns float matrices into trits and scales, packs them into 2 or 1.6 bits per
 kernels chosen for the CPU at run time, and trains them (straight-through estimator with shadow weights, or
 without any float that lasts).
 Inference gives the same bits on every CPU, with any number of threads and any batch. ternary_cuda.cu beside
-this file runs all of it on a GPU, with those bits too.
+this file runs most of it on a GPU, with those bits too.
 
 CONTENTS (search for the tag)
 
@@ -664,8 +664,8 @@ typedef struct tern_dequantize_args {
                         where |G| is the mean, rounded stochastically
      FLIP_SIGN          a = A - sign_step * sign(G)
    a is held to +-127. Where |a| reaches theta, with s = sign(a): T = s stays and A = s theta, else T += s and A = a - s theta (SIGN:
-   A = 0); elsewhere A = a. A positive gradient drives a trit towards -1. A mean that is 0, or a sign_step of 0 with
-   FLIP_SIGN, skips the whole step; so does a *sum_abs that is not finite: a data fault. *counts is added to. */
+   A = 0); elsewhere A = a. A positive gradient drives a trit towards -1. A mean that is 0 (PROPORTIONAL: or below
+   256/FLT_MAX), or a sign_step of 0 with FLIP_SIGN, skips the whole step; so does a *sum_abs that is not finite: a data fault. *counts is added to. */
 typedef enum { TERN_FLIP_PROPORTIONAL, TERN_FLIP_SIGN } tern_flip_rule;
 typedef struct tern_flips {
     int64_t flips, grains;  /* trits that changed, and grains that have one of them */
@@ -945,6 +945,7 @@ typedef struct tern_moe {
     tern_dispatch dispatch;
     int64_t dense_max;                  /* AUTO is DENSE up to so many tokens; 0: what suits the backend (a CPU: none) */
     float balance;                      /* factor of the load-balance loss (tern_route_args), whose gradient the backward adds */
+    uint64_t seed;                      /* as that of tern_linear, of the experts; their names make it another for each */
 } tern_moe;
 /* Asks for a layer whose parameters are allocated. `saved` holds routing and quantized activations: the backward
    computes the experts again. Scratch is enough for all tokens to choose the same expert. */
@@ -2618,8 +2619,8 @@ static void tern__ternarize_body(tern__job *job, int64_t begin, int64_t end, int
 /* What a weight w with scale and trit leaves for the accumulator, in steps of half a scale / theta. */
 TERN__ANYWHERE int8_t tern__left_over(float w, float scale, float trit, int32_t theta)
 {
-    const float most = (float)(theta - 1), a = (w - scale * trit) / (0.5f * scale) * (float)theta;
-    if (scale == 0.0f) return 0;
+    const float most = (float)(theta - 1), half = 0.5f * scale, a = (w - scale * trit) / (half > 0.0f ? half : 1.0f) * (float)theta;
+    if (half == 0.0f) return 0; /* of the smallest scale too */
     return (int8_t)tern__round(a > most ? most : a < -most ? -most : a);
 }
 
@@ -5483,17 +5484,18 @@ static void tern__matmul_body(tern__job *job, int64_t begin, int64_t end, int64_
 /* A block of a is packed for L2, a strip of b for L1: 32 columns. Machines without SIMD are often small ones. */
 enum {
 #ifdef TERNARY_NO_SIMD
-    TERN__M_BLOCK = 42,
+    TERN__M_BLOCK = 40,  /* rows: whole tiles of every tier, which have 4, 6 and 14 */
     TERN__K_BLOCK = 128,
     TERN__STRIPS = 4,
 #else
-    TERN__M_BLOCK = 378, /* rows; a multiple of 6 and 14 */
+    TERN__M_BLOCK = 336,
     TERN__K_BLOCK = 256,
     TERN__STRIPS = 16,   /* that meet a packed block, at most */
 #endif
     TERN__SPOILED = 16,  /* behind each tile's rows */
     TERN__DS = 256
 };
+typedef char tern__whole_tiles[TERN__M_BLOCK % (TERN__M_BLOCK > 84 ? 84 : TERN__ROWS_SCALAR) == 0 ? 1 : -1];
 typedef struct tern__work {
     float a[TERN__M_BLOCK * (TERN__K_BLOCK + TERN__SPOILED)], b[TERN__K_BLOCK * TERN__LANES], sum[TERN__STRIPS][TERN__M_BLOCK * TERN__LANES];
     float ds[TERN__M_BLOCK * TERN__DS]; /* of an attention's backward */
@@ -7023,7 +7025,7 @@ TERN__ANYWHERE int32_t tern__push_of(const tern_flip_args *a, tern__push *p)
     p->factor = p->sign ? a->sign_step : (int32_t)tern__round(256.0f * a->push);
     p->theta = a->theta;
     p->inverse = 256.0f / mean;
-    return tern__finite(*a->sum_abs) && mean > 0.0f && tern__finite(p->inverse) && !(p->sign && a->sign_step == 0);
+    return tern__finite(*a->sum_abs) && mean > 0.0f && (p->sign ? a->sign_step != 0 : tern__finite(p->inverse));
 }
 
 static tern_result tern__cpu_flip(tern_run *run, const tern_flip_args *a)
@@ -7811,6 +7813,7 @@ static tern_result tern__check_integer(tern_run *r, const tern_param *p, int32_t
     TERN__REQUIRE(r, !(buffers >> TERN_SHADOW & 1), TERN_E_ARGUMENT, "%s: a shadow and an accumulator exclude each other", p->name);
     TERN__REQUIRE(r, !tern__is_learned(p->rule), TERN_E_ARGUMENT, "%s: a learned scale and an accumulator exclude each other", p->name);
     TERN__REQUIRE(r, !p->dead, TERN_E_ARGUMENT, "%s: a dead zone needs a shadow, which an accumulator excludes", p->name);
+    TERN__REQUIRE(r, !p->sync, TERN_E_ARGUMENT, "%s: a shared scale (sync %d) and an accumulator exclude each other", p->name, (int64_t)p->sync);
     return TERN_OK;
 }
 
@@ -8851,7 +8854,7 @@ static tern__integer tern__integer_at(const tern_param *p, int64_t n, void *base
     const int64_t scale = tern__scratch_piece(tern__mul(n, p->rows)), trits = tern__add(scale, tern__scratch_piece(tern__mul(n, 4)));
     tern__integer w = {NULL, NULL, NULL, NULL, 0, 0, 0};
     int64_t product;
-    w.rows = tern__min(p->rows, tern__max(TERN__INTEGER_PART / p->cols, TERN__ROWS) / TERN__ROWS * TERN__ROWS);
+    w.rows = tern__min(p->rows, tern__min(tern__max(TERN__INTEGER_PART / p->cols, TERN__ROWS), TERN__I8_MOST_K) / TERN__ROWS * TERN__ROWS);
     w.lines = tern__min(tern__max(n, p->rows), tern__max(TERN__INTEGER_PART / p->cols, TERN__ROWS));
     product = tern__add(trits, tern__scratch_piece(w.rows * p->cols));
     w.bytes = tern__add(product, tern__scratch_piece(w.lines * p->cols * 4));
@@ -9183,7 +9186,9 @@ static tern_result tern__merge_run(tern__merge *g)
             TERN__TRY(tern__merge_rows(g, row, rows, trial));
         }
     TERN__TRY(tern__clear(g->c, g->l->lora_b));
-    return g->shadow ? tern_param_set(g->c, g->l->w, TERN_TYPE_DEFAULT, NULL) : TERN_OK;
+    if (!g->shadow) return TERN_OK;
+    g->l->w->flags &= ~(uint32_t)TERN_KEEP_SCALES; /* those were of the weights before */
+    return tern_param_set(g->c, g->l->w, TERN_TYPE_DEFAULT, NULL);
 }
 
 TERN_API tern_result tern_linear_merge(tern_context *c, const tern_linear *l)
@@ -9597,6 +9602,7 @@ static tern_linear tern__moe_reader(const tern_moe *m, tern_param *w)
     memset(&l, 0, sizeof l);
     l.w = w;
     l.act = m->act;
+    l.seed = tern__fnv(m->seed, (const uint8_t *)(const void *)w->name, strlen(w->name)); /* each its own noise */
     return l;
 }
 
@@ -9646,8 +9652,8 @@ static tern_result tern__check_alike(tern_context *c, const tern_param *p, const
     TERN__REQUIRE(r, p->cols == like->cols && (any_rows || p->rows == like->rows), TERN_E_SHAPE,
                   "moe: the %s of expert %d is %d x %d, that of the first %d x %d", what, expert, p->rows, p->cols, like->rows, like->cols);
     TERN__REQUIRE(r, p->rule == like->rule && p->grain == like->grain && tern__buffer_type(p, TERN_TRITS) == tern__buffer_type(like, TERN_TRITS) &&
-                  tern__buffer_type(p, TERN_SCALES) == tern__buffer_type(like, TERN_SCALES), TERN_E_ARGUMENT,
-                  "moe: the %s of expert %d differs from that of the first in rule, grain, encoding or type of scales", what, expert);
+                  tern__buffer_type(p, TERN_SCALES) == tern__buffer_type(like, TERN_SCALES) && tern__is_integer(p) == tern__is_integer(like), TERN_E_ARGUMENT,
+                  "moe: the %s of expert %d differs from that of the first in rule, grain, encoding, type of scales or accumulator", what, expert);
     TERN__REQUIRE(r, !p->dead == !like->dead && p->rotate == like->rotate, TERN_E_ARGUMENT,
                   "moe: the %s of expert %d differs from that of the first in rotation or dead zone", what, expert);
     return TERN_OK;
@@ -9776,7 +9782,7 @@ static void tern__moe_saved(const tern_moe *m, int64_t n, void *base, tern__moe_
 /* What layers inside this one take, the largest of it: those of a kind are alike. */
 static int64_t tern__moe_nested(const tern_moe *m, int64_t n)
 {
-    tern_param *const readers[] = {m->experts->up, m->experts->gate, m->always ? m->always->up : NULL, m->low_a ? m->low_a[0] : NULL, m->low_b ? m->low_b[0] : NULL};
+    tern_param *const readers[] = {m->experts->up, m->experts->gate, m->always ? m->always->up : NULL, m->always ? m->always->gate : NULL, m->low_a ? m->low_a[0] : NULL, m->low_b ? m->low_b[0] : NULL};
     tern_param *const downs[] = {m->experts->down, m->always ? m->always->down : NULL};
     int64_t most = tern__linear_bytes(&m->router, n);
     size_t i;
@@ -10308,11 +10314,12 @@ static tern_result tern__moe_back(tern_context *c, const tern_moe *m, int64_t n,
 }
 
 /* Every gradient that will be added to, before the first is. */
-static tern_result tern__check_moe_gradients(tern_context *c, const tern_moe *m)
+static tern_result tern__check_moe_gradients(tern_context *c, const tern_moe *m, int64_t n)
 {
     tern_linear l;
     int32_t e, i;
     TERN__TRY(tern__check_gradients(c, &m->router));
+    if (tern__is_integer(m->router.w)) TERN__TRY(tern__check_integer_backward(c, &m->router, n));
     l = tern__moe_front(m, m->experts->up);
     TERN__TRY(tern__check_gradients(c, &l));
     for (e = -1; e < m->count; e++) {
@@ -10322,6 +10329,7 @@ static tern_result tern__check_moe_gradients(tern_context *c, const tern_moe *m)
             if (!all[i]) continue;
             l = tern__moe_reader(m, all[i]);
             TERN__TRY(tern__check_gradients(c, &l));
+            if (tern__is_integer(all[i])) TERN__TRY(tern__check_integer_backward(c, &l, n));
         }
     }
     return TERN_OK;
@@ -10336,7 +10344,7 @@ TERN_API tern_result tern_moe_backward(tern_context *c, const tern_moe *m, int64
     TERN__TRY(tern__check_pointer(&c->run, "moe", "dy", dy, 4));
     if (dx) TERN__TRY(tern__check_pointer(&c->run, "moe", "dx", dx, 4));
     TERN__TRY(tern__check_moe(c, m, n));
-    TERN__TRY(tern__check_moe_gradients(c, m));
+    TERN__TRY(tern__check_moe_gradients(c, m, n));
     TERN__TRY(tern__moe_enter(c, m, n, 1, (void *)(uintptr_t)saved, &w));
     return tern__moe_leave(c, &w, tern__moe_back(c, m, n, x, dy, dx, &w));
 }
@@ -10433,7 +10441,16 @@ TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, ter
     all.count = 3 * m->count + 4;
     for (i = 0; i < all.count; i++) {
         const tern__source s = all.at(&f, i);
-        if (s.p) TERN__TRY(tern__check_pointer(&c->run, s.p->name, "its float array", s.w, tern__type_bytes(type)));
+        int32_t j;
+        if (!s.p) continue;
+        TERN__TRY(tern__check_pointer(&c->run, s.p->name, "its float array", s.w, tern__type_bytes(type)));
+        TERN__REQUIRE(&c->run, !s.p->sync || !s.p->rotate || s.p->buffer[TERN_SHADOW].data, TERN_E_UNSUPPORTED,
+                      "%s: a shared scale (sync %d) of a rotated matrix needs a shadow", s.p->name, (int64_t)s.p->sync);
+        for (j = 0; s.p->sync && j < i; j++) {
+            const tern_param *q = all.at(&f, j).p;
+            TERN__REQUIRE(&c->run, !q || q->sync != s.p->sync || q->rule == s.p->rule, TERN_E_ARGUMENT,
+                          "%s and %s share a scale (sync %d) and differ in rule", q->name, s.p->name, (int64_t)s.p->sync);
+        }
     }
     if (bytes) memset(bytes, 0, sizeof *bytes);
     for (i = 0; i < all.count; i++) {
@@ -10740,20 +10757,31 @@ static tern_result tern__step_scales(tern_context *c, const tern_model *m)
     return TERN_OK;
 }
 
+/* Those that a step has moved, and who shares a scale with one of them. */
+static tern__source tern__source_of_step(const void *of, int32_t i)
+{
+    const tern_model *m = (const tern_model *)of;
+    tern__source s = tern__source_of_model(of, i);
+    int32_t j, moved = s.p && s.p->buffer[TERN_GRAD].data;
+    for (j = 0; s.p && s.p->sync && !moved && j < m->count; j++) moved = m->items[j]->sync == s.p->sync && m->items[j]->buffer[TERN_GRAD].data;
+    if (!moved) s.p = NULL;
+    return s;
+}
+
 /* Trits from the shadows, by learned scales that have made their step too; sets of sync as a whole. */
 static tern_result tern__step_ternarize(tern_context *c, const tern_model *m, const tern_step *s)
 {
-    const tern__sources all = tern__sources_of_model(m);
+    tern__sources all = tern__sources_of_model(m);
     tern__step_noise noise;
     int32_t i;
     noise.seed = s->seed;
     noise.step = s->step;
+    all.at = tern__source_of_step;
     for (i = 0; i < m->count; i++) {
-        tern_param *p = m->items[i];
-        const tern__source source = tern__source_of_shadow(p);
-        if (!p->buffer[TERN_GRAD].data || p->rule == TERN_DENSE || tern__is_integer(p)) continue;
-        p->flags &= ~(uint32_t)TERN_KEEP_SCALES;
-        if (!p->sync) TERN__TRY(tern__source_ternarize(c, &source, i, &noise, NULL));
+        const tern__source source = all.at(m, i);
+        if (!source.p) continue;
+        source.p->flags &= ~(uint32_t)TERN_KEEP_SCALES;
+        if (!source.p->sync) TERN__TRY(tern__source_ternarize(c, &source, i, &noise, NULL));
     }
     return tern__sync_sets(c, &all, &noise);
 }

@@ -582,11 +582,13 @@ static void test_dense_fused(void) { same_for_threads(fused_products); }
 
 static void literal_dense(tern_context *c, record *unused)
 {
+    static const int64_t blocks[] = {2 * TERN__M_BLOCK, TERN__LANES + 1, TERN__K_BLOCK + 30}; /* two of each in every direction */
     int i, add;
     (void)unused;
-    for (i = 0; i < 5; i++)
+    for (i = 0; i < 6; i++)
         for (add = 0; add < 2; add++) {
-            tern_dense_args a = dense_of(dense_shapes[i][0], dense_shapes[i][1], dense_shapes[i][2], add, !add);
+            const int64_t *shape = i < 5 ? dense_shapes[i] : blocks;
+            tern_dense_args a = dense_of(shape[0], shape[1], shape[2], add, !add);
             const float *before = hold_copy(a.c, a.m * a.c_row);
             int64_t row, col;
             a.add = add;
