@@ -1006,6 +1006,7 @@ static void linear_merged(tern_context *c, int32_t grain, int variant, int froze
     for (i = 0; i < rows; i++) CHECK_OK(c, tern_param_get(c, &o.w, i, NULL, NULL, base + i * cols));
     for (i = 0; !frozen && i < rows * cols; i++) base[i] = tern__load_float(o.w.buffer[TERN_SHADOW].type, o.w.buffer[TERN_SHADOW].data, i);
     if (frozen) tern_param_free(c, &o.w, TERN_FOR_TRAINING);
+    else o.w.flags |= TERN_KEEP_SCALES; /* those of before the merge */
     for (i = 0; i < rows * 3; i++) scaled[i] = 0.5f * ((const float *)o.lora_b.buffer[TERN_SHADOW].data)[i];
     d.m = rows; d.n = cols; d.k = 3;
     d.a = scaled; d.a_row = 3; d.a_col = 1;

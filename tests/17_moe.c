@@ -1078,6 +1078,92 @@ static void test_moe_sync_refusals(void)
     test_close(&t);
 }
 
+/* A set follows its shadows in a step where one of it trains, given scales or not, and stays where none does. */
+static void test_moe_sync_in_part(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    kit_options o = kits[0];
+    record r = {NULL, 0, 0};
+    kit *k;
+    tern_model m;
+    tern_step s = TERN_ZERO;
+    const int64_t n = 8;
+    const float *x;
+    float *y;
+    void *saved;
+    int32_t j;
+    o.grain = TERN_PER_TENSOR;
+    k = kit_open(t.c, &o);
+    m.items = k->all;
+    m.count = k->count;
+    for (j = 0; j < 6; j++) {
+        tern_param *p = &k->expert[j];
+        p->sync = j < 3 ? 1 : 2;
+        if (j >= 3) p->noise = p->zone = 0.5f;
+        if (j >= 2) tern_param_free(t.c, p, 1 << TERN_GRAD);
+    }
+    CHECK_OK(t.c, tern_model_requantize(t.c, &m));
+    k->expert[2].flags |= TERN_KEEP_SCALES;
+    x = moe_input(k, n);
+    y = hold_output(n * o.cols);
+    saved = kit_reserve(k, n);
+    s.rate = 0.05f;
+    s.step = 1;
+    CHECK_OK(t.c, tern_moe_forward(t.c, &k->m, n, x, y, saved));
+    CHECK_OK(t.c, tern_moe_backward(t.c, &k->m, n, x, saved, y, NULL));
+    CHECK_OK(t.c, tern_model_step(t.c, &m, &s));
+    check_sync(k, &r, 0);
+    free(r.data);
+    kit_close(k);
+    release();
+    test_close(&t);
+}
+
+/* Experts with accumulators: noise by seed and name, no more scratch than was asked for, nothing changed by a refusal. */
+static void test_moe_integer(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    const int64_t n = 8, cols = kits[0].cols, weights = kits[0].width * cols;
+    const float *x;
+    float *y = hold_output(n * cols), *grad[3];
+    kit_options o = kits[0];
+    kit *k;
+    void *saved;
+    int32_t i, j;
+    o.grain = TERN_PER_TENSOR;
+    k = kit_open(t.c, &o);
+    x = moe_input(k, n);
+    for (j = 0; j < 3; j++) grad[j] = hold_output(weights);
+    for (j = 0; j < 3 * kits[0].count; j++) {
+        tern_param *p = &k->expert[j];
+        const float *floats = hold_floats(p->rows * p->cols);
+        tern_param_free(t.c, p, TERN_FOR_TRAINING);
+        CHECK_OK(t.c, tern_param_alloc(t.c, p, TERN_FOR_FLIPS));
+        CHECK_OK(t.c, tern_param_set(t.c, p, TERN_F32, floats));
+        if (j == 1) CHECK_FAILS(t.c, tern_moe_forward(t.c, &k->m, n, x, y, NULL), TERN_E_ARGUMENT, "differs from that of the first in rule, grain, encoding, type of scales or accumulator");
+    }
+    saved = kit_reserve(k, n);
+    CHECK_OK(t.c, tern_moe_forward(t.c, &k->m, n, x, y, saved));
+    for (j = 0; j < 3; j++) {
+        k->m.seed = j < 2 ? 1 : 2;
+        for (i = 0; i < k->count; i++) memset(k->all[i]->buffer[TERN_GRAD].data, 0, (size_t)(k->all[i]->rows * k->all[i]->cols) * 4);
+        CHECK_OK(t.c, tern_moe_backward(t.c, &k->m, n, x, saved, y, NULL));
+        memcpy(grad[j], k->expert[1].buffer[TERN_GRAD].data, (size_t)weights * 4);
+    }
+    CHECK(memcmp(grad[0], grad[1], (size_t)weights * 4) == 0, "one seed, two gradients");
+    CHECK(memcmp(grad[0], grad[2], (size_t)weights * 4) != 0, "two seeds, one gradient");
+    k->m.act = TERN_ACT_FLOAT;
+    saved = kit_reserve(k, n);
+    CHECK_OK(t.c, tern_moe_forward(t.c, &k->m, n, x, y, saved));
+    CHECK_FAILS(t.c, tern_moe_backward(t.c, &k->m, n, x, saved, y, NULL), TERN_E_UNSUPPORTED, "beside an accumulator");
+    CHECK(memcmp(grad[2], k->expert[1].buffer[TERN_GRAD].data, (size_t)weights * 4) == 0, "a refusal changed a gradient");
+    k->expert[0].sync = 3;
+    CHECK_FAILS(t.c, tern_moe_forward(t.c, &k->m, n, x, y, NULL), TERN_E_ARGUMENT, "gate.0: a shared scale (sync 3) and an accumulator exclude each other");
+    kit_close(k);
+    release();
+    test_close(&t);
+}
+
 /* -- from floats -- */
 
 static void test_moe_from_dense(void)
@@ -1351,6 +1437,8 @@ static void suite_moe(void)
     RUN(test_moe_files);
     RUN(test_moe_sync);
     RUN(test_moe_sync_refusals);
+    RUN(test_moe_sync_in_part);
+    RUN(test_moe_integer);
     RUN(test_moe_from_dense);
     RUN(test_ple);
     RUN(test_moe_training);

@@ -662,6 +662,44 @@ static void test_integer_gradients_are_unbiased(void)
     test_close(&t);
 }
 
+/* More rows than one product can sum, of few columns; and scales whose half is 0, which leave nothing. */
+static void test_integer_extremes(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 2);
+    const int64_t rows = 131072 + 5000, cols = 16;
+    const float *x = hold_floats(cols), *dy = hold_floats(rows);
+    float *w = hold_output(rows * cols), *y = hold_output(rows), *dx = hold_output(cols), most = 0.0f;
+    tern_param p = flip_param("w", rows, cols, TERN_PER_TENSOR), tiny = flip_param("tiny", 2, cols, TERN_PER_ROW);
+    tern_linear l = TERN_ZERO;
+    tern_need need = TERN_ZERO;
+    void *saved;
+    int64_t i, j;
+    for (i = 0; i < rows * cols; i++) w[i] = test_float();
+    CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_FLIPS));
+    CHECK_OK(t.c, tern_param_set(t.c, &p, TERN_F32, w));
+    l.w = &p;
+    CHECK_OK(t.c, tern_linear_need(t.c, &l, 1, &need));
+    CHECK_OK(t.c, tern_reserve(t.c, need.scratch));
+    saved = hold(need.saved);
+    CHECK_OK(t.c, tern_linear_forward(t.c, &l, 1, x, y, saved));
+    CHECK_OK(t.c, tern_linear_backward(t.c, &l, 1, x, saved, dy, dx));
+    for (i = 0; i < rows; i++) most = fabsf(dy[i]) > most ? fabsf(dy[i]) : most;
+    for (j = 0; j < cols; j++) {
+        const float scale = ((const float *)p.buffer[TERN_SCALES].data)[0];
+        double want = 0;
+        for (i = 0; i < rows; i++) want += (double)dy[i] * scale * ((w[i * cols + j] > 0.5f * scale) - (w[i * cols + j] < -0.5f * scale));
+        CHECK(fabs(dx[j] - want) < 6 * (double)(most * scale) / 127 * sqrt((double)rows), "dx[%d] is %g, not %g", (int)j, dx[j], want);
+    }
+    for (i = 0; i < 2 * cols; i++) w[i] = i & 1 ? -1e-45f : 1e-45f;
+    CHECK_OK(t.c, tern_param_alloc(t.c, &tiny, TERN_FOR_FLIPS));
+    CHECK_OK(t.c, tern_param_set(t.c, &tiny, TERN_F32, w));
+    for (i = 0; i < 2 * cols; i++) CHECK(accum_of(&tiny)[i] == 0, "accumulator %d is %d", (int)i, accum_of(&tiny)[i]);
+    tern_param_free(t.c, &p, -1);
+    tern_param_free(t.c, &tiny, -1);
+    release();
+    test_close(&t);
+}
+
 /* What else a step goes through: exact attention, norm, loss, rope, scatter and maps backward. */
 static void canonical_backward(tern_context *c, record *r)
 {
@@ -1152,6 +1190,7 @@ static void suite_true_ternary(void)
     RUN(test_flip_refusals);
     RUN(test_integer_gradients);
     RUN(test_integer_gradients_are_unbiased);
+    RUN(test_integer_extremes);
     RUN(test_canonical_backward);
     RUN(test_flip_training);
     RUN(test_flip_resume);
