@@ -1936,7 +1936,7 @@ static const wrong wrongs[] = {
     COUNTED(route, n) NEEDED(route, logits) NEEDED(route, ids) NEEDED(route, weights) ALIGNED(route, dweights) ALIGNED(route, loads) RANGED32(route, kind, 3) RANGED32(route, kind, -1)
     WRONG(route, count, TO_INT32, 0, TERN_E_SHAPE, "route: 0 experts; 1 to 1024") WRONG(route, count, TO_INT32, 1025, TERN_E_SHAPE, "route: 1025 experts; 1 to 1024")
     WRONG(route, k, TO_INT32, 0, TERN_E_SHAPE, "route: k = 0 of 5 experts") WRONG(route, k, TO_INT32, 6, TERN_E_SHAPE, "route: k = 6 of 5 experts")
-    WRONG(route, n, TO_INT64, 429496730, TERN_E_OVERFLOW, "route: n = 429496730 x 5 experts is beyond int32") RANGED_FLOAT(route, balance, NAN) RANGED_FLOAT(route, balance, INFINITY)
+    WRONG(route, n, TO_INT64, 429496730, TERN_E_OVERFLOW, "route: n = 429496730 x 5") RANGED_FLOAT(route, balance, NAN) RANGED_FLOAT(route, balance, INFINITY)
     COUNTED(group, n) NEEDED(group, ids) NEEDED(group, weights) NEEDED(group, loads) NEEDED(group, tokens) NEEDED(group, slots) ALIGNED(group, sorted)
     WRONG(group, count, TO_INT32, -1, TERN_E_SHAPE, "group: -1 experts") WRONG(group, k, TO_INT32, 6, TERN_E_SHAPE, "group: k = 6 of 5 experts")
     COUNTED(row_dot, rows) COUNTED(row_dot, cols) COUNTED(row_dot, n) NEEDED(row_dot, a) NEEDED(row_dot, b) NEEDED(row_dot, ids) NEEDED(row_dot, to) NEEDED(row_dot, y)
