@@ -1317,7 +1317,7 @@ static void test_linear_refusals(void)
     test_context t = test_open(TERN_ISA_BEST, 1);
     layer o;
     tern_linear bad;
-    tern_need need;
+    tern_need need = TERN_ZERO;
     float *x = hold_floats(80), *y = hold_floats(80), *dx = hold_floats(80);
     const float *kept;
     void *saved;

@@ -685,7 +685,7 @@ static void learn(tern_context *c, record *r, int first_recipe, int last_recipe)
         int8_t truth[ROWS * COLS];
         double first = 0.0, loss = 0.0;
         tern_linear l = TERN_ZERO;
-        tern_need need;
+        tern_need need = TERN_ZERO;
         tern_step s = TERN_ZERO;
         void *saved;
         int64_t i, t;
@@ -807,7 +807,7 @@ static void accumulation(tern_context *c, record *r)
     const float *x = hold_floats(TOKENS * COLS), *dy = hold_floats(TOKENS * ROWS);
     float *y = hold_output(TOKENS * ROWS), *dw = hold_output(ROWS * COLS), *db = hold_output(ROWS);
     tern_linear l = TERN_ZERO;
-    tern_need need;
+    tern_need need = TERN_ZERO;
     unsigned char *saved;
     size_t k;
     int64_t i, j, t;

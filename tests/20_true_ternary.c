@@ -449,7 +449,7 @@ static void test_flip_refusals(void)
     tern_model m = TERN_ZERO;
     tern_step s = TERN_ZERO;
     tern_linear l = TERN_ZERO;
-    tern_need need;
+    tern_need need = TERN_ZERO;
     const float x[60] = {1.0f}, dy[18] = {1.0f};
     float y[18], dx[60];
     uint64_t saved[512];

@@ -339,7 +339,7 @@ static void resume_steps(tern_context *c, file_model *f, uint32_t first, uint32_
         test_seed = s.step;
         for (i = 0; i < RESUME_TOKENS * 17; i++) x[i] = test_float();
         for (i = 0; i < 3; i++) {
-            tern_need need;
+            tern_need need = TERN_ZERO;
             memset(&l[i], 0, sizeof l[i]);
             l[i].w = &f->p[2 * i];
             l[i].norm = TERN_NORM_RMS;

@@ -43,7 +43,7 @@ static uint64_t answer(void)
     tern_context *c;
     tern_param w = TERN_ZERO;
     tern_linear layer = TERN_ZERO;
-    tern_need need;
+    tern_need need = TERN_ZERO;
     tern_result result = tern_open(&c, NULL, NULL);
     if (result != TERN_OK) return 0;
     fill(floats, ROWS * COLS, 1);
