@@ -1,5 +1,5 @@
 /* Image classifier: one small network trained three times, with float weights, with ternary weights on
-   float activations, and with ternary weights on int8 activations. It ends with a table of accuracy, bytes
+   float activations, and with ternary weights on int8 activations; or once without any float that lasts. It ends with a table of accuracy, bytes
    and time per image, and a picture of the last network's predictions. (The float row is this library's
    float path, whose sums have one order on every machine; a tuned BLAS is faster.)
 
@@ -7,6 +7,8 @@
        ./image_classifier        digits that the program draws itself, some 20 seconds
        ./image_classifier DIR    MNIST: the four idx files in DIR, uncompressed; some minutes
        ./image_classifier --seed 2   other first weights and another order of the images
+       ./image_classifier --true-ternary   without the three, a network that trains in integers: accumulators in int8
+                                 for float shadows and moments, gradients by integer products
 
    Ctrl-C ends it after the step that runs and keeps what it has done; the same command with --resume FILE goes on
    from there to the same table and picture. */
@@ -21,7 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { SIDE = 28, PIXELS = SIDE * SIDE, CLASSES = 10, HIDDEN = 512, LAYERS = 3, BATCH = 128, TEST_BATCH = 256, NETWORKS = 3 };
+enum { SIDE = 28, PIXELS = SIDE * SIDE, CLASSES = 10, HIDDEN = 512, LAYERS = 3, BATCH = 128, TEST_BATCH = 256, NETWORKS = 4 };
 static const int64_t widths[LAYERS + 1] = {PIXELS, HIDDEN, HIDDEN, CLASSES};
 
 typedef struct { int count; uint8_t *pixels, *labels; } image_set;
@@ -170,12 +172,14 @@ static image_set draw_images(int count)
 
 /* -- the network -- */
 
-/* Three BitLinear layers, an RMSNorm before each and a ReLU between; ternary ones with a learned scale for each row. What is compared: */
-typedef struct { const char *name; tern_rule rule; tern_act act; float rate; } recipe;
+/* Three BitLinear layers, an RMSNorm before each and a ReLU between; ternary ones with a scale for each row, which is learned, or
+   with true-ternary training stays. What is compared: */
+typedef struct { const char *name; tern_rule rule; tern_act act; float rate, push; } recipe; /* push: of true-ternary training */
 static const recipe recipes[NETWORKS] = {
-    {"float", TERN_DENSE, TERN_ACT_FLOAT, 0.001f},
-    {"ternary, float in", TERN_SEQ, TERN_ACT_FLOAT, 0.003f},
-    {"ternary, int8 in", TERN_SEQ, TERN_ACT_INT8, 0.003f}};
+    {"float", TERN_DENSE, TERN_ACT_FLOAT, 0.001f, 0},
+    {"ternary, float in", TERN_SEQ, TERN_ACT_FLOAT, 0.003f, 0},
+    {"ternary, int8 in", TERN_SEQ, TERN_ACT_INT8, 0.003f, 0},
+    {"true ternary", TERN_ABSMEAN, TERN_ACT_INT8, 0, 2.0f}};
 
 typedef struct {
     tern_param weights[LAYERS], alphas[LAYERS], *list[2 * LAYERS];
@@ -223,11 +227,12 @@ static void open_network(tern_context *c, network *net, const recipe *how, int s
         w->cols = widths[i];
         w->rule = how->rule;
         w->grain = TERN_PER_ROW;
+        w->buffer[TERN_SCALES].type = how->push > 0 ? TERN_LOG : TERN_F32;
         net->list[net->model.count++] = w;
         net->layers[i].w = w;
         net->layers[i].norm = TERN_NORM_RMS;
         net->layers[i].act = how->act;
-        check(c, tern_param_alloc(c, w, TERN_FOR_ADAMW));
+        check(c, tern_param_alloc(c, w, how->push > 0 ? TERN_FOR_FLIPS : TERN_FOR_ADAMW));
         if (w->rule == TERN_SEQ) add_alpha(c, net, i);
         noise.count = w->rows * w->cols;
         noise.x = (float *)take(c, (size_t)noise.count * sizeof(float));
@@ -241,6 +246,7 @@ static void open_network(tern_context *c, network *net, const recipe *how, int s
         check(c, tern_reserve(c, need.scratch));
         net->saved[i] = take(c, need.saved);
     }
+    if (how->push > 0) check(c, tern_model_strict(c, &net->model)); /* nothing that trains is a float */
     for (int i = 0; i <= LAYERS; i++) {
         net->x[i] = (float *)take(c, TEST_BATCH * (size_t)widths[i] * sizeof(float));
         net->dx[i] = (float *)take(c, TEST_BATCH * (size_t)widths[i] * sizeof(float));
@@ -296,9 +302,11 @@ static void forward(tern_context *c, network *net, int64_t n, int training)
     }
 }
 
-static void backward(tern_context *c, network *net, int64_t n)
+/* The seed is a step's own; true-ternary training rounds by it. */
+static void backward(tern_context *c, network *net, int64_t n, uint64_t seed)
 {
     for (int i = LAYERS - 1; i >= 0; i--) {
+        net->layers[i].seed = seed + (uint64_t)i;
         if (i + 1 < LAYERS) relu(c, n * widths[i + 1], net->x[i + 1], net->dx[i + 1]);
         check(c, tern_linear_backward(c, &net->layers[i], n, net->x[i], net->saved[i], net->dx[i + 1], i ? net->dx[i] : NULL));
     }
@@ -366,7 +374,7 @@ static double accuracy_of(tern_context *c, network *net, const image_set *s, uin
     return (double)right / s->count;
 }
 
-/* The work done in all three networks, and the time left at this pace: a line that is written over on a
+/* The work done in all networks, and the time left at this pace: a line that is written over on a
    terminal, elsewhere a line an epoch. */
 static void show_progress(const char *name, int epoch, int epochs, double loss, double accuracy, double begun, double done, int last)
 {
@@ -381,12 +389,12 @@ static void show_progress(const char *name, int epoch, int epochs, double loss, 
 /* Where the program is: behind `step` steps of network `which`, with the table's lines of the networks before it. */
 typedef struct {
     char magic[8];
-    int64_t images, seed, which, step;
+    int64_t images, seed, first, end, which, step; /* networks from `first` to before `end` */
     uint64_t random;
     double elapsed, accuracy, loss;
     char table[NETWORKS][128];
 } place;
-static const char magic[8] = "icstat2";
+static const char magic[8] = "icstat3";
 
 static volatile sig_atomic_t interrupted;
 static void interrupt(int number) { interrupted = number; }
@@ -397,13 +405,15 @@ static void train(tern_context *c, network *net, const task *t, place *at, int *
     const recipe *how = &recipes[at->which];
     const int batches = t->train.count / BATCH, steps = batches * t->epochs;
     float loss = (float)at->loss;
-    tern_schedule schedule = TERN_ZERO;
+    tern_schedule schedule = TERN_ZERO, falling = TERN_ZERO;
     schedule.peak = how->rate;
-    schedule.warmup = 100;
-    schedule.steps = (uint32_t)steps;
+    schedule.warmup = (uint32_t)(steps < 1000 ? steps / 10 : 100);
+    falling.kind = TERN_LINEAR;
+    falling.peak = how->push;
+    schedule.steps = falling.steps = (uint32_t)steps;
     check(c, tern_copy(c, net->loss, &loss, sizeof loss, TERN_TO_DEVICE));
     if (at->step == 0) {
-        random_state = (uint64_t)at->seed; /* all three see the same images in the same order */
+        random_state = (uint64_t)at->seed; /* all see the same images in the same order */
         for (int i = 0; i < t->train.count; i++) order[i] = i;
     }
     while (at->step < steps && !interrupted) {
@@ -421,16 +431,18 @@ static void train(tern_context *c, network *net, const task *t, place *at, int *
         load_images(c, net, &t->train, order, b * BATCH, BATCH, t->shift);
         forward(c, net, BATCH, 1);
         loss_of(c, net, BATCH);
-        backward(c, net, BATCH);
+        backward(c, net, BATCH, (uint64_t)at->step << 32 | (uint32_t)(at->seed * LAYERS));
+        s.seed = (uint64_t)at->seed;
         s.clip = 1.0f;
         s.decay = 0.01f;
         s.step = (uint32_t)at->step;
         check(c, tern_schedule_rate(c, &schedule, s.step, &s.rate));
+        check(c, tern_schedule_rate(c, &falling, s.step, &s.push));
         check(c, tern_model_step(c, &net->model, &s));
         if (b % 20 == 19 || last) {
             check(c, tern_copy(c, &loss, net->loss, sizeof loss, TERN_TO_HOST));
             show_progress(how->name, (int)(at->step - 1) / batches + 1, t->epochs, loss / (float)((b + 1) * BATCH), at->accuracy, begun,
-                          ((double)at->which + (double)at->step / steps) / NETWORKS, last);
+                          ((double)(at->which - at->first) + (double)at->step / steps) / (double)(at->end - at->first), last);
         }
         if (!last) continue;
         check(c, tern_sync(c));
@@ -440,7 +452,7 @@ static void train(tern_context *c, network *net, const task *t, place *at, int *
 
 static int write_bytes(void *file, const void *data, size_t bytes) { return fwrite(data, 1, bytes, (FILE *)file) != bytes; }
 
-/* The place, the order of the images, and the network with its shadows and moments. */
+/* The place, the order of the images, and the network with all that trains. */
 static void save_state(tern_context *c, const network *net, place *at, const int *order)
 {
     const char *path = "build/image_classifier.state";
@@ -461,13 +473,14 @@ static void save_state(tern_context *c, const network *net, place *at, const int
 /* Reads place and order; returns the network's bytes, which the caller frees. */
 static uint8_t *read_state(const char *path, place *at, int *order, size_t *size)
 {
-    const int64_t images = at->images, seed = at->seed;
+    const int64_t images = at->images, seed = at->seed, first = at->first;
     FILE *f = fopen(path, "rb");
     uint8_t *bytes;
     long end;
     if (!f || fread(at, sizeof *at, 1, f) != 1 || memcmp(at->magic, magic, sizeof magic)) stop(path, "is not a state of this program");
     if (at->images != images) stop(path, "is of a training on other images");
     if (at->seed != seed) stop(path, "is of another --seed");
+    if (at->first != first) stop(path, first ? "is of a training without --true-ternary" : "is of a training with --true-ternary");
     if (fread(order, sizeof *order, (size_t)images, f) != (size_t)images || fseek(f, 0, SEEK_END)) stop(path, "is truncated");
     end = ftell(f);
     *size = (size_t)end - sizeof *at - (size_t)images * sizeof *order;
@@ -479,11 +492,12 @@ static uint8_t *read_state(const char *path, place *at, int *order, size_t *size
     return bytes;
 }
 
-/* Microseconds per image in batches of n: the best of several runs. */
+/* Microseconds per image in batches of n: the best of five runs, or of what a second holds. */
 static double microseconds(tern_context *c, network *net, int n)
 {
+    const double begun = seconds();
     double best = 1e9;
-    for (int run = 0; run < 5; run++) {
+    for (int run = 0; run < 5 && (run == 0 || seconds() - begun < 1); run++) {
         const int repeats = n == 1 ? 200 : 10;
         const double start = seconds();
         for (int i = 0; i < repeats; i++) forward(c, net, n, 0);
@@ -538,7 +552,7 @@ int main(int argc, char **argv)
     task t = {{0, NULL, NULL}, {0, NULL, NULL}, 0, 0, NULL};
     uint8_t *predicted, *kept = NULL;
     const char *dir = NULL, *resume = NULL;
-    int seed = 1;
+    int seed = 1, integer = 0;
     struct sigaction on_signal;
     place at;
     int *order;
@@ -548,7 +562,8 @@ int main(int argc, char **argv)
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--resume") == 0 && i + 1 < argc) resume = argv[++i];
         else if (strcmp(argv[i], "--seed") == 0 && i + 1 < argc && atoi(argv[i + 1]) > 0) seed = atoi(argv[++i]);
-        else if (dir || argv[i][0] == '-') stop(argv[0], "takes the directory of the MNIST files, or none, --seed 1 (or above) and --resume FILE");
+        else if (strcmp(argv[i], "--true-ternary") == 0) integer = 1;
+        else if (dir || argv[i][0] == '-') stop(argv[0], "takes the directory of the MNIST files, or none, --seed 1 (or above), --true-ternary and --resume FILE");
         else dir = argv[i];
     }
     if (dir) {
@@ -569,6 +584,8 @@ int main(int argc, char **argv)
     if (!pool || !predicted || !order) stop("start", "out of memory");
     memset(&at, 0, sizeof at);
     memcpy(at.magic, magic, sizeof magic);
+    at.first = at.which = integer ? NETWORKS - 1 : 0;
+    at.end = integer ? NETWORKS : NETWORKS - 1;
     at.images = t.train.count;
     at.seed = seed;
     if (resume) kept = read_state(resume, &at, order, &size);
@@ -582,7 +599,7 @@ int main(int argc, char **argv)
     printf("%s: %d images to learn from, %d to test on; %d-%d-%d-%d network, tier %s, %d threads\n", t.title, t.train.count, t.test.count,
            PIXELS, HIDDEN, HIDDEN, CLASSES, tern_backend_name(c), desc.parallel.workers);
 
-    for (; at.which < NETWORKS; at.which++, at.step = 0) {
+    for (; at.which < at.end; at.which++, at.step = 0) {
         const recipe *how = &recipes[at.which];
         network net;
         tern_audit audit;
@@ -607,7 +624,7 @@ int main(int argc, char **argv)
 
     printf("\n%-18s %9s %12s %12s %21s\n%-18s %9s %12s %12s %10s %10s\n", "", "accuracy", "bytes", "bytes", "microseconds an image",
            "", "on test", "as float", "as kept", "one", "of 256");
-    for (int i = 0; i < NETWORKS; i++) puts(at.table[i]);
+    for (int64_t i = at.first; i < at.end; i++) puts(at.table[i]);
     write_picture(&t.test, predicted);
     printf("%.0f seconds in all\n", seconds() - begun);
 

@@ -12,8 +12,10 @@
    A transformer: rotary positions, RMSNorm of queries and keys, squared ReLU; every linear layer is a
    BitLinear with an RMSNorm without gain before it, int8 activations and one scale per row. Other recipes are
    options, from the rule that makes a trit of a weight to the rounding of the shadow weights; --float
-   trains the same network with float weights. Everything is computed by the operations of ternary.h on
-   memory of its backend: --cuda trains and talks on the first GPU, and the CPU then finds the same bits in the file.
+   trains the same network with float weights, and --true-ternary without any: trits, an int8 accumulator for each
+   and scales that stay are all that lasts, and the trained bits are the same on every machine. Everything is
+   computed by the operations of ternary.h on memory of its backend: --cuda trains and talks on the first GPU, and
+   the CPU then finds the same bits in the file.
 
    Ctrl-C ends the training after the step that runs and keeps its state; the same command with --resume FILE
    goes on from there, with the bits of a training that was never interrupted. */
@@ -61,7 +63,8 @@ typedef struct options {
     int64_t threads, cuda, stop, generate;
     int64_t layers, heads, width, context, batch, accumulate, steps, seed, schedule;
     int64_t rule, ends, grain, scales, activations, rotate, shadows, nearest, moments; /* the recipe; rule: TERN_DENSE for float weights */
-    double rate, decay, tequila, arenas, noise, rho; /* from layers to here: what a training depends on */
+    int64_t true_ternary, flips;
+    double rate, decay, tequila, arenas, noise, rho, push; /* from layers to here: what a training depends on */
 } options;
 
 /* The table of the first GPU; NULL in a program without ternary_cuda.o. */
@@ -81,15 +84,19 @@ static const char usage[] =
     "  --layers N  --heads N  --width N  --context N  --batch N  --steps N\n"
     "  --accumulate N   batches whose gradients make a step (default: 1)\n"
     "  --lr RATE  --decay D    peak learning rate; weight decay (default: 0.05)\n"
-    "  --schedule NAME  cosine (default), or wsd: warm-up, stable, decay over the last fifth\n"
+    "  --schedule NAME  cosine (default), wsd (warm-up, stable, decay over the last fifth) or linear\n"
     "  --stop N         ends after step N as Ctrl-C does: with the state in training.state in --out\n"
     "  --resume FILE    goes on from such a state; the other options are those of the run that wrote it\n"
     "  --seed N         of the initial weights, the batches and the generated text\n"
     "  --float          float weights instead of ternary ones\n"
+    "  --true-ternary   no floats that last: accumulators in int8 and gradients by integer products instead of shadows,\n"
+    "                   moments and rates; scales of type log, schedule linear (to 0)\n"
+    "  --push K         of a mean gradient on an accumulator, which flips its trit at 32 (default: 3)\n"
+    "  --flips RULE     proportional to the gradient (default), or by its sign alone\n"
     "  --rule NAME      absmean (default), sigma, twn, or with learned scales lsq or seq\n"
     "  --float-ends     a float embedding and head, and ternary blocks between them\n"
     "  --grain G        what has a scale: tensor (lsq), row (default) or a group of that many inputs\n"
-    "  --scales TYPE    f32 (default), f16 or pow2\n"
+    "  --scales TYPE    f32 (default), f16, pow2 or log\n"
     "  --activations TYPE      int8 (default), int4 or float\n"
     "  --rotate         a Hadamard rotation of weights and activations\n"
     "  --tequila LAMBDA        the weights of the dead zone give a bias (1e-3 is usual)\n"
@@ -113,13 +120,13 @@ static int is_number(const char *word, double *out)
 
 static options parse(int count, char **words)
 {
-    enum { BY_RULE = -2 }; /* a grain */
+    enum { BY_RULE = -2 }; /* a grain, scales, a schedule */
     options o = {.text = "ternary.h", .out = "build", .generate = 400, .layers = 4, .heads = 4, .width = 128, .context = 64, .batch = 12,
-                 .accumulate = 1, .steps = 600, .seed = 1, .schedule = TERN_COSINE, .rule = TERN_ABSMEAN, .grain = BY_RULE,
-                 .scales = TERN_F32, .activations = TERN_ACT_INT8, .shadows = TERN_BF16, .moments = TERN_F32, .decay = 0.05};
+                 .accumulate = 1, .steps = 600, .seed = 1, .schedule = BY_RULE, .rule = TERN_ABSMEAN, .grain = BY_RULE,
+                 .scales = BY_RULE, .activations = TERN_ACT_INT8, .shadows = TERN_BF16, .moments = TERN_F32, .decay = 0.05, .push = 3};
     const struct { const char *name; int64_t *option, value; } flags[] = {
         {"--cuda", &o.cuda, 1}, {"--float", &o.rule, TERN_DENSE}, {"--float-ends", &o.ends, 1}, {"--float-shadows", &o.shadows, TERN_F32},
-        {"--rotate", &o.rotate, 1}};
+        {"--rotate", &o.rotate, 1}, {"--true-ternary", &o.true_ternary, 1}};
     const struct { const char *name, **option; } strings[] = {{"--text", &o.text}, {"--out", &o.out}, {"--resume", &o.resume}};
     const struct { const char *name; int64_t *option; const char *word; int64_t value; } choices[] = {
         {"--schedule", &o.schedule, "cosine", TERN_COSINE},           {"--schedule", &o.schedule, "wsd", TERN_WSD},
@@ -132,14 +139,17 @@ static options parse(int count, char **words)
         {"--activations", &o.activations, "float", TERN_ACT_FLOAT},   {"--shadows", &o.shadows, "bf16", TERN_BF16},
         {"--shadows", &o.shadows, "f32", TERN_F32},                   {"--rounding", &o.nearest, "stochastic", 0},
         {"--rounding", &o.nearest, "nearest", 1},                     {"--moments", &o.moments, "f32", TERN_F32},
-        {"--moments", &o.moments, "bf16", TERN_BF16}};
+        {"--moments", &o.moments, "bf16", TERN_BF16},                 {"--schedule", &o.schedule, "linear", TERN_LINEAR},
+        {"--scales", &o.scales, "log", TERN_LOG},                     {"--flips", &o.flips, "sign", TERN_FLIP_SIGN},
+        {"--flips", &o.flips, "proportional", TERN_FLIP_PROPORTIONAL}};
     const struct { const char *name; int64_t *option, least, most; } wholes[] = {
         {"--layers", &o.layers, 1, 128},     {"--heads", &o.heads, 1, 256},   {"--width", &o.width, 2, 16384},
         {"--context", &o.context, 2, 65536}, {"--batch", &o.batch, 1, 4096},  {"--steps", &o.steps, 10, 100000000},
         {"--accumulate", &o.accumulate, 1, 4096}, {"--stop", &o.stop, 1, 100000000}, {"--grain", &o.grain, 1, 65536},
         {"--seed", &o.seed, 0, INT64_C(1) << 53}, {"--threads", &o.threads, 0, 64}, {"--generate", &o.generate, 0, 1 << 30}};
     const struct { const char *name; double *option; } numbers[] = { /* ranges: the library's */
-        {"--lr", &o.rate}, {"--decay", &o.decay}, {"--tequila", &o.tequila}, {"--arenas", &o.arenas}, {"--noise", &o.noise}, {"--rho", &o.rho}};
+        {"--lr", &o.rate}, {"--decay", &o.decay}, {"--tequila", &o.tequila}, {"--arenas", &o.arenas}, {"--noise", &o.noise}, {"--rho", &o.rho},
+        {"--push", &o.push}};
 #define EACH(list) for (k = 0; k < (int)(sizeof list / sizeof list[0]); k++) if (!strcmp(name, list[k].name))
     int i, k;
     for (i = 1; i < count; i++) {
@@ -169,6 +179,10 @@ static options parse(int count, char **words)
         if (!done) die(known ? "%s does not take %s\n%s" : "unknown option %s %s\n%s", name, value, usage);
     }
 #undef EACH
+    if (o.true_ternary && (o.rate != 0 || o.noise != 0 || o.rho != 0 || o.nearest || o.shadows != TERN_BF16 || o.moments != TERN_F32))
+        die("--true-ternary has no shadows and no optimizer, and so no --lr, --noise, --rho, --shadows, --rounding and --moments");
+    if (o.schedule == BY_RULE) o.schedule = o.true_ternary ? TERN_LINEAR : TERN_COSINE;
+    if (o.scales == BY_RULE) o.scales = o.true_ternary ? TERN_LOG : TERN_F32;
     if (o.grain == BY_RULE) o.grain = o.rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW;
     if (o.cuda && !gpu()) die("--cuda: this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/language_model_cuda");
     if (o.width % (2 * o.heads)) die("--width %lld does not divide into %lld heads of even size", (long long)o.width, (long long)o.heads);
@@ -226,11 +240,13 @@ typedef struct lm {
     tern_context *c;
     int training;
     float arenas;         /* of this step */
+    uint64_t rounding;    /* a seed for every backward, of true-ternary training */
     tern_param *params, *biases, *alphas, **items; /* weights; of each the bias of its dead zone and the learned scales */
     tern_model model;
     void *memory;         /* of the backend; everything below but the last line is cut from it */
     size_t used;
     int32_t *ids, *targets;
+    tern_flips *flips;
     float *embedded, *branch, *x, *logits, *losses;
     void *saved_head;
     float *dx, *dv, *dqk, *dwide;
@@ -256,6 +272,7 @@ static tern_linear linear(const lm *m, int64_t param)
     l.norm = TERN_NORM_RMS;
     l.act = (tern_act)m->o.activations;
     l.arenas = is_plain(&m->o, param) ? 0 : m->arenas;
+    l.seed = m->rounding + (uint64_t)param;
     if (!m->training && m->o.tequila != 0 && !is_plain(&m->o, param)) l.bias = &m->biases[param];
     return l;
 }
@@ -286,6 +303,7 @@ static void lay_out(lm *m)
     m->used = 0;
     m->ids = (int32_t *)cut(m, n);
     m->targets = (int32_t *)cut(m, n);
+    m->flips = (tern_flips *)(void *)cut(m, (int64_t)(sizeof *m->flips / sizeof(float)));
     m->embedded = cut(m, n * w);
     for (i = 0; i < m->o.layers; i++) {
         block *b = &m->blocks[i];
@@ -315,7 +333,7 @@ static void lay_out(lm *m)
 static void add_weights(lm *m, const char *name, int64_t layer, int64_t rows, int64_t cols)
 {
     const options *o = &m->o;
-    const int32_t dense = is_float(o, m->model.count);
+    const int32_t dense = is_float(o, m->model.count), training = o->true_ternary && !dense ? TERN_FOR_FLIPS : TERN_FOR_ADAMW;
     tern_param *p = m->items[m->model.count] = &m->params[m->model.count];
     snprintf(p->name, sizeof p->name, name, (int)layer);
     p->rows = rows;
@@ -329,7 +347,7 @@ static void add_weights(lm *m, const char *name, int64_t layer, int64_t rows, in
     p->buffer[TERN_SCALES].type = (tern_type)o->scales;
     p->buffer[TERN_SHADOW].type = dense ? TERN_F32 : (tern_type)o->shadows;
     p->buffer[TERN_MOMENT1].type = p->buffer[TERN_MOMENT2].type = (tern_type)o->moments;
-    ok(m, tern_param_alloc(m->c, p, m->training ? TERN_FOR_ADAMW : dense ? 1 << TERN_SHADOW : TERN_FOR_INFERENCE));
+    ok(m, tern_param_alloc(m->c, p, m->training ? training : dense ? 1 << TERN_SHADOW : TERN_FOR_INFERENCE));
     m->model.count++;
 }
 
@@ -402,6 +420,7 @@ static lm *lm_open(const options *o, tern_isa isa, int64_t threads, int training
         add_weights(m, "block.%d.down", i, w, 4 * w);
     }
     add_vectors(m);
+    if (training && o->true_ternary) ok(m, tern_model_strict(m->c, &m->model)); /* no float that is trained */
     m->arenas = training ? (float)o->arenas : 0; /* the most there will be */
     lay_out(m);
     if (!(m->memory = tern_alloc(m->c, m->used))) die("no memory for %zu bytes of activations", m->used);
@@ -497,7 +516,7 @@ static tern_attention_args attention(const lm *m, const block *b, int64_t batch,
     return (tern_attention_args){.batch = batch, .queries = count, .keys = start + count,
                                  .heads = heads, .kv_heads = heads, .dim = (int32_t)w / heads,
                                  .q = b->turned + start * 2 * w, .q_stride = 2 * w, .k = b->turned + w, .k_stride = 2 * w,
-                                 .v = b->v, .v_stride = w, .y = b->mixed, .p = b->p};
+                                 .v = b->v, .v_stride = w, .y = b->mixed, .p = b->p, .exact = (int32_t)m->o.true_ternary};
 }
 
 static float branch_weight(const lm *m) { return inverse_root(2 * (double)m->o.layers); }
@@ -629,7 +648,17 @@ enum { POINTS = 400, VALIDATIONS = 10, GLANCE = 120 }; /* GLANCE: windows of eve
 typedef struct curve { double train[POINTS], validation[VALIDATIONS + 1]; int64_t in_point[POINTS], points, steps; } curve;
 
 /* Where a training is after a step. */
-typedef struct place { int64_t step; uint64_t random; double smooth; curve c; } place;
+typedef struct place {
+    int64_t step;
+    uint64_t random;
+    double smooth, flipped; /* running means of the loss and of the trits that change in a step */
+    tern_flips flips;       /* of all steps */
+    tern_pace pace;
+    curve c;
+} place;
+
+/* x, as a mean that follows it, from the first on. */
+static double follow(double mean, double x, int64_t step) { return step == 1 ? x : mean + 0.05 * (x - mean); }
 
 /* A tenth of the steps, at most 100. */
 static uint32_t warmup(const options *o) { return (uint32_t)(o->steps < 1000 ? o->steps / 10 : 100); }
@@ -662,23 +691,57 @@ static void fade(lm *m, int64_t step)
     for (i = 0; i < param_count(&m->o); i++) m->params[i].noise = m->params[i].zone = noise;
 }
 
+/* What a mean gradient pushes an accumulator; at the end nothing flips any more. */
+static float push_at(const lm *m, int64_t step)
+{
+    const options *o = &m->o;
+    const tern_schedule s = {(tern_schedule_kind)o->schedule, (float)o->push, 0, 0, (uint32_t)(o->steps / 5), (uint32_t)o->steps};
+    float push;
+    ok(m, tern_schedule_rate(m->c, &s, (uint32_t)step, &push));
+    return push;
+}
+
+/* The part of a step that true-ternary training decides. */
+static void step_flips(lm *m, place *at, double loss, tern_step *s)
+{
+    ok(m, tern_copy(m->c, m->flips, &at->flips, sizeof *m->flips, TERN_TO_DEVICE));
+    s->flip = (tern_flip_rule)m->o.flips;
+    s->push = push_at(m, at->step);
+    ok(m, tern_sign_step(m->c, &at->pace, (float)loss, &s->sign_step));
+    s->flips = m->flips;
+}
+
+static void count_flips(lm *m, place *at)
+{
+    const int64_t before = at->flips.flips;
+    ok(m, tern_copy(m->c, &at->flips, m->flips, sizeof *m->flips, TERN_TO_HOST));
+    at->flipped = follow(at->flipped, (double)(at->flips.flips - before), at->step);
+}
+
 static double train_step(lm *m, const text *t, place *at)
 {
     const int64_t batch = m->o.batch;
+    tern_step s = {.optimizer = TERN_ADAMW, .decay = (float)m->o.decay, .clip = 1, .seed = (uint64_t)m->o.seed};
     double sum = 0;
     int64_t i, k;
     fade(m, ++at->step);
     for (k = 0; k < m->o.accumulate; k++) {
+        uint64_t backward = (uint64_t)m->o.seed << 40 ^ (uint64_t)(at->step * m->o.accumulate + k);
+        m->rounding = random_bits(&backward);
         for (i = 0; i < batch; i++) set_window(m, i, t->bytes + random_bits(&at->random) % (uint64_t)(t->train - m->o.context));
         sum += lm_loss(m, batch, 1);
         lm_backward(m, batch);
     }
-    ok(m, tern_model_step(m->c, &m->model, &(tern_step){.optimizer = TERN_ADAMW, .rate = rate_at(m, at->step), .decay = (float)m->o.decay,
-                                                        .clip = 1, .seed = (uint64_t)m->o.seed, .step = (uint32_t)at->step}));
-    return sum / (double)(m->o.accumulate * batch * m->o.context);
+    sum /= (double)(m->o.accumulate * batch * m->o.context);
+    s.step = (uint32_t)at->step;
+    s.rate = rate_at(m, at->step);
+    if (m->o.true_ternary) step_flips(m, at, sum, &s);
+    ok(m, tern_model_step(m->c, &m->model, &s));
+    if (m->o.true_ternary) count_flips(m, at);
+    return sum;
 }
 
-/* -- the state of a training: a head in this machine's bytes, then the model with its shadows and moments -- */
+/* -- the state of a training: a head in this machine's bytes, then the model with all that trains -- */
 
 typedef struct head { char magic[8]; options o; uint64_t text; place at; } head;
 
@@ -753,15 +816,18 @@ static void on_signals(void (*handler)(int))
 }
 
 /* One line that changes in place on a terminal, a line now and then elsewhere. */
-static void progress(const options *o, int64_t step, int64_t done, double loss, double elapsed)
+static void progress(const options *o, const place *at, int64_t done, double elapsed)
 {
     static double shown = -1;
+    const int64_t step = at->step;
     const int terminal = isatty(STDOUT_FILENO), sparse = step % (o->steps / 20 + 1) == 0 || step == o->steps;
     const double left = elapsed / (double)done * (double)(o->steps - step);
     if (terminal ? elapsed - shown < 0.1 && step < o->steps : !sparse) return;
     shown = elapsed;
-    printf("%sstep %lld of %lld   loss %.3f   %.0f tokens/s   %d:%02d left%s", terminal ? "\r" : "", (long long)step, (long long)o->steps, loss,
-           (double)(done * o->accumulate * o->batch * o->context) / elapsed, (int)left / 60, (int)left % 60, terminal ? "\033[K" : "\n");
+    printf("%sstep %lld of %lld   loss %.3f   ", terminal ? "\r" : "", (long long)step, (long long)o->steps, at->smooth);
+    if (o->true_ternary) printf("%.0f flips/step   ", at->flipped);
+    printf("%.0f tokens/s   %d:%02d left%s", (double)(done * o->accumulate * o->batch * o->context) / elapsed, (int)left / 60, (int)left % 60,
+           terminal ? "\033[K" : "\n");
     fflush(stdout);
 }
 
@@ -784,8 +850,8 @@ static void train(lm *m, const text *t, place *at)
         const double loss = train_step(m, t, at);
         k = (at->step - 1) * c->points / steps;
         c->train[k] += (loss - c->train[k]) / (double)++c->in_point[k];
-        at->smooth = at->step == 1 ? loss : at->smooth + 0.05 * (loss - at->smooth);
-        progress(&m->o, at->step, at->step - begun, at->smooth, seconds() - start - paused);
+        at->smooth = follow(at->smooth, loss, at->step);
+        progress(&m->o, at, at->step - begun, seconds() - start - paused);
         k = at->step * VALIDATIONS / steps;
         if (k > (at->step - 1) * VALIDATIONS / steps) {
             const double now = seconds();
@@ -847,6 +913,8 @@ static void draw_axes(FILE *f, const axes *a)
     fprintf(f, "<text transform=\"translate(18 %d) rotate(-90)\" text-anchor=\"middle\">loss in nats per byte</text>\n", (TOP + HEIGHT - BOTTOM) / 2);
 }
 
+static const char *kind_of(const options *o) { return o->rule == TERN_DENSE ? "float" : o->true_ternary ? "true-ternary" : "ternary"; }
+
 static void draw_curve(const options *o, const curve *c)
 {
     const axes a = axes_of(c);
@@ -857,7 +925,7 @@ static void draw_curve(const options *o, const curve *c)
                ".validation{stroke:#c0392b;fill:none;stroke-width:2}.dot{fill:#c0392b}</style>\n"
                "<rect width=\"%d\" height=\"%d\" rx=\"8\" fill=\"#fff\"/>\n", WIDTH, HEIGHT, WIDTH, HEIGHT);
     fprintf(f, "<text x=\"%d\" y=\"32\" font-size=\"17\" style=\"fill:#111\">Byte-level language model with %s weights: %.3f nats after %lld steps</text>\n",
-            LEFT, o->rule == TERN_DENSE ? "float" : "ternary", c->validation[VALIDATIONS], (long long)c->steps);
+            LEFT, kind_of(o), c->validation[VALIDATIONS], (long long)c->steps);
     draw_axes(f, &a);
     fprintf(f, "<path class=\"train\" d=\"");
     for (i = 0; i < c->points; i++)
@@ -966,6 +1034,33 @@ static speed measure(lm *m, const text *t)
     return s;
 }
 
+enum { REPEATED = 2 }; /* steps */
+
+static int hash_bytes(void *hash, const void *data, size_t bytes)
+{
+    uint64_t h = *(uint64_t *)hash;
+    size_t i;
+    for (i = 0; i < bytes; i++) h = (h ^ ((const unsigned char *)data)[i]) * UINT64_C(1099511628211);
+    *(uint64_t *)hash = h;
+    return 0;
+}
+
+/* The hash of the state after the first steps of the training: trits, scales and accumulators. */
+static uint64_t repeat_training(const options *o, const text *t, tern_isa isa, int threads)
+{
+    uint64_t hash = UINT64_C(14695981039346656037);
+    const tern_sink sink = {hash_bytes, &hash};
+    lm *m = lm_open(o, isa, threads, 1);
+    place at;
+    memset(&at, 0, sizeof at);
+    at.random = (uint64_t)o->seed;
+    lm_initialise(m);
+    while (at.step < REPEATED) train_step(m, t, &at);
+    ok(m, tern_model_save(m->c, &m->model, TERN_FOR_TRAINING, &sink));
+    lm_close(m);
+    return hash;
+}
+
 /* A line of the table, for the weights of a file or (path NULL) untrained ones. */
 static speed print_speed(const options *o, const text *t, tern_isa isa, int threads, const char *path)
 {
@@ -979,13 +1074,16 @@ static speed print_speed(const options *o, const text *t, tern_isa isa, int thre
     return s;
 }
 
-/* A line with its hash; 1 if the logits have the bits of the line before, of which the hash is in `last`. */
-static int compare(const options *o, const text *t, tern_isa isa, int threads, const char *path, uint64_t *last)
+/* A line with its hashes; 1 if they are those of the line before, which are in `last`. */
+static int compare(const options *o, const text *t, tern_isa isa, int threads, const char *path, uint64_t last[2])
 {
     const speed s = print_speed(o, t, isa, threads, path);
-    const int same = s.same && (*last == 0 || s.hash == *last);
-    *last = s.hash;
-    printf("%016llx%s\n", (unsigned long long)s.hash, same ? "" : " DIFFERENT");
+    const uint64_t hash[2] = {s.hash, o->true_ternary ? repeat_training(o, t, isa, threads) : 0};
+    const int same = s.same && (last[0] == 0 || memcmp(hash, last, sizeof hash) == 0);
+    memcpy(last, hash, sizeof hash);
+    printf("%016llx", (unsigned long long)hash[0]);
+    if (o->true_ternary) printf("    %016llx", (unsigned long long)hash[1]);
+    printf("%s\n", same ? "" : " DIFFERENT");
     return same;
 }
 
@@ -1002,24 +1100,25 @@ static const char *best_tier(void)
 }
 
 /* Runs the file on the GPU, if it was trained there, and on every tier of the CPU, with one and two threads; 1 if all
-   logits have the same bits. */
+   logits have the same bits, and true-ternary training has too. */
 static int compare_tiers(const options *o, const text *t, const char *path)
 {
     const char *best = best_tier();
     options cpu = *o;
-    uint64_t hash = 0;
+    uint64_t hash[2] = {0, 0};
     int all = 1, isa, threads, last = 0;
     cpu.cuda = 0;
-    printf("weights  tier         threads  tokens/s in batches  one by one  hash of the logits\n");
-    if (o->cuda) all = compare(o, t, TERN_ISA_BEST, 1, path, &hash);
+    printf("weights  tier         threads  tokens/s in batches  one by one  hash of the logits%s\n", o->true_ternary ? "  of training's first steps" : "");
+    if (o->cuda) all = compare(o, t, TERN_ISA_BEST, 1, path, hash);
     for (isa = TERN_ISA_SCALAR; !last; isa++) {
         const tern_backend *tier = tern_cpu_backend((tern_isa)isa);
         last = tier && !strcmp(tier->name, best);
-        for (threads = 1; tier && threads <= 2; threads++) all &= compare(&cpu, t, (tern_isa)isa, threads, path, &hash);
+        for (threads = 1; tier && threads <= 2; threads++) all &= compare(&cpu, t, (tern_isa)isa, threads, path, hash);
     }
     if (o->rule != TERN_DENSE) {
         cpu.rule = TERN_DENSE;
-        cpu.rotate = 0;
+        cpu.rotate = cpu.true_ternary = 0;
+        cpu.scales = TERN_F32;
         cpu.tequila = cpu.rho = 0;
         print_speed(&cpu, t, TERN_ISA_BEST, 2, NULL);
         printf("(untrained, for its speed)\n");
@@ -1027,19 +1126,30 @@ static int compare_tiers(const options *o, const text *t, const char *path)
     return all;
 }
 
-static void print_sizes(const tern_audit *trained, const tern_audit *packed, const tern_audit *running)
+static void print_sizes(const tern_audit *trained, const tern_audit *packed, const tern_audit *running, const place *at)
 {
     const double n = (double)trained->weights;
     const double weights = (double)trained->bytes[TERN_SHADOW] / n, gradient = (double)trained->bytes[TERN_GRAD] / n;
     const double moments = (double)(trained->bytes[TERN_MOMENT1] + trained->bytes[TERN_MOMENT2]) / n;
     const double trits = (double)(trained->bytes[TERN_TRITS] + trained->bytes[TERN_SCALES]) / n;
+    const double accumulators = (double)trained->bytes[TERN_ACCUM] / n;
     printf("parameters       %lld, %lld of them ternary\n", (long long)trained->weights, (long long)trained->ternary);
     printf("bytes            %.0f as float", 4 * n);
     if (trained->ternary)
         printf(", %zu packed in base 3 (%.2f bits per weight), %zu in the 2-bit panels it runs in (%.2f)", packed->packed_bytes,
                8 * (double)packed->packed_bytes / n, running->packed_bytes, 8 * (double)running->packed_bytes / n);
-    printf("\ntraining state   %.3f bytes per weight: weights %.3f, moments %.3f, gradient %.3f, trits and scales %.3f\n",
-           weights + moments + gradient + trits, weights, moments, gradient, trits);
+    if (!trained->bytes[TERN_ACCUM]) {
+        printf("\ntraining state   %.3f bytes per weight: weights %.3f, moments %.3f, gradient %.3f, trits and scales %.3f\n",
+               weights + moments + gradient + trits, weights, moments, gradient, trits);
+        return;
+    }
+    printf("\ntraining state   %.3f bytes per weight: trits and scales %.3f, accumulators %.3f; while a step runs gradients of %.3f more\n"
+           "trained floats   %lld; %lld that stay, %lld that end with a step (gradients)\n",
+           trits + accumulators, trits, accumulators, gradient, (long long)trained->trainable_floats, (long long)trained->persistent_floats,
+           (long long)trained->transient_floats);
+    printf("flips            %lld, %.2f per weight; %.4f of a step's weights held at the threshold; %lld of %lld updates skipped\n",
+           (long long)at->flips.flips, (double)at->flips.flips / n, (double)at->flips.saturated / n / (double)at->step, (long long)at->flips.skipped,
+           (long long)(at->flips.updates + at->flips.skipped));
 }
 
 /* Drops what only training needs, learned scales among it, and saves the rest. */
@@ -1108,7 +1218,7 @@ int main(int count, char **words)
     talk(m, o.generate);
     lm_close(m);
 
-    print_sizes(&trained, &packed, &running);
+    print_sizes(&trained, &packed, &running, &at);
     same = memcmp(&loss, &at.c.validation[VALIDATIONS], sizeof loss) == 0;
     printf("validation loss  %.4f nats per byte in training (%a), %.4f reloaded (%a): %s\n\n", at.c.validation[VALIDATIONS], at.c.validation[VALIDATIONS],
            loss, loss, same ? "equal" : "DIFFERENT");
