@@ -2673,6 +2673,7 @@ TERN__ABSENT(flip)
 TERN__ABSENT(route)
 TERN__ABSENT(group)
 TERN__ABSENT(row_dot)
+TERN__ABSENT(aggregate)
 
 /* Every operation on its device, its launches checked; errors of before are told apart. */
 #define TERN__OP(op)                                                                              \
