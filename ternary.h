@@ -559,6 +559,21 @@ typedef struct tern_aggregate_args {
     float *y;
 } tern_aggregate_args;
 
+/* y [n, cols] = h + the sum over j < count, in order, of gate * value, gate = sigmoid(<h, key>), rows j n + t of key, value
+   [count n, cols] and gate [count n] for token t. Dots are canonical sums. Backward (dy set; gate as the forward left it): dh,
+   dkey and dvalue. A row of y that is not finite is a data fault and zero. */
+typedef struct tern_gate_args {
+    int64_t n, count, cols;
+    const float *h, *key, *value;
+    float *gate, *y;
+    const float *dy; /* set: backward */
+    float *dh, *dkey, *dvalue;
+} tern_gate_args;
+
+/* ids[t] = the row of w [rows, cols] whose distance to x[t] is least, of equal ones the first, and distance[t] = the canonical
+   sum of (x - w)^2 (or NULL). A row of x that is not finite, or too far from all, is a data fault: id -1, distance 0. */
+typedef struct tern_nearest_args { int64_t n, rows, cols; const float *x, *w; int32_t *ids; float *distance; } tern_nearest_args;
+
 /* Fills with zeros, or with normal deviates of the given standard deviation: element i of the result
    depends on (seed, stream, i) alone. */
 typedef struct tern_fill_args { int64_t count; float *x; float deviation; uint64_t seed; uint32_t stream; } tern_fill_args;
@@ -731,7 +746,8 @@ typedef struct tern_linear_args { tern_quantize_args quantize; const float *bias
     X(ternarize) X(pack) X(unpack) X(quantize) X(matmul) X(matmul_dx) X(matmul_dw)     \
     X(dense) X(dense_i8) X(gather) X(scatter) X(fill) X(cast) X(map) X(norm) X(rope)   \
     X(attention) X(loss) X(sum) X(optimize) X(scale_grad) X(hadamard) X(dead_zone)     \
-    X(round_i8) X(dequantize) X(flip) X(route) X(group) X(row_dot) X(aggregate)
+    X(round_i8) X(dequantize) X(flip) X(route) X(group) X(row_dot) X(aggregate) \
+    X(gate) X(nearest)
 
 /* Operations that a backend may leave out: layers then compose others, with the same bits. */
 #define TERN_FUSED(X) X(linear)
@@ -1078,6 +1094,42 @@ TERN_API tern_result tern_hop_forward(tern_context *c, const tern_hop *l, const 
    rounding to int8 passes the gradient through. */
 #ifndef TERNARY_NO_TRAINING
 TERN_API tern_result tern_hop_backward(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, const void *saved, const float *dy, float *dh);
+#endif
+
+/* Memory of n-grams: the last two and the last three tokens each name a row of a table, and y = h + the sum over both of
+   sigmoid(<h, key row>) * value row. Rows that no token names are not read, and get no gradient. */
+typedef struct tern_ngram {
+    tern_param *table;     /* as of an embedding */
+    tern_linear key, value; /* [columns of h, columns of the table] */
+    uint64_t seed;         /* of the hash */
+} tern_ngram;
+/* Rows of the table, on the host: ids [2, n], of the last two tokens, then of the last three. tokens [n] are sequences of
+   `period` (0: one), before which nothing is known. Different n-grams may share a row. */
+TERN_API tern_result tern_ngram_ids(tern_context *c, const tern_ngram *l, int64_t n, int64_t period, const int32_t *tokens, int32_t *ids);
+TERN_API tern_result tern_ngram_need(tern_context *c, const tern_ngram *l, int64_t n, tern_need *out);
+/* h [n, cols] -> y [n, cols], apart; ids [2, n] in backend memory. saved as of tern_linear_forward. */
+TERN_API tern_result tern_ngram_forward(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, float *y, void *saved);
+/* Adds into the TERN_GRAD of all parameters where present; dh [n, cols] is overwritten. */
+#ifndef TERNARY_NO_TRAINING
+TERN_API tern_result tern_ngram_backward(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, const void *saved, const float *dy, float *dh);
+#endif
+
+/* Vector quantization (van den Oord et al. 2017): y = the nearest row of a codebook, dense or ternary. */
+typedef struct tern_vq {
+    tern_param *codes;  /* [codes, cols] */
+    float commitment;   /* factor of |x - code|^2 in the loss; 0.25 is usual */
+} tern_vq;
+TERN_API tern_result tern_vq_need(tern_context *c, const tern_vq *l, int64_t n, tern_need *out);
+/* x [n, cols] -> ids [n], y [n, cols] and distance [n] = |x - y|^2 (or NULL). The loss of token t is (1 + commitment) distance[t]. */
+TERN_API tern_result tern_vq_forward(tern_context *c, const tern_vq *l, int64_t n, const float *x, int32_t *ids, float *y, float *distance);
+/* Straight-through: dx = dy + 2 commitment scale (x - y), and 2 scale (y - x) is added to the TERN_GRAD of the codes: scale is the
+   factor of the loss. ids and y as the forward left them; dx [n, cols] may be dy, or NULL. */
+#ifndef TERNARY_NO_TRAINING
+TERN_API tern_result tern_vq_backward(tern_context *c, const tern_vq *l, int64_t n, const float *x, const int32_t *ids, const float *y, float scale, const float *dy, float *dx);
+/* Adds to used [codes] (host) how often ids [n] name each code; and gives those that are 0 in it a row of x [n, cols], drawn by
+   (seed, step, code), in the F32 shadow, which is ternarized again. Both wait. *count: how many. */
+TERN_API tern_result tern_vq_count(tern_context *c, const tern_vq *l, int64_t n, const int32_t *ids, int64_t *used);
+TERN_API tern_result tern_vq_revive(tern_context *c, const tern_vq *l, int64_t n, const float *x, const int64_t *used, uint64_t seed, uint32_t step, int64_t *count);
 #endif
 #endif
 
@@ -1592,6 +1644,8 @@ static tern_result tern__set_error(tern_error *e, tern_result code, const char *
     X(NORM,     "norm: row %d is not finite and was taken as zero")                                      \
     X(ROUTE,    "route: the logits of row %d are not finite; it goes to no expert")                      \
     X(AGGREGATE, "aggregate: the sum of row %d is not finite and was taken as zero")                     \
+    X(GATE,     "gate: row %d is not finite and was taken as zero")                                      \
+    X(NEAREST,  "nearest: row %d is not finite and has no code")                                         \
     X(LOSS,     "loss: row %d has a target out of range or logits that are not finite and was taken as zero") \
     X(OPTIMIZE, "optimize: the gradient norm of step %d is not finite; the update was skipped")         \
     X(ROUND,    "round_i8: row %d is not finite and was taken as zero")                                  \
@@ -6221,6 +6275,24 @@ static tern_result tern__cpu_scatter(tern_run *run, const tern_scatter_args *a)
     return TERN_OK;
 }
 
+#if !defined(TERNARY_NO_MOE) || !defined(TERNARY_NO_GRAPH)
+/* The canonical sum of a product, or of the squares of a difference. */
+static float tern__sum_pairs(const tern__kernels *k, int32_t squares, int64_t cols, const float *a, const float *b)
+{
+    float block[TERN__BLOCK];
+    tern__tree tree;
+    int64_t i, j;
+    tern__tree_init(&tree, k);
+    for (i = 0; i < cols; i += TERN__BLOCK) {
+        const int64_t n = tern__min(TERN__BLOCK, cols - i);
+        if (squares) for (j = 0; j < n; j++) block[j] = a[i + j] - b[i + j];
+        else for (j = 0; j < n; j++) block[j] = a[i + j] * b[i + j];
+        tern__tree_push(&tree, k->sum(squares ? TERN_SUM_SQUARES : TERN_SUM, n, block));
+    }
+    return tern__tree_total(&tree);
+}
+#endif
+
 /* -- routing and grouping by expert -- */
 
 enum { TERN__MAX_EXPERTS = 1024 }; /* a token's logits are one block of a canonical sum */
@@ -6348,22 +6420,10 @@ static tern_result tern__cpu_group(tern_run *run, const tern_group_args *a)
 static void tern__row_dot_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_row_dot_args *a = (const tern_row_dot_args *)job->arg;
-    float block[TERN__BLOCK];
-    tern__tree tree;
-    int64_t i, j, col;
+    int64_t i;
     (void)bad;
-    for (i = begin; i < end; i++) {
-        const float *x, *z = a->b + i * a->cols;
-        if (a->ids[i] < 0 || a->ids[i] >= a->rows) continue;
-        x = a->a + a->ids[i] * a->cols;
-        tern__tree_init(&tree, job->k);
-        for (col = 0; col < a->cols; col += TERN__BLOCK) {
-            const int64_t n = tern__min(TERN__BLOCK, a->cols - col);
-            for (j = 0; j < n; j++) block[j] = x[col + j] * z[col + j];
-            tern__tree_push(&tree, job->k->sum(TERN_SUM, n, block));
-        }
-        a->y[a->to[i]] = tern__tree_total(&tree);
-    }
+    for (i = begin; i < end; i++)
+        if (a->ids[i] >= 0 && a->ids[i] < a->rows) a->y[a->to[i]] = tern__sum_pairs(job->k, 0, a->cols, a->a + a->ids[i] * a->cols, a->b + i * a->cols);
 }
 
 static tern_result tern__cpu_row_dot(tern_run *run, const tern_row_dot_args *a)
@@ -6479,8 +6539,86 @@ static tern_result tern__cpu_aggregate(tern_run *run, const tern_aggregate_args 
     if (bad != INT64_MAX) tern__set_fault(run, TERN__FAULT_AGGREGATE, bad);
     return TERN_OK;
 }
+
+/* -- gates and codebooks -- */
+
+static void tern__gate_token(const tern__kernels *k, const tern_gate_args *a, int64_t t, int64_t *bad)
+{
+    float *y = a->y + t * a->cols;
+    int64_t i, j;
+    memcpy(y, a->h + t * a->cols, sizeof(float) * (size_t)a->cols);
+    for (i = t; i < a->count * a->n; i += a->n) {
+        const float gate = tern__sigmoid(tern__sum_pairs(k, 0, a->cols, a->h + t * a->cols, a->key + i * a->cols));
+        a->gate[i] = gate;
+        for (j = 0; j < a->cols; j++) y[j] = y[j] + gate * a->value[i * a->cols + j];
+    }
+    if (tern__finite(tern__float(k->absmax(a->cols, y, NULL)))) return;
+    memset(y, 0, sizeof(float) * (size_t)a->cols);
+    *bad = tern__min(*bad, t);
+}
+
+static void tern__gate_back(const tern__kernels *k, const tern_gate_args *a, int64_t t)
+{
+    const float *h = a->h + t * a->cols, *dy = a->dy + t * a->cols;
+    float *dh = a->dh + t * a->cols;
+    int64_t i, j;
+    memcpy(dh, dy, sizeof(float) * (size_t)a->cols);
+    for (i = t; i < a->count * a->n; i += a->n) {
+        const float gate = a->gate[i], *key = a->key + i * a->cols, *value = a->value + i * a->cols;
+        const float slope = tern__sum_pairs(k, 0, a->cols, dy, value) * (gate * (1.0f - gate));
+        float *dkey = a->dkey + i * a->cols, *dvalue = a->dvalue + i * a->cols;
+        for (j = 0; j < a->cols; j++) {
+            dvalue[j] = gate * dy[j];
+            dkey[j] = slope * h[j];
+            dh[j] = dh[j] + slope * key[j];
+        }
+    }
+}
+
+static void tern__gate_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_gate_args *a = (const tern_gate_args *)job->arg;
+    int64_t t;
+    for (t = begin; t < end; t++) {
+        if (a->dy) tern__gate_back(job->k, a, t);
+        else tern__gate_token(job->k, a, t, bad);
+    }
+}
+
+static tern_result tern__cpu_gate(tern_run *run, const tern_gate_args *a)
+{
+    const int64_t bad = tern__for(run, tern__gate_body, a, a->n, tern__mul(tern__mul(a->count, a->cols), 10));
+    if (bad != INT64_MAX) tern__set_fault(run, TERN__FAULT_GATE, bad);
+    return TERN_OK;
+}
+
+static void tern__nearest_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_nearest_args *a = (const tern_nearest_args *)job->arg;
+    int64_t t, i;
+    for (t = begin; t < end; t++) {
+        float best = 3.402823466e38f; /* beyond it nothing is nearest */
+        int32_t id = -1;
+        for (i = 0; i < a->rows; i++) {
+            const float d = tern__sum_pairs(job->k, 1, a->cols, a->x + t * a->cols, a->w + i * a->cols);
+            if (d < best) { best = d; id = (int32_t)i; }
+        }
+        if (id < 0) *bad = tern__min(*bad, t);
+        a->ids[t] = id;
+        if (a->distance) a->distance[t] = id < 0 ? 0.0f : best;
+    }
+}
+
+static tern_result tern__cpu_nearest(tern_run *run, const tern_nearest_args *a)
+{
+    const int64_t bad = tern__for(run, tern__nearest_body, a, a->n, tern__mul(tern__mul(a->rows, a->cols), 3));
+    if (bad != INT64_MAX) tern__set_fault(run, TERN__FAULT_NEAREST, bad);
+    return TERN_OK;
+}
 #else
 #define tern__cpu_aggregate NULL
+#define tern__cpu_gate NULL
+#define tern__cpu_nearest NULL
 #endif
 
 /* -- element by element -- */
@@ -7827,6 +7965,38 @@ static tern_result tern__check_aggregate(tern_run *r, const tern_aggregate_args 
         TERN__NEED("aggregate", scale);
     } else TERN__NEED("aggregate", x);
     TERN__NEED("aggregate", y);
+    return TERN_OK;
+}
+
+static tern_result tern__check_gate(tern_run *r, const tern_gate_args *a)
+{
+    TERN__TRY(tern__check_count(r, "gate", "cols", a->cols, 1));
+    TERN__TRY(tern__check_count(r, "gate", "count", a->count, a->cols));
+    TERN__TRY(tern__check_count(r, "gate", "n", a->n, a->count * a->cols));
+    TERN__NEED("gate", h);
+    TERN__NEED("gate", key);
+    TERN__NEED("gate", value);
+    TERN__NEED("gate", gate);
+    if (!a->dy) TERN__NEED("gate", y);
+    if (a->dy) {
+        TERN__NEED("gate", dy);
+        TERN__NEED("gate", dh);
+        TERN__NEED("gate", dkey);
+        TERN__NEED("gate", dvalue);
+    }
+    return TERN_OK;
+}
+
+static tern_result tern__check_nearest(tern_run *r, const tern_nearest_args *a)
+{
+    TERN__TRY(tern__check_count(r, "nearest", "cols", a->cols, 1));
+    TERN__TRY(tern__check_count(r, "nearest", "rows", a->rows, a->cols));
+    TERN__REQUIRE(r, a->rows <= INT32_MAX, TERN_E_OVERFLOW, "nearest: rows = %d is beyond int32", a->rows);
+    TERN__TRY(tern__check_count(r, "nearest", "n", a->n, a->cols));
+    TERN__NEED("nearest", x);
+    TERN__NEED("nearest", w);
+    TERN__NEED("nearest", ids);
+    TERN__MAY("nearest", distance);
     return TERN_OK;
 }
 
@@ -11469,6 +11639,303 @@ TERN_API tern_result tern_hop_backward(tern_context *c, const tern_hop *l, const
     result = tern__hop_back(c, l, g, h, dy, &w, dh);
     c->scratch_base -= (size_t)w.scratch_bytes;
     return result;
+}
+#endif
+/* -- memory of n-grams -- */
+
+/* Tokens of a gram, the oldest first, multiplied and folded one after the other; the high half of 64 bits picks a row. */
+static int32_t tern__ngram_row(uint64_t seed, int64_t rows, const int32_t *tokens, int64_t known, int32_t order)
+{
+    uint64_t x = seed + (uint64_t)order * UINT64_C(0x9E3779B97F4A7C15);
+    int32_t j;
+    for (j = order - 1; j >= 0; j--) {
+        x = (x ^ (j <= known ? (uint64_t)(uint32_t)tokens[-j] : UINT64_C(0xFFFFFFFF))) * UINT64_C(0xD6E8FEB86659FD93);
+        x ^= x >> 32;
+    }
+    x = x * UINT64_C(0xD6E8FEB86659FD93);
+    return (int32_t)(((x >> 32) * (uint64_t)rows) >> 32);
+}
+
+static tern_result tern__check_ngram(tern_context *c, const tern_ngram *l, int64_t n)
+{
+    tern_run *r;
+    if (!c) return TERN_E_ARGUMENT;
+    r = &c->run;
+    TERN__REQUIRE(r, l && l->table && l->key.w && l->value.w, TERN_E_ARGUMENT, "ngram: the layer, its table, key or value is NULL");
+    TERN__TRY(tern__check_count(r, "ngram", "n", n, 2));
+    TERN__REQUIRE(r, 2 * n <= INT32_MAX && l->table->rows <= INT32_MAX, TERN_E_OVERFLOW, "ngram: %d tokens or %d rows are beyond int32", n, l->table->rows);
+    TERN__TRY(tern__check_ready(c, l->table));
+    TERN__TRY(tern__check_linear(c, &l->key, 2 * n));
+    TERN__TRY(tern__check_linear(c, &l->value, 2 * n));
+    TERN__REQUIRE(r, l->key.w->rows == l->value.w->rows && l->key.w->cols == l->table->cols && l->value.w->cols == l->table->cols, TERN_E_SHAPE,
+                  "ngram: key is %d x %d and value %d x %d for rows of %d", l->key.w->rows, l->key.w->cols, l->value.w->rows, l->value.w->cols, l->table->cols);
+    return TERN_OK;
+}
+
+TERN_API tern_result tern_ngram_ids(tern_context *c, const tern_ngram *l, int64_t n, int64_t period, const int32_t *tokens, int32_t *ids)
+{
+    int64_t t;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__REQUIRE(&c->run, l && l->table && l->table->rows > 0 && l->table->rows <= INT32_MAX, TERN_E_ARGUMENT, "ngram: the layer or its table is NULL, or has no rows or too many");
+    TERN__TRY(tern__check_count(&c->run, "ngram", "n", n, 2));
+    TERN__REQUIRE(&c->run, period >= 0, TERN_E_ARGUMENT, "ngram: period is %d", period);
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "tokens", tokens, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "ids", ids, 4));
+    for (t = 0; t < n; t++) TERN__REQUIRE(&c->run, tokens[t] >= 0, TERN_E_ARGUMENT, "ngram: tokens[%d] is %d", t, (int64_t)tokens[t]);
+    for (t = 0; t < n; t++) {
+        const int64_t known = period ? t % period : t;
+        ids[t] = tern__ngram_row(l->seed, l->table->rows, tokens + t, known, 2);
+        ids[n + t] = tern__ngram_row(l->seed, l->table->rows, tokens + t, known, 3);
+    }
+    return TERN_OK;
+}
+
+typedef struct tern__ngram_work {
+    void *key_kept, *value_kept; float *rows, *key, *value, *gate; /* `saved` */
+    float *dkey, *dvalue, *drows, *more;                          /* of the backward */
+    int64_t saved_bytes, scratch_bytes;
+} tern__ngram_work;
+
+static void tern__ngram_saved(const tern_ngram *l, int64_t n, void *base, tern__ngram_work *w)
+{
+    tern__layout p = {(unsigned char *)base, 0};
+    w->key_kept = tern__piece(&p, tern__kept_at(&l->key, 2 * n, NULL).bytes, 1);
+    w->value_kept = tern__piece(&p, tern__kept_at(&l->value, 2 * n, NULL).bytes, 1);
+    w->rows = tern__piece_of_floats(&p, 2 * n, l->table->cols);
+    w->key = tern__piece_of_floats(&p, 2 * n, l->key.w->rows);
+    w->value = tern__piece_of_floats(&p, 2 * n, l->key.w->rows);
+    w->gate = tern__piece_of_floats(&p, 2 * n, 1);
+    w->saved_bytes = p.bytes;
+}
+
+static void tern__ngram_memory(const tern_ngram *l, int64_t n, void *saved, void *base, tern__ngram_work *w)
+{
+    tern__layout p = {(unsigned char *)base, 0};
+    memset(w, 0, sizeof *w);
+    tern__ngram_saved(l, n, saved, w);
+    if (!saved) tern__ngram_saved(l, n, tern__piece(&p, w->saved_bytes, 1), w);
+    w->dkey = tern__piece_of_floats(&p, 2 * n, l->key.w->rows);
+    w->dvalue = tern__piece_of_floats(&p, 2 * n, l->key.w->rows);
+    w->drows = tern__piece_of_floats(&p, 2 * n, l->table->cols);
+    w->more = tern__piece_of_floats(&p, 2 * n, l->table->cols);
+    w->scratch_bytes = p.bytes;
+}
+
+TERN_API tern_result tern_ngram_need(tern_context *c, const tern_ngram *l, int64_t n, tern_need *out)
+{
+    tern__ngram_work w;
+    int64_t scratch;
+    TERN__TRY(tern__check_ngram(c, l, n));
+    TERN__REQUIRE(&c->run, out, TERN_E_ARGUMENT, "ngram: out is NULL");
+    tern__ngram_memory(l, n, NULL, NULL, &w);
+    scratch = tern__add(w.scratch_bytes, tern__max(tern__linear_bytes(&l->key, 2 * n), tern__linear_bytes(&l->value, 2 * n)));
+    TERN__REQUIRE(&c->run, tern__fits(scratch), TERN_E_OVERFLOW, "ngram: the scratch of %d tokens overflows", n);
+    out->saved = (size_t)w.saved_bytes;
+    out->scratch = (size_t)scratch;
+    return TERN_OK;
+}
+
+static tern_result tern__ngram_enter(tern_context *c, const tern_ngram *l, int64_t n, void *saved, tern__ngram_work *w)
+{
+    tern_need need = TERN_ZERO;
+    TERN__TRY(tern_ngram_need(c, l, n, &need));
+    TERN__TRY(tern__begin_scratch(c, "ngram", n, need.scratch));
+    tern__ngram_memory(l, n, saved, c->scratch + c->scratch_base, w);
+    c->scratch_base += (size_t)w->scratch_bytes;
+    return TERN_OK;
+}
+
+static tern_gate_args tern__ngram_gate(const tern_ngram *l, int64_t n, const float *h, const tern__ngram_work *w)
+{
+    tern_gate_args a;
+    memset(&a, 0, sizeof a);
+    a.n = n;
+    a.count = 2;
+    a.cols = l->key.w->rows;
+    a.h = h;
+    a.key = w->key;
+    a.value = w->value;
+    a.gate = w->gate;
+    return a;
+}
+
+static tern_result tern__ngram_run(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, float *y, const tern__ngram_work *w)
+{
+    const tern_embedding table = {l->table};
+    tern_gate_args a = tern__ngram_gate(l, n, h, w);
+    a.y = y;
+    TERN__TRY(tern_embedding_forward(c, &table, 2 * n, ids, w->rows));
+    TERN__TRY(tern_linear_forward(c, &l->key, 2 * n, w->rows, w->key, w->key_kept));
+    TERN__TRY(tern_linear_forward(c, &l->value, 2 * n, w->rows, w->value, w->value_kept));
+    return tern_gate(c, &a);
+}
+
+TERN_API tern_result tern_ngram_forward(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, float *y, void *saved)
+{
+    tern__ngram_work w;
+    tern_result result;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "ids", ids, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "h", h, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "y", y, 4));
+    if (saved) TERN__TRY(tern__check_pointer(&c->run, "ngram", "saved", saved, 4));
+    TERN__TRY(tern__ngram_enter(c, l, n, saved, &w));
+    result = tern__ngram_run(c, l, n, ids, h, y, &w);
+    c->scratch_base -= (size_t)w.scratch_bytes;
+    return result;
+}
+
+#ifndef TERNARY_NO_TRAINING
+static tern_result tern__ngram_back(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, const float *dy, float *dh, const tern__ngram_work *w)
+{
+    const tern_embedding table = {l->table};
+    tern_gate_args a = tern__ngram_gate(l, n, h, w);
+    a.dy = dy;
+    a.dh = dh;
+    a.dkey = w->dkey;
+    a.dvalue = w->dvalue;
+    TERN__TRY(tern_gate(c, &a));
+    TERN__TRY(tern_linear_backward(c, &l->key, 2 * n, w->rows, w->key_kept, w->dkey, w->drows));
+    TERN__TRY(tern_linear_backward(c, &l->value, 2 * n, w->rows, w->value_kept, w->dvalue, w->more));
+    TERN__TRY(tern__apply(c, TERN_MAP_ADD, 2 * n * l->table->cols, w->drows, w->more, w->drows));
+    return tern_embedding_backward(c, &table, 2 * n, ids, w->drows);
+}
+
+TERN_API tern_result tern_ngram_backward(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, const void *saved, const float *dy, float *dh)
+{
+    tern__ngram_work w;
+    tern_result result;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "ids", ids, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "h", h, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "saved", saved, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "dy", dy, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "dh", dh, 4));
+    TERN__TRY(tern__check_ngram(c, l, n));
+    TERN__TRY(tern__check_gradients(c, &l->key));
+    TERN__TRY(tern__check_gradients(c, &l->value));
+    if (tern__floats(l->table, TERN_GRAD)) TERN__TRY(tern__check_buffer(c, l->table, TERN_GRAD, l->table->rows * l->table->cols));
+    TERN__TRY(tern__ngram_enter(c, l, n, (void *)(uintptr_t)saved, &w));
+    result = tern__ngram_back(c, l, n, ids, h, dy, dh, &w);
+    c->scratch_base -= (size_t)w.scratch_bytes;
+    return result;
+}
+#endif
+
+/* -- vector quantization -- */
+
+static tern_result tern__check_vq(tern_context *c, const tern_vq *l, int64_t n)
+{
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__REQUIRE(&c->run, l && l->codes, TERN_E_ARGUMENT, "vq: the layer or its codes are NULL");
+    TERN__TRY(tern__check_ready(c, l->codes));
+    TERN__REQUIRE(&c->run, tern__finite(l->commitment) && l->commitment >= 0, TERN_E_ARGUMENT, "vq: the commitment is negative or not finite");
+    TERN__REQUIRE(&c->run, l->codes->rows <= INT32_MAX, TERN_E_OVERFLOW, "vq: %d codes are beyond int32", l->codes->rows);
+    return tern__check_count(&c->run, "vq", "n", n, l->codes->cols);
+}
+
+TERN_API tern_result tern_vq_need(tern_context *c, const tern_vq *l, int64_t n, tern_need *out)
+{
+    int64_t values;
+    TERN__TRY(tern__check_vq(c, l, n));
+    TERN__REQUIRE(&c->run, out, TERN_E_ARGUMENT, "vq: out is NULL");
+    values = l->codes->rule == TERN_DENSE ? 0 : tern__mul(l->codes->rows, l->codes->cols);
+    out->saved = 0;
+    out->scratch = (size_t)tern__scratch_piece(4 * tern__max(values, n * l->codes->cols));
+    return TERN_OK;
+}
+
+TERN_API tern_result tern_vq_forward(tern_context *c, const tern_vq *l, int64_t n, const float *x, int32_t *ids, float *y, float *distance)
+{
+    tern_embedding table;
+    tern_nearest_args a;
+    tern_need need = TERN_ZERO;
+    TERN__TRY(tern_vq_need(c, l, n, &need));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "x", x, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "ids", ids, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "y", y, 4));
+    if (distance) TERN__TRY(tern__check_pointer(&c->run, "vq", "distance", distance, 4));
+    TERN__TRY(tern__begin_scratch(c, "vq", n, need.scratch));
+    memset(&a, 0, sizeof a);
+    a.n = n;
+    a.rows = l->codes->rows;
+    a.cols = l->codes->cols;
+    a.x = x;
+    a.w = tern__floats(l->codes, TERN_SHADOW);
+    if (l->codes->rule != TERN_DENSE) { /* distances to what is gathered, not to a shadow */
+        tern_unpack_args u;
+        memset(&u, 0, sizeof u);
+        u.m = tern_param_matrix(l->codes);
+        u.count = a.rows;
+        a.w = u.values = (float *)tern__take(c, a.rows * a.cols * 4);
+        TERN__TRY(tern_unpack(c, &u));
+    }
+    a.ids = ids;
+    a.distance = distance;
+    TERN__TRY(tern_nearest(c, &a));
+    table.w = l->codes;
+    return tern_embedding_forward(c, &table, n, ids, y);
+}
+
+#ifndef TERNARY_NO_TRAINING
+TERN_API tern_result tern_vq_backward(tern_context *c, const tern_vq *l, int64_t n, const float *x, const int32_t *ids, const float *y, float scale, const float *dy, float *dx)
+{
+    tern_embedding table;
+    tern_need need = TERN_ZERO;
+    int64_t count;
+    float *apart;
+    TERN__TRY(tern_vq_need(c, l, n, &need));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "x", x, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "ids", ids, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "y", y, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "dy", dy, 4));
+    if (dx) TERN__TRY(tern__check_pointer(&c->run, "vq", "dx", dx, 4));
+    TERN__REQUIRE(&c->run, tern__finite(scale), TERN_E_ARGUMENT, "vq: scale is not finite");
+    TERN__TRY(tern__begin_scratch(c, "vq", n, need.scratch));
+    count = n * l->codes->cols;
+    apart = (float *)tern__take(c, count * 4);
+    TERN__TRY(tern__add_scaled(c, count, y, -1.0f, x, apart));
+    if (dx) TERN__TRY(tern__add_scaled(c, count, dy, -2.0f * l->commitment * scale, apart, dx));
+    TERN__TRY(tern__add_scaled(c, count, apart, 2.0f * scale, NULL, apart));
+    table.w = l->codes;
+    return tern_embedding_backward(c, &table, n, ids, apart);
+}
+
+TERN_API tern_result tern_vq_count(tern_context *c, const tern_vq *l, int64_t n, const int32_t *ids, int64_t *used)
+{
+    tern_result result;
+    int32_t *host;
+    int64_t i;
+    TERN__TRY(tern__check_vq(c, l, n));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "ids", ids, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "used", used, 8));
+    host = (int32_t *)tern__host_alloc(&c->run.allocator, (size_t)n * sizeof(int32_t));
+    TERN__REQUIRE(&c->run, host, TERN_E_MEMORY, "vq: no memory for %d ids", n);
+    result = tern_copy(c, host, ids, (size_t)n * sizeof(int32_t), TERN_TO_HOST);
+    for (i = 0; result == TERN_OK && i < n; i++)
+        if (host[i] >= 0 && host[i] < l->codes->rows) used[host[i]]++;
+    tern__host_free(&c->run.allocator, host);
+    return result;
+}
+
+TERN_API tern_result tern_vq_revive(tern_context *c, const tern_vq *l, int64_t n, const float *x, const int64_t *used, uint64_t seed, uint32_t step, int64_t *count)
+{
+    int64_t i, revived = 0;
+    TERN__TRY(tern__check_vq(c, l, n));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "x", x, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "used", used, 8));
+    TERN__TRY(tern__check_buffer(c, l->codes, TERN_SHADOW, l->codes->rows * l->codes->cols));
+    TERN__REQUIRE(&c->run, tern__buffer_type(l->codes, TERN_SHADOW) == TERN_F32 && !l->codes->rotate, TERN_E_UNSUPPORTED, "%s: codes are revived in an F32 shadow without rotation", l->codes->name);
+    for (i = 0; i < l->codes->rows; i++) {
+        uint32_t random[4];
+        if (used[i]) continue;
+        tern__philox(seed, (uint64_t)i, step, 0, random);
+        TERN__TRY(tern_copy(c, tern__floats(l->codes, TERN_SHADOW) + i * l->codes->cols, x + (int64_t)(((uint64_t)random[0] << 32 | random[1]) % (uint64_t)n) * l->codes->cols,
+                            (size_t)l->codes->cols * sizeof(float), TERN_ON_DEVICE));
+        revived++;
+    }
+    if (count) *count = revived;
+    return revived && l->codes->rule != TERN_DENSE ? tern_param_set(c, l->codes, TERN_TYPE_DEFAULT, NULL) : TERN_OK;
 }
 #endif
 #endif

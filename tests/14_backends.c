@@ -1833,6 +1833,8 @@ static void make_good(void)
     good_aggregate.edges.rows = 3; good_aggregate.edges.sources = 2; good_aggregate.edges.count = 1; good_aggregate.edges.hubs = good_aggregate.edges.parts = 1;
     good_aggregate.edges.start = edge_start; good_aggregate.edges.entry = (uint32_t *)(void *)ids; good_aggregate.edges.hub = ids; good_aggregate.edges.part = edge_start;
     good_aggregate.cols = 5; good_aggregate.x = x; good_aggregate.part = y; good_aggregate.y = z;
+    good_gate.n = 2; good_gate.count = 1; good_gate.cols = 5; good_gate.h = good_gate.key = good_gate.value = arena_take(16); good_gate.gate = u; good_gate.y = v;
+    good_nearest.n = 2; good_nearest.rows = 3; good_nearest.cols = 5; good_nearest.x = good_nearest.w = arena_take(16); good_nearest.ids = (int32_t *)(void *)u; good_nearest.distance = z;
     good_aggregate_i8 = good_aggregate; good_aggregate_i8.q = trits; good_aggregate_i8.q_row = 16; good_aggregate_i8.scale = x;
     good_scale_grad.m = m; good_scale_grad.rule = TERN_SEQ; good_scale_grad.w = x; good_scale_grad.dw = y; good_scale_grad.dalpha = z;
 }
@@ -1947,6 +1949,8 @@ static const wrong wrongs[] = {
     WRONG(group, count, TO_INT32, -1, TERN_E_SHAPE, "group: -1 experts") WRONG(group, k, TO_INT32, 6, TERN_E_SHAPE, "group: k = 6 of 5 experts")
     COUNTED(row_dot, rows) COUNTED(row_dot, cols) COUNTED(row_dot, n) NEEDED(row_dot, a) NEEDED(row_dot, b) NEEDED(row_dot, ids) NEEDED(row_dot, to) NEEDED(row_dot, y)
     ALIGNED(gather, weight) ALIGNED(scatter, weight)
+    COUNTED(gate, n) COUNTED(gate, count) COUNTED(gate, cols) NEEDED(gate, h) NEEDED(gate, key) NEEDED(gate, value) NEEDED(gate, gate) NEEDED(gate, y)
+    COUNTED(nearest, n) COUNTED(nearest, rows) COUNTED(nearest, cols) NEEDED(nearest, x) NEEDED(nearest, w) NEEDED(nearest, ids) ALIGNED(nearest, distance)
     COUNTED(aggregate, cols) COUNTED(aggregate, edges.rows) COUNTED(aggregate, edges.sources) NEEDED(aggregate, x) NEEDED(aggregate, y) NEEDED(aggregate, part)
     ALIGNED(aggregate, left) ALIGNED(aggregate, right) NEEDED(aggregate, edges.start) NEEDED(aggregate, edges.entry) NEEDED(aggregate, edges.hub) NEEDED(aggregate, edges.part)
     WRONG(aggregate, edges.count, TO_INT64, -1, TERN_E_SHAPE, "-1 edges") WRONG(aggregate, edges.parts, TO_INT64, 0, TERN_E_SHAPE, "1 hubs and 0 parts")

@@ -594,6 +594,282 @@ static void test_hop_refusals(void)
     test_close(&t);
 }
 
+/* -- memory of n-grams -- */
+
+enum { GRAM_ROWS = 50, GRAM_COLS = 9, GRAM_WIDTH = 7, GRAM_TOKENS = 11 };
+typedef struct gram_kit { tern_param table, key, value; tern_ngram l; } gram_kit;
+
+static gram_kit *gram_open(tern_context *c, tern_rule rule, tern_act act)
+{
+    gram_kit *k = (gram_kit *)memset(hold(sizeof *k), 0, sizeof *k);
+    tern_param *const all[] = {&k->table, &k->key, &k->value};
+    int i;
+    k->table = param_of("table", GRAM_ROWS, GRAM_COLS, rule, rule == TERN_DENSE ? 0 : TERN_PER_ROW);
+    k->key = param_of("key", GRAM_WIDTH, GRAM_COLS, rule, rule == TERN_DENSE ? 0 : TERN_PER_ROW);
+    k->value = param_of("value", GRAM_WIDTH, GRAM_COLS, rule, rule == TERN_DENSE ? 0 : TERN_PER_ROW);
+    for (i = 0; i < 3; i++) {
+        CHECK_OK(c, tern_param_alloc(c, all[i], TERN_FOR_ADAMW));
+        set_random(c, all[i]);
+    }
+    k->l.table = &k->table;
+    k->l.key.w = &k->key;
+    k->l.value.w = &k->value;
+    k->l.key.act = k->l.value.act = act;
+    k->l.seed = 7;
+    return k;
+}
+
+static void gram_close(tern_context *c, gram_kit *k)
+{
+    tern_param_free(c, &k->table, -1);
+    tern_param_free(c, &k->key, -1);
+    tern_param_free(c, &k->value, -1);
+}
+
+static void *gram_reserve(tern_context *c, gram_kit *k)
+{
+    tern_need need = TERN_ZERO;
+    CHECK_OK(c, tern_ngram_need(c, &k->l, GRAM_TOKENS, &need));
+    CHECK_OK(c, tern_reserve(c, need.scratch));
+    return hold(need.saved);
+}
+
+static void test_ngram_ids(void)
+{
+    static const int32_t tokens[12] = {5, 6, 7, 5, 6, 7, 6, 5, 6, 7, 1, 2};
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    gram_kit *k = gram_open(t.c, TERN_ABSMEAN, TERN_ACT_INT8);
+    tern_need need = TERN_ZERO;
+    int32_t ids[24], again[24], i, counts[4] = {0, 0, 0, 0}, *many = hold_ids(20000, 1 << 20), *rows = hold_ids(40000, 1);
+    k->table.rows = 1 << 30; /* as many as no two should share one */
+    CHECK_OK(t.c, tern_ngram_ids(t.c, &k->l, 12, 0, tokens, ids));
+    CHECK(ids[1] == ids[4] && ids[1] == ids[8] && ids[2] == ids[5], "the same two tokens have one row");
+    CHECK(ids[1] != ids[7] && ids[1] != ids[2] && ids[0] != ids[3], "other two tokens have another: %d %d %d", (int)ids[0], (int)ids[1], (int)ids[7]);
+    CHECK(ids[14] == ids[17] && ids[14] == ids[21] && ids[13] != ids[16], "three tokens");
+    for (i = 0; i < 12; i++) CHECK(ids[i] != ids[12 + i] && ids[i] >= 0 && ids[i] < 1 << 30, "two and three share a row");
+    CHECK_OK(t.c, tern_ngram_ids(t.c, &k->l, 12, 3, tokens, again));
+    CHECK(again[0] == ids[0] && again[3] == ids[0] && again[4] == ids[4] && again[15] == ids[12] && again[16] == ids[13] && again[17] == ids[17] && again[9] != ids[9], "sequences of three");
+    k->l.seed = 8;
+    CHECK_OK(t.c, tern_ngram_ids(t.c, &k->l, 12, 0, tokens, again));
+    CHECK(again[1] != ids[1] && again[14] != ids[14], "the seed counts");
+    k->table.rows = 4;
+    CHECK_OK(t.c, tern_ngram_ids(t.c, &k->l, 20000, 0, many, rows));
+    for (i = 0; i < 40000; i++) counts[rows[i]]++;
+    for (i = 0; i < 4; i++) CHECK(counts[i] > 9600 && counts[i] < 10400, "row %d of 4 has %d of 40000", (int)i, (int)counts[i]);
+    k->table.rows = GRAM_ROWS;
+    many[3] = -1;
+    CHECK_FAILS(t.c, tern_ngram_ids(t.c, &k->l, 20000, 0, many, rows), TERN_E_ARGUMENT, "ngram: tokens[3] is -1");
+    CHECK_FAILS(t.c, tern_ngram_ids(t.c, &k->l, 12, -1, tokens, ids), TERN_E_ARGUMENT, "period is -1");
+    CHECK_FAILS(t.c, tern_ngram_ids(t.c, &k->l, 0, 0, tokens, ids), TERN_E_SHAPE, "n = 0");
+    CHECK_FAILS(t.c, tern_ngram_ids(t.c, &k->l, 12, 0, NULL, ids), TERN_E_ARGUMENT, "tokens is NULL");
+    k->l.key.w = &k->table;
+    CHECK_FAILS(t.c, tern_ngram_need(t.c, &k->l, 12, &need), TERN_E_SHAPE, "key is 50 x 9 and value 7 x 9 for rows of 9");
+    k->l.key.w = NULL;
+    CHECK_FAILS(t.c, tern_ngram_need(t.c, &k->l, 12, &need), TERN_E_ARGUMENT, "key or value is NULL");
+    k->l.table = NULL;
+    CHECK_FAILS(t.c, tern_ngram_ids(t.c, &k->l, 12, 0, tokens, ids), TERN_E_ARGUMENT, "its table is NULL");
+    gram_close(t.c, k);
+    release();
+    test_close(&t);
+}
+
+/* The sum of dy y in doubles; w: table, key and value. */
+static double gram_loss(double *const w[3], const double *h, const int32_t *ids, const float *dy)
+{
+    double loss = 0;
+    int t, j, i, o;
+    for (t = 0; t < GRAM_TOKENS; t++) {
+        for (i = 0; i < GRAM_WIDTH; i++) loss += dy[t * GRAM_WIDTH + i] * h[t * GRAM_WIDTH + i];
+        for (o = 0; o < 2; o++) {
+            const double *row = w[0] + ids[o * GRAM_TOKENS + t] * GRAM_COLS;
+            double dot = 0, out = 0;
+            for (i = 0; i < GRAM_WIDTH; i++)
+                for (j = 0; j < GRAM_COLS; j++) {
+                    dot += h[t * GRAM_WIDTH + i] * w[1][i * GRAM_COLS + j] * row[j];
+                    out += dy[t * GRAM_WIDTH + i] * w[2][i * GRAM_COLS + j] * row[j];
+                }
+            loss += out / (1 + exp(-dot));
+        }
+    }
+    return loss;
+}
+
+static void check_gram_slope(double *const w[3], double *h, const int32_t *ids, const float *dy, double *at, float got, const char *what, int64_t i)
+{
+    const double was = *at;
+    double slope;
+    *at = was + 1e-5;
+    slope = gram_loss(w, h, ids, dy);
+    *at = was - 1e-5;
+    slope = (slope - gram_loss(w, h, ids, dy)) / 2e-5;
+    *at = was;
+    CHECK(fabs(slope - got) < 2e-5 * (1 + fabs(slope)), "d %s[%d] is %g, not %g", what, (int)i, got, slope);
+}
+
+static void gram_gradients(tern_context *c, record *r)
+{
+    int rule, p;
+    (void)r;
+    for (rule = 0; rule < 2; rule++) {
+        gram_kit *k = gram_open(c, rule ? TERN_ABSMEAN : TERN_DENSE, TERN_ACT_FLOAT);
+        tern_param *const all[3] = {&k->table, &k->key, &k->value};
+        float *h = hold_floats(GRAM_TOKENS * GRAM_WIDTH), *dy = hold_floats(GRAM_TOKENS * GRAM_WIDTH), *y = hold_output(GRAM_TOKENS * GRAM_WIDTH), *dh = hold_output(GRAM_TOKENS * GRAM_WIDTH);
+        double *w[3], *hd = doubles_of(h, GRAM_TOKENS * GRAM_WIDTH), loss = 0;
+        int32_t *ids = hold_ids(2 * GRAM_TOKENS, GRAM_ROWS), touched[GRAM_ROWS] = {0};
+        void *saved = gram_reserve(c, k);
+        int64_t i;
+        for (p = 0; p < 3; p++) {
+            const int64_t count = all[p]->rows * all[p]->cols;
+            float *values = hold_output(count);
+            for (i = 0; i < all[p]->rows; i++) CHECK_OK(c, tern_param_get(c, all[p], i, NULL, NULL, values + i * all[p]->cols));
+            w[p] = doubles_of(values, count);
+        }
+        CHECK_OK(c, tern_ngram_forward(c, &k->l, GRAM_TOKENS, ids, h, y, saved));
+        for (i = 0; i < GRAM_TOKENS * GRAM_WIDTH; i++) loss += (double)dy[i] * y[i];
+        CHECK(fabs(loss - gram_loss(w, hd, ids, dy)) < 1e-4, "the loss is %g, not %g", loss, gram_loss(w, hd, ids, dy));
+        CHECK_OK(c, tern_ngram_backward(c, &k->l, GRAM_TOKENS, ids, h, saved, dy, dh));
+        for (i = 0; i < GRAM_TOKENS * GRAM_WIDTH; i++) check_gram_slope(w, hd, ids, dy, &hd[i], dh[i], "h", i);
+        for (p = 0; p < 3; p++)
+            for (i = 0; i < all[p]->rows * all[p]->cols; i++) check_gram_slope(w, hd, ids, dy, &w[p][i], ((float *)all[p]->buffer[TERN_GRAD].data)[i], all[p]->name, i);
+        for (i = 0; i < 2 * GRAM_TOKENS; i++) touched[ids[i]] = 1;
+        for (i = 0; i < GRAM_ROWS * GRAM_COLS; i++) if (!touched[i / GRAM_COLS]) CHECK(((float *)k->table.buffer[TERN_GRAD].data)[i] == 0.0f, "row %d was not touched", (int)(i / GRAM_COLS));
+        gram_close(c, k);
+        release();
+    }
+}
+
+static void gram_forward(tern_context *c, record *r)
+{
+    gram_kit *k = gram_open(c, TERN_ABSMEAN, TERN_ACT_INT8);
+    float *h = hold_floats(GRAM_TOKENS * GRAM_WIDTH), *y = hold_output(GRAM_TOKENS * GRAM_WIDTH);
+    gram_reserve(c, k);
+    CHECK_OK(c, tern_ngram_forward(c, &k->l, GRAM_TOKENS, hold_ids(2 * GRAM_TOKENS, GRAM_ROWS), h, y, NULL));
+    record_words(r, y, GRAM_TOKENS * GRAM_WIDTH);
+    gram_close(c, k);
+    release();
+}
+static void test_ngram_forward(void) { same_everywhere(gram_forward, UINT64_C(0x3E89CD04E3170CFF)); }
+
+static void gated(tern_context *c, record *r)
+{
+    static const int64_t widths[] = {1, 16, 130, 1030};
+    int i;
+    for (i = 0; i < 4; i++) {
+        const int64_t cols = widths[i], n = 9;
+        tern_gate_args a = TERN_ZERO;
+        a.n = n; a.count = 3; a.cols = cols;
+        a.h = hold_floats(n * cols); a.key = hold_floats(3 * n * cols); a.value = hold_floats(3 * n * cols);
+        a.gate = hold_output(3 * n); a.y = hold_output(n * cols);
+        CHECK_OK(c, tern_gate(c, &a));
+        record_words(r, a.gate, 3 * n);
+        record_words(r, a.y, n * cols);
+        a.dy = hold_floats(n * cols); a.dh = hold_output(n * cols); a.dkey = hold_output(3 * n * cols); a.dvalue = hold_output(3 * n * cols);
+        CHECK_OK(c, tern_gate(c, &a));
+        record_words(r, a.dh, n * cols);
+        record_words(r, a.dkey, 3 * n * cols);
+        record_words(r, a.dvalue, 3 * n * cols);
+        release();
+    }
+}
+static void test_ngram_gate(void) { same_everywhere(gated, UINT64_C(0xD154F78E952C9575)); }
+#ifndef TERNARY_NO_TRAINING
+static void test_ngram_gradients(void) { on_each_tier(gram_gradients); }
+#endif
+
+/* -- vector quantization -- */
+
+static void quantized_vectors(tern_context *c, record *r)
+{
+    static const int64_t widths[] = {1, 15, 64, 1030};
+    int i, ternary;
+    for (i = 0; i < 8; i++) {
+        const int64_t cols = widths[i / 2], n = 23, codes = 17;
+        tern_param w = param_of("codes", codes, cols, (ternary = i % 2) ? TERN_ABSMEAN : TERN_DENSE, 0);
+        tern_vq l = {&w, 0.25f};
+        tern_need need = TERN_ZERO;
+        float *x = hold_floats(n * cols), *y = hold_output(n * cols), *distance = hold_output(n), *values = hold_output(codes * cols);
+        int32_t *ids = hold_ids(n, 1);
+        int64_t t, k, j;
+        CHECK_OK(c, tern_param_alloc(c, &w, TERN_FOR_ADAMW));
+        set_random(c, &w);
+        if (!ternary) memcpy((float *)w.buffer[TERN_SHADOW].data + 9 * cols, (float *)w.buffer[TERN_SHADOW].data + 4 * cols, (size_t)cols * 4); /* code 9 is code 4 */
+        if (!ternary) memcpy(x, (float *)w.buffer[TERN_SHADOW].data + 9 * cols, (size_t)cols * 4);
+        for (k = 0; k < codes; k++) CHECK_OK(c, tern_param_get(c, &w, k, NULL, NULL, values + k * cols));
+        CHECK_OK(c, tern_vq_need(c, &l, n, &need));
+        CHECK_OK(c, tern_reserve(c, need.scratch));
+        CHECK_OK(c, tern_vq_forward(c, &l, n, x, ids, y, distance));
+        if (!ternary) CHECK(ids[0] == 4 && distance[0] == 0, "of equal codes the first: %d", (int)ids[0]);
+        for (t = 0; t < n; t++) {
+            double best = 1e30, of_id = 0;
+            for (k = 0; k < codes; k++) {
+                double d = 0;
+                for (j = 0; j < cols; j++) d += ((double)x[t * cols + j] - values[k * cols + j]) * ((double)x[t * cols + j] - values[k * cols + j]);
+                if (d < best) best = d;
+                if (k == ids[t]) of_id = d;
+            }
+            CHECK(of_id <= best * (1 + 1e-5) + 1e-9 && fabs(distance[t] - of_id) <= 1e-5 * of_id + 1e-9, "vector %d: code %d at %g, not %g", (int)t, (int)ids[t], of_id, best);
+            CHECK(memcmp(y + t * cols, values + ids[t] * cols, (size_t)cols * 4) == 0, "y is not the code");
+        }
+        record_words(r, ids, n);
+        record_words(r, distance, n);
+#ifndef TERNARY_NO_TRAINING
+        {
+            float *dy = hold_floats(n * cols), *dx = hold_output(n * cols), *grad = (float *)w.buffer[TERN_GRAD].data;
+            double *want = (double *)memset(hold((size_t)(codes * cols) * sizeof(double)), 0, (size_t)(codes * cols) * sizeof(double));
+            CHECK_OK(c, tern_vq_backward(c, &l, n, x, ids, y, 0.5f, dy, dx));
+            for (t = 0; t < n * cols; t++) {
+                const double apart = (double)x[t] - y[t];
+                CHECK(fabs(dx[t] - (dy[t] + 2 * 0.25 * 0.5 * apart)) < 1e-6, "dx[%d] is %g", (int)t, dx[t]);
+                want[ids[t / cols] * cols + t % cols] -= apart;
+            }
+            for (t = 0; t < codes * cols; t++) CHECK(fabs(grad[t] - want[t]) < 1e-5, "dcodes[%d] is %g, not %g", (int)t, grad[t], want[t]);
+        }
+#endif
+        tern_param_free(c, &w, -1);
+        release();
+    }
+}
+static void test_vq(void) { same_everywhere(quantized_vectors, UINT64_C(0x757D297327AA0962)); }
+
+#ifndef TERNARY_NO_TRAINING
+static void test_vq_revive(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_param w = param_of("codes", 5, 4, TERN_DENSE, 0);
+    tern_vq l = {&w, 0.25f};
+    float x[12], before[20], *values;
+    int64_t used[5] = {0}, revived = 0;
+    int32_t ids[6] = {1, 3, 3, -1, 1, 5}, i, k, found;
+    for (i = 0; i < 12; i++) x[i] = (float)i;
+    CHECK_OK(t.c, tern_param_alloc(t.c, &w, TERN_FOR_ADAMW));
+    set_random(t.c, &w);
+    values = (float *)w.buffer[TERN_SHADOW].data;
+    memcpy(before, values, sizeof before);
+    CHECK_OK(t.c, tern_vq_count(t.c, &l, 6, ids, used));
+    CHECK(used[0] == 0 && used[1] == 2 && used[2] == 0 && used[3] == 2 && used[4] == 0, "counts");
+    CHECK_OK(t.c, tern_vq_revive(t.c, &l, 3, x, used, 1, 2, &revived));
+    CHECK(revived == 3 && memcmp(values + 4, before + 4, 16) == 0 && memcmp(values + 12, before + 12, 16) == 0, "those in use stay");
+    for (k = 0; k < 5; k += 2) {
+        for (found = 0, i = 0; i < 3; i++) found |= memcmp(values + 4 * k, x + 4 * i, 16) == 0;
+        CHECK(found, "code %d is no vector", (int)k);
+    }
+    memcpy(before, values, sizeof before);
+    CHECK_OK(t.c, tern_vq_revive(t.c, &l, 3, x, used, 1, 2, NULL));
+    CHECK(memcmp(before, values, sizeof before) == 0, "the same seed and step choose the same");
+    x[5] = NAN;
+    CHECK_OK(t.c, tern_reserve(t.c, 1 << 16));
+    CHECK_OK(t.c, tern_vq_forward(t.c, &l, 3, x, ids, before, NULL));
+    CHECK(ids[1] == -1 && ids[0] >= 0 && before[4] == 0 && before[7] == 0, "a vector that is not finite has no code");
+    CHECK_FAILS(t.c, tern_sync(t.c), TERN_E_DATA, "nearest: row 1 is not finite");
+    l.commitment = -1;
+    CHECK_FAILS(t.c, tern_vq_forward(t.c, &l, 3, x, ids, before, NULL), TERN_E_ARGUMENT, "commitment is negative");
+    l.codes = NULL;
+    CHECK_FAILS(t.c, tern_vq_forward(t.c, &l, 3, x, ids, before, NULL), TERN_E_ARGUMENT, "codes are NULL");
+    tern_param_free(t.c, &w, -1);
+    test_close(&t);
+}
+#endif
+
 static void suite_graph(void)
 {
     RUN_ALONE(test_graph_build);
@@ -607,4 +883,12 @@ static void suite_graph(void)
     RUN(test_hop_in_integers);
 #endif
     RUN_ALONE(test_hop_refusals);
+    RUN_ALONE(test_ngram_ids);
+    RUN(test_ngram_gate);
+    RUN(test_ngram_forward);
+    RUN(test_vq);
+#ifndef TERNARY_NO_TRAINING
+    RUN_ALONE(test_ngram_gradients);
+    RUN_ALONE(test_vq_revive);
+#endif
 }
