@@ -96,6 +96,7 @@ GRAPHS
         tern_graph_build(c, &edges, &graph);          edges: nodes, count, from, to, both_ways, loops
         hop.message.w = &w; hop.norm = TERN_GRAPH_SYMMETRIC; hop.fn = TERN_MAP_RELU;
         tern_hop_forward(c, &hop, &graph, x, h, saved);
+    tern_ngram (rows of a table named by the last tokens) and tern_vq (the nearest row of a codebook) go before or between.
 
 WHAT IT DOES NOT DO
 
@@ -114,7 +115,7 @@ OPTIONS (define before the implementation; public layouts never depend on them)
                               _NO_AVX512_VBMI, _NO_AMX_INT8 leave out one tier each (the last three: and those behind it)
     TERNARY_NO_TRAINING       no backward of ternary layers, no optimizers
     TERNARY_NO_MOE            no mixture of experts
-    TERNARY_NO_GRAPH          no graphs
+    TERNARY_NO_GRAPH          no graphs, memory of n-grams or vector quantization
     TERNARY_NO_FILES          no model files
     TERNARY_ACCEPT_FAST_MATH  compile under fast-math, without the promise of equal bits
 
@@ -11095,6 +11096,7 @@ TERN_API tern_result tern_ple_backward(tern_context *c, const tern_ple *l, int64
    What enters: edges that nobody has checked, features of nodes, a hop's parameters. What leaves: rows of edges
    by target and by source, features one hop on, and gradients. A message is never stored for an edge: rows are
    projected before they are summed, or sums after it. The backward is the same sum on the graph turned round.
+   Beside it: rows of a table named by the last tokens, and the nearest rows of a codebook.
    ------------------------------------------------------------------------------------------------ */
 #ifndef TERNARY_NO_GRAPH
 

@@ -408,15 +408,15 @@ static double train(tern_context *c, network *net, const recipe *how, int seed, 
 static void lay_out(const task *t, float *x, float *y)
 {
     const float ideal = 1 / sqrtf((float)t->nodes);
-    const int rounds = t->nodes < 500 ? 400 : 60;
+    const int rounds = t->nodes < 500 ? 400 : 100;
     float *dx = (float *)room((size_t)t->nodes, sizeof(float)), *dy = (float *)room((size_t)t->nodes, sizeof(float));
     random_state = 1;
     for (int v = 0; v < t->nodes; v++) x[v] = random_unit() - 0.5f, y[v] = random_unit() - 0.5f;
     for (int round = 0; round < rounds; round++) {
         const float most = 0.1f * (1 - (float)round / (float)rounds);
         for (int v = 0; v < t->nodes; v++) {
-            dx[v] = -2 * ideal * x[v]; /* what is not connected stays near */
-            dy[v] = -2 * ideal * y[v];
+            dx[v] = -2 * x[v]; /* what is not connected stays near */
+            dy[v] = -2 * y[v];
             for (int u = 0; u < t->nodes; u++) {
                 const float a = x[v] - x[u], b = y[v] - y[u], f = ideal * ideal / (a * a + b * b + 1e-6f);
                 dx[v] += a * f;
