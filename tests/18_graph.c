@@ -1,6 +1,9 @@
 /* Room 18, graphs, n-grams and codebooks, and the operations aggregate, gate and nearest of room 14. What is built: edge by edge.
    Sums: bit for bit a literal loop, on every tier and thread count. Hops: forward against what the public layers give, and
-   everything against float64, with central differences. Mutations that the tests were seen to see: @@ */
+   everything against float64, with central differences. Mutations
+   that the tests were seen to see: left, right or a sign forgotten, a segment of a hub left out, norms not exchanged backward
+   or of the wrong end, the graph not turned round, LoRA, its scale or the residual left out of dh, fn left out of the backward;
+   of gates their slope or dy, of n-grams the value's gradient or the period, of codes the last of equal ones, either sign. */
 
 /* -- building -- */
 
