@@ -299,6 +299,7 @@ static hop_kit *hop_open(tern_context *c, const hop_options *o, int32_t mask)
 static void hop_close(hop_kit *k)
 {
     int i;
+    CHECK(k->c->scratch_base == 0, "scratch was not given back");
     for (i = 0; i < k->count; i++) tern_param_free(k->c, k->all[i], -1);
     tern_graph_free(k->c, &k->w.g);
 }
@@ -637,6 +638,7 @@ static gram_kit *gram_open(tern_context *c, tern_rule rule, tern_act act)
 
 static void gram_close(tern_context *c, gram_kit *k)
 {
+    CHECK(c->scratch_base == 0, "scratch was not given back");
     tern_param_free(c, &k->table, -1);
     tern_param_free(c, &k->key, -1);
     tern_param_free(c, &k->value, -1);
