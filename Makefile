@@ -15,7 +15,7 @@ newest     = $(lastword $(filter-out %a,$(archs)))
 fat        = -t 0 $(foreach arch,$(archs),-gencode arch=compute_$(arch),code=sm_$(arch)) -gencode arch=compute_$(newest),code=compute_$(newest)
 sanitizer  = $(firstword $(shell command -v compute-sanitizer) $(wildcard $(dir $(NVCC))compute-sanitizer))
 
-examples: build/quickstart build/image_classifier build/finetune build/language_model build/npc_brain
+examples: build/quickstart build/image_classifier build/finetune build/language_model build/node_classifier build/npc_brain
 demo: build/language_model          # trains a language model on TEXT (default: ternary.h), packs it, lets it write
 	build/language_model $(if $(TEXT),--text "$(TEXT)") --out build
 test:                               # all tests; the last line is "N passed, M failed"

@@ -30,12 +30,13 @@ CONTENTS (search for the tag)
     [TERN-15] Parameters and BitLinear
     [TERN-16] Embedding
     [TERN-17] Mixture of experts
+    [TERN-18] Graph
     [TERN-19] Optimizers and shadow weights
     [TERN-20] True-ternary training
     [TERN-21] Model files
     [TERN-22] Self-test
 
-    A room calls only rooms before it. Rooms that are not here yet (Arm, WebAssembly, graphs) keep their numbers free.
+    A room calls only rooms before it. Rooms that are not here yet (Arm, WebAssembly) keep their numbers free.
 
 QUICK START
 
@@ -87,6 +88,16 @@ TRUE-TERNARY TRAINING
     sums in TERN_GRAD. tern_model_strict proves that nothing trainable is a float; tern_model_list tells all.
     TERN_FLIP_SIGN is the plain sign rule, for comparison; tern_sign_step scales its step by the loss.
 
+GRAPHS
+
+    tern_graph_build makes a graph of an edge list, or of rows of edges, whose edges count +1, 0 or -1. A tern_hop sends
+    messages along it: what nodes send is projected once for each node, or once for each sum, never for an edge. Several
+    hops are several calls; with the same parameters their gradients add up. A two-hop classifier of nodes:
+        tern_graph_build(c, &edges, &graph);          edges: nodes, count, from, to, both_ways, loops
+        hop.message.w = &w; hop.norm = TERN_GRAPH_SYMMETRIC; hop.fn = TERN_MAP_RELU;
+        tern_hop_forward(c, &hop, &graph, x, h, saved);
+    tern_ngram (rows of a table named by the last tokens) and tern_vq (the nearest row of a codebook) go before or between.
+
 WHAT IT DOES NOT DO
 
     No autograd: a layer's backward is a call beside its forward. No tokenizers, no data loading. No lazy
@@ -104,6 +115,7 @@ OPTIONS (define before the implementation; public layouts never depend on them)
                               _NO_AVX512_VBMI, _NO_AMX_INT8 leave out one tier each (the last three: and those behind it)
     TERNARY_NO_TRAINING       no backward of ternary layers, no optimizers
     TERNARY_NO_MOE            no mixture of experts
+    TERNARY_NO_GRAPH          no graphs, memory of n-grams or vector quantization
     TERNARY_NO_FILES          no model files
     TERNARY_ACCEPT_FAST_MATH  compile under fast-math, without the promise of equal bits
 
@@ -523,6 +535,46 @@ typedef struct tern_group_args {
 /* y[to[i]] = the canonical sum of a[ids[i]] * b[i] over a row, a [rows, cols], b [n, cols]. Ids out of range are skipped. */
 typedef struct tern_row_dot_args { int64_t rows, cols, n; const float *a, *b; const int32_t *ids, *to; float *y; } tern_row_dot_args;
 
+/* The edges that end at each of `rows` nodes (or begin there), as tern_graph_build leaves them: those of row v are entry
+   [start[v], start[v + 1]), the other node in the low 31 bits, the top bit set where the edge counts -1. */
+typedef struct tern_adjacency {
+    int64_t rows, sources, count; /* edges end at [0, rows) and begin at [0, sources) */
+    int64_t hubs, parts;          /* rows of more than 256 edges, and how many segments of 256 all of them have */
+    int64_t *start;               /* [rows + 1] */
+    uint32_t *entry;              /* [count] */
+    int32_t *hub;                 /* [hubs], ascending */
+    int64_t *part;                /* [hubs]: the number of its first segment */
+} tern_adjacency;
+
+/* y [rows, cols] = left[v] * the sum over the edges u -> v of sign * (right[u] * x[u]), rows without edges zero; from q:
+   sign * (float(q[u]) * (scale[u] * right[u])). Sums run in the order of the edges in segments of 256, whose sums are
+   added in order. left, right: NULL for 1. Backward: the same on the graph turned round, left and right exchanged. A sum
+   that is not finite is a data fault and a zero row. */
+typedef struct tern_aggregate_args {
+    tern_adjacency edges;
+    int64_t cols;
+    const float *left, *right;  /* [rows], [sources] */
+    const float *x;             /* [sources, cols], used where q is NULL */
+    const int8_t *q; const float *scale; int64_t q_row; /* [sources, q_row], a multiple of 16 that is at least cols; [sources] */
+    float *part;                /* [parts, cols] working memory, where there are parts */
+    float *y;
+} tern_aggregate_args;
+
+/* y [n, cols] = h + the sum over j < count, in order, of gate * value, gate = sigmoid(<h, key>), rows j n + t of key, value
+   [count n, cols] and gate [count n] for token t. Dots are canonical sums. Backward (dy set; gate as the forward left it): dh,
+   dkey and dvalue. A row of y that is not finite is a data fault and zero. */
+typedef struct tern_gate_args {
+    int64_t n, count, cols;
+    const float *h, *key, *value;
+    float *gate, *y;
+    const float *dy; /* set: backward */
+    float *dh, *dkey, *dvalue;
+} tern_gate_args;
+
+/* ids[t] = the row of w [rows, cols] whose distance to x[t] is least, of equal ones the first, and distance[t] = the canonical
+   sum of (x - w)^2 (or NULL). A row of x that is not finite, or too far from all, is a data fault: id -1, distance 0. */
+typedef struct tern_nearest_args { int64_t n, rows, cols; const float *x, *w; int32_t *ids; float *distance; } tern_nearest_args;
+
 /* Fills with zeros, or with normal deviates of the given standard deviation: element i of the result
    depends on (seed, stream, i) alone. */
 typedef struct tern_fill_args { int64_t count; float *x; float deviation; uint64_t seed; uint32_t stream; } tern_fill_args;
@@ -695,7 +747,8 @@ typedef struct tern_linear_args { tern_quantize_args quantize; const float *bias
     X(ternarize) X(pack) X(unpack) X(quantize) X(matmul) X(matmul_dx) X(matmul_dw)     \
     X(dense) X(dense_i8) X(gather) X(scatter) X(fill) X(cast) X(map) X(norm) X(rope)   \
     X(attention) X(loss) X(sum) X(optimize) X(scale_grad) X(hadamard) X(dead_zone)     \
-    X(round_i8) X(dequantize) X(flip) X(route) X(group) X(row_dot)
+    X(round_i8) X(dequantize) X(flip) X(route) X(group) X(row_dot) X(aggregate) \
+    X(gate) X(nearest)
 
 /* Operations that a backend may leave out: layers then compose others, with the same bits. */
 #define TERN_FUSED(X) X(linear)
@@ -983,6 +1036,101 @@ TERN_API tern_result tern_ple_forward(tern_context *c, const tern_ple *l, int64_
 /* dx [n, cols] and drows (each or NULL) are overwritten. */
 #ifndef TERNARY_NO_TRAINING
 TERN_API tern_result tern_ple_backward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, const void *saved, const float *dy, float *dx, float *drows);
+#endif
+#endif
+
+/* -- graphs ([TERN-18]) -- */
+
+#ifndef TERNARY_NO_GRAPH
+/* Edges in host memory: a list (from, to), or by target (start, from). Those of sign 0 are left out. */
+typedef enum {
+    TERN_DUPLICATES_ADD,   /* an edge that is there twice counts twice */
+    TERN_DUPLICATES_FIRST, /* the first counts */
+    TERN_DUPLICATES_REFUSE
+} tern_duplicates;
+typedef struct tern_edges {
+    int64_t nodes, count;   /* 1 to 2^31 - 1; 0 and more */
+    const int32_t *from;    /* [count] */
+    const int32_t *to;      /* [count], or NULL and ... */
+    const int64_t *start;   /* ... [nodes + 1]: edges [start[v], start[v + 1]) end at v */
+    const int8_t *sign;     /* [count] of -1, 0 and 1, or NULL: all are 1 */
+    tern_duplicates duplicates;
+    int32_t both_ways;      /* each edge also from its end to its beginning, next in order; a loop once */
+    int32_t loops;          /* a last edge of sign 1 from each node to itself, where there is none */
+} tern_edges;
+
+/* A graph in backend memory. Edges into a node lie in the order they were given in, those out of it by their ends. */
+typedef struct tern_graph {
+    int64_t nodes, edges;       /* edges: those that are left */
+    tern_adjacency in, out;     /* by target; turned round, for the backward */
+    float *mean, *to, *from;    /* [nodes]: 1 / d in, 1 / sqrt(d in), 1 / sqrt(d out); 0 where there is none. d counts edges of either sign */
+    void *memory;
+} tern_graph;
+/* Every index is checked, and nothing is kept of a graph that is refused. It allocates, some 20 bytes for each edge meanwhile. */
+TERN_API tern_result tern_graph_build(tern_context *c, const tern_edges *e, tern_graph *out);
+TERN_API void tern_graph_free(tern_context *c, tern_graph *g);
+
+/* Of the sum over the edges u -> v. SYMMETRIC: 1/sqrt(d in of v * d out of u), of an undirected graph that of Kipf and Welling 2017. */
+typedef enum { TERN_GRAPH_SUM, TERN_GRAPH_MEAN, TERN_GRAPH_SYMMETRIC } tern_graph_norm;
+/* sum(P h) or P sum(h): the same but for rounding, and where activations are quantized. First comes what makes rows shorter. */
+typedef enum { TERN_PROJECT_FIRST, TERN_AGGREGATE_FIRST } tern_hop_order;
+
+/* One step along the edges: y_v = fn(U m_v + b) + lora_scale B (A h_v) (+ h_v), where m_v = norm of the sum over u -> v of sign * P h_u. */
+typedef struct tern_hop {
+    tern_linear message, update; /* P and U, with all they can do; without w: m is the sum of h, y is fn(m) */
+    tern_hop_order order;
+    tern_graph_norm norm;
+    tern_act act;                /* of the rows that are summed: INT8 (quantized once for each node, a quarter of the bytes) or FLOAT */
+    tern_map_fn fn;              /* RELU, RELU2, SILU or GELU; 0: none */
+    int32_t residual;
+    tern_param *lora_a, *lora_b; /* [r, cols] and [rows of y, r], dense or ternary with float activations, or both NULL */
+    float lora_scale;
+    int64_t cols;                /* of h, where no parameter says */
+} tern_hop;
+/* Asks for a hop whose parameters are allocated, and a graph. */
+TERN_API tern_result tern_hop_need(tern_context *c, const tern_hop *l, const tern_graph *g, tern_need *out);
+/* h [nodes, cols] -> y [nodes, rows], apart. saved: need.saved bytes, aligned to 4 (on a GPU: 16), or NULL for inference. */
+TERN_API tern_result tern_hop_forward(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, float *y, void *saved);
+/* Adds into the TERN_GRAD of all parameters where present; dh [nodes, cols] (or NULL) is overwritten. As tern_linear_backward;
+   rounding to int8 passes the gradient through. */
+#ifndef TERNARY_NO_TRAINING
+TERN_API tern_result tern_hop_backward(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, const void *saved, const float *dy, float *dh);
+#endif
+
+/* Memory of n-grams: the last two and the last three tokens each name a row of a table, and y = h + the sum over both of
+   sigmoid(<h, key row>) * value row. Rows that no token names are not read, and get no gradient. */
+typedef struct tern_ngram {
+    tern_param *table;     /* as of an embedding */
+    tern_linear key, value; /* [columns of h, columns of the table] */
+    uint64_t seed;         /* of the hash */
+} tern_ngram;
+/* Rows of the table, on the host: ids [2, n], of the last two tokens, then of the last three. tokens [n] are sequences of
+   `period` (0: one), before which nothing is known. Different n-grams may share a row. */
+TERN_API tern_result tern_ngram_ids(tern_context *c, const tern_ngram *l, int64_t n, int64_t period, const int32_t *tokens, int32_t *ids);
+TERN_API tern_result tern_ngram_need(tern_context *c, const tern_ngram *l, int64_t n, tern_need *out);
+/* h [n, cols] -> y [n, cols], apart; ids [2, n] in backend memory. saved as of tern_linear_forward. */
+TERN_API tern_result tern_ngram_forward(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, float *y, void *saved);
+/* Adds into the TERN_GRAD of all parameters where present; dh [n, cols] is overwritten. */
+#ifndef TERNARY_NO_TRAINING
+TERN_API tern_result tern_ngram_backward(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, const void *saved, const float *dy, float *dh);
+#endif
+
+/* Vector quantization (van den Oord et al. 2017): y = the nearest row of a codebook, dense or ternary. */
+typedef struct tern_vq {
+    tern_param *codes;  /* [codes, cols] */
+    float commitment;   /* factor of |x - code|^2 in the loss; 0.25 is usual */
+} tern_vq;
+TERN_API tern_result tern_vq_need(tern_context *c, const tern_vq *l, int64_t n, tern_need *out);
+/* x [n, cols] -> ids [n], y [n, cols] and distance [n] = |x - y|^2 (or NULL). The loss of token t is (1 + commitment) distance[t]. */
+TERN_API tern_result tern_vq_forward(tern_context *c, const tern_vq *l, int64_t n, const float *x, int32_t *ids, float *y, float *distance);
+/* Straight-through: dx = dy + 2 commitment scale (x - y), and 2 scale (y - x) is added to the TERN_GRAD of the codes: scale is the
+   factor of the loss. ids and y as the forward left them; dx [n, cols] may be dy, or NULL. */
+#ifndef TERNARY_NO_TRAINING
+TERN_API tern_result tern_vq_backward(tern_context *c, const tern_vq *l, int64_t n, const float *x, const int32_t *ids, const float *y, float scale, const float *dy, float *dx);
+/* Adds to used [codes] (host) how often ids [n] name each code; and gives those that are 0 in it a row of x [n, cols], drawn by
+   (seed, step, code), in the F32 shadow, which is ternarized again. Both wait. *count: how many. */
+TERN_API tern_result tern_vq_count(tern_context *c, const tern_vq *l, int64_t n, const int32_t *ids, int64_t *used);
+TERN_API tern_result tern_vq_revive(tern_context *c, const tern_vq *l, int64_t n, const float *x, const int64_t *used, uint64_t seed, uint32_t step, int64_t *count);
 #endif
 #endif
 
@@ -1496,6 +1644,9 @@ static tern_result tern__set_error(tern_error *e, tern_result code, const char *
     X(GATHER,   "gather: ids[%d] is out of range and its row was taken as zero")                         \
     X(NORM,     "norm: row %d is not finite and was taken as zero")                                      \
     X(ROUTE,    "route: the logits of row %d are not finite; it goes to no expert")                      \
+    X(AGGREGATE, "aggregate: the sum of row %d is not finite and was taken as zero")                     \
+    X(GATE,     "gate: row %d is not finite and was taken as zero")                                      \
+    X(NEAREST,  "nearest: row %d is not finite and has no code")                                         \
     X(LOSS,     "loss: row %d has a target out of range or logits that are not finite and was taken as zero") \
     X(OPTIMIZE, "optimize: the gradient norm of step %d is not finite; the update was skipped")         \
     X(ROUND,    "round_i8: row %d is not finite and was taken as zero")                                  \
@@ -2008,6 +2159,18 @@ typedef struct tern__tile {
     int32_t rows, first, add;
 } tern__tile;
 
+/* Some edges of one row: y = the sum over them, in order from +0, of x[u] * factor, or float(q[u]) * factor, with the
+   signed factor of tern__edge_factor; product and sum are rounded separately. Behind them lie `left` entries in all. */
+typedef struct tern__neighbours {
+    int64_t n, left, cols;
+    const uint32_t *entry;
+    const float *right, *scale;  /* or NULL */
+    const float *x;
+    const int8_t *q;             /* instead; readable up to the next multiple of 16 columns */
+    int64_t row;                 /* elements from row to row */
+    float *y;
+} tern__neighbours;
+
 typedef struct tern__kernels {
     void (*flip)(int64_t n, const uint32_t *signs, const float *x, float *y); /* y = x, but -x where bit i % 32 of word i / 32 is set */
     void (*hadamard)(int64_t p, float factor, float *x); /* x * factor, then a + b and a - b at distances 1, 2, .. p/2 */
@@ -2040,6 +2203,7 @@ typedef struct tern__kernels {
     /* q = floor(x gain row inverse + u), products in this order, held to +-127, u from the halves from `block` on; gain or NULL */
     void (*round_up)(const tern__random *r, uint64_t block, int64_t n, const float *x, const float *gain, float row, float inverse, int8_t *q);
     void (*push)(const tern__push *p, uint64_t block, int64_t skip, int64_t n, float *grad, int8_t *accum, int8_t *trit, int32_t *events); /* see tern__push */
+    void (*aggregate)(const tern__neighbours *a); /* see tern__neighbours */
     int32_t tokens; /* that a dot call should get: many share what is decoded once, few keep their activations in L1 */
     int32_t rows;   /* of a float tile */
 } tern__kernels;
@@ -3325,6 +3489,37 @@ static void tern__hadamard_scalar(int64_t p, float factor, float *x)
             }
 }
 
+#ifndef TERNARY_NO_GRAPH
+enum { TERN__EDGES = 256, TERN__AHEAD_EDGES = 16 }; /* edges whose sum is one; how far ahead rows are asked for */
+
+TERN__ANYWHERE int64_t tern__edge_node(uint32_t entry) { return (int64_t)(entry & 0x7FFFFFFFu); }
+
+/* What an edge multiplies its row by. The sign of a product is exact, so it may be that of a factor. */
+TERN__ANYWHERE float tern__edge_factor(const float *right, const float *scale, uint32_t entry)
+{
+    const int64_t u = tern__edge_node(entry);
+    const float f = scale ? (right ? scale[u] * right[u] : scale[u]) : right ? right[u] : 1.0f;
+    return entry >> 31 ? -f : f;
+}
+
+static void tern__aggregate_scalar(const tern__neighbours *a)
+{
+    int64_t i, j;
+    for (j = 0; j < a->cols; j++) a->y[j] = 0.0f;
+    for (i = 0; i < a->n; i++) {
+        const int64_t at = tern__edge_node(a->entry[i]) * a->row;
+        const float f = tern__edge_factor(a->right, a->scale, a->entry[i]);
+        if (a->q) for (j = 0; j < a->cols; j++) a->y[j] = a->y[j] + (float)a->q[at + j] * f;
+        else for (j = 0; j < a->cols; j++) a->y[j] = a->y[j] + a->x[at + j] * f;
+    }
+}
+#else
+#define tern__aggregate_scalar NULL
+#define tern__aggregate_sse41 NULL
+#define tern__aggregate_avx2 NULL
+#define tern__aggregate_avx512 NULL
+#endif
+
 /* A tier's table: kernels of suffix X, but for what some tiers have of their own. */
 #define TERN__KERNELS(X, FUSED, DOT_2BIT, DOT_BASE3, DOT_I8, DOT_BITS, TOKENS, TILE_ROWS)                \
     tern__flip_##X, tern__hadamard_##X, tern__dot_2bit_##DOT_2BIT, tern__dot_base3_##DOT_BASE3,          \
@@ -3333,7 +3528,7 @@ static void tern__hadamard_scalar(int64_t p, float factor, float *x)
     tern__sum_##X, tern__sum_above_##X, tern__absmax_##X, tern__round_##X,                               \
     tern__dot_i8_##DOT_I8, tern__floats_##X, tern__dot_bits_##DOT_BITS,                                  \
     tern__widen_##X, tern__ternarize_##X, tern__optimize_##X,                                \
-    tern__round_up_##X, tern__push_##X, TOKENS, TILE_ROWS
+    tern__round_up_##X, tern__push_##X, tern__aggregate_##X, TOKENS, TILE_ROWS
 
 static const tern__kernels tern__kernels_scalar = {TERN__KERNELS(scalar, tern__tile_scalar, scalar, scalar, scalar, scalar, 64, TERN__ROWS_SCALAR)};
 
@@ -3937,6 +4132,33 @@ static TARGET void tern__hadamard_##X(int64_t p, float factor, float *x)        
                 MM##storeu_ps(at + 2 * distance, ab - cd);                                               \
                 MM##storeu_ps(at + 3 * distance, minus_ab - minus_cd);                                   \
             }                                                                                            \
+}
+
+/* Sums over edges: up to 8 vectors of columns stay in registers for all edges; rows of edges to come are asked for. */
+#define TERN__X86_AGGREGATE(X, TARGET, W, V, MM)                                                         \
+static inline __attribute__((always_inline)) TARGET void tern__aggregate_block_##X(const int N, int64_t lanes, const tern__neighbours *a, int64_t col) \
+{                                                                                                        \
+    const uintptr_t base = a->q ? (uintptr_t)(a->q + col) : (uintptr_t)(a->x + col), width = a->q ? 1 : 4; \
+    V sum[8];                                                                                            \
+    TERN__UNROLL for (int v = 0; v < N; v++) sum[v] = MM##setzero_ps();                                  \
+    for (int64_t i = 0; i < a->n; i++) {                                                                 \
+        const int64_t at = tern__edge_node(a->entry[i]) * a->row + col;                                  \
+        const V f = MM##set1_ps(tern__edge_factor(a->right, a->scale, a->entry[i]));                     \
+        if (i + TERN__AHEAD_EDGES < a->left) {                                                           \
+            const uintptr_t next = base + (uintptr_t)(tern__edge_node(a->entry[i + TERN__AHEAD_EDGES]) * a->row) * width; \
+            for (uintptr_t b = 0; b < (uintptr_t)(N * W) * width; b += 64) __builtin_prefetch((const void *)(next + b)); \
+        }                                                                                                \
+        if (a->q) TERN__UNROLL for (int v = 0; v < N; v++) sum[v] = sum[v] + MM##cvtepi32_ps(tern__i8_##X(a->q + at + v * W)) * f; \
+        else TERN__UNROLL for (int v = 0; v < N; v++) sum[v] = sum[v] + tern__load_##X(a->x + at + v * W, lanes - v * W) * f; \
+    }                                                                                                    \
+    TERN__UNROLL for (int v = 0; v < N; v++) tern__store_##X(a->y + col + v * W, sum[v], lanes - v * W); \
+}                                                                                                        \
+static TARGET void tern__aggregate_##X(const tern__neighbours *a)                                        \
+{                                                                                                        \
+    int64_t col = 0;                                                                                     \
+    for (; a->cols - col >= 8 * W; col += 8 * W) tern__aggregate_block_##X(8, 8 * W, a, col);            \
+    for (; a->cols - col >= 2 * W; col += 2 * W) tern__aggregate_block_##X(2, 2 * W, a, col);            \
+    for (; a->cols > col; col += W) tern__aggregate_block_##X(1, a->cols - col, a, col);                 \
 }
 
 /* The float tile: R rows of p by 2 W lanes stay in registers for all of k; the 32 lanes take 16/W passes. MADD says
@@ -4660,6 +4882,9 @@ TERN__X86_FLIPS(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 #endif
 TERN__SSE41_INLINE __m128 tern__swap_sse41(__m128 v, int h) { return h == 1 ? _mm_shuffle_ps(v, v, 0xB1) : _mm_shuffle_ps(v, v, 0x4E); }
 TERN__X86_HADAMARD(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
+#ifndef TERNARY_NO_GRAPH
+TERN__X86_AGGREGATE(sse41, TERN__SSE41, 4, __m128, _mm_)
+#endif
 TERN__X86_TILE(tern__tile_sse41, TERN__SSE41, 4, __m128, _mm_, 6, TERN__PLAIN_MADD)
 TERN__X86_TRANSPOSE_4(sse41, TERN__SSE41)
 TERN__X86_PACK(sse41, TERN__SSE41, 4, _mm_, 4, __m128, _mm_, 6)
@@ -4739,6 +4964,9 @@ TERN__AVX2_INLINE __m256 tern__swap_avx2(__m256 v, int h)
     return h == 1 ? _mm256_permute_ps(v, 0xB1) : h == 2 ? _mm256_permute_ps(v, 0x4E) : _mm256_permute2f128_ps(v, v, 1);
 }
 TERN__X86_HADAMARD(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
+#ifndef TERNARY_NO_GRAPH
+TERN__X86_AGGREGATE(avx2, TERN__AVX2, 8, __m256, _mm256_)
+#endif
 TERN__X86_TILE(tern__tile_avx2, TERN__AVX2, 8, __m256, _mm256_, 6, TERN__PLAIN_MADD)
 TERN__X86_TILE(tern__tile_fused_avx2, __attribute__((target("avx2,fma"))), 8, __m256, _mm256_, 6, _mm256_fmadd_ps)
 TERN__X86_TRANSPOSE_8(avx2, TERN__AVX2)
@@ -4842,6 +5070,9 @@ TERN__AVX512_INLINE __m512 tern__swap_avx512(__m512 v, int h)
          : h == 4 ? _mm512_shuffle_f32x4(v, v, 0xB1) : _mm512_shuffle_f32x4(v, v, 0x4E);
 }
 TERN__X86_HADAMARD(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
+#ifndef TERNARY_NO_GRAPH
+TERN__X86_AGGREGATE(avx512, TERN__AVX512, 16, __m512, _mm512_)
+#endif
 TERN__X86_TILE(tern__tile_avx512, TERN__AVX512, 16, __m512, _mm512_, 14, TERN__PLAIN_MADD)
 TERN__X86_TILE(tern__tile_fused_avx512, TERN__AVX512, 16, __m512, _mm512_, 14, _mm512_fmadd_ps)
 TERN__X86_TRANSPOSE_8(avx512, TERN__AVX512)
@@ -6045,6 +6276,24 @@ static tern_result tern__cpu_scatter(tern_run *run, const tern_scatter_args *a)
     return TERN_OK;
 }
 
+#if !defined(TERNARY_NO_MOE) || !defined(TERNARY_NO_GRAPH)
+/* The canonical sum of a product, or of the squares of a difference. */
+static float tern__sum_pairs(const tern__kernels *k, int32_t squares, int64_t cols, const float *a, const float *b)
+{
+    float block[TERN__BLOCK];
+    tern__tree tree;
+    int64_t i, j;
+    tern__tree_init(&tree, k);
+    for (i = 0; i < cols; i += TERN__BLOCK) {
+        const int64_t n = tern__min(TERN__BLOCK, cols - i);
+        if (squares) for (j = 0; j < n; j++) block[j] = a[i + j] - b[i + j];
+        else for (j = 0; j < n; j++) block[j] = a[i + j] * b[i + j];
+        tern__tree_push(&tree, k->sum(squares ? TERN_SUM_SQUARES : TERN_SUM, n, block));
+    }
+    return tern__tree_total(&tree);
+}
+#endif
+
 /* -- routing and grouping by expert -- */
 
 enum { TERN__MAX_EXPERTS = 1024 }; /* a token's logits are one block of a canonical sum */
@@ -6172,22 +6421,10 @@ static tern_result tern__cpu_group(tern_run *run, const tern_group_args *a)
 static void tern__row_dot_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_row_dot_args *a = (const tern_row_dot_args *)job->arg;
-    float block[TERN__BLOCK];
-    tern__tree tree;
-    int64_t i, j, col;
+    int64_t i;
     (void)bad;
-    for (i = begin; i < end; i++) {
-        const float *x, *z = a->b + i * a->cols;
-        if (a->ids[i] < 0 || a->ids[i] >= a->rows) continue;
-        x = a->a + a->ids[i] * a->cols;
-        tern__tree_init(&tree, job->k);
-        for (col = 0; col < a->cols; col += TERN__BLOCK) {
-            const int64_t n = tern__min(TERN__BLOCK, a->cols - col);
-            for (j = 0; j < n; j++) block[j] = x[col + j] * z[col + j];
-            tern__tree_push(&tree, job->k->sum(TERN_SUM, n, block));
-        }
-        a->y[a->to[i]] = tern__tree_total(&tree);
-    }
+    for (i = begin; i < end; i++)
+        if (a->ids[i] >= 0 && a->ids[i] < a->rows) a->y[a->to[i]] = tern__sum_pairs(job->k, 0, a->cols, a->a + a->ids[i] * a->cols, a->b + i * a->cols);
 }
 
 static tern_result tern__cpu_row_dot(tern_run *run, const tern_row_dot_args *a)
@@ -6199,6 +6436,190 @@ static tern_result tern__cpu_row_dot(tern_run *run, const tern_row_dot_args *a)
 #define tern__cpu_route NULL
 #define tern__cpu_group NULL
 #define tern__cpu_row_dot NULL
+#endif
+
+/* -- sums over the edges of a graph -- */
+#ifndef TERNARY_NO_GRAPH
+
+/* Work is shared out by places: row v begins at start[v] + v, and each of its edges is one more, so that a task has as much
+   to do as any other whatever the rows are like. The segment of a hub belongs to the task that has its first place. */
+static int64_t tern__first_row(const tern_adjacency *e, int64_t place)
+{
+    int64_t low = 0, high = e->rows;
+    while (low < high) {
+        const int64_t middle = low + (high - low) / 2;
+        if (e->start[middle] + middle < place) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+/* The first segment of a hub among those of all hubs. */
+static int64_t tern__first_part(const tern_adjacency *e, int64_t row)
+{
+    int64_t low = 0, high = e->hubs - 1;
+    while (low < high) {
+        const int64_t middle = low + (high - low) / 2;
+        if (e->hub[middle] < row) low = middle + 1;
+        else high = middle;
+    }
+    return e->part[low];
+}
+
+static void tern__aggregate_some(const tern__kernels *k, const tern_aggregate_args *a, int64_t first, int64_t n, float *y)
+{
+    tern__neighbours s;
+    s.n = n;
+    s.left = a->edges.count - first;
+    s.cols = a->cols;
+    s.entry = a->edges.entry + first;
+    s.right = a->right;
+    s.scale = a->q ? a->scale : NULL;
+    s.x = a->x;
+    s.q = a->q;
+    s.row = a->q ? a->q_row : a->cols;
+    s.y = y;
+    k->aggregate(&s);
+}
+
+static void tern__aggregate_end(const tern__kernels *k, const tern_aggregate_args *a, int64_t row, int64_t *bad)
+{
+    float *y = a->y + row * a->cols;
+    int64_t j;
+    if (a->left) for (j = 0; j < a->cols; j++) y[j] = a->left[row] * y[j];
+    if (tern__finite(tern__float(k->absmax(a->cols, y, NULL)))) return;
+    memset(y, 0, sizeof(float) * (size_t)a->cols);
+    *bad = tern__min(*bad, row);
+}
+
+/* Those of a row's segments that begin in [begin, end). */
+static void tern__aggregate_row(tern__job *job, int64_t row, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_aggregate_args *a = (const tern_aggregate_args *)job->arg;
+    const int64_t first = a->edges.start[row], n = a->edges.start[row + 1] - first, place = first + row;
+    int64_t s, part;
+    if (n <= TERN__EDGES) {
+        if (place < begin) return;
+        tern__aggregate_some(job->k, a, first, n, a->y + row * a->cols);
+        tern__aggregate_end(job->k, a, row, bad);
+        return;
+    }
+    part = tern__first_part(&a->edges, row);
+    for (s = begin > place ? tern__ceil_div(begin - place, TERN__EDGES) : 0; s * TERN__EDGES < n && place + s * TERN__EDGES < end; s++)
+        tern__aggregate_some(job->k, a, first + s * TERN__EDGES, tern__min(TERN__EDGES, n - s * TERN__EDGES), a->part + (part + s) * a->cols);
+}
+
+static void tern__aggregate_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_adjacency *e = &((const tern_aggregate_args *)job->arg)->edges;
+    int64_t row = tern__first_row(e, begin);
+    for (row -= row > 0; row < e->rows && e->start[row] + row < end; row++) tern__aggregate_row(job, row, begin, end, bad);
+}
+
+/* The segments of hubs [begin, end), in order. */
+static void tern__aggregate_hubs(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_aggregate_args *a = (const tern_aggregate_args *)job->arg;
+    int64_t h, s, j;
+    for (h = begin; h < end; h++) {
+        const int64_t row = a->edges.hub[h], parts = tern__ceil_div(a->edges.start[row + 1] - a->edges.start[row], TERN__EDGES);
+        const float *part = a->part + a->edges.part[h] * a->cols;
+        float *y = a->y + row * a->cols;
+        memcpy(y, part, sizeof(float) * (size_t)a->cols);
+        for (s = 1; s < parts; s++)
+            for (j = 0; j < a->cols; j++) y[j] = y[j] + part[s * a->cols + j];
+        tern__aggregate_end(job->k, a, row, bad);
+    }
+}
+
+static tern_result tern__cpu_aggregate(tern_run *run, const tern_aggregate_args *a)
+{
+    const tern_adjacency *e = &a->edges;
+    int64_t bad = tern__for(run, tern__aggregate_body, a, e->count + e->rows, tern__add(tern__mul(a->cols, 2), 20));
+    if (e->hubs) bad = tern__min(bad, tern__for(run, tern__aggregate_hubs, a, e->hubs, tern__mul(e->parts / e->hubs, a->cols)));
+    if (bad != INT64_MAX) tern__set_fault(run, TERN__FAULT_AGGREGATE, bad);
+    return TERN_OK;
+}
+
+/* -- gates and codebooks -- */
+
+static void tern__gate_token(const tern__kernels *k, const tern_gate_args *a, int64_t t, int64_t *bad)
+{
+    float *y = a->y + t * a->cols;
+    int64_t i, j;
+    memcpy(y, a->h + t * a->cols, sizeof(float) * (size_t)a->cols);
+    for (i = t; i < a->count * a->n; i += a->n) {
+        const float gate = tern__sigmoid(tern__sum_pairs(k, 0, a->cols, a->h + t * a->cols, a->key + i * a->cols));
+        a->gate[i] = gate;
+        for (j = 0; j < a->cols; j++) y[j] = y[j] + gate * a->value[i * a->cols + j];
+    }
+    if (tern__finite(tern__float(k->absmax(a->cols, y, NULL)))) return;
+    memset(y, 0, sizeof(float) * (size_t)a->cols);
+    *bad = tern__min(*bad, t);
+}
+
+static void tern__gate_back(const tern__kernels *k, const tern_gate_args *a, int64_t t)
+{
+    const float *h = a->h + t * a->cols, *dy = a->dy + t * a->cols;
+    float *dh = a->dh + t * a->cols;
+    int64_t i, j;
+    memcpy(dh, dy, sizeof(float) * (size_t)a->cols);
+    for (i = t; i < a->count * a->n; i += a->n) {
+        const float gate = a->gate[i], *key = a->key + i * a->cols, *value = a->value + i * a->cols;
+        const float slope = tern__sum_pairs(k, 0, a->cols, dy, value) * (gate * (1.0f - gate));
+        float *dkey = a->dkey + i * a->cols, *dvalue = a->dvalue + i * a->cols;
+        for (j = 0; j < a->cols; j++) {
+            dvalue[j] = gate * dy[j];
+            dkey[j] = slope * h[j];
+            dh[j] = dh[j] + slope * key[j];
+        }
+    }
+}
+
+static void tern__gate_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_gate_args *a = (const tern_gate_args *)job->arg;
+    int64_t t;
+    for (t = begin; t < end; t++) {
+        if (a->dy) tern__gate_back(job->k, a, t);
+        else tern__gate_token(job->k, a, t, bad);
+    }
+}
+
+static tern_result tern__cpu_gate(tern_run *run, const tern_gate_args *a)
+{
+    const int64_t bad = tern__for(run, tern__gate_body, a, a->n, tern__mul(tern__mul(a->count, a->cols), 10));
+    if (bad != INT64_MAX) tern__set_fault(run, TERN__FAULT_GATE, bad);
+    return TERN_OK;
+}
+
+static void tern__nearest_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern_nearest_args *a = (const tern_nearest_args *)job->arg;
+    int64_t t, i;
+    for (t = begin; t < end; t++) {
+        float best = 3.402823466e38f; /* beyond it nothing is nearest */
+        int32_t id = -1;
+        for (i = 0; i < a->rows; i++) {
+            const float d = tern__sum_pairs(job->k, 1, a->cols, a->x + t * a->cols, a->w + i * a->cols);
+            if (d < best) { best = d; id = (int32_t)i; }
+        }
+        if (id < 0) *bad = tern__min(*bad, t);
+        a->ids[t] = id;
+        if (a->distance) a->distance[t] = id < 0 ? 0.0f : best;
+    }
+}
+
+static tern_result tern__cpu_nearest(tern_run *run, const tern_nearest_args *a)
+{
+    const int64_t bad = tern__for(run, tern__nearest_body, a, a->n, tern__mul(tern__mul(a->rows, a->cols), 3));
+    if (bad != INT64_MAX) tern__set_fault(run, TERN__FAULT_NEAREST, bad);
+    return TERN_OK;
+}
+#else
+#define tern__cpu_aggregate NULL
+#define tern__cpu_gate NULL
+#define tern__cpu_nearest NULL
 #endif
 
 /* -- element by element -- */
@@ -7520,6 +7941,63 @@ static tern_result tern__check_row_dot(tern_run *r, const tern_row_dot_args *a)
     TERN__NEED("row_dot", ids);
     TERN__NEED("row_dot", to);
     TERN__NEED("row_dot", y);
+    return TERN_OK;
+}
+
+static tern_result tern__check_aggregate(tern_run *r, const tern_aggregate_args *a)
+{
+    const tern_adjacency *e = &a->edges;
+    TERN__TRY(tern__check_count(r, "aggregate", "cols", a->cols, 1));
+    TERN__TRY(tern__check_count(r, "aggregate", "rows", e->rows, a->cols));
+    TERN__TRY(tern__check_count(r, "aggregate", "sources", e->sources, tern__max(a->cols, a->q ? a->q_row : 0)));
+    TERN__REQUIRE(r, e->count >= 0 && e->hubs >= 0 && e->parts >= e->hubs && tern__fits(tern__mul(e->count, 4)) && tern__fits(tern__mul(tern__mul(e->parts, a->cols), 4)),
+                  TERN_E_SHAPE, "aggregate: %d edges, %d hubs and %d parts", e->count, e->hubs, e->parts);
+    TERN__TRY(tern__check_pointer(r, "aggregate", "edges.start", e->start, 8));
+    if (e->count) TERN__TRY(tern__check_pointer(r, "aggregate", "edges.entry", e->entry, 4));
+    if (e->hubs) {
+        TERN__TRY(tern__check_pointer(r, "aggregate", "edges.hub", e->hub, 4));
+        TERN__TRY(tern__check_pointer(r, "aggregate", "edges.part", e->part, 8));
+        TERN__NEED("aggregate", part);
+    }
+    TERN__MAY("aggregate", left);
+    TERN__MAY("aggregate", right);
+    if (a->q) {
+        TERN__REQUIRE(r, a->q_row >= a->cols && a->q_row % 16 == 0, TERN_E_SHAPE, "aggregate: q_row = %d; it must be a multiple of 16, at least cols = %d", a->q_row, a->cols);
+        TERN__NEED("aggregate", scale);
+    } else TERN__NEED("aggregate", x);
+    TERN__NEED("aggregate", y);
+    return TERN_OK;
+}
+
+static tern_result tern__check_gate(tern_run *r, const tern_gate_args *a)
+{
+    TERN__TRY(tern__check_count(r, "gate", "cols", a->cols, 1));
+    TERN__TRY(tern__check_count(r, "gate", "count", a->count, a->cols));
+    TERN__TRY(tern__check_count(r, "gate", "n", a->n, a->count * a->cols));
+    TERN__NEED("gate", h);
+    TERN__NEED("gate", key);
+    TERN__NEED("gate", value);
+    TERN__NEED("gate", gate);
+    if (!a->dy) TERN__NEED("gate", y);
+    if (a->dy) {
+        TERN__NEED("gate", dy);
+        TERN__NEED("gate", dh);
+        TERN__NEED("gate", dkey);
+        TERN__NEED("gate", dvalue);
+    }
+    return TERN_OK;
+}
+
+static tern_result tern__check_nearest(tern_run *r, const tern_nearest_args *a)
+{
+    TERN__TRY(tern__check_count(r, "nearest", "cols", a->cols, 1));
+    TERN__TRY(tern__check_count(r, "nearest", "rows", a->rows, a->cols));
+    TERN__REQUIRE(r, a->rows <= INT32_MAX, TERN_E_OVERFLOW, "nearest: rows = %d is beyond int32", a->rows);
+    TERN__TRY(tern__check_count(r, "nearest", "n", a->n, a->cols));
+    TERN__NEED("nearest", x);
+    TERN__NEED("nearest", w);
+    TERN__NEED("nearest", ids);
+    TERN__MAY("nearest", distance);
     return TERN_OK;
 }
 
@@ -9518,6 +9996,54 @@ TERN_API tern_result tern_linear_backward(tern_context *c, const tern_linear *l,
 }
 #endif
 
+/* -- for layers that are made of others -- */
+#if !defined(TERNARY_NO_MOE) || !defined(TERNARY_NO_GRAPH)
+
+/* Consecutive pieces of memory, or (base NULL) their size. */
+typedef struct tern__layout { unsigned char *base; int64_t bytes; } tern__layout;
+
+static void *tern__piece(tern__layout *p, int64_t count, int64_t width)
+{
+    void *at = p->base ? p->base + p->bytes : NULL;
+    p->bytes = tern__add(p->bytes, tern__scratch_piece(tern__mul(count, width)));
+    return at;
+}
+
+static float *tern__piece_of_floats(tern__layout *p, int64_t rows, int64_t cols) { return (float *)tern__piece(p, tern__mul(rows, cols), 4); }
+static int32_t *tern__piece_of_ids(tern__layout *p, int64_t count) { return (int32_t *)tern__piece(p, count, 4); }
+
+static int64_t tern__linear_bytes(const tern_linear *l, int64_t n) { return tern__add(tern__kept_at(l, n, NULL).bytes, tern__linear_scratch(l, n)); }
+
+static tern_result tern__apply(tern_context *c, tern_map_fn fn, int64_t count, const float *a, const float *b, float *y)
+{
+    tern_map_args p;
+    memset(&p, 0, sizeof p);
+    p.fn = fn;
+    p.count = count;
+    p.alpha = 1.0f;
+    p.a = a;
+    p.b = b;
+    p.y = y;
+    return tern_map(c, &p);
+}
+
+#ifndef TERNARY_NO_TRAINING
+static tern_result tern__apply_back(tern_context *c, tern_map_fn fn, int64_t count, const float *a, const float *b, const float *dy, float *da, float *db)
+{
+    tern_map_args p;
+    memset(&p, 0, sizeof p);
+    p.fn = fn;
+    p.count = count;
+    p.a = a;
+    p.b = b;
+    p.dy = dy;
+    p.da = da;
+    p.db = db;
+    return tern_map(c, &p);
+}
+#endif
+#endif
+
 /* ------------------------------------------------------------------------------------------------
    [TERN-16] Embedding
    What enters: token ids. What leaves: rows of a ternary (or dense) table; gradients added by row.
@@ -9579,21 +10105,6 @@ TERN_API tern_linear tern_embedding_as_linear(const tern_embedding *e, tern_norm
    computes the experts again: what is saved does not grow with what is chosen.
    ------------------------------------------------------------------------------------------------ */
 #ifndef TERNARY_NO_MOE
-
-/* Consecutive pieces of memory, or (base NULL) their size. */
-typedef struct tern__layout { unsigned char *base; int64_t bytes; } tern__layout;
-
-static void *tern__piece(tern__layout *p, int64_t count, int64_t width)
-{
-    void *at = p->base ? p->base + p->bytes : NULL;
-    p->bytes = tern__add(p->bytes, tern__scratch_piece(tern__mul(count, width)));
-    return at;
-}
-
-static float *tern__piece_of_floats(tern__layout *p, int64_t rows, int64_t cols) { return (float *)tern__piece(p, tern__mul(rows, cols), 4); }
-static int32_t *tern__piece_of_ids(tern__layout *p, int64_t count) { return (int32_t *)tern__piece(p, count, 4); }
-
-static int64_t tern__linear_bytes(const tern_linear *l, int64_t n) { return tern__add(tern__kept_at(l, n, NULL).bytes, tern__linear_scratch(l, n)); }
 
 /* Experts read x as it was normalised and quantized once for all of them; what they made of it goes down. */
 static tern_linear tern__moe_reader(const tern_moe *m, tern_param *w)
@@ -9914,19 +10425,6 @@ static tern_result tern__scatter_rows_of(tern_context *c, int64_t rows, int64_t 
     return tern_scatter(c, &a);
 }
 
-static tern_result tern__moe_map(tern_context *c, tern_map_fn fn, int64_t count, const float *a, const float *b, float *y)
-{
-    tern_map_args p;
-    memset(&p, 0, sizeof p);
-    p.fn = fn;
-    p.count = count;
-    p.alpha = 1.0f;
-    p.a = a;
-    p.b = b;
-    p.y = y;
-    return tern_map(c, &p);
-}
-
 static tern_map_fn tern__moe_fn(const tern_moe *m) { return m->fn == TERN_MAP_ADD ? TERN_MAP_SILU : m->fn; }
 
 /* -- forward -- */
@@ -9990,10 +10488,10 @@ static tern_result tern__moe_hidden(tern_context *c, const tern_moe *m, const te
 {
     const int64_t count = n * e->up->rows;
     TERN__TRY(tern__moe_times(c, m, e->up, n, rows, w->up));
-    if (!e->gate) return tern__moe_map(c, tern__moe_fn(m), count, w->up, NULL, h);
+    if (!e->gate) return tern__apply(c, tern__moe_fn(m), count, w->up, NULL, h);
     TERN__TRY(tern__moe_times(c, m, e->gate, n, rows, w->gate));
-    TERN__TRY(tern__moe_map(c, tern__moe_fn(m), count, w->gate, NULL, w->fn));
-    return tern__moe_map(c, TERN_MAP_MUL, count, w->fn, w->up, h);
+    TERN__TRY(tern__apply(c, tern__moe_fn(m), count, w->gate, NULL, w->fn));
+    return tern__apply(c, TERN_MAP_MUL, count, w->fn, w->up, h);
 }
 
 /* Of a dense dispatch, the rows that were chosen, zero for the others, whatever an expert made of those. */
@@ -10086,7 +10584,7 @@ static tern_result tern__moe_lows(tern_context *c, const tern_moe *m, int64_t n,
             h = w->h;
         }
         TERN__TRY(tern__moe_low(c, m, t->expert, t->n, &rows, t->dense ? w->tokens + t->at : NULL, w, NULL));
-        TERN__TRY(tern__moe_map(c, TERN_MAP_MUL, t->n * width, h, w->up, w->fn));
+        TERN__TRY(tern__apply(c, TERN_MAP_MUL, t->n * width, h, w->up, w->fn));
         TERN__TRY(tern__scatter_rows_of(c, n, width, w->fn, t->n, w->tokens + t->at, w->sorted + t->at, w->sum));
     }
     return TERN_OK;
@@ -10129,7 +10627,7 @@ static tern_result tern__moe_run(tern_context *c, const tern_moe *m, int64_t n, 
         const tern_linear down = tern__moe_down(m, m->always->down);
         TERN__TRY(tern__moe_hidden(c, m, m->always, n, &all, w, w->h));
         TERN__TRY(tern_linear_forward(c, &down, n, w->h, w->out, NULL));
-        return tern__moe_map(c, TERN_MAP_ADD, n * cols, y, w->out, y);
+        return tern__apply(c, TERN_MAP_ADD, n * cols, y, w->out, y);
     }
     return TERN_OK;
 }
@@ -10160,21 +10658,7 @@ static tern_result tern__moe_add_rows(tern_context *c, const tern_moe *m, int64_
 {
     const int64_t cols = m->experts->up->cols;
     if (tokens) return tern__scatter_rows_of(c, n, cols, w->drows, rows, tokens, NULL, w->dx);
-    return tern__moe_map(c, TERN_MAP_ADD, n * cols, w->dx, w->drows, w->dx);
-}
-
-static tern_result tern__moe_map_back(tern_context *c, tern_map_fn fn, int64_t count, const float *a, const float *b, const float *dy, float *da, float *db)
-{
-    tern_map_args p;
-    memset(&p, 0, sizeof p);
-    p.fn = fn;
-    p.count = count;
-    p.a = a;
-    p.b = b;
-    p.dy = dy;
-    p.da = da;
-    p.db = db;
-    return tern_map(c, &p);
+    return tern__apply(c, TERN_MAP_ADD, n * cols, w->dx, w->drows, w->dx);
 }
 
 /* From dh of rows whose gate, up and fn are in w: the gradients of gate and up, and dx~. tokens: NULL for all. */
@@ -10183,11 +10667,11 @@ static tern_result tern__moe_hidden_back(tern_context *c, const tern_moe *m, con
 {
     const int64_t count = n * e->up->rows;
     if (e->gate) {
-        TERN__TRY(tern__moe_map_back(c, TERN_MAP_MUL, count, w->fn, w->up, dh, w->dgate, w->dup));
-        TERN__TRY(tern__moe_map_back(c, tern__moe_fn(m), count, w->gate, NULL, w->dgate, w->dgate, NULL));
+        TERN__TRY(tern__apply_back(c, TERN_MAP_MUL, count, w->fn, w->up, dh, w->dgate, w->dup));
+        TERN__TRY(tern__apply_back(c, tern__moe_fn(m), count, w->gate, NULL, w->dgate, w->dgate, NULL));
         TERN__TRY(tern__moe_reader_back(c, m, e->gate, n, rows, w->dgate, w));
         TERN__TRY(tern__moe_add_rows(c, m, all_n, n, tokens, w));
-    } else TERN__TRY(tern__moe_map_back(c, tern__moe_fn(m), count, w->up, NULL, dh, w->dup, NULL));
+    } else TERN__TRY(tern__apply_back(c, tern__moe_fn(m), count, w->up, NULL, dh, w->dup, NULL));
     TERN__TRY(tern__moe_reader_back(c, m, e->up, n, rows, w->dup, w));
     return tern__moe_add_rows(c, m, all_n, n, tokens, w);
 }
@@ -10237,10 +10721,10 @@ static tern_result tern__moe_lows_back(tern_context *c, const tern_moe *m, int64
         TERN__TRY(tern__moe_gather(c, m, n, all, t->n, tokens, w, &rows));
         TERN__TRY(tern__gather_rows_of(c, n, width, w->hidden, t->n, tokens, NULL, w->h));
         TERN__TRY(tern__moe_low(c, m, t->expert, t->n, &rows, NULL, w, w->again));
-        TERN__TRY(tern__moe_map(c, TERN_MAP_MUL, t->n * width, w->h, w->up, w->fn));
+        TERN__TRY(tern__apply(c, TERN_MAP_MUL, t->n * width, w->h, w->up, w->fn));
         TERN__TRY(tern__moe_weights_back(c, n, width, w->dsum, w->fn, t, w));
         TERN__TRY(tern__gather_rows_of(c, n, width, w->dsum, t->n, tokens, w->sorted + t->at, w->dout));
-        TERN__TRY(tern__moe_map_back(c, TERN_MAP_MUL, t->n * width, w->h, w->up, w->dout, w->dh, w->dup));
+        TERN__TRY(tern__apply_back(c, TERN_MAP_MUL, t->n * width, w->h, w->up, w->dout, w->dh, w->dup));
         TERN__TRY(tern__scatter_rows_of(c, n, width, w->dh, t->n, tokens, NULL, w->dhidden));
         TERN__TRY(tern_linear_backward(c, &b, t->n, w->low, w->again, w->dup, w->dlow));
         TERN__TRY(tern__moe_reader_back(c, m, m->low_a[t->expert], t->n, &rows, w->dlow, w));
@@ -10284,7 +10768,7 @@ static tern_result tern__moe_norm_back(tern_context *c, const tern_moe *m, int64
 {
     const tern_linear l = tern__moe_front(m, m->experts->up);
     tern_norm_args a;
-    if (m->norm == TERN_NORM_NONE) return dx ? tern__moe_map(c, TERN_MAP_ADD, n * l.w->cols, dx, w->dx, dx) : TERN_OK;
+    if (m->norm == TERN_NORM_NONE) return dx ? tern__apply(c, TERN_MAP_ADD, n * l.w->cols, dx, w->dx, dx) : TERN_OK;
     a = tern__linear_norm(&l, n, x);
     a.dy = w->dx;
     a.dx = dx;
@@ -10542,13 +11026,13 @@ static tern_result tern__ple_run(tern_context *c, const tern_ple *l, int64_t n, 
     const int64_t low = n * l->gate.w->rows;
     tern_norm_args norm;
     TERN__TRY(tern_linear_forward(c, &l->gate, n, x, w->low, w->gate));
-    TERN__TRY(tern__moe_map(c, TERN_MAP_GELU, low, w->low, NULL, w->fn));
-    TERN__TRY(tern__moe_map(c, TERN_MAP_MUL, low, w->fn, rows, w->product));
+    TERN__TRY(tern__apply(c, TERN_MAP_GELU, low, w->low, NULL, w->fn));
+    TERN__TRY(tern__apply(c, TERN_MAP_MUL, low, w->fn, rows, w->product));
     TERN__TRY(tern_linear_forward(c, &l->project, n, w->product, w->out, w->project));
     norm = tern__ple_norm(l, n, w);
     norm.y = y;
     TERN__TRY(tern_norm(c, &norm));
-    return tern__moe_map(c, TERN_MAP_ADD, n * norm.cols, x, y, y);
+    return tern__apply(c, TERN_MAP_ADD, n * norm.cols, x, y, y);
 }
 
 TERN_API tern_result tern_ple_forward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, float *y, void *saved)
@@ -10576,11 +11060,11 @@ static tern_result tern__ple_back(tern_context *c, const tern_ple *l, int64_t n,
     norm.dgain = tern__floats(l->gain, TERN_GRAD);
     TERN__TRY(tern_norm(c, &norm));
     TERN__TRY(tern_linear_backward(c, &l->project, n, w->product, w->project, w->dout, w->dlow));
-    if (drows) TERN__TRY(tern__moe_map_back(c, TERN_MAP_MUL, low, w->fn, rows, w->dlow, NULL, drows));
-    TERN__TRY(tern__moe_map_back(c, TERN_MAP_MUL, low, w->fn, rows, w->dlow, w->dfn, NULL));
-    TERN__TRY(tern__moe_map_back(c, TERN_MAP_GELU, low, w->low, NULL, w->dfn, w->dfn, NULL));
+    if (drows) TERN__TRY(tern__apply_back(c, TERN_MAP_MUL, low, w->fn, rows, w->dlow, NULL, drows));
+    TERN__TRY(tern__apply_back(c, TERN_MAP_MUL, low, w->fn, rows, w->dlow, w->dfn, NULL));
+    TERN__TRY(tern__apply_back(c, TERN_MAP_GELU, low, w->low, NULL, w->dfn, w->dfn, NULL));
     TERN__TRY(tern_linear_backward(c, &l->gate, n, x, w->gate, w->dfn, dx));
-    return dx ? tern__moe_map(c, TERN_MAP_ADD, n * norm.cols, dx, dy, dx) : TERN_OK;
+    return dx ? tern__apply(c, TERN_MAP_ADD, n * norm.cols, dx, dy, dx) : TERN_OK;
 }
 
 TERN_API tern_result tern_ple_backward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, const void *saved, const float *dy, float *dx, float *drows)
@@ -10603,6 +11087,857 @@ TERN_API tern_result tern_ple_backward(tern_context *c, const tern_ple *l, int64
     result = tern__ple_back(c, l, n, x, rows, dy, dx, drows, &w);
     c->scratch_base -= (size_t)w.scratch_bytes;
     return result;
+}
+#endif
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   [TERN-18] Graph
+   What enters: edges that nobody has checked, features of nodes, a hop's parameters. What leaves: rows of edges
+   by target and by source, features one hop on, and gradients. A message is never stored for an edge: rows are
+   projected before they are summed, or sums after it. The backward is the same sum on the graph turned round.
+   Beside it: rows of a table named by the last tokens, and the nearest rows of a codebook.
+   ------------------------------------------------------------------------------------------------ */
+#ifndef TERNARY_NO_GRAPH
+
+/* -- building, on the host -- */
+
+static tern_result tern__check_node(tern_context *c, const tern_edges *e, const char *what, int64_t edge, int32_t node)
+{
+    TERN__REQUIRE(&c->run, node >= 0 && node < e->nodes, TERN_E_ARGUMENT, "graph: %s[%d] is %d; there are nodes 0 to %d", what, edge, (int64_t)node, e->nodes - 1);
+    return TERN_OK;
+}
+
+static tern_result tern__check_starts(tern_context *c, const tern_edges *e)
+{
+    int64_t v;
+    TERN__TRY(tern__check_pointer(&c->run, "graph", "start", e->start, 8));
+    TERN__REQUIRE(&c->run, e->start[0] == 0, TERN_E_ARGUMENT, "graph: start[0] is %d, not 0", e->start[0]);
+    for (v = 0; v < e->nodes; v++)
+        TERN__REQUIRE(&c->run, e->start[v + 1] >= e->start[v], TERN_E_ARGUMENT, "graph: start[%d] is %d, below start[%d] = %d", v + 1, e->start[v + 1], v, e->start[v]);
+    TERN__REQUIRE(&c->run, e->start[e->nodes] == e->count, TERN_E_SHAPE, "graph: start[%d] is %d for %d edges", e->nodes, e->start[e->nodes], e->count);
+    return TERN_OK;
+}
+
+static tern_result tern__check_edges(tern_context *c, const tern_edges *e)
+{
+    int64_t i;
+    TERN__REQUIRE(&c->run, e->nodes >= 1 && e->nodes <= INT32_MAX, TERN_E_SHAPE, "graph: %d nodes; 1 to %d can be used", e->nodes, (int64_t)INT32_MAX);
+    TERN__REQUIRE(&c->run, e->count >= 0, TERN_E_SHAPE, "graph: %d edges", e->count);
+    TERN__REQUIRE(&c->run, tern__fits(tern__mul(tern__add(tern__mul(e->count, 2), tern__mul(e->nodes, 3)), 32)), TERN_E_OVERFLOW, "graph: the memory of %d edges overflows", e->count);
+    TERN__REQUIRE(&c->run, !e->to != !e->start, TERN_E_ARGUMENT, "graph: edges come with to or with start, and not with both");
+    TERN__REQUIRE(&c->run, (int32_t)e->duplicates >= 0 && e->duplicates <= TERN_DUPLICATES_REFUSE, TERN_E_ARGUMENT, "graph: duplicates is %d", (int64_t)(int32_t)e->duplicates);
+    if (e->start) TERN__TRY(tern__check_starts(c, e));
+    if (e->count) TERN__TRY(tern__check_pointer(&c->run, "graph", "from", e->from, 4));
+    if (e->count && e->to) TERN__TRY(tern__check_pointer(&c->run, "graph", "to", e->to, 4));
+    for (i = 0; i < e->count; i++) {
+        TERN__TRY(tern__check_node(c, e, "from", i, e->from[i]));
+        if (e->to) TERN__TRY(tern__check_node(c, e, "to", i, e->to[i]));
+        TERN__REQUIRE(&c->run, !e->sign || (e->sign[i] >= -1 && e->sign[i] <= 1), TERN_E_TRIT, "graph: sign[%d] is %d, not -1, 0 or 1", i, (int64_t)e->sign[i]);
+    }
+    return TERN_OK;
+}
+
+/* Edges in their order, then sorted by an end: start [nodes + 1], entry. */
+typedef struct tern__edge_list { int64_t count; int32_t *to; uint32_t *from; unsigned char *has_loop; } tern__edge_list;
+typedef struct tern__edge_rows { int64_t *start; uint32_t *entry; } tern__edge_rows;
+
+static void tern__put_edge(tern__edge_list *l, int32_t from, int32_t to, int32_t minus)
+{
+    l->to[l->count] = to;
+    l->from[l->count++] = (uint32_t)from | (uint32_t)minus << 31;
+    if (from == to) l->has_loop[to] = 1;
+}
+
+static void tern__list_edges(const tern_edges *e, tern__edge_list *l)
+{
+    int64_t i, v = 0;
+    for (i = 0; i < e->count; i++) {
+        int32_t to;
+        while (!e->to && e->start[v + 1] <= i) v++;
+        to = e->to ? e->to[i] : (int32_t)v;
+        if (e->sign && e->sign[i] == 0) continue;
+        tern__put_edge(l, e->from[i], to, e->sign && e->sign[i] < 0);
+        if (e->both_ways && e->from[i] != to) tern__put_edge(l, to, e->from[i], e->sign && e->sign[i] < 0);
+    }
+    for (i = 0; e->loops && i < e->nodes; i++)
+        if (!l->has_loop[i]) tern__put_edge(l, (int32_t)i, (int32_t)i, 0);
+}
+
+/* A counting sort, which keeps the order of the edges of a row. */
+static void tern__sort_edges(const tern__edge_list *l, int64_t nodes, tern__edge_rows *rows)
+{
+    int64_t i, v;
+    memset(rows->start, 0, sizeof(int64_t) * (size_t)(nodes + 1));
+    for (i = 0; i < l->count; i++) rows->start[l->to[i] + 1]++;
+    for (v = 0; v < nodes; v++) rows->start[v + 1] += rows->start[v];
+    for (i = 0; i < l->count; i++) rows->entry[rows->start[l->to[i]]++] = l->from[i];
+    for (v = nodes; v > 0; v--) rows->start[v] = rows->start[v - 1];
+    rows->start[0] = 0;
+}
+
+/* seen [nodes], zero: the row, counted from 1, that met a node last. */
+static tern_result tern__drop_duplicates(tern_context *c, const tern_edges *e, tern__edge_rows *rows, int32_t *seen)
+{
+    int64_t v, i, at = 0, begin = 0;
+    if (e->duplicates == TERN_DUPLICATES_ADD) return TERN_OK;
+    for (v = 0; v < e->nodes; v++) {
+        const int64_t end = rows->start[v + 1];
+        for (i = begin; i < end; i++) {
+            const int64_t u = tern__edge_node(rows->entry[i]);
+            const int32_t again = seen[u] == (int32_t)v + 1;
+            TERN__REQUIRE(&c->run, !again || e->duplicates == TERN_DUPLICATES_FIRST, TERN_E_ARGUMENT, "graph: the edge from %d to %d is there twice", u, v);
+            seen[u] = (int32_t)v + 1;
+            if (!again) rows->entry[at++] = rows->entry[i];
+        }
+        begin = end;
+        rows->start[v + 1] = at;
+    }
+    return TERN_OK;
+}
+
+/* The same edges by their beginnings, in the order of their ends. */
+static void tern__turn_round(const tern__edge_rows *rows, int64_t nodes, tern__edge_list *l)
+{
+    int64_t v, i;
+    l->count = 0;
+    for (v = 0; v < nodes; v++)
+        for (i = rows->start[v]; i < rows->start[v + 1]; i++) {
+            l->to[l->count] = (int32_t)tern__edge_node(rows->entry[i]);
+            l->from[l->count++] = (uint32_t)v | (rows->entry[i] & 0x80000000u);
+        }
+}
+
+static void tern__count_hubs(const int64_t *start, int64_t nodes, tern_adjacency *a)
+{
+    int64_t v;
+    a->rows = a->sources = nodes;
+    a->count = start[nodes];
+    for (v = 0; v < nodes; v++) {
+        const int64_t n = start[v + 1] - start[v];
+        if (n <= TERN__EDGES) continue;
+        a->hubs++;
+        a->parts += tern__ceil_div(n, TERN__EDGES);
+    }
+}
+
+static void tern__place_rows(tern__layout *p, tern_adjacency *a)
+{
+    a->start = (int64_t *)tern__piece(p, a->rows + 1, 8);
+    a->part = (int64_t *)tern__piece(p, a->hubs, 8);
+    a->hub = tern__piece_of_ids(p, a->hubs);
+    a->entry = (uint32_t *)tern__piece(p, a->count, 4);
+}
+
+/* All of a graph in one piece of memory, from base on (NULL: the size alone). */
+static int64_t tern__place_graph(tern_graph *g, void *base)
+{
+    tern__layout p = {(unsigned char *)base, 0};
+    tern__place_rows(&p, &g->in);
+    tern__place_rows(&p, &g->out);
+    g->mean = tern__piece_of_floats(&p, g->nodes, 1);
+    g->to = tern__piece_of_floats(&p, g->nodes, 1);
+    g->from = tern__piece_of_floats(&p, g->nodes, 1);
+    g->memory = base;
+    return p.bytes;
+}
+
+static void tern__fill_rows(const tern__edge_rows *rows, tern_adjacency *a)
+{
+    int64_t v, hub = 0, part = 0;
+    memcpy(a->start, rows->start, sizeof(int64_t) * (size_t)(a->rows + 1));
+    memcpy(a->entry, rows->entry, sizeof(uint32_t) * (size_t)a->count);
+    for (v = 0; v < a->rows; v++) {
+        const int64_t n = rows->start[v + 1] - rows->start[v];
+        if (n <= TERN__EDGES) continue;
+        a->hub[hub] = (int32_t)v;
+        a->part[hub++] = part;
+        part += tern__ceil_div(n, TERN__EDGES);
+    }
+}
+
+static void tern__fill_norms(tern_graph *g)
+{
+    int64_t v;
+    for (v = 0; v < g->nodes; v++) {
+        const int64_t in = g->in.start[v + 1] - g->in.start[v], out = g->out.start[v + 1] - g->out.start[v];
+        g->mean[v] = in ? 1.0f / (float)in : 0.0f;
+        g->to[v] = in ? 1.0f / tern__sqrt((float)in) : 0.0f;
+        g->from[v] = out ? 1.0f / tern__sqrt((float)out) : 0.0f;
+    }
+}
+
+/* A graph on the host becomes one of the backend. */
+static tern_result tern__upload_graph(tern_context *c, tern_graph *g, const tern__edge_rows *in, const tern__edge_rows *out)
+{
+    const size_t bytes = (size_t)tern__place_graph(g, NULL);
+    void *image = tern__host_alloc(&c->run.allocator, bytes), *memory;
+    tern_result result;
+    TERN__REQUIRE(&c->run, image, TERN_E_MEMORY, "graph: no memory for %d bytes", (int64_t)bytes);
+    tern__place_graph(g, image);
+    tern__fill_rows(in, &g->in);
+    tern__fill_rows(out, &g->out);
+    tern__fill_norms(g);
+    memory = tern_alloc(c, bytes);
+    result = memory ? tern_copy(c, memory, image, bytes, TERN_TO_DEVICE) : tern__set_error(&c->run.error, TERN_E_MEMORY, "graph: no memory for %d bytes", (int64_t)bytes);
+    tern__host_free(&c->run.allocator, image);
+    tern__place_graph(g, memory);
+    if (result != TERN_OK) tern_graph_free(c, g);
+    return result;
+}
+
+static tern_result tern__build_graph(tern_context *c, const tern_edges *e, tern__layout *p, int64_t most, tern_graph *g)
+{
+    tern__edge_list list;
+    tern__edge_rows in, out;
+    int32_t *seen = tern__piece_of_ids(p, e->nodes);
+    list.count = 0;
+    list.has_loop = (unsigned char *)tern__piece(p, e->nodes, 1);
+    list.to = tern__piece_of_ids(p, most);
+    list.from = (uint32_t *)tern__piece(p, most, 4);
+    in.start = (int64_t *)tern__piece(p, e->nodes + 1, 8);
+    in.entry = (uint32_t *)tern__piece(p, most, 4);
+    out.start = (int64_t *)tern__piece(p, e->nodes + 1, 8);
+    out.entry = (uint32_t *)tern__piece(p, most, 4);
+    if (!p->base) return TERN_OK;
+    tern__list_edges(e, &list);
+    tern__sort_edges(&list, e->nodes, &in);
+    TERN__TRY(tern__drop_duplicates(c, e, &in, seen));
+    tern__turn_round(&in, e->nodes, &list);
+    tern__sort_edges(&list, e->nodes, &out);
+    tern__count_hubs(in.start, e->nodes, &g->in);
+    tern__count_hubs(out.start, e->nodes, &g->out);
+    g->nodes = e->nodes;
+    g->edges = g->in.count;
+    return tern__upload_graph(c, g, &in, &out);
+}
+
+TERN_API tern_result tern_graph_build(tern_context *c, const tern_edges *e, tern_graph *out)
+{
+    tern__layout size = {NULL, 0}, host = {NULL, 0};
+    tern_result result;
+    int64_t most;
+    tern_graph g;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__REQUIRE(&c->run, e && out, TERN_E_ARGUMENT, "graph: the edges or out are NULL");
+    TERN__TRY(tern__check_edges(c, e));
+    memset(&g, 0, sizeof g);
+    most = (e->both_ways ? 2 : 1) * e->count + (e->loops ? e->nodes : 0);
+    TERN__TRY(tern__build_graph(c, e, &size, most, &g));
+    host.base = (unsigned char *)tern__host_alloc(&c->run.allocator, (size_t)size.bytes);
+    TERN__REQUIRE(&c->run, host.base, TERN_E_MEMORY, "graph: no memory for %d bytes", size.bytes);
+    size.base = host.base;
+    result = tern__build_graph(c, e, &host, most, &g);
+    tern__host_free(&c->run.allocator, size.base);
+    if (result == TERN_OK) *out = g;
+    return result;
+}
+
+TERN_API void tern_graph_free(tern_context *c, tern_graph *g)
+{
+    if (!g) return;
+    tern_free(c, g->memory);
+    memset(g, 0, sizeof *g);
+}
+
+/* -- hops -- */
+
+typedef struct tern__hop_shape { int64_t in, sent, out; } tern__hop_shape; /* columns of h, of m and of y */
+
+static tern__hop_shape tern__hop_shape_of(const tern_hop *l)
+{
+    tern__hop_shape s;
+    s.in = l->message.w ? l->message.w->cols : l->update.w ? l->update.w->cols : l->lora_a ? l->lora_a->cols : l->cols;
+    s.sent = l->message.w ? l->message.w->rows : s.in;
+    s.out = l->update.w ? l->update.w->rows : s.sent;
+    return s;
+}
+
+/* Columns of the rows that are summed. */
+static int64_t tern__hop_width(const tern_hop *l)
+{
+    const tern__hop_shape s = tern__hop_shape_of(l);
+    return l->order == TERN_PROJECT_FIRST ? s.sent : s.in;
+}
+
+static tern_linear tern__hop_low(tern_param *w)
+{
+    tern_linear l;
+    memset(&l, 0, sizeof l);
+    l.w = w;
+    l.act = TERN_ACT_FLOAT;
+    return l;
+}
+
+/* The matrix that says how summed rows are quantized. */
+static tern_matrix tern__hop_rows(const tern_hop *l)
+{
+    tern_matrix m;
+    memset(&m, 0, sizeof m);
+    m.rows = 1;
+    m.cols = tern__hop_width(l);
+    m.encoding = TERN_2BIT;
+    return m;
+}
+
+static tern_result tern__check_hop(tern_context *c, const tern_hop *l, const tern_graph *g)
+{
+    tern__hop_shape s;
+    tern_matrix m;
+    tern_run *r;
+    if (!c) return TERN_E_ARGUMENT;
+    r = &c->run;
+    TERN__REQUIRE(r, l && g && g->memory, TERN_E_ARGUMENT, "hop: the hop or the graph is NULL, or the graph was not built");
+    TERN__REQUIRE(r, (l->order == TERN_PROJECT_FIRST || l->order == TERN_AGGREGATE_FIRST) && (int32_t)l->norm >= 0 && l->norm <= TERN_GRAPH_SYMMETRIC &&
+                  (l->act == TERN_ACT_INT8 || l->act == TERN_ACT_FLOAT) && (l->fn == TERN_MAP_ADD || (l->fn >= TERN_MAP_RELU && l->fn <= TERN_MAP_GELU)), TERN_E_ARGUMENT,
+                  "hop: order %d, norm %d, act %d or fn %d is out of range", (int64_t)(int32_t)l->order, (int64_t)(int32_t)l->norm, (int64_t)(int32_t)l->act, (int64_t)(int32_t)l->fn);
+    if (l->message.w) TERN__TRY(tern__check_linear(c, &l->message, g->nodes));
+    if (l->update.w) TERN__TRY(tern__check_linear(c, &l->update, g->nodes));
+    TERN__REQUIRE(r, !l->lora_a == !l->lora_b && tern__finite(l->lora_scale), TERN_E_ARGUMENT, "hop: lora_a and lora_b come together, and lora_scale is finite");
+    s = tern__hop_shape_of(l);
+    TERN__TRY(tern__check_count(r, "hop", "nodes", g->nodes, tern__add(s.in, tern__add(s.sent, s.out))));
+    m = tern__hop_rows(l);
+    TERN__TRY(tern__check_matrix(r, "hop", &m));
+    TERN__REQUIRE(r, !l->update.w || l->update.w->cols == s.sent, TERN_E_SHAPE, "hop: the update has %d columns for messages of %d", l->update.w->cols, s.sent);
+    TERN__REQUIRE(r, !l->residual || s.in == s.out, TERN_E_SHAPE, "hop: a residual of %d columns beside an output of %d", s.in, s.out);
+    if (l->lora_a) {
+        const tern_linear a = tern__hop_low(l->lora_a), b = tern__hop_low(l->lora_b);
+        TERN__TRY(tern__check_linear(c, &a, g->nodes));
+        TERN__TRY(tern__check_linear(c, &b, g->nodes));
+        TERN__REQUIRE(r, a.w->cols == s.in && b.w->rows == s.out && b.w->cols == a.w->rows, TERN_E_SHAPE,
+                      "hop: lora_a is %d x %d and lora_b %d x %d from %d columns to %d", a.w->rows, a.w->cols, b.w->rows, b.w->cols, s.in, s.out);
+    }
+    return TERN_OK;
+}
+
+typedef struct tern__hop_work {
+    void *message, *update, *a, *b;                      /* `saved`: what the layers keep, ... */
+    float *g, *m, *z, *low;                              /* ... what message and update read where that is not h, what fn reads, A h */
+    float *sent, *up, *part; int8_t *q; float *scale; int32_t *sum; /* scratch: P h, B A h; segments of hubs; quantized rows */
+    float *dz, *dm, *drows, *dlow, *dup, *dh;            /* and of the backward */
+    int64_t saved_bytes, scratch_bytes, nested;
+} tern__hop_work;
+
+static void tern__hop_saved(const tern_hop *l, int64_t n, void *base, tern__hop_work *w)
+{
+    const tern__hop_shape s = tern__hop_shape_of(l);
+    tern__layout p = {(unsigned char *)base, 0};
+    if (l->message.w) w->message = tern__piece(&p, tern__kept_at(&l->message, n, NULL).bytes, 1);
+    if (l->update.w) w->update = tern__piece(&p, tern__kept_at(&l->update, n, NULL).bytes, 1);
+    if (l->message.w && l->order == TERN_AGGREGATE_FIRST) w->g = tern__piece_of_floats(&p, n, s.in);
+    if (l->update.w) w->m = tern__piece_of_floats(&p, n, s.sent);
+    if (l->fn != TERN_MAP_ADD) w->z = tern__piece_of_floats(&p, n, s.out);
+    if (l->lora_a) {
+        const tern_linear a = tern__hop_low(l->lora_a), b = tern__hop_low(l->lora_b);
+        w->a = tern__piece(&p, tern__kept_at(&a, n, NULL).bytes, 1);
+        w->b = tern__piece(&p, tern__kept_at(&b, n, NULL).bytes, 1);
+        w->low = tern__piece_of_floats(&p, n, l->lora_a->rows);
+    }
+    w->saved_bytes = p.bytes;
+}
+
+static int64_t tern__hop_nested(const tern_hop *l, int64_t n)
+{
+    const tern_linear all[] = {l->message, l->update, tern__hop_low(l->lora_a), tern__hop_low(l->lora_b)};
+    int64_t most = 0;
+    int32_t i;
+    for (i = 0; i < 4; i++) if (all[i].w) most = tern__max(most, tern__linear_bytes(&all[i], n));
+    return most;
+}
+
+/* All memory of a forward or backward, from base on (NULL: sizes alone), with `saved` first where the caller has none. */
+static void tern__hop_memory(const tern_hop *l, const tern_graph *g, int32_t backward, void *saved, void *base, tern__hop_work *w)
+{
+    const tern__hop_shape s = tern__hop_shape_of(l);
+    const tern_matrix rows = tern__hop_rows(l);
+    const int64_t n = g->nodes;
+    tern__layout p = {(unsigned char *)base, 0};
+    memset(w, 0, sizeof *w);
+    tern__hop_saved(l, n, saved, w);
+    if (!saved) tern__hop_saved(l, n, tern__piece(&p, w->saved_bytes, 1), w);
+    w->part = tern__piece_of_floats(&p, tern__max(g->in.parts, g->out.parts), rows.cols);
+    if (!backward) {
+        if (l->message.w && l->order == TERN_PROJECT_FIRST) w->sent = tern__piece_of_floats(&p, n, s.sent);
+        if (l->act == TERN_ACT_INT8) {
+            w->q = (int8_t *)tern__piece(&p, n, tern__shape_of(&rows).stride);
+            w->scale = tern__piece_of_floats(&p, n, 1);
+            w->sum = tern__piece_of_ids(&p, n);
+        }
+        if (l->lora_a) w->up = tern__piece_of_floats(&p, n, s.out);
+    } else {
+        if (l->fn != TERN_MAP_ADD) w->dz = tern__piece_of_floats(&p, n, s.out);
+        if (l->update.w) w->dm = tern__piece_of_floats(&p, n, s.sent);
+        if (l->message.w) w->drows = tern__piece_of_floats(&p, n, rows.cols);
+        if (l->lora_a) {
+            w->dup = tern__piece_of_floats(&p, n, s.out);
+            w->dlow = tern__piece_of_floats(&p, n, l->lora_a->rows);
+            w->dh = tern__piece_of_floats(&p, n, s.in);
+        }
+    }
+    w->scratch_bytes = p.bytes;
+    w->nested = tern__hop_nested(l, n);
+}
+
+TERN_API tern_result tern_hop_need(tern_context *c, const tern_hop *l, const tern_graph *g, tern_need *out)
+{
+    tern__hop_work forward, backward;
+    int64_t scratch;
+    TERN__TRY(tern__check_hop(c, l, g));
+    TERN__REQUIRE(&c->run, out, TERN_E_ARGUMENT, "hop: out is NULL");
+    tern__hop_memory(l, g, 0, NULL, NULL, &forward);
+    tern__hop_memory(l, g, 1, NULL, NULL, &backward);
+    scratch = tern__add(tern__max(forward.scratch_bytes, backward.scratch_bytes), forward.nested);
+    TERN__REQUIRE(&c->run, tern__fits(scratch), TERN_E_OVERFLOW, "hop: the scratch of %d nodes overflows", g->nodes);
+    out->saved = (size_t)forward.saved_bytes;
+    out->scratch = (size_t)scratch;
+    return TERN_OK;
+}
+
+/* Layers inside this one take their scratch behind its own, until scratch_base is what it was. */
+static tern_result tern__hop_enter(tern_context *c, const tern_hop *l, const tern_graph *g, int32_t backward, void *saved, tern__hop_work *w)
+{
+    tern_need need = TERN_ZERO;
+    TERN__TRY(tern_hop_need(c, l, g, &need));
+    TERN__TRY(tern__begin_scratch(c, "hop", g->nodes, need.scratch));
+    tern__hop_memory(l, g, backward, saved, c->scratch + c->scratch_base, w);
+    c->scratch_base += (size_t)w->scratch_bytes;
+    return TERN_OK;
+}
+
+/* The sum along the edges or, turned, against them. */
+static tern_aggregate_args tern__hop_sum(const tern_hop *l, const tern_graph *g, int32_t turned, const tern__hop_work *w, float *y)
+{
+    const float *into = l->norm == TERN_GRAPH_MEAN ? g->mean : l->norm == TERN_GRAPH_SYMMETRIC ? g->to : NULL;
+    const float *from = l->norm == TERN_GRAPH_SYMMETRIC ? g->from : NULL;
+    tern_aggregate_args a;
+    memset(&a, 0, sizeof a);
+    a.edges = turned ? g->out : g->in;
+    a.cols = tern__hop_width(l);
+    a.left = turned ? from : into;
+    a.right = turned ? into : from;
+    a.part = w->part;
+    a.y = y;
+    return a;
+}
+
+static tern_result tern__hop_gather(tern_context *c, const tern_hop *l, const tern_graph *g, const float *x, const tern__hop_work *w, float *y)
+{
+    tern_aggregate_args a = tern__hop_sum(l, g, 0, w, y);
+    a.x = x;
+    if (l->act == TERN_ACT_INT8) {
+        tern_quantize_args q;
+        memset(&q, 0, sizeof q);
+        q.m = tern__hop_rows(l);
+        q.n = g->nodes;
+        q.x = x;
+        q.q = w->q; q.scale = w->scale; q.sum = w->sum;
+        TERN__TRY(tern_quantize(c, &q));
+        a.q = w->q;
+        a.scale = w->scale;
+        a.q_row = tern__shape_of(&q.m).stride;
+    }
+    return tern_aggregate(c, &a);
+}
+
+static tern_result tern__hop_run(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, float *y, const tern__hop_work *w)
+{
+    const int64_t n = g->nodes, count = n * tern__hop_shape_of(l).out;
+    float *z = w->z ? w->z : y, *m = w->m ? w->m : z;
+    if (!l->message.w) TERN__TRY(tern__hop_gather(c, l, g, h, w, m));
+    else if (l->order == TERN_PROJECT_FIRST) {
+        TERN__TRY(tern_linear_forward(c, &l->message, n, h, w->sent, w->message));
+        TERN__TRY(tern__hop_gather(c, l, g, w->sent, w, m));
+    } else {
+        TERN__TRY(tern__hop_gather(c, l, g, h, w, w->g));
+        TERN__TRY(tern_linear_forward(c, &l->message, n, w->g, m, w->message));
+    }
+    if (l->update.w) TERN__TRY(tern_linear_forward(c, &l->update, n, m, z, w->update));
+    if (l->fn != TERN_MAP_ADD) TERN__TRY(tern__apply(c, l->fn, count, z, NULL, y));
+    if (l->lora_a) {
+        const tern_linear a = tern__hop_low(l->lora_a), b = tern__hop_low(l->lora_b);
+        TERN__TRY(tern_linear_forward(c, &a, n, h, w->low, w->a));
+        TERN__TRY(tern_linear_forward(c, &b, n, w->low, w->up, w->b));
+        TERN__TRY(tern__add_scaled(c, count, y, l->lora_scale, w->up, y));
+    }
+    return l->residual ? tern__apply(c, TERN_MAP_ADD, count, y, h, y) : TERN_OK;
+}
+
+TERN_API tern_result tern_hop_forward(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, float *y, void *saved)
+{
+    tern__hop_work w;
+    tern_result result;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__TRY(tern__check_pointer(&c->run, "hop", "h", h, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "hop", "y", y, 4));
+    if (saved) TERN__TRY(tern__check_pointer(&c->run, "hop", "saved", saved, 4));
+    TERN__TRY(tern__hop_enter(c, l, g, 0, saved, &w));
+    result = tern__hop_run(c, l, g, h, y, &w);
+    c->scratch_base -= (size_t)w.scratch_bytes;
+    return result;
+}
+
+#ifndef TERNARY_NO_TRAINING
+static tern_result tern__hop_scatter(tern_context *c, const tern_hop *l, const tern_graph *g, const float *dy, const tern__hop_work *w, float *dx)
+{
+    tern_aggregate_args a = tern__hop_sum(l, g, 1, w, dx);
+    a.x = dy;
+    return tern_aggregate(c, &a);
+}
+
+/* dh of what went along the edges, from the gradient of m. */
+static tern_result tern__hop_message_back(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, const float *dm, const tern__hop_work *w, float *dh)
+{
+    if (!l->message.w) return dh ? tern__hop_scatter(c, l, g, dm, w, dh) : TERN_OK;
+    if (l->order == TERN_PROJECT_FIRST) {
+        TERN__TRY(tern__hop_scatter(c, l, g, dm, w, w->drows));
+        return tern_linear_backward(c, &l->message, g->nodes, h, w->message, w->drows, dh);
+    }
+    TERN__TRY(tern_linear_backward(c, &l->message, g->nodes, w->g, w->message, dm, dh ? w->drows : NULL));
+    return dh ? tern__hop_scatter(c, l, g, w->drows, w, dh) : TERN_OK;
+}
+
+static tern_result tern__hop_back(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, const float *dy, const tern__hop_work *w, float *dh)
+{
+    const tern__hop_shape s = tern__hop_shape_of(l);
+    const int64_t n = g->nodes;
+    const float *dz = dy, *dm;
+    if (l->fn != TERN_MAP_ADD) {
+        TERN__TRY(tern__apply_back(c, l->fn, n * s.out, w->z, NULL, dy, w->dz, NULL));
+        dz = w->dz;
+    }
+    dm = dz;
+    if (l->update.w) {
+        TERN__TRY(tern_linear_backward(c, &l->update, n, w->m, w->update, dz, w->dm));
+        dm = w->dm;
+    }
+    TERN__TRY(tern__hop_message_back(c, l, g, h, dm, w, dh));
+    if (l->lora_a) {
+        const tern_linear a = tern__hop_low(l->lora_a), b = tern__hop_low(l->lora_b);
+        TERN__TRY(tern__add_scaled(c, n * s.out, dy, l->lora_scale, NULL, w->dup));
+        TERN__TRY(tern_linear_backward(c, &b, n, w->low, w->b, w->dup, w->dlow));
+        TERN__TRY(tern_linear_backward(c, &a, n, h, w->a, w->dlow, dh ? w->dh : NULL));
+        if (dh) TERN__TRY(tern__apply(c, TERN_MAP_ADD, n * s.in, dh, w->dh, dh));
+    }
+    return dh && l->residual ? tern__apply(c, TERN_MAP_ADD, n * s.in, dh, dy, dh) : TERN_OK;
+}
+
+TERN_API tern_result tern_hop_backward(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, const void *saved, const float *dy, float *dh)
+{
+    tern__hop_work w;
+    tern_result result;
+    tern_linear all[4];
+    int32_t i;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__TRY(tern__check_pointer(&c->run, "hop", "h", h, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "hop", "dy", dy, 4));
+    if (dh) TERN__TRY(tern__check_pointer(&c->run, "hop", "dh", dh, 4));
+    TERN__TRY(tern__check_hop(c, l, g));
+    tern__hop_saved(l, g->nodes, NULL, &w);
+    if (w.saved_bytes) TERN__TRY(tern__check_pointer(&c->run, "hop", "saved", saved, 4));
+    all[0] = l->message; all[1] = l->update;
+    all[2] = tern__hop_low(l->lora_a); all[3] = tern__hop_low(l->lora_b);
+    for (i = 0; i < 4; i++) if (all[i].w) TERN__TRY(tern__check_gradients(c, &all[i]));
+    TERN__TRY(tern__hop_enter(c, l, g, 1, (void *)(uintptr_t)saved, &w));
+    result = tern__hop_back(c, l, g, h, dy, &w, dh);
+    c->scratch_base -= (size_t)w.scratch_bytes;
+    return result;
+}
+#endif
+/* -- memory of n-grams -- */
+
+/* Tokens of a gram, the oldest first, multiplied and folded one after the other; the high half of 64 bits picks a row. */
+static int32_t tern__ngram_row(uint64_t seed, int64_t rows, const int32_t *tokens, int64_t known, int32_t order)
+{
+    uint64_t x = seed + (uint64_t)order * UINT64_C(0x9E3779B97F4A7C15);
+    int32_t j;
+    for (j = order - 1; j >= 0; j--) {
+        x = (x ^ (j <= known ? (uint64_t)(uint32_t)tokens[-j] : UINT64_C(0xFFFFFFFF))) * UINT64_C(0xD6E8FEB86659FD93);
+        x ^= x >> 32;
+    }
+    x = x * UINT64_C(0xD6E8FEB86659FD93);
+    return (int32_t)(((x >> 32) * (uint64_t)rows) >> 32);
+}
+
+static tern_result tern__check_ngram(tern_context *c, const tern_ngram *l, int64_t n)
+{
+    tern_run *r;
+    if (!c) return TERN_E_ARGUMENT;
+    r = &c->run;
+    TERN__REQUIRE(r, l && l->table && l->key.w && l->value.w, TERN_E_ARGUMENT, "ngram: the layer, its table, key or value is NULL");
+    TERN__TRY(tern__check_count(r, "ngram", "n", n, 2));
+    TERN__REQUIRE(r, 2 * n <= INT32_MAX && l->table->rows <= INT32_MAX, TERN_E_OVERFLOW, "ngram: %d tokens or %d rows are beyond int32", n, l->table->rows);
+    TERN__TRY(tern__check_ready(c, l->table));
+    TERN__TRY(tern__check_linear(c, &l->key, 2 * n));
+    TERN__TRY(tern__check_linear(c, &l->value, 2 * n));
+    TERN__REQUIRE(r, l->key.w->rows == l->value.w->rows && l->key.w->cols == l->table->cols && l->value.w->cols == l->table->cols, TERN_E_SHAPE,
+                  "ngram: key is %d x %d and value %d x %d for rows of %d", l->key.w->rows, l->key.w->cols, l->value.w->rows, l->value.w->cols, l->table->cols);
+    return TERN_OK;
+}
+
+TERN_API tern_result tern_ngram_ids(tern_context *c, const tern_ngram *l, int64_t n, int64_t period, const int32_t *tokens, int32_t *ids)
+{
+    int64_t t;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__REQUIRE(&c->run, l && l->table && l->table->rows > 0 && l->table->rows <= INT32_MAX, TERN_E_ARGUMENT, "ngram: the layer or its table is NULL, or has no rows or too many");
+    TERN__TRY(tern__check_count(&c->run, "ngram", "n", n, 2));
+    TERN__REQUIRE(&c->run, period >= 0, TERN_E_ARGUMENT, "ngram: period is %d", period);
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "tokens", tokens, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "ids", ids, 4));
+    for (t = 0; t < n; t++) TERN__REQUIRE(&c->run, tokens[t] >= 0, TERN_E_ARGUMENT, "ngram: tokens[%d] is %d", t, (int64_t)tokens[t]);
+    for (t = 0; t < n; t++) {
+        const int64_t known = period ? t % period : t;
+        ids[t] = tern__ngram_row(l->seed, l->table->rows, tokens + t, known, 2);
+        ids[n + t] = tern__ngram_row(l->seed, l->table->rows, tokens + t, known, 3);
+    }
+    return TERN_OK;
+}
+
+typedef struct tern__ngram_work {
+    void *key_kept, *value_kept; float *rows, *key, *value, *gate; /* `saved` */
+    float *dkey, *dvalue, *drows, *more;                          /* of the backward */
+    int64_t saved_bytes, scratch_bytes;
+} tern__ngram_work;
+
+static void tern__ngram_saved(const tern_ngram *l, int64_t n, void *base, tern__ngram_work *w)
+{
+    tern__layout p = {(unsigned char *)base, 0};
+    w->key_kept = tern__piece(&p, tern__kept_at(&l->key, 2 * n, NULL).bytes, 1);
+    w->value_kept = tern__piece(&p, tern__kept_at(&l->value, 2 * n, NULL).bytes, 1);
+    w->rows = tern__piece_of_floats(&p, 2 * n, l->table->cols);
+    w->key = tern__piece_of_floats(&p, 2 * n, l->key.w->rows);
+    w->value = tern__piece_of_floats(&p, 2 * n, l->key.w->rows);
+    w->gate = tern__piece_of_floats(&p, 2 * n, 1);
+    w->saved_bytes = p.bytes;
+}
+
+static void tern__ngram_memory(const tern_ngram *l, int64_t n, void *saved, void *base, tern__ngram_work *w)
+{
+    tern__layout p = {(unsigned char *)base, 0};
+    memset(w, 0, sizeof *w);
+    tern__ngram_saved(l, n, saved, w);
+    if (!saved) tern__ngram_saved(l, n, tern__piece(&p, w->saved_bytes, 1), w);
+    w->dkey = tern__piece_of_floats(&p, 2 * n, l->key.w->rows);
+    w->dvalue = tern__piece_of_floats(&p, 2 * n, l->key.w->rows);
+    w->drows = tern__piece_of_floats(&p, 2 * n, l->table->cols);
+    w->more = tern__piece_of_floats(&p, 2 * n, l->table->cols);
+    w->scratch_bytes = p.bytes;
+}
+
+TERN_API tern_result tern_ngram_need(tern_context *c, const tern_ngram *l, int64_t n, tern_need *out)
+{
+    tern__ngram_work w;
+    int64_t scratch;
+    TERN__TRY(tern__check_ngram(c, l, n));
+    TERN__REQUIRE(&c->run, out, TERN_E_ARGUMENT, "ngram: out is NULL");
+    tern__ngram_memory(l, n, NULL, NULL, &w);
+    scratch = tern__add(w.scratch_bytes, tern__max(tern__linear_bytes(&l->key, 2 * n), tern__linear_bytes(&l->value, 2 * n)));
+    TERN__REQUIRE(&c->run, tern__fits(scratch), TERN_E_OVERFLOW, "ngram: the scratch of %d tokens overflows", n);
+    out->saved = (size_t)w.saved_bytes;
+    out->scratch = (size_t)scratch;
+    return TERN_OK;
+}
+
+static tern_result tern__ngram_enter(tern_context *c, const tern_ngram *l, int64_t n, void *saved, tern__ngram_work *w)
+{
+    tern_need need = TERN_ZERO;
+    TERN__TRY(tern_ngram_need(c, l, n, &need));
+    TERN__TRY(tern__begin_scratch(c, "ngram", n, need.scratch));
+    tern__ngram_memory(l, n, saved, c->scratch + c->scratch_base, w);
+    c->scratch_base += (size_t)w->scratch_bytes;
+    return TERN_OK;
+}
+
+static tern_gate_args tern__ngram_gate(const tern_ngram *l, int64_t n, const float *h, const tern__ngram_work *w)
+{
+    tern_gate_args a;
+    memset(&a, 0, sizeof a);
+    a.n = n;
+    a.count = 2;
+    a.cols = l->key.w->rows;
+    a.h = h;
+    a.key = w->key;
+    a.value = w->value;
+    a.gate = w->gate;
+    return a;
+}
+
+static tern_result tern__ngram_run(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, float *y, const tern__ngram_work *w)
+{
+    const tern_embedding table = {l->table};
+    tern_gate_args a = tern__ngram_gate(l, n, h, w);
+    a.y = y;
+    TERN__TRY(tern_embedding_forward(c, &table, 2 * n, ids, w->rows));
+    TERN__TRY(tern_linear_forward(c, &l->key, 2 * n, w->rows, w->key, w->key_kept));
+    TERN__TRY(tern_linear_forward(c, &l->value, 2 * n, w->rows, w->value, w->value_kept));
+    return tern_gate(c, &a);
+}
+
+TERN_API tern_result tern_ngram_forward(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, float *y, void *saved)
+{
+    tern__ngram_work w;
+    tern_result result;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "ids", ids, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "h", h, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "y", y, 4));
+    if (saved) TERN__TRY(tern__check_pointer(&c->run, "ngram", "saved", saved, 4));
+    TERN__TRY(tern__ngram_enter(c, l, n, saved, &w));
+    result = tern__ngram_run(c, l, n, ids, h, y, &w);
+    c->scratch_base -= (size_t)w.scratch_bytes;
+    return result;
+}
+
+#ifndef TERNARY_NO_TRAINING
+static tern_result tern__ngram_back(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, const float *dy, float *dh, const tern__ngram_work *w)
+{
+    const tern_embedding table = {l->table};
+    tern_gate_args a = tern__ngram_gate(l, n, h, w);
+    a.dy = dy;
+    a.dh = dh;
+    a.dkey = w->dkey;
+    a.dvalue = w->dvalue;
+    TERN__TRY(tern_gate(c, &a));
+    TERN__TRY(tern_linear_backward(c, &l->key, 2 * n, w->rows, w->key_kept, w->dkey, w->drows));
+    TERN__TRY(tern_linear_backward(c, &l->value, 2 * n, w->rows, w->value_kept, w->dvalue, w->more));
+    TERN__TRY(tern__apply(c, TERN_MAP_ADD, 2 * n * l->table->cols, w->drows, w->more, w->drows));
+    return tern_embedding_backward(c, &table, 2 * n, ids, w->drows);
+}
+
+TERN_API tern_result tern_ngram_backward(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, const void *saved, const float *dy, float *dh)
+{
+    tern__ngram_work w;
+    tern_result result;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "ids", ids, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "h", h, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "saved", saved, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "dy", dy, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "ngram", "dh", dh, 4));
+    TERN__TRY(tern__check_ngram(c, l, n));
+    TERN__TRY(tern__check_gradients(c, &l->key));
+    TERN__TRY(tern__check_gradients(c, &l->value));
+    if (tern__floats(l->table, TERN_GRAD)) TERN__TRY(tern__check_buffer(c, l->table, TERN_GRAD, l->table->rows * l->table->cols));
+    TERN__TRY(tern__ngram_enter(c, l, n, (void *)(uintptr_t)saved, &w));
+    result = tern__ngram_back(c, l, n, ids, h, dy, dh, &w);
+    c->scratch_base -= (size_t)w.scratch_bytes;
+    return result;
+}
+#endif
+
+/* -- vector quantization -- */
+
+static tern_result tern__check_vq(tern_context *c, const tern_vq *l, int64_t n)
+{
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__REQUIRE(&c->run, l && l->codes, TERN_E_ARGUMENT, "vq: the layer or its codes are NULL");
+    TERN__TRY(tern__check_ready(c, l->codes));
+    TERN__REQUIRE(&c->run, tern__finite(l->commitment) && l->commitment >= 0, TERN_E_ARGUMENT, "vq: the commitment is negative or not finite");
+    TERN__REQUIRE(&c->run, l->codes->rows <= INT32_MAX, TERN_E_OVERFLOW, "vq: %d codes are beyond int32", l->codes->rows);
+    return tern__check_count(&c->run, "vq", "n", n, l->codes->cols);
+}
+
+TERN_API tern_result tern_vq_need(tern_context *c, const tern_vq *l, int64_t n, tern_need *out)
+{
+    int64_t values;
+    TERN__TRY(tern__check_vq(c, l, n));
+    TERN__REQUIRE(&c->run, out, TERN_E_ARGUMENT, "vq: out is NULL");
+    values = l->codes->rule == TERN_DENSE ? 0 : tern__mul(l->codes->rows, l->codes->cols);
+    out->saved = 0;
+    out->scratch = (size_t)tern__scratch_piece(4 * tern__max(values, n * l->codes->cols));
+    return TERN_OK;
+}
+
+TERN_API tern_result tern_vq_forward(tern_context *c, const tern_vq *l, int64_t n, const float *x, int32_t *ids, float *y, float *distance)
+{
+    tern_embedding table;
+    tern_nearest_args a;
+    tern_need need = TERN_ZERO;
+    TERN__TRY(tern_vq_need(c, l, n, &need));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "x", x, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "ids", ids, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "y", y, 4));
+    if (distance) TERN__TRY(tern__check_pointer(&c->run, "vq", "distance", distance, 4));
+    TERN__TRY(tern__begin_scratch(c, "vq", n, need.scratch));
+    memset(&a, 0, sizeof a);
+    a.n = n;
+    a.rows = l->codes->rows;
+    a.cols = l->codes->cols;
+    a.x = x;
+    a.w = tern__floats(l->codes, TERN_SHADOW);
+    if (l->codes->rule != TERN_DENSE) { /* distances to what is gathered, not to a shadow */
+        tern_unpack_args u;
+        memset(&u, 0, sizeof u);
+        u.m = tern_param_matrix(l->codes);
+        u.count = a.rows;
+        a.w = u.values = (float *)tern__take(c, a.rows * a.cols * 4);
+        TERN__TRY(tern_unpack(c, &u));
+    }
+    a.ids = ids;
+    a.distance = distance;
+    TERN__TRY(tern_nearest(c, &a));
+    table.w = l->codes;
+    return tern_embedding_forward(c, &table, n, ids, y);
+}
+
+#ifndef TERNARY_NO_TRAINING
+TERN_API tern_result tern_vq_backward(tern_context *c, const tern_vq *l, int64_t n, const float *x, const int32_t *ids, const float *y, float scale, const float *dy, float *dx)
+{
+    tern_embedding table;
+    tern_need need = TERN_ZERO;
+    int64_t count;
+    float *apart;
+    TERN__TRY(tern_vq_need(c, l, n, &need));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "x", x, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "ids", ids, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "y", y, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "dy", dy, 4));
+    if (dx) TERN__TRY(tern__check_pointer(&c->run, "vq", "dx", dx, 4));
+    TERN__REQUIRE(&c->run, tern__finite(scale), TERN_E_ARGUMENT, "vq: scale is not finite");
+    TERN__TRY(tern__begin_scratch(c, "vq", n, need.scratch));
+    count = n * l->codes->cols;
+    apart = (float *)tern__take(c, count * 4);
+    TERN__TRY(tern__add_scaled(c, count, y, -1.0f, x, apart));
+    if (dx) TERN__TRY(tern__add_scaled(c, count, dy, -2.0f * l->commitment * scale, apart, dx));
+    TERN__TRY(tern__add_scaled(c, count, apart, 2.0f * scale, NULL, apart));
+    table.w = l->codes;
+    return tern_embedding_backward(c, &table, n, ids, apart);
+}
+
+TERN_API tern_result tern_vq_count(tern_context *c, const tern_vq *l, int64_t n, const int32_t *ids, int64_t *used)
+{
+    tern_result result;
+    int32_t *host;
+    int64_t i;
+    TERN__TRY(tern__check_vq(c, l, n));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "ids", ids, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "used", used, 8));
+    host = (int32_t *)tern__host_alloc(&c->run.allocator, (size_t)n * sizeof(int32_t));
+    TERN__REQUIRE(&c->run, host, TERN_E_MEMORY, "vq: no memory for %d ids", n);
+    result = tern_copy(c, host, ids, (size_t)n * sizeof(int32_t), TERN_TO_HOST);
+    for (i = 0; result == TERN_OK && i < n; i++)
+        if (host[i] >= 0 && host[i] < l->codes->rows) used[host[i]]++;
+    tern__host_free(&c->run.allocator, host);
+    return result;
+}
+
+TERN_API tern_result tern_vq_revive(tern_context *c, const tern_vq *l, int64_t n, const float *x, const int64_t *used, uint64_t seed, uint32_t step, int64_t *count)
+{
+    int64_t i, revived = 0;
+    TERN__TRY(tern__check_vq(c, l, n));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "x", x, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "used", used, 8));
+    TERN__TRY(tern__check_buffer(c, l->codes, TERN_SHADOW, l->codes->rows * l->codes->cols));
+    TERN__REQUIRE(&c->run, tern__buffer_type(l->codes, TERN_SHADOW) == TERN_F32 && !l->codes->rotate, TERN_E_UNSUPPORTED, "%s: codes are revived in an F32 shadow without rotation", l->codes->name);
+    for (i = 0; i < l->codes->rows; i++) {
+        uint32_t random[4];
+        if (used[i]) continue;
+        tern__philox(seed, (uint64_t)i, step, 0, random);
+        TERN__TRY(tern_copy(c, tern__floats(l->codes, TERN_SHADOW) + i * l->codes->cols, x + (int64_t)(((uint64_t)random[0] << 32 | random[1]) % (uint64_t)n) * l->codes->cols,
+                            (size_t)l->codes->cols * sizeof(float), TERN_ON_DEVICE));
+        revived++;
+    }
+    if (count) *count = revived;
+    return revived && l->codes->rule != TERN_DENSE ? tern_param_set(c, l->codes, TERN_TYPE_DEFAULT, NULL) : TERN_OK;
 }
 #endif
 #endif

@@ -2673,6 +2673,9 @@ TERN__ABSENT(flip)
 TERN__ABSENT(route)
 TERN__ABSENT(group)
 TERN__ABSENT(row_dot)
+TERN__ABSENT(aggregate)
+TERN__ABSENT(gate)
+TERN__ABSENT(nearest)
 
 /* Every operation on its device, its launches checked; errors of before are told apart. */
 #define TERN__OP(op)                                                                              \

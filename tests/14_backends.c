@@ -1765,8 +1765,10 @@ static float *arena_take(int32_t floats)
     return p;
 }
 
+static int64_t edge_start[4];
 #define GOOD(op) static tern_##op##_args good_##op;
 TERN_OPS(GOOD)
+static tern_aggregate_args good_aggregate_i8;
 #undef GOOD
 
 static tern_matrix good_matrix(void)
@@ -1828,6 +1830,12 @@ static void make_good(void)
     good_group.n = 2; good_group.count = 5; good_group.k = 2; good_group.ids = ids; good_group.weights = x;
     good_group.loads = (int32_t *)(void *)z; good_group.tokens = good_group.loads + 8; good_group.slots = good_group.loads + 16; good_group.sorted = y;
     good_row_dot.rows = 3; good_row_dot.cols = 5; good_row_dot.n = 2; good_row_dot.a = x; good_row_dot.b = y; good_row_dot.ids = good_row_dot.to = ids; good_row_dot.y = z;
+    good_aggregate.edges.rows = 3; good_aggregate.edges.sources = 2; good_aggregate.edges.count = 1; good_aggregate.edges.hubs = good_aggregate.edges.parts = 1;
+    good_aggregate.edges.start = edge_start; good_aggregate.edges.entry = (uint32_t *)(void *)ids; good_aggregate.edges.hub = ids; good_aggregate.edges.part = edge_start;
+    good_aggregate.cols = 5; good_aggregate.x = x; good_aggregate.part = y; good_aggregate.y = z;
+    good_gate.n = 2; good_gate.count = 1; good_gate.cols = 5; good_gate.h = good_gate.key = good_gate.value = arena_take(16); good_gate.gate = u; good_gate.y = v;
+    good_nearest.n = 2; good_nearest.rows = 3; good_nearest.cols = 5; good_nearest.x = good_nearest.w = arena_take(16); good_nearest.ids = (int32_t *)(void *)u; good_nearest.distance = z;
+    good_aggregate_i8 = good_aggregate; good_aggregate_i8.q = trits; good_aggregate_i8.q_row = 16; good_aggregate_i8.scale = x;
     good_scale_grad.m = m; good_scale_grad.rule = TERN_SEQ; good_scale_grad.w = x; good_scale_grad.dw = y; good_scale_grad.dalpha = z;
 }
 
@@ -1941,6 +1949,14 @@ static const wrong wrongs[] = {
     WRONG(group, count, TO_INT32, -1, TERN_E_SHAPE, "group: -1 experts") WRONG(group, k, TO_INT32, 6, TERN_E_SHAPE, "group: k = 6 of 5 experts")
     COUNTED(row_dot, rows) COUNTED(row_dot, cols) COUNTED(row_dot, n) NEEDED(row_dot, a) NEEDED(row_dot, b) NEEDED(row_dot, ids) NEEDED(row_dot, to) NEEDED(row_dot, y)
     ALIGNED(gather, weight) ALIGNED(scatter, weight)
+    COUNTED(gate, n) COUNTED(gate, count) COUNTED(gate, cols) NEEDED(gate, h) NEEDED(gate, key) NEEDED(gate, value) NEEDED(gate, gate) NEEDED(gate, y)
+    COUNTED(nearest, n) COUNTED(nearest, rows) COUNTED(nearest, cols) NEEDED(nearest, x) NEEDED(nearest, w) NEEDED(nearest, ids) ALIGNED(nearest, distance)
+    COUNTED(aggregate, cols) COUNTED(aggregate, edges.rows) COUNTED(aggregate, edges.sources) NEEDED(aggregate, x) NEEDED(aggregate, y) NEEDED(aggregate, part)
+    ALIGNED(aggregate, left) ALIGNED(aggregate, right) NEEDED(aggregate, edges.start) NEEDED(aggregate, edges.entry) NEEDED(aggregate, edges.hub) NEEDED(aggregate, edges.part)
+    WRONG(aggregate, edges.count, TO_INT64, -1, TERN_E_SHAPE, "-1 edges") WRONG(aggregate, edges.parts, TO_INT64, 0, TERN_E_SHAPE, "1 hubs and 0 parts")
+    {call_aggregate, &good_aggregate_i8, sizeof good_aggregate_i8, offsetof(tern_aggregate_args, q_row), TO_INT64, 24, TERN_E_SHAPE, "aggregate: q_row = 24; it must be a multiple of 16, at least cols = 5"},
+    {call_aggregate, &good_aggregate_i8, sizeof good_aggregate_i8, offsetof(tern_aggregate_args, q_row), TO_INT64, 0, TERN_E_SHAPE, "q_row = 0"},
+    {call_aggregate, &good_aggregate_i8, sizeof good_aggregate_i8, offsetof(tern_aggregate_args, scale), TO_NULL, 0, TERN_E_ARGUMENT, "scale is NULL"},
     PACKED(scale_grad) NEEDED(scale_grad, w) NEEDED(scale_grad, dw) NEEDED(scale_grad, dalpha) RANGED32(scale_grad, type, TERN_I8)
     WRONG(scale_grad, rule, TO_INT32, TERN_TWN, TERN_E_ARGUMENT, "rule 2 has no learned scale")
     WRONG(scale_grad, rule, TO_INT32, TERN_LSQ, TERN_E_ARGUMENT, "rule lsq learns one scale for the tensor; a grain of -1")

@@ -19,6 +19,7 @@
     X(bitlinear)  \
     X(embedding)  \
     X(moe)        \
+    X(graph)      \
     X(optimizers) \
     X(true_ternary) \
     X(files)      \
@@ -39,6 +40,7 @@ SUITES(SUITE)
 #include "15_bitlinear.c"
 #include "16_embedding.c"
 #include "17_moe.c"
+#include "18_graph.c"
 #include "19_optimizers.c"
 #include "20_true_ternary.c"
 #include "21_files.c"
