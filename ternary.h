@@ -5718,7 +5718,9 @@ enum {
     TERN__M_BLOCK = 40,  /* rows: whole tiles of every tier, which have 4, 6 and 14 */
     TERN__K_BLOCK = 128,
     TERN__STRIPS = 4,
+    TERN__QUERIES = 40,  /* of an attention, and keys */
 #else
+    TERN__QUERIES = 56,
     TERN__M_BLOCK = 336,
     TERN__K_BLOCK = 256,
     TERN__STRIPS = 16,   /* that meet a packed block, at most */
@@ -5729,7 +5731,7 @@ enum {
 typedef char tern__whole_tiles[TERN__M_BLOCK % (TERN__M_BLOCK > 84 ? 84 : TERN__ROWS_SCALAR) == 0 ? 1 : -1];
 typedef struct tern__work {
     float a[TERN__M_BLOCK * (TERN__K_BLOCK + TERN__SPOILED)], b[TERN__K_BLOCK * TERN__LANES], sum[TERN__STRIPS][TERN__M_BLOCK * TERN__LANES];
-    float ds[TERN__M_BLOCK * TERN__DS]; /* of an attention's backward */
+    float ds[TERN__QUERIES * TERN__DS]; /* of an attention's backward */
 } tern__work;
 typedef enum { TERN__B_FLOATS, TERN__B_WEIGHTS, TERN__B_QUANTIZED, TERN__B_BITS } tern__operand;
 
@@ -6920,61 +6922,85 @@ static tern__head tern__head_of(const tern_attention_args *a, int64_t batch, int
     return h;
 }
 
-static void tern__attention_forward(const tern__kernels *k, const tern_attention_args *a, const tern__head *h, tern__work *w)
+/* What is behind a query's last key is zero, so that products run over blocks of queries, or of keys, that see each other. */
+static int64_t tern__seen_keys(const tern_attention_args *a, int64_t query, int64_t count) { return a->keys - a->queries + query + count; }
+
+/* y [queries, dim] = p x, x [keys, dim]. */
+static void tern__attend(const tern__kernels *k, const tern_attention_args *a, const float *p, const float *x, int64_t x_row, int32_t fused, float *y, int64_t y_row, tern__work *w)
 {
-    const int64_t width = (int64_t)a->heads * a->dim;
-    tern__gemm g = tern__gemm_of(a->queries, a->keys, a->dim, h->q, a->q_stride, 1, h->p, a->keys);
-    int64_t i;
-    g.b = h->k; g.b_row = 1; g.b_col = a->k_stride;
-    tern__gemm_here(k, &g, w);
-    for (i = 0; i < a->queries; i++)
-        tern__softmax_row(k, h->p + i * a->keys, a->keys - a->queries + i + 1, a->keys, 1.0f / tern__sqrt((float)a->dim));
-    g = tern__gemm_of(a->queries, a->dim, a->keys, h->p, a->keys, 1, h->y, width);
-    g.b = h->v; g.b_row = a->v_stride; g.b_col = 1;
-    tern__gemm_here(k, &g, w);
+    int64_t i, rows;
+    for (i = 0; i < a->queries; i += rows) {
+        tern__gemm g;
+        rows = tern__min(TERN__QUERIES, a->queries - i);
+        g = tern__gemm_of(rows, a->dim, tern__seen_keys(a, i, rows), p + i * a->keys, a->keys, 1, y + i * y_row, y_row);
+        g.b = x; g.b_row = x_row; g.b_col = 1;
+        g.fused = fused;
+        tern__gemm_here(k, &g, w);
+    }
 }
 
-/* dV = P^T dY; dS = P (dY V^T - <dy, y>) / sqrt(dim), in place of P; dQ = dS K; dK = dS^T Q. */
-static void tern__attention_backward(const tern__kernels *k, const tern_attention_args *a, const tern__head *h, tern__work *w)
+/* y [keys, dim] (+)= p^T x, x [queries, dim]. */
+static void tern__attend_back(const tern__kernels *k, const tern_attention_args *a, const tern__head *h, const float *x, int64_t x_row, float *y, int64_t y_row, tern__work *w)
 {
-    const int64_t width = (int64_t)a->heads * a->dim;
-    const int64_t dq = h->q - a->q, dk = h->k - a->k, dv = h->v - a->v;
-    const float *dy = a->dy + (h->y - a->y);
+    int64_t i, rows;
+    for (i = 0; i < a->keys; i += rows) {
+        const int64_t first = tern__max(0, i - (a->keys - a->queries));
+        tern__gemm g;
+        rows = tern__min(TERN__QUERIES, a->keys - i);
+        g = tern__gemm_of(rows, a->dim, a->queries - first, h->p + first * a->keys + i, 1, a->keys, y + i * y_row, y_row);
+        g.b = x + first * x_row; g.b_row = x_row; g.b_col = 1;
+        g.add = h->head % (a->heads / a->kv_heads) != 0;
+        g.fused = !a->exact;
+        tern__gemm_here(k, &g, w);
+    }
+}
+
+static void tern__attention_forward(const tern__kernels *k, const tern_attention_args *a, const tern__head *h, tern__work *w)
+{
+    int64_t i, j, rows;
+    for (i = 0; i < a->queries; i += rows) {
+        tern__gemm g;
+        rows = tern__min(TERN__QUERIES, a->queries - i);
+        g = tern__gemm_of(rows, tern__seen_keys(a, i, rows), a->dim, h->q + i * a->q_stride, a->q_stride, 1, h->p + i * a->keys, a->keys);
+        g.b = h->k; g.b_row = 1; g.b_col = a->k_stride;
+        tern__gemm_here(k, &g, w);
+        for (j = i; j < i + rows; j++)
+            tern__softmax_row(k, h->p + j * a->keys, tern__seen_keys(a, j, 1), a->keys, 1.0f / tern__sqrt((float)a->dim));
+    }
+    tern__attend(k, a, h->p, h->v, a->v_stride, 0, h->y, (int64_t)a->heads * a->dim, w);
+}
+
+/* Rows of dS = P (dY V^T - <dy, y>) / sqrt(dim), in place of P. */
+static void tern__attention_scores_back(const tern__kernels *k, const tern_attention_args *a, const tern__head *h, int64_t query, int64_t rows, tern__work *w)
+{
+    const int64_t width = (int64_t)a->heads * a->dim, seen = tern__seen_keys(a, query, rows);
+    const float *dy = a->dy + (h->y - a->y) + query * width, *y = h->y + query * width;
     const float scale = 1.0f / tern__sqrt((float)a->dim);
-    const int32_t add = h->head % (a->heads / a->kv_heads) != 0;
-    int64_t i, j, d, m0, n0;
-    tern__gemm g = tern__gemm_of(a->keys, a->dim, a->queries, h->p, 1, a->keys, a->dv + dv, a->v_stride);
-    g.b = dy; g.b_row = width; g.b_col = 1;
-    g.add = add;
-    g.fused = !a->exact;
-    tern__gemm_here(k, &g, w);
-    for (m0 = 0; m0 < a->queries; m0 += TERN__M_BLOCK) {
-        const int64_t rows = tern__min(TERN__M_BLOCK, a->queries - m0);
-        float delta[TERN__M_BLOCK];
-        for (i = 0; i < rows; i++)
-            for (delta[i] = 0.0f, d = 0; d < a->dim; d++) delta[i] += dy[(m0 + i) * width + d] * h->y[(m0 + i) * width + d];
-        for (n0 = 0; n0 < a->keys; n0 += TERN__DS) {
-            const int64_t lanes = tern__min(TERN__DS, a->keys - n0);
-            g = tern__gemm_of(rows, lanes, a->dim, dy + m0 * width, width, 1, w->ds, TERN__DS);
-            g.b = h->v + n0 * a->v_stride; g.b_row = 1; g.b_col = a->v_stride;
-            g.fused = !a->exact;
-            tern__gemm_here(k, &g, w);
-            for (i = 0; i < rows; i++)
-                for (j = 0; j < lanes; j++) {
-                    float *p = h->p + (m0 + i) * a->keys + n0 + j;
-                    *p = *p * (w->ds[i * TERN__DS + j] - delta[i]) * scale;
-                }
+    float delta[TERN__QUERIES];
+    int64_t i, j, d, n0;
+    for (i = 0; i < rows; i++)
+        for (delta[i] = 0.0f, d = 0; d < a->dim; d++) delta[i] += dy[i * width + d] * y[i * width + d];
+    for (n0 = 0; n0 < seen; n0 += TERN__DS) {
+        const int64_t lanes = tern__min(TERN__DS, seen - n0);
+        tern__gemm g = tern__gemm_of(rows, lanes, a->dim, dy, width, 1, w->ds, TERN__DS);
+        g.b = h->v + n0 * a->v_stride; g.b_row = 1; g.b_col = a->v_stride;
+        g.fused = !a->exact;
+        tern__gemm_here(k, &g, w);
+        for (i = 0; i < rows; i++) {
+            float *p = h->p + (query + i) * a->keys + n0;
+            for (j = 0; j < lanes; j++) p[j] = p[j] * (w->ds[i * TERN__DS + j] - delta[i]) * scale;
         }
     }
-    g = tern__gemm_of(a->queries, a->dim, a->keys, h->p, a->keys, 1, a->dq + dq, a->q_stride);
-    g.b = h->k; g.b_row = a->k_stride; g.b_col = 1;
-    g.fused = !a->exact;
-    tern__gemm_here(k, &g, w);
-    g = tern__gemm_of(a->keys, a->dim, a->queries, h->p, 1, a->keys, a->dk + dk, a->k_stride);
-    g.b = h->q; g.b_row = a->q_stride; g.b_col = 1;
-    g.add = add;
-    g.fused = !a->exact;
-    tern__gemm_here(k, &g, w);
+}
+
+/* dV = P^T dY; dS; dQ = dS K; dK = dS^T Q. */
+static void tern__attention_backward(const tern__kernels *k, const tern_attention_args *a, const tern__head *h, tern__work *w)
+{
+    int64_t i;
+    tern__attend_back(k, a, h, a->dy + (h->y - a->y), (int64_t)a->heads * a->dim, a->dv + (h->v - a->v), a->v_stride, w);
+    for (i = 0; i < a->queries; i += TERN__QUERIES) tern__attention_scores_back(k, a, h, i, tern__min(TERN__QUERIES, a->queries - i), w);
+    tern__attend(k, a, h->p, h->k, a->k_stride, !a->exact, a->dq + (h->q - a->q), a->q_stride, w);
+    tern__attend_back(k, a, h, h->q, a->q_stride, a->dk + (h->k - a->k), a->k_stride, w);
 }
 
 static void tern__attention_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
