@@ -2172,7 +2172,7 @@ typedef struct tern__neighbours {
 } tern__neighbours;
 
 typedef struct tern__kernels {
-    void (*flip)(int64_t n, const uint32_t *signs, const float *x, float *y); /* y = x, but -x where bit i % 32 of word i / 32 is set */
+    void (*negate)(int64_t n, const uint32_t *signs, const float *x, float *y); /* y = x, but -x where bit i % 32 of word i / 32 is set */
     void (*hadamard)(int64_t p, float factor, float *x); /* x * factor, then a + b and a - b at distances 1, 2, .. p/2 */
     void (*dot_2bit)(const tern__dot *d);
     void (*dot_base3)(const tern__dot *d);
@@ -3470,7 +3470,7 @@ static void tern__push_scalar(const tern__push *p, uint64_t block, int64_t skip,
 #define tern__push_avx512 NULL
 #endif
 
-static void tern__flip_scalar(int64_t n, const uint32_t *signs, const float *x, float *y)
+static void tern__negate_scalar(int64_t n, const uint32_t *signs, const float *x, float *y)
 {
     int64_t i;
     for (i = 0; i < n; i++) y[i] = signs[i / 32] >> i % 32 & 1 ? -x[i] : x[i];
@@ -3522,7 +3522,7 @@ static void tern__aggregate_scalar(const tern__neighbours *a)
 
 /* A tier's table: kernels of suffix X, but for what some tiers have of their own. */
 #define TERN__KERNELS(X, FUSED, DOT_2BIT, DOT_BASE3, DOT_I8, DOT_BITS, TOKENS, TILE_ROWS)                \
-    tern__flip_##X, tern__hadamard_##X, tern__dot_2bit_##DOT_2BIT, tern__dot_base3_##DOT_BASE3,          \
+    tern__negate_##X, tern__hadamard_##X, tern__dot_2bit_##DOT_2BIT, tern__dot_base3_##DOT_BASE3,          \
     tern__emit_##X, tern__tile_##X, FUSED,                                                               \
     tern__columns_##X, tern__pack_a_##X, tern__scaled_##X, tern__trits_##X,                              \
     tern__sum_##X, tern__sum_above_##X, tern__absmax_##X, tern__round_##X,                               \
@@ -4084,7 +4084,7 @@ static void tern__push_##X(const tern__push *p, uint64_t block, int64_t skip, in
 /* Tier X brings tern__swap_X, whose lane i is lane i ^ h, h a power of two below W. Within a vector a + b and a - b are one
    addition: to the lanes at distance h those with a sign. Beyond it vectors meet, two distances in one pass over x. */
 #define TERN__X86_HADAMARD(X, TARGET, W, V, I, MM)                                                       \
-static TARGET void tern__flip_##X(int64_t n, const uint32_t *signs, const float *x, float *y)             \
+static TARGET void tern__negate_##X(int64_t n, const uint32_t *signs, const float *x, float *y)             \
 {                                                                                                        \
     uint32_t to_top[W]; /* factors that bring bit i to the top */                                        \
     for (int i = 0; i < W; i++) to_top[i] = 0x80000000u >> i;                                            \
@@ -6794,7 +6794,7 @@ TERN__ANYWHERE float tern__rotation_factor(int64_t p)
     return p == 2 ? factor * 0.70710678f : factor;
 }
 
-/* The words for flip: 4 to 128 columns. */
+/* The words for negate: 4 to 128 columns. */
 static void tern__rotation_signs(uint32_t seed, int64_t cols, uint32_t *words)
 {
     int64_t i;
@@ -6817,9 +6817,9 @@ static void tern__hadamard_body(tern__job *job, int64_t begin, int64_t end, int6
             if (y != x) memcpy(y, x, sizeof(float) * (size_t)a->cols);
             if (rest) job->k->hadamard(p, factor, y + rest);
             job->k->hadamard(p, factor, y);
-            job->k->flip(a->cols, signs, y, y);
+            job->k->negate(a->cols, signs, y, y);
         } else {
-            job->k->flip(a->cols, signs, x, y);
+            job->k->negate(a->cols, signs, x, y);
             job->k->hadamard(p, factor, y);
             if (rest) job->k->hadamard(p, factor, y + rest);
         }
