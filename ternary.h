@@ -2662,23 +2662,21 @@ static void tern__unpack_rows(tern_type encoding, const uint8_t *__restrict unit
     tern__four_columns(digit, TERN__UNIT, t, stride);
 }
 
-/* Trits [col, col + n) of a row; any range. Returns whether the codes that were met are valid. */
-static int32_t tern__unpack_range(const tern_matrix *m, const tern__shape *s, int64_t row, int64_t col, int64_t n, int8_t *t)
+/* Trits [col, col + n) of a row; any range. */
+static void tern__unpack_range(const tern_matrix *m, const tern__shape *s, int64_t row, int64_t col, int64_t n, int8_t *t)
 {
     const uint8_t *panel = (const uint8_t *)m->trits + row / TERN__ROWS * s->panel_bytes;
     int8_t unit[20];
-    int32_t valid = 1;
     while (n > 0) {
         int64_t g = col / s->group, in_group = col - g * s->group;
         int64_t u = g * s->group_units + in_group / s->unit, from = in_group % s->unit;
         int64_t len = tern__min(tern__min(n, s->unit - from), tern__group_cols(m, s, g) - in_group);
-        valid &= tern__unpack_unit(m->encoding, panel + u * TERN__UNIT, row % TERN__ROWS, unit);
+        tern__unpack_unit(m->encoding, panel + u * TERN__UNIT, row % TERN__ROWS, unit);
         memcpy(t, unit + from, (size_t)len);
         t += len;
         col += len;
         n -= len;
     }
-    return valid;
 }
 
 /* Ternarize and pack, panel by panel. */
@@ -2901,46 +2899,91 @@ static tern_result tern__cpu_pack(tern_run *run, const tern_pack_args *a)
     return TERN_OK;
 }
 
-/* A whole row as trits and as values, each or NULL. Returns whether every code is valid. */
-static int32_t tern__unpack_row(const tern_matrix *m, const tern__shape *s, int64_t row, int8_t *trits, float *values)
+/* A whole row as trits and as values, each or NULL. */
+static void tern__unpack_row(const tern_matrix *m, const tern__shape *s, int64_t row, int8_t *trits, float *values)
 {
     int8_t t[256];
     int64_t j, col, n;
-    int32_t valid = 1;
     for (col = 0; col < m->cols; col += n) {
         n = tern__min(m->cols - col, 256);
-        valid &= tern__unpack_range(m, s, row, col, n, t);
+        tern__unpack_range(m, s, row, col, n, t);
         if (trits) memcpy(trits + col, t, (size_t)n);
         for (j = 0; values && j < n; j++)
             values[col + j] = (float)t[j] * tern__load_scale(m->scale_type, m->scales, tern__scale_index(m, s, row, (col + j) / s->group));
     }
-    return valid;
 }
 
-/* Two passes of the same body: check the codes, then write, so that a bad code changes nothing. */
+/* The first of rows [first, end) of a panel that has an invalid code, or `end`. Constant trip counts, so that compilers vectorise. */
+static int64_t tern__invalid_row(const tern_matrix *m, const tern__shape *s, int64_t panel, int64_t first, int64_t end)
+{
+    const uint8_t *unit = (const uint8_t *)m->trits + panel * s->panel_bytes;
+    uint8_t bad[TERN__ROWS][4] = {{0}}, *all = bad[0];
+    int64_t u;
+    int32_t i;
+    for (u = 0; u < s->units; u++, unit += TERN__UNIT) {
+        if (m->encoding == TERN_BASE3) for (i = 0; i < TERN__UNIT; i++) all[i] |= (uint8_t)(unit[i] > 242);
+        else for (i = 0; i < TERN__UNIT; i++) all[i] |= (uint8_t)(unit[i] & unit[i] >> 1 & 0x55); /* code 3 */
+    }
+    while (first < end && !(bad[first][0] | bad[first][1] | bad[first][2] | bad[first][3])) first++;
+    return first;
+}
+
+/* Rows [first, end) of a panel as trits and as values, each or NULL, of the first of these rows. */
+static void tern__unpack_panel(const tern__kernels *k, const tern_matrix *m, const tern__shape *s, int64_t panel, int64_t first, int64_t end, int8_t *trits, float *values)
+{
+    int8_t t[TERN__ROWS][64];
+    float buffer[TERN__ROWS];
+    int64_t g, i, j, r, n;
+    for (g = 0; g < s->groups; g++) {
+        const int64_t cols = tern__group_cols(m, s, g);
+        const uint8_t *unit = (const uint8_t *)m->trits + panel * s->panel_bytes + g * s->group_units * TERN__UNIT;
+        const float *scale = values ? tern__panel_scales(m, s, panel, g, buffer) : buffer;
+        for (i = 0; i < cols; i += n, unit += 3 * TERN__UNIT) {
+            n = tern__min(3 * s->unit, cols - i);
+            k->trits(m->encoding == TERN_BASE3, tern__ceil_div(n, s->unit), unit, t[0]);
+            for (r = first; r < end; r++) {
+                const int64_t at = (r - first) * m->cols + g * s->group + i;
+                if (trits) memcpy(trits + at, t[r], (size_t)n);
+                for (j = 0; values && j < n; j++) values[at + j] = (float)t[r][j] * scale[r];
+            }
+        }
+    }
+}
+
+/* Two passes of the same body, panel by panel: check the codes, then write, so that a bad code changes nothing. */
 typedef struct tern__unpack_work { const tern_unpack_args *a; int32_t write; } tern__unpack_work;
 
 static void tern__unpack_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern__unpack_work *w = (const tern__unpack_work *)job->arg;
-    const tern_matrix *m = &w->a->m;
-    const tern__shape s = tern__shape_of(m);
+    const tern_unpack_args *a = w->a;
+    const tern__shape s = tern__shape_of(&a->m);
+    const int64_t panel = a->row / TERN__ROWS;
     int64_t i;
-    for (i = begin; i < end; i++)
-        if (!tern__unpack_row(m, &s, w->a->row + i, w->write && w->a->trits ? w->a->trits + i * m->cols : NULL,
-                              w->write && w->a->values ? w->a->values + i * m->cols : NULL)) { *bad = i; return; }
+    for (i = begin; i < end; i++) {
+        const int64_t top = (panel + i) * TERN__ROWS, row = tern__max(top, a->row), rows = tern__min(top + TERN__ROWS, a->row + a->count) - row;
+        const int64_t at = (row - a->row) * a->m.cols;
+        int8_t *trits = a->trits ? a->trits + at : NULL;
+        float *values = a->values ? a->values + at : NULL;
+        if (!w->write) {
+            const int64_t invalid = tern__invalid_row(&a->m, &s, panel + i, row - top, row - top + rows);
+            if (invalid < row - top + rows) { *bad = top + invalid; return; }
+        } else if (rows == 1) tern__unpack_row(&a->m, &s, row, trits, values); /* not sixteen for one */
+        else tern__unpack_panel(job->k, &a->m, &s, panel + i, row - top, row - top + rows, trits, values);
+    }
 }
 
 static tern_result tern__cpu_unpack(tern_run *run, const tern_unpack_args *a)
 {
+    const int64_t panels = tern__ceil_div(a->row + a->count, TERN__ROWS) - a->row / TERN__ROWS;
     tern__unpack_work w;
     int64_t bad;
     w.a = a;
     w.write = 0;
-    bad = tern__for(run, tern__unpack_body, &w, a->count, tern__mul(a->m.cols, 20));
-    TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_TRIT, "unpack: row %d has an invalid code (2-bit code 3 or base-3 byte above 242)", a->row + bad);
+    bad = tern__for(run, tern__unpack_body, &w, panels, tern__mul(a->m.cols, 2));
+    TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_TRIT, "unpack: row %d has an invalid code (2-bit code 3 or base-3 byte above 242)", bad);
     w.write = 1;
-    tern__for(run, tern__unpack_body, &w, a->count, tern__mul(a->m.cols, 40));
+    tern__for(run, tern__unpack_body, &w, panels, tern__mul(a->m.cols, a->values ? 16 * 8 : 16 * 3));
     return TERN_OK;
 }
 
