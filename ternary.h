@@ -9638,7 +9638,7 @@ static tern_result tern__add_lora(tern_context *c, const tern_linear *l, int64_t
 }
 
 /* What a merge takes and puts: some rows at a time, first all of them to see that they are finite. */
-typedef struct tern__merge { tern_context *c; const tern_linear *l; float *scaled_b, *staging; tern_matrix trial; int64_t most; int32_t shadow; } tern__merge;
+typedef struct tern__merge { tern_context *c; const tern_linear *l; float *scaled_b, *staging; tern_matrix trial; int64_t most; int32_t shadow; } tern__merge; /* trial.trits: of a dense w floats */
 
 /* Whole panels of a parameter, as a parameter of their own. */
 static tern_param tern__panels_of(const tern_param *p, int64_t row, int64_t rows)
@@ -9666,8 +9666,13 @@ static tern_result tern__merge_rows(const tern__merge *g, int64_t row, int64_t r
     t.m = g->trial;
     t.m.rows = rows;
     t.w = g->staging;
+    a.count = rows * p->cols;
+    a.from = a.to = TERN_F32;
+    a.src = g->staging;
+    a.dst = g->trial.trits;
+    a.finite = 1;
     if (trial) {
-        result = tern_ternarize(g->c, &t);
+        result = p->rule == TERN_DENSE ? tern_cast(g->c, &a) : tern_ternarize(g->c, &t);
         if (result != TERN_OK) {
             const tern_error e = g->c->run.error;
             tern__set_error(&g->c->run.error, result, "%s: merged rows from %d on: %s", p->name, row, e.text);
@@ -9685,10 +9690,7 @@ static tern_result tern__merge_rows(const tern__merge *g, int64_t row, int64_t r
         if (p->rule == TERN_SEQ) t.alpha += row;
         return tern__param_ternarize(g->c, &part, &t);
     }
-    a.count = rows * p->cols;
-    a.from = TERN_F32;
     a.to = tern__buffer_type(p, TERN_SHADOW);
-    a.src = g->staging;
     a.dst = (uint8_t *)p->buffer[TERN_SHADOW].data + row * p->cols * tern__type_bytes(a.to);
     a.finite = 0;
     return tern_cast(g->c, &a);
@@ -9716,7 +9718,7 @@ TERN_API tern_result tern_linear_merge(tern_context *c, const tern_linear *l)
 {
     tern__merge g;
     tern_result result;
-    size_t trits, scales;
+    size_t trits, scales = 64;
     TERN__TRY(tern__check_linear(c, l, 1));
     TERN__REQUIRE(&c->run, l->lora_a, TERN_E_MISSING, "%s: there is no lora_a to merge", l->w->name);
     TERN__TRY(tern__check_alpha(c, l->w));
@@ -9731,7 +9733,8 @@ TERN_API tern_result tern_linear_merge(tern_context *c, const tern_linear *l)
     g.trial.rows = g.most;
     g.trial.cols = l->w->cols;
     g.trial.grain = TERN_PER_ROW;
-    TERN__TRY(tern_matrix_bytes(c, &g.trial, &trits, &scales));
+    trits = (size_t)(g.most * l->w->cols) * sizeof(float);
+    if (l->w->rule != TERN_DENSE) TERN__TRY(tern_matrix_bytes(c, &g.trial, &trits, &scales));
     g.trial.trits = tern_alloc(c, trits);
     g.trial.scales = tern_alloc(c, scales);
     g.staging = (float *)tern_alloc(c, (size_t)(g.most * l->w->cols) * sizeof(float));
