@@ -708,22 +708,25 @@ typedef struct tern_dequantize_args {
 } tern_dequantize_args;
 
 /* One step of a matrix without float state, in place; then the gradient is set to zero. First the scales, where scale_step
-   is not 0: m.scales are TERN_POW2, and a grain's vote grows by -sign(sum of sign(G) T) * scale_step; at +-scale_theta the
-   exponent takes a step and the vote loses scale_theta (at the last exponent it stays there; a scale of 0 has no vote). Then
-   the trits, with G the gradient of a weight, A its accumulator and mean = *sum_abs / weights:
+   is not 0: m.scales are TERN_POW2 or TERN_LOG, and a grain's vote grows by -sign(sum of sign(G) T) * scale_step; at +-scale_theta
+   the exponent takes a step that way (of LOG scale_push steps of 2^(1/256), less at the end of the range) and the vote loses
+   scale_theta (where the scale is at its end it stays there; a scale of 0 has no vote). scale_step = scale_theta: LOG scales
+   move with every step. Then the trits, with G the gradient of a weight, A its accumulator and mean = *sum_abs / weights:
      FLIP_PROPORTIONAL  a = A - ((n kq + h) >> 16), n = rne(G 256/mean) held to +-1024, kq = rne(256 push), h in 0..65535 the
                         half c % 8 of the Philox block r ceil(cols/8) + c/8 of (seed, step, stream): an increment of push
                         where |G| is the mean, rounded stochastically
      FLIP_SIGN          a = A - sign_step * sign(G)
    a is held to +-127. Where |a| reaches theta, with s = sign(a): T = s stays and A = s theta, else T += s and A = a - s theta (SIGN:
    A = 0); elsewhere A = a. A positive gradient drives a trit towards -1. A mean that is 0 (PROPORTIONAL: or below
-   256/FLT_MAX), or a sign_step of 0 with FLIP_SIGN, skips the whole step; so does a *sum_abs that is not finite: a data fault. *counts is added to. */
+   256/FLT_MAX), or a sign_step of 0 with FLIP_SIGN, skips the whole step; so does a *sum_abs that is not finite: a data fault. A NaN beside one
+   that is finite, and so is not of this gradient, moves nothing. *counts is added to. */
 typedef enum { TERN_FLIP_PROPORTIONAL, TERN_FLIP_SIGN } tern_flip_rule;
 typedef struct tern_flips {
     int64_t flips, grains;  /* trits that changed, and grains that have one of them */
     int64_t saturated;      /* weights that stay at theta, because their trit is at its end */
-    int64_t scales;         /* exponents that changed */
+    int64_t scales;         /* scales that changed */
     int64_t updates, skipped; /* matrices that were updated, and those that were not */
+    int64_t ends;           /* scales that stay, because they are at the end of their range */
 } tern_flips;
 typedef struct tern_flip_args {
     tern_matrix m;
@@ -735,6 +738,7 @@ typedef struct tern_flip_args {
     int32_t sign_step;        /* SIGN: 0 to 127 */
     int32_t theta;            /* 2 to 127; push is best below theta/8 */
     int32_t scale_step, scale_theta; /* 0 to 127, 2 to 127 */
+    int32_t scale_push;       /* TERN_LOG scales that learn: 1 to 256; 64 falling to 1 */
     uint64_t seed; uint32_t step, stream;
     tern_flips *counts;       /* backend memory, aligned to 8, or NULL */
 } tern_flip_args;
@@ -820,7 +824,7 @@ enum {
     TERN_FOR_GRADIENT  = TERN_FOR_INFERENCE | 1 << TERN_SHADOW | 1 << TERN_GRAD,
     TERN_FOR_SGD       = TERN_FOR_GRADIENT | 1 << TERN_MOMENT1,
     TERN_FOR_ADAMW     = TERN_FOR_SGD | 1 << TERN_MOMENT2,
-    TERN_FOR_FLIPS     = TERN_FOR_INFERENCE | 1 << TERN_GRAD | 1 << TERN_ACCUM, /* and 1 << TERN_VOTES for TERN_POW2 scales that learn */
+    TERN_FOR_FLIPS     = TERN_FOR_INFERENCE | 1 << TERN_GRAD | 1 << TERN_ACCUM, /* and 1 << TERN_VOTES for POW2 or LOG scales that learn */
     TERN_FOR_TRAINING  = (TERN_FOR_ADAMW & ~TERN_FOR_INFERENCE) | 1 << TERN_ACCUM | 1 << TERN_VOTES /* what tern_param_free drops to freeze */
 };
 enum { /* flags */
@@ -1150,6 +1154,7 @@ typedef struct tern_step {
     tern_flip_rule flip; /* parameters with TERN_ACCUM: see tern_flip_args; they are not in the norm, and need none of the above but seed and step */
     float push;
     int32_t sign_step, scale_step, scale_theta; /* scale_step: of those with TERN_VOTES; scale_theta 0: 32 */
+    int32_t scale_push;  /* of those whose scales are TERN_LOG, then not 0 */
     tern_flips *flips;   /* what is added to (backend memory), or NULL */
 } tern_step;
 #ifndef TERNARY_NO_TRAINING
@@ -3462,9 +3467,9 @@ TERN__ANYWHERE int32_t tern__push_one(const tern__push *p, uint32_t half, float 
     int32_t a, s;
     if (p->sign) a = *accum - p->factor * ((g > 0.0f) - (g < 0.0f));
     else {
-        const float x = g * p->inverse;
-        const int32_t n = (int32_t)tern__round(x > 1024.0f ? 1024.0f : x < -1024.0f ? -1024.0f : x);
-        a = *accum - tern__floor_shift(n * p->factor + (int32_t)half, 16);
+        const float x = g * p->inverse, held = x > 1024.0f ? 1024.0f : x < -1024.0f ? -1024.0f : x;
+        const int32_t n = g == g ? (int32_t)tern__round(held) : 0; /* NaN moves nothing */
+        a = *accum - (int32_t)tern__floor_shift(n * p->factor + (int32_t)half, 16);
     }
     a = a > 127 ? 127 : a < -127 ? -127 : a;
     *accum = (int8_t)a;
@@ -4094,7 +4099,8 @@ static TARGET int64_t tern__push_most_##X(const tern__push *p, const uint16_t *h
         if (p->sign) step = (ints)MM##mullo_epi32((I)((ints)(g < MM##setzero_ps()) - (ints)(g > MM##setzero_ps())), MM##set1_epi32(p->factor)); \
         else {                                                                                           \
             const V units = MM##max_ps(MM##set1_ps(-1024.0f), MM##min_ps(MM##set1_ps(1024.0f), g * MM##set1_ps(p->inverse))); \
-            const I size = MM##mullo_epi32(MM##cvtps_epi32(units), MM##set1_epi32(p->factor));           \
+            const ints whole = (ints)MM##cvtps_epi32(units) & (ints)(g == g); /* NaN moves nothing */    \
+            const I size = MM##mullo_epi32((I)whole, MM##set1_epi32(p->factor));                         \
             step = (ints)MM##srai_epi32(MM##add_epi32(size, MM##srli_epi32((I)tern__bf16_##X(half + i), 16)), 16); \
         }                                                                                                \
         const ints moved = (ints)MM##max_epi32(MM##set1_epi32(-127), MM##min_epi32(MM##set1_epi32(127), (I)((ints)tern__i8_##X(accum + i) - step))); \
@@ -7407,29 +7413,35 @@ static void tern__score_group(const tern__flip_work *w, int64_t row, int64_t row
         }
 }
 
-/* An exponent and its vote. Returns whether the exponent changed. */
-TERN__ANYWHERE int32_t tern__vote(const tern_flip_args *a, int64_t score, int8_t *exponent, int8_t *vote)
+/* The vote of scale number `at`, and what follows. Returns 0, 1 where the scale changed, 2 where it stays at its end. */
+TERN__ANYWHERE int32_t tern__vote(const tern_flip_args *a, int64_t score, int64_t at)
 {
-    int32_t v = *vote - a->scale_step * ((score > 0) - (score < 0)), s;
-    if (*exponent < -126) return 0; /* a scale of 0 */
+    const int32_t fine = a->m.scale_type == TERN_LOG, least = fine ? (int32_t)TERN__LEAST_LOG : -126, most = fine ? INT16_MAX : 126;
+    const int32_t scale = fine ? ((const int16_t *)a->m.scales)[at] : ((const int8_t *)a->m.scales)[at];
+    int32_t v = a->votes[at] - a->scale_step * ((score > 0) - (score < 0)), s, next;
+    if (scale < least) return 0; /* a scale of 0 */
     v = v > 127 ? 127 : v < -127 ? -127 : v;
-    *vote = (int8_t)v;
+    a->votes[at] = (int8_t)v;
     if (v < a->scale_theta && v > -a->scale_theta) return 0;
     s = v > 0 ? 1 : -1;
-    if (*exponent == s * 126) {
-        *vote = (int8_t)(s * a->scale_theta);
-        return 0;
-    }
-    *exponent = (int8_t)(*exponent + s);
-    *vote = (int8_t)(v - s * a->scale_theta);
-    return 1;
+    next = scale + s * (fine ? a->scale_push : 1);
+    next = next > most ? most : next < least ? least : next;
+    a->votes[at] = (int8_t)(next == scale ? s * a->scale_theta : v - s * a->scale_theta);
+    if (fine) ((int16_t *)a->m.scales)[at] = (int16_t)next;
+    else ((int8_t *)a->m.scales)[at] = (int8_t)next;
+    return next == scale ? 2 : 1;
+}
+
+static void tern__count_vote(tern_flips *count, int32_t event)
+{
+    count->scales += event == 1;
+    count->ends += event == 2;
 }
 
 static void tern__vote_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     tern__flip_work *w = (tern__flip_work *)(uintptr_t)job->arg;
     const tern_matrix *m = &w->a->m;
-    int8_t *exponents = (int8_t *)m->scales;
     int64_t panel, g, r;
     for (panel = begin; panel < end; panel++)
         for (g = 0; g < w->s.groups; g++) {
@@ -7438,7 +7450,7 @@ static void tern__vote_body(tern__job *job, int64_t begin, int64_t end, int64_t 
             tern__score_group(w, row, rows, g, score);
             for (r = 0; r < rows; r++)
                 if (m->grain == TERN_PER_TENSOR) w->score[bad - job->bad] += score[r];
-                else w->count[bad - job->bad].scales += tern__vote(w->a, score[r], &exponents[at + r], &w->a->votes[at + r]);
+                else tern__count_vote(&w->count[bad - job->bad], tern__vote(w->a, score[r], at + r));
         }
 }
 
@@ -7504,13 +7516,14 @@ static tern_result tern__cpu_flip(tern_run *run, const tern_flip_args *a)
     if (tern__push_of(a, &w.push)) {
         if (a->scale_step) tern__for(run, tern__vote_body, &w, w.s.panels, tern__mul(a->m.cols, 16 * 40));
         for (i = 1; i < TERN__WORKERS; i++) w.score[0] += w.score[i];
-        if (a->scale_step && a->m.grain == TERN_PER_TENSOR) w.count[0].scales += tern__vote(a, w.score[0], (int8_t *)a->m.scales, a->votes);
+        if (a->scale_step && a->m.grain == TERN_PER_TENSOR) tern__count_vote(&w.count[0], tern__vote(a, w.score[0], 0));
         tern__for(run, tern__flip_body, &w, w.s.panels, tern__mul(a->m.cols, 16 * 40));
         for (i = 0; i < TERN__WORKERS; i++) {
             all.flips += w.count[i].flips;
             all.grains += w.count[i].grains;
             all.saturated += w.count[i].saturated;
             all.scales += w.count[i].scales;
+            all.ends += w.count[i].ends;
         }
         if (a->m.grain == TERN_PER_TENSOR) all.grains = all.flips > 0;
         all.updates = 1;
@@ -7524,6 +7537,7 @@ static tern_result tern__cpu_flip(tern_run *run, const tern_flip_args *a)
     a->counts->grains += all.grains;
     a->counts->saturated += all.saturated;
     a->counts->scales += all.scales;
+    a->counts->ends += all.ends;
     a->counts->updates += all.updates;
     a->counts->skipped += all.skipped;
     return TERN_OK;
@@ -8247,8 +8261,10 @@ static tern_result tern__check_flip(tern_run *r, const tern_flip_args *a)
     TERN__REQUIRE(r, a->scale_step >= 0 && a->scale_step <= 127, TERN_E_ARGUMENT, "flip: scale_step is %d, not 0 to 127", (int64_t)a->scale_step);
     if (a->scale_step) {
         TERN__TRY(tern__check_theta(r, "flip", "scale_theta", a->scale_theta));
-        TERN__REQUIRE(r, a->m.scale_type == TERN_POW2 && a->votes, TERN_E_ARGUMENT,
-                      "flip: scales learn as TERN_POW2 with votes; theirs is type %d", (int64_t)(int32_t)a->m.scale_type);
+        TERN__REQUIRE(r, (a->m.scale_type == TERN_POW2 || a->m.scale_type == TERN_LOG) && a->votes, TERN_E_ARGUMENT,
+                      "flip: scales learn as TERN_POW2 or TERN_LOG with votes; theirs is type %d", (int64_t)(int32_t)a->m.scale_type);
+        TERN__REQUIRE(r, a->m.scale_type != TERN_LOG || (a->scale_push >= 1 && a->scale_push <= 256), TERN_E_ARGUMENT,
+                      "flip: scale_push is %d, not 1 to 256", (int64_t)a->scale_push);
     }
     return a->counts ? tern__check_pointer(r, "flip", "counts", a->counts, 8) : TERN_OK;
 }
@@ -12065,6 +12081,7 @@ static tern_flip_args tern__step_flip(const tern_model *m, int32_t i, const tern
     a.theta = tern__theta(p);
     a.scale_step = a.votes ? s->scale_step : 0;
     a.scale_theta = s->scale_theta ? s->scale_theta : 32;
+    a.scale_push = s->scale_push;
     a.seed = s->seed;
     a.step = s->step;
     a.stream = (uint32_t)i;
