@@ -8,7 +8,7 @@ ternary.h - neural networks whose weights are -1, 0 or +1, in one C file
 
 It turns float matrices into trits and scales, packs them into 2 or 1.6 bits per weight, runs them with
 kernels chosen for the CPU at run time, and trains them (straight-through estimator with shadow weights, or
-without any float that lasts).
+trits by integers that last instead of floats).
 Inference gives the same bits on every CPU, with any number of threads and any batch. ternary_cuda.cu beside
 this file runs most of it on a GPU, with those bits too.
 
@@ -78,14 +78,16 @@ MIXTURE OF EXPERTS
 TRUE-TERNARY TRAINING
 
     A parameter with TERN_ACCUM (allocate TERN_FOR_FLIPS) has trits, scales that stay, and one int8 for each weight:
-    1.2 bytes per weight in base 3. Set it with normal deviates of 1/sqrt(cols) and rule TERN_ABSMEAN, and give
+    1.2 bytes per weight in base 3. TERN_POW2 and TERN_LOG scales can learn, too, with TERN_VOTES and step.scale_step.
+    Set it with normal deviates of 1/sqrt(cols) and rule TERN_ABSMEAN, and give
         layer.seed = (uint64_t)step << 32 | number of the layer;    its backward rounds dy stochastically to int8
         step.push = 3 falling to 0 by TERN_LINEAR;                  for theta 32; push / theta of 0.06 to 0.12 is good
     All else is as with a shadow: gradients add up over micro-batches, tied weights and embeddings, dense gains and
     biases go by the optimizer. With attention.exact and no dense matrix every gradient is then the same bits on
-    every tier, thread count, compiler and machine, and so is the trained file. What remains float, and transient
-    but for dense parameters: norms, softmax, loss, activations and their scales, gradients between layers and the
-    sums in TERN_GRAD. tern_model_strict proves that nothing trainable is a float; tern_model_list tells all.
+    every tier, thread count, compiler and machine, and so is the trained file. Floats that last remain in dense gains
+    and biases (values and moments) and in F32 and F16 scales; transient ones in norms, softmax, loss, activations and
+    their scales, gradients between layers and the sums in TERN_GRAD. tern_model_strict proves that nothing trainable is
+    a float; tern_model_list tells all. tern_matmul_fixed is a linear layer's product without any: int8 in, fixed point out.
     TERN_FLIP_SIGN is the plain sign rule, for comparison; tern_sign_step scales its step by the loss.
 
 GRAPHS
@@ -455,6 +457,19 @@ typedef struct tern_matmul_args {
     float *y;
 } tern_matmul_args;
 
+/* y [n, rows] = x [n, cols] * W^T + bias without a float (integer-only inference: Jacob et al. 2018): x int8, -128 included, row
+   by row; y and bias [rows] int32 in units of 2^-point of that of x. m.scales are TERN_LOG or TERN_POW2: S = f 2^(e - 15) with
+   2^15 <= f < 2^16. With E the largest e of a row, y = floor(sum over groups of floor(dot f 2^(16 + e - E)) * 2^(E - 31 + point))
+   + bias, held to int32 at the last; dots are exact in int32, the sum in int64. Off by less than 2^-point + groups 2^(E - 31). */
+typedef struct tern_matmul_fixed_args {
+    tern_matrix m;
+    int64_t n;
+    const int8_t *x;
+    int32_t point;       /* -31 to 31 */
+    const int32_t *bias; /* or NULL */
+    int32_t *y;
+} tern_matmul_fixed_args;
+
 /* dx [n, cols] = dy [n, rows] * W. */
 typedef struct tern_matmul_dx_args { tern_matrix m; int64_t n; const float *dy; float *dx; } tern_matmul_dx_args;
 
@@ -748,7 +763,7 @@ typedef struct tern_flip_args {
 typedef struct tern_linear_args { tern_quantize_args quantize; const float *bias; float *y; } tern_linear_args;
 
 #define TERN_OPS(X)                                                                    \
-    X(ternarize) X(pack) X(unpack) X(quantize) X(matmul) X(matmul_dx) X(matmul_dw)     \
+    X(ternarize) X(pack) X(unpack) X(quantize) X(matmul) X(matmul_fixed) X(matmul_dx) X(matmul_dw) \
     X(dense) X(dense_i8) X(gather) X(scatter) X(fill) X(cast) X(map) X(norm) X(rope)   \
     X(attention) X(loss) X(sum) X(optimize) X(scale_grad) X(hadamard) X(dead_zone)     \
     X(round_i8) X(dequantize) X(flip) X(route) X(group) X(row_dot) X(aggregate) \
@@ -911,7 +926,8 @@ typedef struct tern_audit {
 } tern_audit;
 TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern_audit *out);
 /* Fails where a trainable float exists, and names it. What has a TERN_GRAD is trained: its trits, shadow, moments,
-   accumulator and votes, and its scales, but those beside an accumulator without votes. */
+   accumulator and votes, and its scales, but those beside an accumulator without votes. Of what layers compute it says nothing:
+   they use floats that are gone after them; tern_matmul_fixed uses none. */
 TERN_API tern_result tern_model_strict(tern_context *c, const tern_model *m);
 /* Where bytes go, in order and in small pieces. write returns 0 on success. */
 typedef struct tern_sink { int (*write)(void *user, const void *data, size_t bytes); void *user; } tern_sink;
@@ -1901,6 +1917,33 @@ TERN__ANYWHERE float tern__from_log(int16_t l)
     return tern__float(((uint32_t)tern__lattice()[steps & 255] << 8) + (steps >> 8 << 23)); /* its highest bit is the last of the exponent */
 }
 
+/* floor(x / 2^bits), bits below 64; a right shift of negative numbers is the compiler's choice in C. */
+TERN__ANYWHERE int64_t tern__floor_shift(int64_t x, int32_t bits) { return x < 0 ? ~(~x >> bits) : x >> bits; }
+
+/* A scale of TERN_LOG or TERN_POW2 in integers: factor 2^(exponent - 15); factor 0: no scale. */
+typedef struct tern__integer_scale { int32_t factor, exponent; } tern__integer_scale;
+
+TERN__ANYWHERE tern__integer_scale tern__load_integer_scale(tern_type type, const void *p, int64_t i)
+{
+    const int32_t l = type == TERN_LOG ? ((const int16_t *)p)[i] : ((const int8_t *)p)[i] * 256;
+    tern__integer_scale s = {0, 0};
+    if (l < TERN__LEAST_LOG) return s;
+    s.factor = tern__lattice()[(l - TERN__LEAST_LOG) & 255];
+    s.exponent = (l - TERN__LEAST_LOG) / 256 + TERN__LEAST_LOG / 256;
+    return s;
+}
+
+/* A fixed-point number times 2^exponent, rounded down, and an addend, held to int32. */
+TERN__ANYWHERE int32_t tern__fixed_point(int64_t x, int32_t exponent, int32_t addend)
+{
+    const int64_t most = (int64_t)1 << 33; /* with any addend beyond int32 */
+    if (exponent <= 0) x = tern__floor_shift(x, exponent < -63 ? 63 : -exponent);
+    else if (exponent > 33 || x > most >> exponent || x < -(most >> exponent)) x = x > 0 ? most : x < 0 ? -most : 0;
+    else x *= (int64_t)1 << exponent;
+    x = (x > most ? most : x < -most ? -most : x) + addend;
+    return (int32_t)(x > INT32_MAX ? INT32_MAX : x < INT32_MIN ? INT32_MIN : x);
+}
+
 TERN__ANYWHERE float tern__load_scale(tern_type type, const void *p, int64_t i)
 {
     if (type == TERN_LOG) return tern__from_log(((const int16_t *)p)[i]);
@@ -2081,7 +2124,7 @@ typedef struct tern__dot {
     const uint8_t *panel; int64_t panel_stride; /* bytes from panel to panel */
     int64_t left;                               /* bytes from here to the end of the panel */
     int64_t units, last_units, groups;          /* 64 bytes: 16 inputs each (2-bit) or 20 (base-3); of a group, of the last */
-    const int8_t *q; int64_t q_stride;          /* -127..127, or bits */
+    const int8_t *q; int64_t q_stride;          /* -128..127, or bits */
     const int32_t *sum; int64_t sum_stride;     /* sums of a token's q, one for each group */
     int32_t panels, tokens;
     int32_t *acc;                               /* aligned to 64 */
@@ -3438,9 +3481,6 @@ static void tern__optimize_scalar(const tern__optimize_work *work, int64_t begin
 
 /* Half `which` of 16 bits of a block's words, the low half of a word first. */
 TERN__ANYWHERE uint32_t tern__half(const uint32_t words[4], int64_t which) { return words[which >> 1 & 3] >> 16 * (which & 1) & 0xFFFF; }
-
-/* floor(x / 2^bits); a right shift of negative numbers is the compiler's choice in C. */
-TERN__ANYWHERE int32_t tern__floor_shift(int32_t x, int32_t bits) { return x < 0 ? ~(~x >> bits) : x >> bits; }
 
 /* v (127/m) + u to the integer below. u is odd in 2^-17, so that it never makes an integer of another. */
 TERN__ANYWHERE int8_t tern__round_up(float v, uint32_t half)
@@ -5660,6 +5700,120 @@ static void tern__matmul_range(const tern__kernels *k, const tern_matmul_args *a
     }
 }
 
+/* -- the same in integers alone -- */
+
+enum { TERN__FIXED_TOKENS = 16, TERN__FIXED_PANELS = 16, TERN__FIXED_INPUTS = 2048, TERN__FIXED_STRIDE = 2112 };
+typedef struct tern__fixed {
+    int8_t q[TERN__FIXED_TOKENS * TERN__FIXED_STRIDE];
+    int32_t sum[TERN__FIXED_TOKENS];
+    int32_t acc[TERN__PANELS * TERN__FIXED_TOKENS * TERN__ROWS];                  /* of some inputs */
+    int32_t dot[TERN__FIXED_PANELS * TERN__FIXED_TOKENS * TERN__ROWS];            /* of a group */
+    int64_t total[TERN__FIXED_PANELS * TERN__FIXED_TOKENS * TERN__ROWS];
+} tern__fixed;
+
+/* Some inputs of some tokens as dots take them: sums, and zeros up to a whole unit. */
+static void tern__fixed_order(const int8_t *x, int64_t stride, int64_t len, int64_t whole, int32_t tokens, int8_t *q, int32_t *sum)
+{
+    int64_t i;
+    int32_t t;
+    for (t = 0; t < tokens; t++, x += stride, q += TERN__FIXED_STRIDE) {
+        sum[t] = 0;
+        for (i = 0; i < len; i++) sum[t] += x[i];
+        memcpy(q, x, (size_t)len);
+        memset(q + len, 0, (size_t)(whole + 64 - len));
+    }
+}
+
+/* Dots of a group with up to 16 panels from p on: dot[panel][token][row]. */
+static void tern__fixed_dots(const tern__kernels *k, const tern_matmul_fixed_args *a, const tern__shape *s, int64_t p, int32_t panels, int64_t t, int32_t tokens, int64_t g, tern__fixed *w)
+{
+    const int64_t cols = tern__group_cols(&a->m, s, g), most = TERN__FIXED_INPUTS / s->unit * s->unit;
+    const int32_t base3 = a->m.encoding == TERN_BASE3;
+    int64_t at, len;
+    int32_t i, j;
+    tern__dot d;
+    memset(&d, 0, sizeof d);
+    d.panel_stride = s->panel_bytes;
+    d.groups = d.sum_stride = 1;
+    d.q = w->q;
+    d.q_stride = TERN__FIXED_STRIDE;
+    d.sum = w->sum;
+    d.tokens = tokens;
+    d.acc = w->acc;
+    for (at = 0; at < cols; at += len) {
+        const int64_t skipped = (g * s->group_units + at / s->unit) * TERN__UNIT;
+        len = tern__min(most, cols - at);
+        d.units = d.last_units = tern__ceil_div(len, s->unit);
+        d.left = s->panel_bytes - skipped;
+        tern__fixed_order(a->x + t * a->m.cols + g * s->group + at, a->m.cols, len, d.units * s->unit, tokens, w->q, w->sum);
+        for (i = 0; i < panels; i += TERN__PANELS) {
+            int32_t *dot = w->dot + i * tokens * TERN__ROWS;
+            d.panel = (const uint8_t *)a->m.trits + (p + i) * s->panel_bytes + skipped;
+            d.panels = (int32_t)tern__min(TERN__PANELS, panels - i);
+            (base3 ? k->dot_base3 : k->dot_2bit)(&d);
+            for (j = 0; j < d.panels * tokens * TERN__ROWS; j++) dot[j] = (at ? dot[j] : 0) + w->acc[j];
+        }
+    }
+}
+
+/* The largest exponent of a row's scales. */
+static int32_t tern__top_exponent(const tern_matrix *m, const tern__shape *s, int64_t row)
+{
+    int32_t top = INT32_MIN;
+    int64_t g;
+    for (g = 0; g < (m->grain > 0 ? s->groups : 1); g++) {
+        const tern__integer_scale scale = tern__load_integer_scale(m->scale_type, m->scales, tern__scale_index(m, s, row, g));
+        if (scale.factor && scale.exponent > top) top = scale.exponent;
+    }
+    return top;
+}
+
+static void tern__fixed_strip(const tern__kernels *k, const tern_matmul_fixed_args *a, const tern__shape *s, int64_t p, int32_t panels, int64_t t, int32_t tokens)
+{
+    const int64_t rows = tern__min(panels * TERN__ROWS, a->m.rows - p * TERN__ROWS);
+    tern__fixed w TERN__ALIGN64;
+    int32_t top[TERN__FIXED_PANELS * TERN__ROWS], i;
+    int64_t g, r;
+    for (r = 0; r < rows; r++) top[r] = tern__top_exponent(&a->m, s, p * TERN__ROWS + r);
+    memset(w.total, 0, sizeof w.total);
+    for (g = 0; g < s->groups; g++) {
+        tern__fixed_dots(k, a, s, p, panels, t, tokens, g, &w);
+        for (r = 0; r < rows; r++) {
+            const tern__integer_scale scale = tern__load_integer_scale(a->m.scale_type, a->m.scales, tern__scale_index(&a->m, s, p * TERN__ROWS + r, g));
+            const int64_t at = r / TERN__ROWS * tokens * TERN__ROWS + r % TERN__ROWS;
+            if (!scale.factor) continue;
+            for (i = 0; i < tokens; i++) /* |dot| <= 2^25, also of all groups together */
+                w.total[at + i * TERN__ROWS] += tern__floor_shift((int64_t)w.dot[at + i * TERN__ROWS] * scale.factor * 65536, (int32_t)tern__min(top[r] - scale.exponent, 63));
+        }
+    }
+    for (i = 0; i < tokens; i++)
+        for (r = 0; r < rows; r++) {
+            const int64_t row = p * TERN__ROWS + r, x = w.total[(r / TERN__ROWS * tokens + i) * TERN__ROWS + r % TERN__ROWS];
+            a->y[(t + i) * a->m.rows + row] = tern__fixed_point(x, x ? top[r] - 31 + a->point : 0, a->bias ? a->bias[row] : 0);
+        }
+}
+
+typedef struct tern__fixed_work { const tern_matmul_fixed_args *a; tern__shape s; } tern__fixed_work;
+
+static void tern__fixed_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern__fixed_work *w = (const tern__fixed_work *)job->arg;
+    int64_t p, t;
+    (void)bad;
+    for (p = begin; p < end; p += TERN__FIXED_PANELS)
+        for (t = 0; t < w->a->n; t += TERN__FIXED_TOKENS)
+            tern__fixed_strip(job->k, w->a, &w->s, p, (int32_t)tern__min(TERN__FIXED_PANELS, end - p), t, (int32_t)tern__min(TERN__FIXED_TOKENS, w->a->n - t));
+}
+
+static tern_result tern__cpu_matmul_fixed(tern_run *run, const tern_matmul_fixed_args *a)
+{
+    tern__fixed_work w;
+    w.a = a;
+    w.s = tern__shape_of(&a->m);
+    tern__for(run, tern__fixed_body, &w, w.s.panels, tern__mul(a->n, a->m.cols));
+    return TERN_OK;
+}
+
 /* -- ternary matmul on float activations -- */
 
 enum { TERN__X_FLOATS = 6144 }; /* activations in order of use, in L1 */
@@ -7866,6 +8020,20 @@ static tern_result tern__check_matmul(tern_run *r, const tern_matmul_args *a)
     } else TERN__NEED("matmul", x);
     TERN__MAY("matmul", bias);
     TERN__NEED("matmul", y);
+    return TERN_OK;
+}
+
+static tern_result tern__check_matmul_fixed(tern_run *r, const tern_matmul_fixed_args *a)
+{
+    TERN__TRY(tern__check_packed(r, "matmul_fixed", &a->m));
+    TERN__REQUIRE(r, a->m.scale_type == TERN_LOG || a->m.scale_type == TERN_POW2, TERN_E_ARGUMENT,
+                  "matmul_fixed: scales of type %d are floats; TERN_LOG and TERN_POW2 are not", (int64_t)(int32_t)a->m.scale_type);
+    TERN__TRY(tern__check_count(r, "matmul_fixed", "n", a->n, a->m.rows));
+    TERN__TRY(tern__check_count(r, "matmul_fixed", "n", a->n, a->m.cols));
+    TERN__REQUIRE(r, a->point >= -31 && a->point <= 31, TERN_E_ARGUMENT, "matmul_fixed: point is %d, not -31 to 31", (int64_t)a->point);
+    TERN__TRY(tern__check_pointer(r, "matmul_fixed", "x", a->x, 1));
+    TERN__MAY("matmul_fixed", bias);
+    TERN__NEED("matmul_fixed", y);
     return TERN_OK;
 }
 
@@ -12328,7 +12496,7 @@ TERN_API tern_result tern_sign_step(tern_context *c, tern_pace *p, float loss, i
     fixed = tern__fixed_loss(loss);
     change = fixed - p->mean;
     if (p->mean == 0) p->mean = fixed;
-    else p->mean += change < 0 ? ~(~change >> shift) : change >> shift;
+    else p->mean += tern__floor_shift(change, (int32_t)shift);
     *step = (int32_t)(p->mean > 0 ? tern__max(1, tern__min(most, (2 * first * fixed + p->mean) / (2 * p->mean))) : 1);
     return TERN_OK;
 }

@@ -1799,6 +1799,8 @@ static void make_good(void)
     good_quantize.m = m; good_quantize.n = 1; good_quantize.x = x; good_quantize.gain = y; good_quantize.norm = TERN_NORM_RMS; good_quantize.eps = 1e-6f;
     good_quantize.q = trits; good_quantize.scale = z; good_quantize.sum = ids;
     good_matmul.m = m; good_matmul.n = 1; good_matmul.q = trits; good_matmul.scale = x; good_matmul.sum = ids; good_matmul.bias = z; good_matmul.y = y;
+    good_matmul_fixed.m = m; good_matmul_fixed.m.scale_type = TERN_LOG; good_matmul_fixed.n = 1; good_matmul_fixed.x = trits;
+    good_matmul_fixed.bias = ids; good_matmul_fixed.y = (int32_t *)(void *)u;
     good_matmul_dx.m = m; good_matmul_dx.n = 1; good_matmul_dx.dy = x; good_matmul_dx.dx = y;
     good_matmul_dw.m = m; good_matmul_dw.n = 1; good_matmul_dw.dy = x; good_matmul_dw.q = trits; good_matmul_dw.scale = y; good_matmul_dw.dw = z; good_matmul_dw.dbias = u;
     good_dense.m = 2; good_dense.n = 3; good_dense.k = 4; good_dense.a = x; good_dense.a_row = 4; good_dense.a_col = 1;
@@ -1887,6 +1889,8 @@ static const wrong wrongs[] = {
     RANGED32(quantize, norm, 2) RANGED32(quantize, act, TERN_ACT_FLOAT) RANGED32(quantize, act, TERN_ACT_BIT) RANGED_FLOAT(quantize, eps, 0) RANGED_FLOAT(quantize, eps, NAN) RANGED_FLOAT(quantize, eps, INFINITY)
     PACKED(matmul) COUNTED(matmul, n) NEEDED(matmul, scale) NEEDED(matmul, sum) ALIGNED(matmul, bias) NEEDED(matmul, y)
     WRONG(matmul, q, TO_NULL, 0, TERN_E_ARGUMENT, "x is NULL") RANGED32(matmul, act, TERN_ACT_FLOAT) RANGED32(matmul, act, 4) RANGED32(matmul, act, -1)
+    PACKED(matmul_fixed) COUNTED(matmul_fixed, n) NEEDED_BYTES(matmul_fixed, x) ALIGNED(matmul_fixed, bias) NEEDED(matmul_fixed, y)
+    RANGED32(matmul_fixed, m.scale_type, TERN_F32) RANGED32(matmul_fixed, m.scale_type, TERN_F16) RANGED32(matmul_fixed, point, 32) RANGED32(matmul_fixed, point, -32)
     PACKED(matmul_dx) COUNTED(matmul_dx, n) NEEDED(matmul_dx, dy) NEEDED(matmul_dx, dx)
     MATRIX(matmul_dw) COUNTED(matmul_dw, n) NEEDED(matmul_dw, dy) ALIGNED(matmul_dw, dw) ALIGNED(matmul_dw, dbias) NEEDED(matmul_dw, scale)
     WRONG(matmul_dw, q, TO_NULL, 0, TERN_E_ARGUMENT, "x is NULL") RANGED32(matmul_dw, act, TERN_ACT_FLOAT) RANGED32(matmul_dw, act, 4)

@@ -5,6 +5,8 @@
    part, dw without the tokens' scales, overwritten, or with the padding of groups; fused attention; votes left out of
    files, theta not compared; a shadow beside an accumulator let in. */
 
+#include <fenv.h>
+
 /* -- stochastic rounding -- */
 
 /* The random half that an element of a row of `cols` takes. */
@@ -911,6 +913,151 @@ static void canonical_backward(tern_context *c, record *r)
 }
 static void test_canonical_backward(void) { same_everywhere(canonical_backward, UINT64_C(0x350CE4F328EAAF24)); }
 
+/* -- the forward without floats -- */
+
+/* floor(x / 2^bits) and x 2^bits, one power at a time. */
+static int64_t halve(int64_t x, int bits) { while (bits-- > 0) x = (x - (x & 1)) / 2; return x; }
+
+/* The definition in int64, row by row and group by group. */
+static int32_t reference_fixed(const tern_matmul_fixed_args *a, const tern__shape *s, const int8_t *trits, int64_t t, int64_t row)
+{
+    int64_t sum = 0, i;
+    int top = -1000, point, k;
+    for (k = 0; k < 2; k++) {
+        int64_t g;
+        for (g = 0; g < s->groups; g++) {
+            const int64_t at = tern__scale_index(&a->m, s, row, g), end = tern__min(a->m.cols, (g + 1) * s->group);
+            const int l = a->m.scale_type == TERN_LOG ? ((const int16_t *)a->m.scales)[at] : 256 * ((const int8_t *)a->m.scales)[at];
+            int64_t dot = 0;
+            if (l < -126 * 256) continue;
+            if (k == 0) { top = (int)halve(l, 8) > top ? (int)halve(l, 8) : top; continue; }
+            for (i = g * s->group; i < end; i++) dot += trits[row * a->m.cols + i] * a->x[t * a->m.cols + i];
+            sum += halve(dot * (int64_t)floor(32768 * exp2((l - 256 * (double)halve(l, 8)) / 256) + 0.5) * 65536, top - (int)halve(l, 8));
+        }
+    }
+    point = top - 31 + a->point;
+    for (; point < 0 && sum != 0 && sum != -1; point++) sum = halve(sum, 1);
+    for (; point > 0 && sum < INT64_C(1) << 40 && sum > -(INT64_C(1) << 40); point--) sum *= 2;
+    if (a->bias) sum += a->bias[row];
+    return (int32_t)(sum > 2147483647 ? 2147483647 : sum < -INT64_C(2147483648) ? -INT64_C(2147483648) : sum);
+}
+
+static tern_matmul_fixed_args hold_fixed(tern_context *c, int64_t rows, int64_t cols, int64_t n, int variant)
+{
+    static const int32_t grains[] = {TERN_PER_ROW, TERN_PER_TENSOR, 20, 33};
+    tern_matmul_fixed_args a = TERN_ZERO;
+    int64_t i;
+    a.m = hold_matrix(c, rows, cols, grains[variant % 4], variant & 1 ? TERN_BASE3 : TERN_2BIT, variant % 3 ? TERN_LOG : TERN_POW2);
+    for (i = 0; i < tern__shape_of(&a.m).scales; i++) { /* near each other, far apart and none */
+        const uint32_t u = test_random() % 11;
+        const int wide = u == 0 ? -99999 : u == 1 ? (int)(test_random() % 60000) - 30000 : (int)(test_random() % 2000) - 1500;
+        if (a.m.scale_type == TERN_LOG) ((int16_t *)a.m.scales)[i] = (int16_t)(wide < -32256 ? INT16_MIN : wide);
+        else ((int8_t *)a.m.scales)[i] = (int8_t)(wide < -32256 ? INT8_MIN : wide / 256);
+    }
+    a.n = n;
+    a.x = (int8_t *)hold((size_t)(n * cols));
+    for (i = 0; i < n * cols; i++) ((int8_t *)(uintptr_t)a.x)[i] = (int8_t)(test_random() % 256 - 128);
+    a.point = (int32_t)(test_random() % 63) - 31;
+    a.bias = variant % 5 ? hold_ids(rows, 2000000000) : NULL;
+    a.y = (int32_t *)hold((size_t)(n * rows) * 4);
+    return a;
+}
+
+static void check_fixed(tern_context *c, record *r, int64_t rows, int64_t cols, int64_t n, int variant)
+{
+    const tern_matmul_fixed_args a = hold_fixed(c, rows, cols, n, variant);
+    const tern__shape s = tern__shape_of(&a.m);
+    tern_unpack_args u = TERN_ZERO;
+    int64_t t, i;
+    u.m = a.m;
+    u.count = rows;
+    u.trits = (int8_t *)hold((size_t)(rows * cols));
+    CHECK_OK(c, tern_unpack(c, &u));
+    CHECK_OK(c, tern_matmul_fixed(c, &a));
+    for (t = 0; t < n; t++)
+        for (i = 0; i < rows; i++) {
+            const int32_t want = reference_fixed(&a, &s, u.trits, t, i);
+            CHECK(a.y[t * rows + i] == want, "%d x %d, variant %d, point %d: y[%d][%d] is %d, not %d", (int)rows, (int)cols, variant, a.point, (int)t, (int)i, a.y[t * rows + i], want);
+        }
+    record_words(r, a.y, n * rows);
+    release();
+}
+
+static void fixed_products(tern_context *c, record *r)
+{
+    static const int64_t rows[] = {1, 15, 17, 127, 300};
+    static const int64_t tokens[] = {1, 3, 16, 19};
+    int i, j, variant = 0;
+    for (i = 0; i < 5; i++)
+        for (j = 0; j < TEST_SIZES; j++) check_fixed(c, r, test_sizes[j] > 1000 ? 33 : rows[i], test_sizes[j], tokens[(i + j) % 4], variant++);
+}
+static void test_fixed_products(void) { same_everywhere(fixed_products, UINT64_C(0x403E5EF3AC8A9D71)); }
+
+/* All inputs at their ends: the largest sums that there are, in one group and in many. */
+static void fixed_extremes(tern_context *c, record *r)
+{
+    const int64_t cols = TERN__MAX_COLS;
+    int k;
+    for (k = 0; k < 4; k++) {
+        tern_matmul_fixed_args a = TERN_ZERO;
+        tern_pack_args p = TERN_ZERO;
+        int8_t *trits = (int8_t *)hold((size_t)(2 * cols));
+        int32_t y[2];
+        int64_t i;
+        a.m = hold_matrix(c, 2, cols, k & 1 ? TERN_PER_ROW : 128, k & 2 ? TERN_BASE3 : TERN_2BIT, TERN_LOG);
+        for (i = 0; i < tern__shape_of(&a.m).scales; i++) ((int16_t *)a.m.scales)[i] = 255;
+        for (i = 0; i < cols; i++) trits[i] = 1, trits[cols + i] = -1;
+        p.m = a.m;
+        p.trits = trits;
+        CHECK_OK(c, tern_pack(c, &p));
+        a.n = 1;
+        a.x = (int8_t *)memset(hold((size_t)cols), 0x80, (size_t)cols);
+        a.y = y;
+        a.point = 5;
+        CHECK_OK(c, tern_matmul_fixed(c, &a)); /* 2^25 65359 / 2^15 2^5 */
+        CHECK(y[0] == -2141683712 && y[1] == 2141683712, "%d and %d", y[0], y[1]);
+        a.point = 6;
+        CHECK_OK(c, tern_matmul_fixed(c, &a));
+        CHECK(y[0] == -2147483647 - 1 && y[1] == 2147483647, "%d and %d are not held", y[0], y[1]);
+        record_words(r, y, 2);
+        release();
+    }
+}
+static void test_fixed_extremes(void) { on_each_tier(fixed_extremes); }
+
+/* No float: whatever the rounding mode, and nothing is inexact. Without the mode that operations set. */
+static void fixed_modes(tern_context *c, record *r)
+{
+    static const int modes[] = {FE_TONEAREST, FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO};
+    int variant, k;
+    (void)r;
+    for (variant = 0; variant < 6; variant++) {
+        const tern_matmul_fixed_args a = hold_fixed(c, 35, 700, 5, variant);
+        int32_t *first = (int32_t *)hold(35 * 5 * 4);
+        tern__fixed_work w;
+        tern__job job;
+        CHECK_OK(c, tern_matmul_fixed(c, &a));
+        memcpy(first, a.y, 35 * 5 * 4);
+        memset(&job, 0, sizeof job);
+        w.a = &a;
+        w.s = tern__shape_of(&a.m);
+        job.arg = &w;
+        job.k = (const tern__kernels *)c->run.backend->data;
+        for (k = 0; k < 4; k++) {
+            int raised;
+            memset(a.y, 0, 35 * 5 * 4);
+            fesetround(modes[k]);
+            feclearexcept(FE_ALL_EXCEPT);
+            tern__fixed_body(&job, 0, w.s.panels, &job.bad[0]);
+            raised = fetestexcept(FE_ALL_EXCEPT);
+            fesetround(FE_TONEAREST);
+            CHECK(raised == 0 && memcmp(first, a.y, 35 * 5 * 4) == 0, "mode %d: a float was used (%d)", modes[k], raised);
+        }
+        release();
+    }
+}
+static void test_fixed_modes(void) { on_each_tier(fixed_modes); }
+
 /* -- training -- */
 
 /* x [n, IN] -> norm, up, relu^2, norm, down -> classes; up and down by flips, a gain by AdamW. */
@@ -1350,6 +1497,9 @@ static void suite_true_ternary(void)
     RUN(test_integer_gradients_are_unbiased);
     RUN(test_integer_extremes);
     RUN(test_canonical_backward);
+    RUN(test_fixed_products);
+    RUN(test_fixed_extremes);
+    RUN(test_fixed_modes);
     RUN(test_flip_training);
     RUN(test_flip_resume);
     RUN(test_flip_files);
