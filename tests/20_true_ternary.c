@@ -3,7 +3,10 @@
    that these tests see: the sign of the sign rule or of votes, the remainder lost at a flip, a saturated accumulator emptied
    (also in the vectors alone), a gradient that is not finite not skipped; dx without the scales or with trits of another
    part, dw without the tokens' scales, overwritten, or with the padding of groups; fused attention; votes left out of
-   files, theta not compared; a shadow beside an accumulator let in. */
+   files, theta not compared; a shadow beside an accumulator let in; scales beyond their range, by another step or the wrong way,
+   their ends not counted; NaN that moves something, in the scalar kernel or the vectors; the sign rule that asks for a size;
+   of the product without floats: another floor, groups too near or too far, segments that are lost,
+   a lattice of 128 steps, a float between. */
 
 #include <fenv.h>
 
@@ -459,15 +462,16 @@ static void flip_nan(tern_context *c, record *r)
         a.grad = grad;
         a.accum = accum;
         a.sum_abs = &sum;
-        a.push = 3.0f;
+        a.push = 2.00390625f; /* 513 / 256: an odd factor, so that a NaN taken for INT32_MIN would move */
         a.sign_step = 12;
         a.theta = 100;
         a.counts = &counts;
         CHECK_OK(c, tern_flip(c, &a));
         CHECK(counts.updates == 1 && counts.flips == 0, "%d updates, %d flips", (int)counts.updates, (int)counts.flips);
         for (i = 0; i < ROWS * COLS; i++) {
-            const int was = i % 7 - 3, want = i % 4 == 1 ? was - 12 : i % 4 == 2 ? was + 12 : was;
-            CHECK(accum[i] == want && grad[i] == 0.0f, "rule %d: accumulator %d is %d, not %d; gradient %g", rule, i, accum[i], want, grad[i]);
+            const int was = i % 7 - 3, least = rule ? 12 : 8, most = rule ? 12 : 9, moved = i % 4 == 1 ? was - accum[i] : accum[i] - was;
+            CHECK((i % 4 == 1 || i % 4 == 2 ? moved >= least && moved <= most : moved == 0) && grad[i] == 0.0f, "rule %d: accumulator %d went from %d to %d; gradient %g",
+                  rule, i, was, accum[i], grad[i]);
         }
         record_bytes(r, accum, ROWS * COLS);
         release();
