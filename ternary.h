@@ -8,7 +8,7 @@ ternary.h - neural networks whose weights are -1, 0 or +1, in one C file
 
 It turns float matrices into trits and scales, packs them into 2 or 1.6 bits per weight, runs them with
 kernels chosen for the CPU at run time, and trains them (straight-through estimator with shadow weights, or
-without any float that lasts).
+trits by integers that last instead of floats).
 Inference gives the same bits on every CPU, with any number of threads and any batch. ternary_cuda.cu beside
 this file runs most of it on a GPU, with those bits too.
 
@@ -78,14 +78,16 @@ MIXTURE OF EXPERTS
 TRUE-TERNARY TRAINING
 
     A parameter with TERN_ACCUM (allocate TERN_FOR_FLIPS) has trits, scales that stay, and one int8 for each weight:
-    1.2 bytes per weight in base 3. Set it with normal deviates of 1/sqrt(cols) and rule TERN_ABSMEAN, and give
+    1.2 bytes per weight in base 3. TERN_POW2 and TERN_LOG scales can learn, too, with TERN_VOTES and step.scale_step.
+    Set it with normal deviates of 1/sqrt(cols) and rule TERN_ABSMEAN, and give
         layer.seed = (uint64_t)step << 32 | number of the layer;    its backward rounds dy stochastically to int8
         step.push = 3 falling to 0 by TERN_LINEAR;                  for theta 32; push / theta of 0.06 to 0.12 is good
     All else is as with a shadow: gradients add up over micro-batches, tied weights and embeddings, dense gains and
     biases go by the optimizer. With attention.exact and no dense matrix every gradient is then the same bits on
-    every tier, thread count, compiler and machine, and so is the trained file. What remains float, and transient
-    but for dense parameters: norms, softmax, loss, activations and their scales, gradients between layers and the
-    sums in TERN_GRAD. tern_model_strict proves that nothing trainable is a float; tern_model_list tells all.
+    every tier, thread count, compiler and machine, and so is the trained file. Floats that last remain in dense gains
+    and biases (values and moments) and in F32 and F16 scales; transient ones in norms, softmax, loss, activations and
+    their scales, gradients between layers and the sums in TERN_GRAD. tern_model_strict proves that nothing trainable is
+    a float; tern_model_list tells all. tern_matmul_fixed is a linear layer's product without any: int8 in, fixed point out.
     TERN_FLIP_SIGN is the plain sign rule, for comparison; tern_sign_step scales its step by the loss.
 
 GRAPHS
@@ -455,6 +457,19 @@ typedef struct tern_matmul_args {
     float *y;
 } tern_matmul_args;
 
+/* y [n, rows] = x [n, cols] * W^T + bias without a float (integer-only inference: Jacob et al. 2018): x int8, -128 included, row
+   by row; y and bias [rows] int32 in units of 2^-point of that of x. m.scales are TERN_LOG or TERN_POW2: S = f 2^(e - 15) with
+   2^15 <= f < 2^16. With E the largest e of a row, y = floor(sum over groups of floor(dot f 2^(16 + e - E)) * 2^(E - 31 + point))
+   + bias, held to int32 at the last; dots are exact in int32, the sum in int64. Off by less than 2^-point + groups 2^(E - 31). */
+typedef struct tern_matmul_fixed_args {
+    tern_matrix m;
+    int64_t n;
+    const int8_t *x;
+    int32_t point;       /* -31 to 31 */
+    const int32_t *bias; /* or NULL */
+    int32_t *y;
+} tern_matmul_fixed_args;
+
 /* dx [n, cols] = dy [n, rows] * W. */
 typedef struct tern_matmul_dx_args { tern_matrix m; int64_t n; const float *dy; float *dx; } tern_matmul_dx_args;
 
@@ -708,22 +723,25 @@ typedef struct tern_dequantize_args {
 } tern_dequantize_args;
 
 /* One step of a matrix without float state, in place; then the gradient is set to zero. First the scales, where scale_step
-   is not 0: m.scales are TERN_POW2, and a grain's vote grows by -sign(sum of sign(G) T) * scale_step; at +-scale_theta the
-   exponent takes a step and the vote loses scale_theta (at the last exponent it stays there; a scale of 0 has no vote). Then
-   the trits, with G the gradient of a weight, A its accumulator and mean = *sum_abs / weights:
+   is not 0: m.scales are TERN_POW2 or TERN_LOG, and a grain's vote grows by -sign(sum of sign(G) T) * scale_step; at +-scale_theta
+   the exponent takes a step that way (of LOG scale_push steps of 2^(1/256), less at the end of the range) and the vote loses
+   scale_theta (where the scale is at its end it stays there; a scale of 0 has no vote). scale_step = scale_theta: LOG scales
+   move with every step. Then the trits, with G the gradient of a weight, A its accumulator and mean = *sum_abs / weights:
      FLIP_PROPORTIONAL  a = A - ((n kq + h) >> 16), n = rne(G 256/mean) held to +-1024, kq = rne(256 push), h in 0..65535 the
                         half c % 8 of the Philox block r ceil(cols/8) + c/8 of (seed, step, stream): an increment of push
                         where |G| is the mean, rounded stochastically
      FLIP_SIGN          a = A - sign_step * sign(G)
    a is held to +-127. Where |a| reaches theta, with s = sign(a): T = s stays and A = s theta, else T += s and A = a - s theta (SIGN:
    A = 0); elsewhere A = a. A positive gradient drives a trit towards -1. A mean that is 0 (PROPORTIONAL: or below
-   256/FLT_MAX), or a sign_step of 0 with FLIP_SIGN, skips the whole step; so does a *sum_abs that is not finite: a data fault. *counts is added to. */
+   256/FLT_MAX), or a sign_step of 0 with FLIP_SIGN, skips the whole step; so does a *sum_abs that is not finite: a data fault. A NaN beside one
+   that is finite, and so is not of this gradient, moves nothing. *counts is added to. */
 typedef enum { TERN_FLIP_PROPORTIONAL, TERN_FLIP_SIGN } tern_flip_rule;
 typedef struct tern_flips {
     int64_t flips, grains;  /* trits that changed, and grains that have one of them */
     int64_t saturated;      /* weights that stay at theta, because their trit is at its end */
-    int64_t scales;         /* exponents that changed */
+    int64_t scales;         /* scales that changed */
     int64_t updates, skipped; /* matrices that were updated, and those that were not */
+    int64_t ends;           /* scales that stay, because they are at the end of their range */
 } tern_flips;
 typedef struct tern_flip_args {
     tern_matrix m;
@@ -735,6 +753,7 @@ typedef struct tern_flip_args {
     int32_t sign_step;        /* SIGN: 0 to 127 */
     int32_t theta;            /* 2 to 127; push is best below theta/8 */
     int32_t scale_step, scale_theta; /* 0 to 127, 2 to 127 */
+    int32_t scale_push;       /* TERN_LOG scales that learn: 1 to 256; 64 falling to 1 */
     uint64_t seed; uint32_t step, stream;
     tern_flips *counts;       /* backend memory, aligned to 8, or NULL */
 } tern_flip_args;
@@ -744,7 +763,7 @@ typedef struct tern_flip_args {
 typedef struct tern_linear_args { tern_quantize_args quantize; const float *bias; float *y; } tern_linear_args;
 
 #define TERN_OPS(X)                                                                    \
-    X(ternarize) X(pack) X(unpack) X(quantize) X(matmul) X(matmul_dx) X(matmul_dw)     \
+    X(ternarize) X(pack) X(unpack) X(quantize) X(matmul) X(matmul_fixed) X(matmul_dx) X(matmul_dw) \
     X(dense) X(dense_i8) X(gather) X(scatter) X(fill) X(cast) X(map) X(norm) X(rope)   \
     X(attention) X(loss) X(sum) X(optimize) X(scale_grad) X(hadamard) X(dead_zone)     \
     X(round_i8) X(dequantize) X(flip) X(route) X(group) X(row_dot) X(aggregate) \
@@ -820,7 +839,7 @@ enum {
     TERN_FOR_GRADIENT  = TERN_FOR_INFERENCE | 1 << TERN_SHADOW | 1 << TERN_GRAD,
     TERN_FOR_SGD       = TERN_FOR_GRADIENT | 1 << TERN_MOMENT1,
     TERN_FOR_ADAMW     = TERN_FOR_SGD | 1 << TERN_MOMENT2,
-    TERN_FOR_FLIPS     = TERN_FOR_INFERENCE | 1 << TERN_GRAD | 1 << TERN_ACCUM, /* and 1 << TERN_VOTES for TERN_POW2 scales that learn */
+    TERN_FOR_FLIPS     = TERN_FOR_INFERENCE | 1 << TERN_GRAD | 1 << TERN_ACCUM, /* and 1 << TERN_VOTES for POW2 or LOG scales that learn */
     TERN_FOR_TRAINING  = (TERN_FOR_ADAMW & ~TERN_FOR_INFERENCE) | 1 << TERN_ACCUM | 1 << TERN_VOTES /* what tern_param_free drops to freeze */
 };
 enum { /* flags */
@@ -907,7 +926,8 @@ typedef struct tern_audit {
 } tern_audit;
 TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern_audit *out);
 /* Fails where a trainable float exists, and names it. What has a TERN_GRAD is trained: its trits, shadow, moments,
-   accumulator and votes, and its scales, but those beside an accumulator without votes. */
+   accumulator and votes, and its scales, but those beside an accumulator without votes. Of what layers compute it says nothing:
+   they use floats that are gone after them; tern_matmul_fixed uses none. */
 TERN_API tern_result tern_model_strict(tern_context *c, const tern_model *m);
 /* Where bytes go, in order and in small pieces. write returns 0 on success. */
 typedef struct tern_sink { int (*write)(void *user, const void *data, size_t bytes); void *user; } tern_sink;
@@ -1150,6 +1170,7 @@ typedef struct tern_step {
     tern_flip_rule flip; /* parameters with TERN_ACCUM: see tern_flip_args; they are not in the norm, and need none of the above but seed and step */
     float push;
     int32_t sign_step, scale_step, scale_theta; /* scale_step: of those with TERN_VOTES; scale_theta 0: 32 */
+    int32_t scale_push;  /* of those whose scales are TERN_LOG, then not 0 */
     tern_flips *flips;   /* what is added to (backend memory), or NULL */
 } tern_step;
 #ifndef TERNARY_NO_TRAINING
@@ -1896,6 +1917,33 @@ TERN__ANYWHERE float tern__from_log(int16_t l)
     return tern__float(((uint32_t)tern__lattice()[steps & 255] << 8) + (steps >> 8 << 23)); /* its highest bit is the last of the exponent */
 }
 
+/* floor(x / 2^bits), bits below 64; a right shift of negative numbers is the compiler's choice in C. */
+TERN__ANYWHERE int64_t tern__floor_shift(int64_t x, int32_t bits) { return x < 0 ? ~(~x >> bits) : x >> bits; }
+
+/* A scale of TERN_LOG or TERN_POW2 in integers: factor 2^(exponent - 15); factor 0: no scale. */
+typedef struct tern__integer_scale { int32_t factor, exponent; } tern__integer_scale;
+
+TERN__ANYWHERE tern__integer_scale tern__load_integer_scale(tern_type type, const void *p, int64_t i)
+{
+    const int32_t l = type == TERN_LOG ? ((const int16_t *)p)[i] : ((const int8_t *)p)[i] * 256;
+    tern__integer_scale s = {0, 0};
+    if (l < TERN__LEAST_LOG) return s;
+    s.factor = tern__lattice()[(l - TERN__LEAST_LOG) & 255];
+    s.exponent = (l - TERN__LEAST_LOG) / 256 + TERN__LEAST_LOG / 256;
+    return s;
+}
+
+/* A fixed-point number times 2^exponent, rounded down, and an addend, held to int32. */
+TERN__ANYWHERE int32_t tern__fixed_point(int64_t x, int32_t exponent, int32_t addend)
+{
+    const int64_t most = (int64_t)1 << 33; /* with any addend beyond int32 */
+    if (exponent <= 0) x = tern__floor_shift(x, exponent < -63 ? 63 : -exponent);
+    else if (exponent > 33 || x > most >> exponent || x < -(most >> exponent)) x = x > 0 ? most : x < 0 ? -most : 0;
+    else x *= (int64_t)1 << exponent;
+    x = (x > most ? most : x < -most ? -most : x) + addend;
+    return (int32_t)(x > INT32_MAX ? INT32_MAX : x < INT32_MIN ? INT32_MIN : x);
+}
+
 TERN__ANYWHERE float tern__load_scale(tern_type type, const void *p, int64_t i)
 {
     if (type == TERN_LOG) return tern__from_log(((const int16_t *)p)[i]);
@@ -2076,7 +2124,7 @@ typedef struct tern__dot {
     const uint8_t *panel; int64_t panel_stride; /* bytes from panel to panel */
     int64_t left;                               /* bytes from here to the end of the panel */
     int64_t units, last_units, groups;          /* 64 bytes: 16 inputs each (2-bit) or 20 (base-3); of a group, of the last */
-    const int8_t *q; int64_t q_stride;          /* -127..127, or bits */
+    const int8_t *q; int64_t q_stride;          /* -128..127, or bits */
     const int32_t *sum; int64_t sum_stride;     /* sums of a token's q, one for each group */
     int32_t panels, tokens;
     int32_t *acc;                               /* aligned to 64 */
@@ -2172,7 +2220,7 @@ typedef struct tern__neighbours {
 } tern__neighbours;
 
 typedef struct tern__kernels {
-    void (*flip)(int64_t n, const uint32_t *signs, const float *x, float *y); /* y = x, but -x where bit i % 32 of word i / 32 is set */
+    void (*negate)(int64_t n, const uint32_t *signs, const float *x, float *y); /* y = x, but -x where bit i % 32 of word i / 32 is set */
     void (*hadamard)(int64_t p, float factor, float *x); /* x * factor, then a + b and a - b at distances 1, 2, .. p/2 */
     void (*dot_2bit)(const tern__dot *d);
     void (*dot_base3)(const tern__dot *d);
@@ -2662,23 +2710,21 @@ static void tern__unpack_rows(tern_type encoding, const uint8_t *__restrict unit
     tern__four_columns(digit, TERN__UNIT, t, stride);
 }
 
-/* Trits [col, col + n) of a row; any range. Returns whether the codes that were met are valid. */
-static int32_t tern__unpack_range(const tern_matrix *m, const tern__shape *s, int64_t row, int64_t col, int64_t n, int8_t *t)
+/* Trits [col, col + n) of a row; any range. */
+static void tern__unpack_range(const tern_matrix *m, const tern__shape *s, int64_t row, int64_t col, int64_t n, int8_t *t)
 {
     const uint8_t *panel = (const uint8_t *)m->trits + row / TERN__ROWS * s->panel_bytes;
     int8_t unit[20];
-    int32_t valid = 1;
     while (n > 0) {
         int64_t g = col / s->group, in_group = col - g * s->group;
         int64_t u = g * s->group_units + in_group / s->unit, from = in_group % s->unit;
         int64_t len = tern__min(tern__min(n, s->unit - from), tern__group_cols(m, s, g) - in_group);
-        valid &= tern__unpack_unit(m->encoding, panel + u * TERN__UNIT, row % TERN__ROWS, unit);
+        tern__unpack_unit(m->encoding, panel + u * TERN__UNIT, row % TERN__ROWS, unit);
         memcpy(t, unit + from, (size_t)len);
         t += len;
         col += len;
         n -= len;
     }
-    return valid;
 }
 
 /* Ternarize and pack, panel by panel. */
@@ -2901,46 +2947,91 @@ static tern_result tern__cpu_pack(tern_run *run, const tern_pack_args *a)
     return TERN_OK;
 }
 
-/* A whole row as trits and as values, each or NULL. Returns whether every code is valid. */
-static int32_t tern__unpack_row(const tern_matrix *m, const tern__shape *s, int64_t row, int8_t *trits, float *values)
+/* A whole row as trits and as values, each or NULL. */
+static void tern__unpack_row(const tern_matrix *m, const tern__shape *s, int64_t row, int8_t *trits, float *values)
 {
     int8_t t[256];
     int64_t j, col, n;
-    int32_t valid = 1;
     for (col = 0; col < m->cols; col += n) {
         n = tern__min(m->cols - col, 256);
-        valid &= tern__unpack_range(m, s, row, col, n, t);
+        tern__unpack_range(m, s, row, col, n, t);
         if (trits) memcpy(trits + col, t, (size_t)n);
         for (j = 0; values && j < n; j++)
             values[col + j] = (float)t[j] * tern__load_scale(m->scale_type, m->scales, tern__scale_index(m, s, row, (col + j) / s->group));
     }
-    return valid;
 }
 
-/* Two passes of the same body: check the codes, then write, so that a bad code changes nothing. */
+/* The first of rows [first, end) of a panel that has an invalid code, or `end`. Constant trip counts, so that compilers vectorise. */
+static int64_t tern__invalid_row(const tern_matrix *m, const tern__shape *s, int64_t panel, int64_t first, int64_t end)
+{
+    const uint8_t *unit = (const uint8_t *)m->trits + panel * s->panel_bytes;
+    uint8_t bad[TERN__ROWS][4] = {{0}}, *all = bad[0];
+    int64_t u;
+    int32_t i;
+    for (u = 0; u < s->units; u++, unit += TERN__UNIT) {
+        if (m->encoding == TERN_BASE3) for (i = 0; i < TERN__UNIT; i++) all[i] |= (uint8_t)(unit[i] > 242);
+        else for (i = 0; i < TERN__UNIT; i++) all[i] |= (uint8_t)(unit[i] & unit[i] >> 1 & 0x55); /* code 3 */
+    }
+    while (first < end && !(bad[first][0] | bad[first][1] | bad[first][2] | bad[first][3])) first++;
+    return first;
+}
+
+/* Rows [first, end) of a panel as trits and as values, each or NULL, of the first of these rows. */
+static void tern__unpack_panel(const tern__kernels *k, const tern_matrix *m, const tern__shape *s, int64_t panel, int64_t first, int64_t end, int8_t *trits, float *values)
+{
+    int8_t t[TERN__ROWS][64];
+    float buffer[TERN__ROWS];
+    int64_t g, i, j, r, n;
+    for (g = 0; g < s->groups; g++) {
+        const int64_t cols = tern__group_cols(m, s, g);
+        const uint8_t *unit = (const uint8_t *)m->trits + panel * s->panel_bytes + g * s->group_units * TERN__UNIT;
+        const float *scale = values ? tern__panel_scales(m, s, panel, g, buffer) : buffer;
+        for (i = 0; i < cols; i += n, unit += 3 * TERN__UNIT) {
+            n = tern__min(3 * s->unit, cols - i);
+            k->trits(m->encoding == TERN_BASE3, tern__ceil_div(n, s->unit), unit, t[0]);
+            for (r = first; r < end; r++) {
+                const int64_t at = (r - first) * m->cols + g * s->group + i;
+                if (trits) memcpy(trits + at, t[r], (size_t)n);
+                for (j = 0; values && j < n; j++) values[at + j] = (float)t[r][j] * scale[r];
+            }
+        }
+    }
+}
+
+/* Two passes of the same body, panel by panel: check the codes, then write, so that a bad code changes nothing. */
 typedef struct tern__unpack_work { const tern_unpack_args *a; int32_t write; } tern__unpack_work;
 
 static void tern__unpack_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern__unpack_work *w = (const tern__unpack_work *)job->arg;
-    const tern_matrix *m = &w->a->m;
-    const tern__shape s = tern__shape_of(m);
+    const tern_unpack_args *a = w->a;
+    const tern__shape s = tern__shape_of(&a->m);
+    const int64_t panel = a->row / TERN__ROWS;
     int64_t i;
-    for (i = begin; i < end; i++)
-        if (!tern__unpack_row(m, &s, w->a->row + i, w->write && w->a->trits ? w->a->trits + i * m->cols : NULL,
-                              w->write && w->a->values ? w->a->values + i * m->cols : NULL)) { *bad = i; return; }
+    for (i = begin; i < end; i++) {
+        const int64_t top = (panel + i) * TERN__ROWS, row = tern__max(top, a->row), rows = tern__min(top + TERN__ROWS, a->row + a->count) - row;
+        const int64_t at = (row - a->row) * a->m.cols;
+        int8_t *trits = a->trits ? a->trits + at : NULL;
+        float *values = a->values ? a->values + at : NULL;
+        if (!w->write) {
+            const int64_t invalid = tern__invalid_row(&a->m, &s, panel + i, row - top, row - top + rows);
+            if (invalid < row - top + rows) { *bad = top + invalid; return; }
+        } else if (rows == 1) tern__unpack_row(&a->m, &s, row, trits, values); /* not sixteen for one */
+        else tern__unpack_panel(job->k, &a->m, &s, panel + i, row - top, row - top + rows, trits, values);
+    }
 }
 
 static tern_result tern__cpu_unpack(tern_run *run, const tern_unpack_args *a)
 {
+    const int64_t panels = tern__ceil_div(a->row + a->count, TERN__ROWS) - a->row / TERN__ROWS;
     tern__unpack_work w;
     int64_t bad;
     w.a = a;
     w.write = 0;
-    bad = tern__for(run, tern__unpack_body, &w, a->count, tern__mul(a->m.cols, 20));
-    TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_TRIT, "unpack: row %d has an invalid code (2-bit code 3 or base-3 byte above 242)", a->row + bad);
+    bad = tern__for(run, tern__unpack_body, &w, panels, tern__mul(a->m.cols, 2));
+    TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_TRIT, "unpack: row %d has an invalid code (2-bit code 3 or base-3 byte above 242)", bad);
     w.write = 1;
-    tern__for(run, tern__unpack_body, &w, a->count, tern__mul(a->m.cols, 40));
+    tern__for(run, tern__unpack_body, &w, panels, tern__mul(a->m.cols, a->values ? 16 * 8 : 16 * 3));
     return TERN_OK;
 }
 
@@ -3391,9 +3482,6 @@ static void tern__optimize_scalar(const tern__optimize_work *work, int64_t begin
 /* Half `which` of 16 bits of a block's words, the low half of a word first. */
 TERN__ANYWHERE uint32_t tern__half(const uint32_t words[4], int64_t which) { return words[which >> 1 & 3] >> 16 * (which & 1) & 0xFFFF; }
 
-/* floor(x / 2^bits); a right shift of negative numbers is the compiler's choice in C. */
-TERN__ANYWHERE int32_t tern__floor_shift(int32_t x, int32_t bits) { return x < 0 ? ~(~x >> bits) : x >> bits; }
-
 /* v (127/m) + u to the integer below. u is odd in 2^-17, so that it never makes an integer of another. */
 TERN__ANYWHERE int8_t tern__round_up(float v, uint32_t half)
 {
@@ -3419,9 +3507,9 @@ TERN__ANYWHERE int32_t tern__push_one(const tern__push *p, uint32_t half, float 
     int32_t a, s;
     if (p->sign) a = *accum - p->factor * ((g > 0.0f) - (g < 0.0f));
     else {
-        const float x = g * p->inverse;
-        const int32_t n = (int32_t)tern__round(x > 1024.0f ? 1024.0f : x < -1024.0f ? -1024.0f : x);
-        a = *accum - tern__floor_shift(n * p->factor + (int32_t)half, 16);
+        const float x = g * p->inverse, held = x > 1024.0f ? 1024.0f : x < -1024.0f ? -1024.0f : x;
+        const int32_t n = g == g ? (int32_t)tern__round(held) : 0; /* NaN moves nothing */
+        a = *accum - (int32_t)tern__floor_shift(n * p->factor + (int32_t)half, 16);
     }
     a = a > 127 ? 127 : a < -127 ? -127 : a;
     *accum = (int8_t)a;
@@ -3470,7 +3558,7 @@ static void tern__push_scalar(const tern__push *p, uint64_t block, int64_t skip,
 #define tern__push_avx512 NULL
 #endif
 
-static void tern__flip_scalar(int64_t n, const uint32_t *signs, const float *x, float *y)
+static void tern__negate_scalar(int64_t n, const uint32_t *signs, const float *x, float *y)
 {
     int64_t i;
     for (i = 0; i < n; i++) y[i] = signs[i / 32] >> i % 32 & 1 ? -x[i] : x[i];
@@ -3522,7 +3610,7 @@ static void tern__aggregate_scalar(const tern__neighbours *a)
 
 /* A tier's table: kernels of suffix X, but for what some tiers have of their own. */
 #define TERN__KERNELS(X, FUSED, DOT_2BIT, DOT_BASE3, DOT_I8, DOT_BITS, TOKENS, TILE_ROWS)                \
-    tern__flip_##X, tern__hadamard_##X, tern__dot_2bit_##DOT_2BIT, tern__dot_base3_##DOT_BASE3,          \
+    tern__negate_##X, tern__hadamard_##X, tern__dot_2bit_##DOT_2BIT, tern__dot_base3_##DOT_BASE3,          \
     tern__emit_##X, tern__tile_##X, FUSED,                                                               \
     tern__columns_##X, tern__pack_a_##X, tern__scaled_##X, tern__trits_##X,                              \
     tern__sum_##X, tern__sum_above_##X, tern__absmax_##X, tern__round_##X,                               \
@@ -4051,7 +4139,8 @@ static TARGET int64_t tern__push_most_##X(const tern__push *p, const uint16_t *h
         if (p->sign) step = (ints)MM##mullo_epi32((I)((ints)(g < MM##setzero_ps()) - (ints)(g > MM##setzero_ps())), MM##set1_epi32(p->factor)); \
         else {                                                                                           \
             const V units = MM##max_ps(MM##set1_ps(-1024.0f), MM##min_ps(MM##set1_ps(1024.0f), g * MM##set1_ps(p->inverse))); \
-            const I size = MM##mullo_epi32(MM##cvtps_epi32(units), MM##set1_epi32(p->factor));           \
+            const ints whole = (ints)MM##cvtps_epi32(units) & (ints)(g == g); /* NaN moves nothing */    \
+            const I size = MM##mullo_epi32((I)whole, MM##set1_epi32(p->factor));                         \
             step = (ints)MM##srai_epi32(MM##add_epi32(size, MM##srli_epi32((I)tern__bf16_##X(half + i), 16)), 16); \
         }                                                                                                \
         const ints moved = (ints)MM##max_epi32(MM##set1_epi32(-127), MM##min_epi32(MM##set1_epi32(127), (I)((ints)tern__i8_##X(accum + i) - step))); \
@@ -4084,7 +4173,7 @@ static void tern__push_##X(const tern__push *p, uint64_t block, int64_t skip, in
 /* Tier X brings tern__swap_X, whose lane i is lane i ^ h, h a power of two below W. Within a vector a + b and a - b are one
    addition: to the lanes at distance h those with a sign. Beyond it vectors meet, two distances in one pass over x. */
 #define TERN__X86_HADAMARD(X, TARGET, W, V, I, MM)                                                       \
-static TARGET void tern__flip_##X(int64_t n, const uint32_t *signs, const float *x, float *y)             \
+static TARGET void tern__negate_##X(int64_t n, const uint32_t *signs, const float *x, float *y)             \
 {                                                                                                        \
     uint32_t to_top[W]; /* factors that bring bit i to the top */                                        \
     for (int i = 0; i < W; i++) to_top[i] = 0x80000000u >> i;                                            \
@@ -5611,6 +5700,120 @@ static void tern__matmul_range(const tern__kernels *k, const tern_matmul_args *a
     }
 }
 
+/* -- the same in integers alone -- */
+
+enum { TERN__FIXED_TOKENS = 16, TERN__FIXED_PANELS = 16, TERN__FIXED_INPUTS = 2048, TERN__FIXED_STRIDE = 2112 };
+typedef struct tern__fixed {
+    int8_t q[TERN__FIXED_TOKENS * TERN__FIXED_STRIDE];
+    int32_t sum[TERN__FIXED_TOKENS];
+    int32_t acc[TERN__PANELS * TERN__FIXED_TOKENS * TERN__ROWS];                  /* of some inputs */
+    int32_t dot[TERN__FIXED_PANELS * TERN__FIXED_TOKENS * TERN__ROWS];            /* of a group */
+    int64_t total[TERN__FIXED_PANELS * TERN__FIXED_TOKENS * TERN__ROWS];
+} tern__fixed;
+
+/* Some inputs of some tokens as dots take them: sums, and zeros up to a whole unit. */
+static void tern__fixed_order(const int8_t *x, int64_t stride, int64_t len, int64_t whole, int32_t tokens, int8_t *q, int32_t *sum)
+{
+    int64_t i;
+    int32_t t;
+    for (t = 0; t < tokens; t++, x += stride, q += TERN__FIXED_STRIDE) {
+        sum[t] = 0;
+        for (i = 0; i < len; i++) sum[t] += x[i];
+        memcpy(q, x, (size_t)len);
+        memset(q + len, 0, (size_t)(whole + 64 - len));
+    }
+}
+
+/* Dots of a group with up to 16 panels from p on: dot[panel][token][row]. */
+static void tern__fixed_dots(const tern__kernels *k, const tern_matmul_fixed_args *a, const tern__shape *s, int64_t p, int32_t panels, int64_t t, int32_t tokens, int64_t g, tern__fixed *w)
+{
+    const int64_t cols = tern__group_cols(&a->m, s, g), most = TERN__FIXED_INPUTS / s->unit * s->unit;
+    const int32_t base3 = a->m.encoding == TERN_BASE3;
+    int64_t at, len;
+    int32_t i, j;
+    tern__dot d;
+    memset(&d, 0, sizeof d);
+    d.panel_stride = s->panel_bytes;
+    d.groups = d.sum_stride = 1;
+    d.q = w->q;
+    d.q_stride = TERN__FIXED_STRIDE;
+    d.sum = w->sum;
+    d.tokens = tokens;
+    d.acc = w->acc;
+    for (at = 0; at < cols; at += len) {
+        const int64_t skipped = (g * s->group_units + at / s->unit) * TERN__UNIT;
+        len = tern__min(most, cols - at);
+        d.units = d.last_units = tern__ceil_div(len, s->unit);
+        d.left = s->panel_bytes - skipped;
+        tern__fixed_order(a->x + t * a->m.cols + g * s->group + at, a->m.cols, len, d.units * s->unit, tokens, w->q, w->sum);
+        for (i = 0; i < panels; i += TERN__PANELS) {
+            int32_t *dot = w->dot + i * tokens * TERN__ROWS;
+            d.panel = (const uint8_t *)a->m.trits + (p + i) * s->panel_bytes + skipped;
+            d.panels = (int32_t)tern__min(TERN__PANELS, panels - i);
+            (base3 ? k->dot_base3 : k->dot_2bit)(&d);
+            for (j = 0; j < d.panels * tokens * TERN__ROWS; j++) dot[j] = (at ? dot[j] : 0) + w->acc[j];
+        }
+    }
+}
+
+/* The largest exponent of a row's scales. */
+static int32_t tern__top_exponent(const tern_matrix *m, const tern__shape *s, int64_t row)
+{
+    int32_t top = INT32_MIN;
+    int64_t g;
+    for (g = 0; g < (m->grain > 0 ? s->groups : 1); g++) {
+        const tern__integer_scale scale = tern__load_integer_scale(m->scale_type, m->scales, tern__scale_index(m, s, row, g));
+        if (scale.factor && scale.exponent > top) top = scale.exponent;
+    }
+    return top;
+}
+
+static void tern__fixed_strip(const tern__kernels *k, const tern_matmul_fixed_args *a, const tern__shape *s, int64_t p, int32_t panels, int64_t t, int32_t tokens)
+{
+    const int64_t rows = tern__min(panels * TERN__ROWS, a->m.rows - p * TERN__ROWS);
+    tern__fixed w TERN__ALIGN64;
+    int32_t top[TERN__FIXED_PANELS * TERN__ROWS], i;
+    int64_t g, r;
+    for (r = 0; r < rows; r++) top[r] = tern__top_exponent(&a->m, s, p * TERN__ROWS + r);
+    memset(w.total, 0, sizeof w.total);
+    for (g = 0; g < s->groups; g++) {
+        tern__fixed_dots(k, a, s, p, panels, t, tokens, g, &w);
+        for (r = 0; r < rows; r++) {
+            const tern__integer_scale scale = tern__load_integer_scale(a->m.scale_type, a->m.scales, tern__scale_index(&a->m, s, p * TERN__ROWS + r, g));
+            const int64_t at = r / TERN__ROWS * tokens * TERN__ROWS + r % TERN__ROWS;
+            if (!scale.factor) continue;
+            for (i = 0; i < tokens; i++) /* |dot| <= 2^25, also of all groups together */
+                w.total[at + i * TERN__ROWS] += tern__floor_shift((int64_t)w.dot[at + i * TERN__ROWS] * scale.factor * 65536, (int32_t)tern__min(top[r] - scale.exponent, 63));
+        }
+    }
+    for (i = 0; i < tokens; i++)
+        for (r = 0; r < rows; r++) {
+            const int64_t row = p * TERN__ROWS + r, x = w.total[(r / TERN__ROWS * tokens + i) * TERN__ROWS + r % TERN__ROWS];
+            a->y[(t + i) * a->m.rows + row] = tern__fixed_point(x, x ? top[r] - 31 + a->point : 0, a->bias ? a->bias[row] : 0);
+        }
+}
+
+typedef struct tern__fixed_work { const tern_matmul_fixed_args *a; tern__shape s; } tern__fixed_work;
+
+static void tern__fixed_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    const tern__fixed_work *w = (const tern__fixed_work *)job->arg;
+    int64_t p, t;
+    (void)bad;
+    for (p = begin; p < end; p += TERN__FIXED_PANELS)
+        for (t = 0; t < w->a->n; t += TERN__FIXED_TOKENS)
+            tern__fixed_strip(job->k, w->a, &w->s, p, (int32_t)tern__min(TERN__FIXED_PANELS, end - p), t, (int32_t)tern__min(TERN__FIXED_TOKENS, w->a->n - t));
+}
+
+static tern_result tern__cpu_matmul_fixed(tern_run *run, const tern_matmul_fixed_args *a)
+{
+    tern__fixed_work w;
+    w.a = a;
+    w.s = tern__shape_of(&a->m);
+    tern__for(run, tern__fixed_body, &w, w.s.panels, tern__mul(a->n, a->m.cols));
+    return TERN_OK;
+}
+
 /* -- ternary matmul on float activations -- */
 
 enum { TERN__X_FLOATS = 6144 }; /* activations in order of use, in L1 */
@@ -6796,7 +6999,7 @@ TERN__ANYWHERE float tern__rotation_factor(int64_t p)
     return p == 2 ? factor * 0.70710678f : factor;
 }
 
-/* The words for flip: 4 to 128 columns. */
+/* The words for negate: 4 to 128 columns. */
 static void tern__rotation_signs(uint32_t seed, int64_t cols, uint32_t *words)
 {
     int64_t i;
@@ -6819,9 +7022,9 @@ static void tern__hadamard_body(tern__job *job, int64_t begin, int64_t end, int6
             if (y != x) memcpy(y, x, sizeof(float) * (size_t)a->cols);
             if (rest) job->k->hadamard(p, factor, y + rest);
             job->k->hadamard(p, factor, y);
-            job->k->flip(a->cols, signs, y, y);
+            job->k->negate(a->cols, signs, y, y);
         } else {
-            job->k->flip(a->cols, signs, x, y);
+            job->k->negate(a->cols, signs, x, y);
             job->k->hadamard(p, factor, y);
             if (rest) job->k->hadamard(p, factor, y + rest);
         }
@@ -7390,29 +7593,35 @@ static void tern__score_group(const tern__flip_work *w, int64_t row, int64_t row
         }
 }
 
-/* An exponent and its vote. Returns whether the exponent changed. */
-TERN__ANYWHERE int32_t tern__vote(const tern_flip_args *a, int64_t score, int8_t *exponent, int8_t *vote)
+/* The vote of scale number `at`, and what follows. Returns 0, 1 where the scale changed, 2 where it stays at its end. */
+TERN__ANYWHERE int32_t tern__vote(const tern_flip_args *a, int64_t score, int64_t at)
 {
-    int32_t v = *vote - a->scale_step * ((score > 0) - (score < 0)), s;
-    if (*exponent < -126) return 0; /* a scale of 0 */
+    const int32_t fine = a->m.scale_type == TERN_LOG, least = fine ? (int32_t)TERN__LEAST_LOG : -126, most = fine ? INT16_MAX : 126;
+    const int32_t scale = fine ? ((const int16_t *)a->m.scales)[at] : ((const int8_t *)a->m.scales)[at];
+    int32_t v = a->votes[at] - a->scale_step * ((score > 0) - (score < 0)), s, next;
+    if (scale < least) return 0; /* a scale of 0 */
     v = v > 127 ? 127 : v < -127 ? -127 : v;
-    *vote = (int8_t)v;
+    a->votes[at] = (int8_t)v;
     if (v < a->scale_theta && v > -a->scale_theta) return 0;
     s = v > 0 ? 1 : -1;
-    if (*exponent == s * 126) {
-        *vote = (int8_t)(s * a->scale_theta);
-        return 0;
-    }
-    *exponent = (int8_t)(*exponent + s);
-    *vote = (int8_t)(v - s * a->scale_theta);
-    return 1;
+    next = scale + s * (fine ? a->scale_push : 1);
+    next = next > most ? most : next < least ? least : next;
+    a->votes[at] = (int8_t)(next == scale ? s * a->scale_theta : v - s * a->scale_theta);
+    if (fine) ((int16_t *)a->m.scales)[at] = (int16_t)next;
+    else ((int8_t *)a->m.scales)[at] = (int8_t)next;
+    return next == scale ? 2 : 1;
+}
+
+static void tern__count_vote(tern_flips *count, int32_t event)
+{
+    count->scales += event == 1;
+    count->ends += event == 2;
 }
 
 static void tern__vote_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     tern__flip_work *w = (tern__flip_work *)(uintptr_t)job->arg;
     const tern_matrix *m = &w->a->m;
-    int8_t *exponents = (int8_t *)m->scales;
     int64_t panel, g, r;
     for (panel = begin; panel < end; panel++)
         for (g = 0; g < w->s.groups; g++) {
@@ -7421,7 +7630,7 @@ static void tern__vote_body(tern__job *job, int64_t begin, int64_t end, int64_t 
             tern__score_group(w, row, rows, g, score);
             for (r = 0; r < rows; r++)
                 if (m->grain == TERN_PER_TENSOR) w->score[bad - job->bad] += score[r];
-                else w->count[bad - job->bad].scales += tern__vote(w->a, score[r], &exponents[at + r], &w->a->votes[at + r]);
+                else tern__count_vote(&w->count[bad - job->bad], tern__vote(w->a, score[r], at + r));
         }
 }
 
@@ -7487,13 +7696,14 @@ static tern_result tern__cpu_flip(tern_run *run, const tern_flip_args *a)
     if (tern__push_of(a, &w.push)) {
         if (a->scale_step) tern__for(run, tern__vote_body, &w, w.s.panels, tern__mul(a->m.cols, 16 * 40));
         for (i = 1; i < TERN__WORKERS; i++) w.score[0] += w.score[i];
-        if (a->scale_step && a->m.grain == TERN_PER_TENSOR) w.count[0].scales += tern__vote(a, w.score[0], (int8_t *)a->m.scales, a->votes);
+        if (a->scale_step && a->m.grain == TERN_PER_TENSOR) tern__count_vote(&w.count[0], tern__vote(a, w.score[0], 0));
         tern__for(run, tern__flip_body, &w, w.s.panels, tern__mul(a->m.cols, 16 * 40));
         for (i = 0; i < TERN__WORKERS; i++) {
             all.flips += w.count[i].flips;
             all.grains += w.count[i].grains;
             all.saturated += w.count[i].saturated;
             all.scales += w.count[i].scales;
+            all.ends += w.count[i].ends;
         }
         if (a->m.grain == TERN_PER_TENSOR) all.grains = all.flips > 0;
         all.updates = 1;
@@ -7507,6 +7717,7 @@ static tern_result tern__cpu_flip(tern_run *run, const tern_flip_args *a)
     a->counts->grains += all.grains;
     a->counts->saturated += all.saturated;
     a->counts->scales += all.scales;
+    a->counts->ends += all.ends;
     a->counts->updates += all.updates;
     a->counts->skipped += all.skipped;
     return TERN_OK;
@@ -7835,6 +8046,20 @@ static tern_result tern__check_matmul(tern_run *r, const tern_matmul_args *a)
     } else TERN__NEED("matmul", x);
     TERN__MAY("matmul", bias);
     TERN__NEED("matmul", y);
+    return TERN_OK;
+}
+
+static tern_result tern__check_matmul_fixed(tern_run *r, const tern_matmul_fixed_args *a)
+{
+    TERN__TRY(tern__check_packed(r, "matmul_fixed", &a->m));
+    TERN__REQUIRE(r, a->m.scale_type == TERN_LOG || a->m.scale_type == TERN_POW2, TERN_E_ARGUMENT,
+                  "matmul_fixed: scales of type %d are floats; TERN_LOG and TERN_POW2 are not", (int64_t)(int32_t)a->m.scale_type);
+    TERN__TRY(tern__check_count(r, "matmul_fixed", "n", a->n, a->m.rows));
+    TERN__TRY(tern__check_count(r, "matmul_fixed", "n", a->n, a->m.cols));
+    TERN__REQUIRE(r, a->point >= -31 && a->point <= 31, TERN_E_ARGUMENT, "matmul_fixed: point is %d, not -31 to 31", (int64_t)a->point);
+    TERN__TRY(tern__check_pointer(r, "matmul_fixed", "x", a->x, 1));
+    TERN__MAY("matmul_fixed", bias);
+    TERN__NEED("matmul_fixed", y);
     return TERN_OK;
 }
 
@@ -8230,8 +8455,10 @@ static tern_result tern__check_flip(tern_run *r, const tern_flip_args *a)
     TERN__REQUIRE(r, a->scale_step >= 0 && a->scale_step <= 127, TERN_E_ARGUMENT, "flip: scale_step is %d, not 0 to 127", (int64_t)a->scale_step);
     if (a->scale_step) {
         TERN__TRY(tern__check_theta(r, "flip", "scale_theta", a->scale_theta));
-        TERN__REQUIRE(r, a->m.scale_type == TERN_POW2 && a->votes, TERN_E_ARGUMENT,
-                      "flip: scales learn as TERN_POW2 with votes; theirs is type %d", (int64_t)(int32_t)a->m.scale_type);
+        TERN__REQUIRE(r, (a->m.scale_type == TERN_POW2 || a->m.scale_type == TERN_LOG) && a->votes, TERN_E_ARGUMENT,
+                      "flip: scales learn as TERN_POW2 or TERN_LOG with votes; theirs is type %d", (int64_t)(int32_t)a->m.scale_type);
+        TERN__REQUIRE(r, a->m.scale_type != TERN_LOG || (a->scale_push >= 1 && a->scale_push <= 256), TERN_E_ARGUMENT,
+                      "flip: scale_push is %d, not 1 to 256", (int64_t)a->scale_push);
     }
     return a->counts ? tern__check_pointer(r, "flip", "counts", a->counts, 8) : TERN_OK;
 }
@@ -9621,7 +9848,7 @@ static tern_result tern__add_lora(tern_context *c, const tern_linear *l, int64_t
 }
 
 /* What a merge takes and puts: some rows at a time, first all of them to see that they are finite. */
-typedef struct tern__merge { tern_context *c; const tern_linear *l; float *scaled_b, *staging; tern_matrix trial; int64_t most; int32_t shadow; } tern__merge;
+typedef struct tern__merge { tern_context *c; const tern_linear *l; float *scaled_b, *staging; tern_matrix trial; int64_t most; int32_t shadow; } tern__merge; /* trial.trits: of a dense w floats */
 
 /* Whole panels of a parameter, as a parameter of their own. */
 static tern_param tern__panels_of(const tern_param *p, int64_t row, int64_t rows)
@@ -9649,8 +9876,13 @@ static tern_result tern__merge_rows(const tern__merge *g, int64_t row, int64_t r
     t.m = g->trial;
     t.m.rows = rows;
     t.w = g->staging;
+    a.count = rows * p->cols;
+    a.from = a.to = TERN_F32;
+    a.src = g->staging;
+    a.dst = g->trial.trits;
+    a.finite = 1;
     if (trial) {
-        result = tern_ternarize(g->c, &t);
+        result = p->rule == TERN_DENSE ? tern_cast(g->c, &a) : tern_ternarize(g->c, &t);
         if (result != TERN_OK) {
             const tern_error e = g->c->run.error;
             tern__set_error(&g->c->run.error, result, "%s: merged rows from %d on: %s", p->name, row, e.text);
@@ -9668,10 +9900,7 @@ static tern_result tern__merge_rows(const tern__merge *g, int64_t row, int64_t r
         if (p->rule == TERN_SEQ) t.alpha += row;
         return tern__param_ternarize(g->c, &part, &t);
     }
-    a.count = rows * p->cols;
-    a.from = TERN_F32;
     a.to = tern__buffer_type(p, TERN_SHADOW);
-    a.src = g->staging;
     a.dst = (uint8_t *)p->buffer[TERN_SHADOW].data + row * p->cols * tern__type_bytes(a.to);
     a.finite = 0;
     return tern_cast(g->c, &a);
@@ -9699,7 +9928,7 @@ TERN_API tern_result tern_linear_merge(tern_context *c, const tern_linear *l)
 {
     tern__merge g;
     tern_result result;
-    size_t trits, scales;
+    size_t trits, scales = 64;
     TERN__TRY(tern__check_linear(c, l, 1));
     TERN__REQUIRE(&c->run, l->lora_a, TERN_E_MISSING, "%s: there is no lora_a to merge", l->w->name);
     TERN__TRY(tern__check_alpha(c, l->w));
@@ -9714,7 +9943,8 @@ TERN_API tern_result tern_linear_merge(tern_context *c, const tern_linear *l)
     g.trial.rows = g.most;
     g.trial.cols = l->w->cols;
     g.trial.grain = TERN_PER_ROW;
-    TERN__TRY(tern_matrix_bytes(c, &g.trial, &trits, &scales));
+    trits = (size_t)(g.most * l->w->cols) * sizeof(float);
+    if (l->w->rule != TERN_DENSE) TERN__TRY(tern_matrix_bytes(c, &g.trial, &trits, &scales));
     g.trial.trits = tern_alloc(c, trits);
     g.trial.scales = tern_alloc(c, scales);
     g.staging = (float *)tern_alloc(c, (size_t)(g.most * l->w->cols) * sizeof(float));
@@ -12045,6 +12275,7 @@ static tern_flip_args tern__step_flip(const tern_model *m, int32_t i, const tern
     a.theta = tern__theta(p);
     a.scale_step = a.votes ? s->scale_step : 0;
     a.scale_theta = s->scale_theta ? s->scale_theta : 32;
+    a.scale_push = s->scale_push;
     a.seed = s->seed;
     a.step = s->step;
     a.stream = (uint32_t)i;
@@ -12291,7 +12522,7 @@ TERN_API tern_result tern_sign_step(tern_context *c, tern_pace *p, float loss, i
     fixed = tern__fixed_loss(loss);
     change = fixed - p->mean;
     if (p->mean == 0) p->mean = fixed;
-    else p->mean += change < 0 ? ~(~change >> shift) : change >> shift;
+    else p->mean += tern__floor_shift(change, (int32_t)shift);
     *step = (int32_t)(p->mean > 0 ? tern__max(1, tern__min(most, (2 * first * fixed + p->mean) / (2 * p->mean))) : 1);
     return TERN_OK;
 }

@@ -2667,6 +2667,7 @@ static tern_result tern__gpu_scale_grad(tern_run *r, tern__gpu *d, const tern_sc
         (void)a;                                                                                  \
         TERN__FAIL(r, TERN_E_UNSUPPORTED, "%s has no operation " #op, r->backend->name);          \
     }
+TERN__ABSENT(matmul_fixed)
 TERN__ABSENT(round_i8)
 TERN__ABSENT(dequantize)
 TERN__ABSENT(flip)

@@ -1799,6 +1799,8 @@ static void make_good(void)
     good_quantize.m = m; good_quantize.n = 1; good_quantize.x = x; good_quantize.gain = y; good_quantize.norm = TERN_NORM_RMS; good_quantize.eps = 1e-6f;
     good_quantize.q = trits; good_quantize.scale = z; good_quantize.sum = ids;
     good_matmul.m = m; good_matmul.n = 1; good_matmul.q = trits; good_matmul.scale = x; good_matmul.sum = ids; good_matmul.bias = z; good_matmul.y = y;
+    good_matmul_fixed.m = m; good_matmul_fixed.m.scale_type = TERN_LOG; good_matmul_fixed.n = 1; good_matmul_fixed.x = trits;
+    good_matmul_fixed.bias = ids; good_matmul_fixed.y = (int32_t *)(void *)u;
     good_matmul_dx.m = m; good_matmul_dx.n = 1; good_matmul_dx.dy = x; good_matmul_dx.dx = y;
     good_matmul_dw.m = m; good_matmul_dw.n = 1; good_matmul_dw.dy = x; good_matmul_dw.q = trits; good_matmul_dw.scale = y; good_matmul_dw.dw = z; good_matmul_dw.dbias = u;
     good_dense.m = 2; good_dense.n = 3; good_dense.k = 4; good_dense.a = x; good_dense.a_row = 4; good_dense.a_col = 1;
@@ -1887,6 +1889,8 @@ static const wrong wrongs[] = {
     RANGED32(quantize, norm, 2) RANGED32(quantize, act, TERN_ACT_FLOAT) RANGED32(quantize, act, TERN_ACT_BIT) RANGED_FLOAT(quantize, eps, 0) RANGED_FLOAT(quantize, eps, NAN) RANGED_FLOAT(quantize, eps, INFINITY)
     PACKED(matmul) COUNTED(matmul, n) NEEDED(matmul, scale) NEEDED(matmul, sum) ALIGNED(matmul, bias) NEEDED(matmul, y)
     WRONG(matmul, q, TO_NULL, 0, TERN_E_ARGUMENT, "x is NULL") RANGED32(matmul, act, TERN_ACT_FLOAT) RANGED32(matmul, act, 4) RANGED32(matmul, act, -1)
+    PACKED(matmul_fixed) COUNTED(matmul_fixed, n) NEEDED_BYTES(matmul_fixed, x) ALIGNED(matmul_fixed, bias) NEEDED(matmul_fixed, y)
+    RANGED32(matmul_fixed, m.scale_type, TERN_F32) RANGED32(matmul_fixed, m.scale_type, TERN_F16) RANGED32(matmul_fixed, point, 32) RANGED32(matmul_fixed, point, -32)
     PACKED(matmul_dx) COUNTED(matmul_dx, n) NEEDED(matmul_dx, dy) NEEDED(matmul_dx, dx)
     MATRIX(matmul_dw) COUNTED(matmul_dw, n) NEEDED(matmul_dw, dy) ALIGNED(matmul_dw, dw) ALIGNED(matmul_dw, dbias) NEEDED(matmul_dw, scale)
     WRONG(matmul_dw, q, TO_NULL, 0, TERN_E_ARGUMENT, "x is NULL") RANGED32(matmul_dw, act, TERN_ACT_FLOAT) RANGED32(matmul_dw, act, 4)
@@ -1939,8 +1943,9 @@ static const wrong wrongs[] = {
     MATRIX(flip) NEEDED_BYTES(flip, m.trits) NEEDED_BYTES(flip, m.scales) NEEDED(flip, grad) NEEDED_BYTES(flip, accum) NEEDED(flip, sum_abs) ALIGNED(flip, counts)
     RANGED32(flip, rule, -1) RANGED32(flip, rule, 2) RANGED32(flip, theta, 1) RANGED32(flip, theta, 128) RANGED32(flip, scale_theta, 1) RANGED32(flip, scale_theta, 128)
     RANGED_FLOAT(flip, push, -1) RANGED_FLOAT(flip, push, NAN) RANGED_FLOAT(flip, push, 128) RANGED32(flip, sign_step, -1) RANGED32(flip, sign_step, 128)
-    RANGED32(flip, scale_step, -1) RANGED32(flip, scale_step, 128) WRONG(flip, votes, TO_NULL, 0, TERN_E_ARGUMENT, "learn as TERN_POW2 with votes")
-    WRONG(flip, m.scale_type, TO_INT32, TERN_F16, TERN_E_ARGUMENT, "learn as TERN_POW2 with votes; theirs is type 3")
+    RANGED32(flip, scale_step, -1) RANGED32(flip, scale_step, 128) WRONG(flip, votes, TO_NULL, 0, TERN_E_ARGUMENT, "learn as TERN_POW2 or TERN_LOG with votes")
+    WRONG(flip, m.scale_type, TO_INT32, TERN_F16, TERN_E_ARGUMENT, "learn as TERN_POW2 or TERN_LOG with votes; theirs is type 3")
+    WRONG(flip, m.scale_type, TO_INT32, TERN_LOG, TERN_E_ARGUMENT, "scale_push is 0, not 1 to 256")
     COUNTED(route, n) NEEDED(route, logits) NEEDED(route, ids) NEEDED(route, weights) ALIGNED(route, dweights) ALIGNED(route, loads) RANGED32(route, kind, 3) RANGED32(route, kind, -1)
     WRONG(route, count, TO_INT32, 0, TERN_E_SHAPE, "route: 0 experts; 1 to 1024") WRONG(route, count, TO_INT32, 1025, TERN_E_SHAPE, "route: 1025 experts; 1 to 1024")
     WRONG(route, k, TO_INT32, 0, TERN_E_SHAPE, "route: k = 0 of 5 experts") WRONG(route, k, TO_INT32, 6, TERN_E_SHAPE, "route: k = 6 of 5 experts")

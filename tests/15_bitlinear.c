@@ -1043,6 +1043,43 @@ static void test_linear_merge(void)
     test_close(&t);
 }
 
+/* A dense matrix is as wide as it likes; nothing changes where the sum is not finite. */
+static void test_linear_wide_dense(void)
+{
+    enum { ROWS = 2, COLS = TERN__MAX_COLS + 5 };
+    test_context t = test_open(TERN_ISA_BEST, 2);
+    tern_param w = param_of("w", ROWS, COLS, TERN_DENSE, 0), a = param_of("a", 1, COLS, TERN_DENSE, 0), b = param_of("b", ROWS, 1, TERN_DENSE, 0);
+    float *before = hold_output(ROWS * COLS), *want = hold_output(ROWS * COLS), *up, y[2 * ROWS];
+    tern_linear l = TERN_ZERO;
+    tern_need need = TERN_ZERO;
+    CHECK_OK(t.c, tern_param_alloc(t.c, &w, TERN_FOR_INFERENCE));
+    CHECK_OK(t.c, tern_param_alloc(t.c, &a, TERN_FOR_INFERENCE));
+    CHECK_OK(t.c, tern_param_alloc(t.c, &b, TERN_FOR_INFERENCE));
+    set_random(t.c, &w);
+    set_random(t.c, &a);
+    set_random(t.c, &b);
+    up = (float *)b.buffer[TERN_SHADOW].data;
+    memcpy(before, w.buffer[TERN_SHADOW].data, ROWS * COLS * 4);
+    l.w = &w;
+    l.lora_a = &a; l.lora_b = &b;
+    l.lora_scale = 0.5f;
+    up[1] = INFINITY;
+    CHECK_FAILS(t.c, tern_linear_merge(t.c, &l), TERN_E_NONFINITE, "w: merged rows from 0 on");
+    CHECK(memcmp(before, w.buffer[TERN_SHADOW].data, ROWS * COLS * 4) == 0, "a refused merge changed something");
+    up[1] = -2.0f;
+    CHECK_OK(t.c, tern_linear_rebuild(t.c, &l, want));
+    CHECK_OK(t.c, tern_linear_merge(t.c, &l));
+    CHECK(memcmp(want, w.buffer[TERN_SHADOW].data, ROWS * COLS * 4) == 0 && memcmp(want, before, ROWS * COLS * 4) != 0 && up[0] == 0.0f, "the merged matrix is not the rebuilt one");
+    CHECK_OK(t.c, tern_linear_need(t.c, &l, 1, &need));
+    CHECK_OK(t.c, tern_reserve(t.c, need.scratch));
+    CHECK_OK(t.c, tern_linear_forward(t.c, &l, 1, before, y, NULL));
+    tern_param_free(t.c, &w, -1);
+    tern_param_free(t.c, &a, -1);
+    tern_param_free(t.c, &b, -1);
+    release();
+    test_close(&t);
+}
+
 /* Frozen chunk by chunk: rows beyond the first chunk, and nothing changed where one of them is not finite. */
 static void test_linear_merge_chunks(void)
 {
@@ -1562,6 +1599,7 @@ static void suite_bitlinear(void)
     RUN(test_param_rotated);
     RUN(test_linear_merge);
     RUN(test_linear_merge_chunks);
+    RUN(test_linear_wide_dense);
     RUN(test_linear_fold);
     RUN(test_dead_zone_training);
     RUN(test_linear_option_refusals);

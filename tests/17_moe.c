@@ -1204,6 +1204,15 @@ static void test_moe_from_dense(void)
         CHECK_FAILS(t.c, tern_moe_from_dense(t.c, &k->m, type, floats, &always, NULL, &bytes), TERN_E_ARGUMENT, "up.2: its float array is NULL");
         CHECK_FAILS(t.c, tern_moe_from_dense(t.c, &k->m, type, floats, NULL, NULL, &bytes), TERN_E_ARGUMENT, "always on");
         floats[2].up = floats[1].up;
+        if (variant % 3 == 2) { /* what sets of one scale take */
+            const float scale = ((const float *)k->expert[0].buffer[TERN_SCALES].data)[0];
+            for (i = 2; i < 12; i += 3) k->expert[i].rotate = 7;
+            CHECK_FAILS(t.c, tern_moe_from_dense(t.c, &k->m, type, floats, &always, NULL, &bytes), TERN_E_UNSUPPORTED, "down.0: a shared scale (sync 3) of a rotated matrix needs a shadow");
+            for (i = 2; i < 12; i += 3) k->expert[i].rotate = 0, k->expert[i].rule = TERN_ABSMEAN_SIGMA;
+            CHECK_FAILS(t.c, tern_moe_from_dense(t.c, &k->m, type, floats, &always, NULL, &bytes), TERN_E_ARGUMENT, "gate.0 and down.0 share a scale (sync 3) and differ in rule");
+            for (i = 2; i < 12; i += 3) k->expert[i].rule = TERN_ABSMEAN;
+            CHECK(((const float *)k->expert[0].buffer[TERN_SCALES].data)[0] == scale, "a refusal changed a scale");
+        }
         CHECK_OK(t.c, tern_moe_from_dense(t.c, &k->m, type, floats, &always, NULL, &bytes));
         CHECK_OK(t.c, tern_model_audit(t.c, &m, &audit));
         CHECK(bytes.before == (size_t)((12 * 13 + 3 * 10) * 21 * (variant >= 3 ? 2 : 4)), "%d before", (int)bytes.before);

@@ -3,7 +3,12 @@
    that these tests see: the sign of the sign rule or of votes, the remainder lost at a flip, a saturated accumulator emptied
    (also in the vectors alone), a gradient that is not finite not skipped; dx without the scales or with trits of another
    part, dw without the tokens' scales, overwritten, or with the padding of groups; fused attention; votes left out of
-   files, theta not compared; a shadow beside an accumulator let in. */
+   files, theta not compared; a shadow beside an accumulator let in; scales beyond their range, by another step or the wrong way,
+   their ends not counted; NaN that moves something, in the scalar kernel or the vectors; the sign rule that asks for a size;
+   of the product without floats: another floor, groups too near or too far, segments that are lost,
+   a lattice of 128 steps, a float between. */
+
+#include <fenv.h>
 
 /* -- stochastic rounding -- */
 
@@ -173,7 +178,7 @@ static void test_dequantized(void) { same_everywhere(dequantized, UINT64_C(0xC83
 /* -- flips -- */
 
 /* All that a flip may change, row by row. */
-typedef struct state { int64_t rows, cols, groups; int32_t grain; int8_t *trits, *accum, *exponents, *votes; } state;
+typedef struct state { int64_t rows, cols, groups; int32_t grain; tern_type scale; int8_t *trits, *accum; int *scales, *votes; } state;
 
 static int64_t state_group(const state *s, int64_t i)
 {
@@ -189,24 +194,28 @@ static tern_flips reference_flip(state *s, const tern_flip_args *a, const float 
     const int64_t count = s->rows * s->cols, grains = s->grain == TERN_PER_TENSOR ? 1 : s->rows * s->groups;
     const float mean = *a->sum_abs / ((float)s->rows * (float)s->cols), unit = 256.0f / mean;
     int *score = (int *)calloc((size_t)grains, sizeof *score), *hit = (int *)calloc((size_t)grains, sizeof *hit);
-    tern_flips n = {0, 0, 0, 0, 1, 0};
+    const int fine = s->scale == TERN_LOG, least = fine ? -32256 : -126, most = fine ? 32767 : 126;
+    tern_flips n = TERN_ZERO;
     int64_t i;
+    n.updates = 1;
     for (i = 0; i < count; i++) score[state_group(s, i)] += s->trits[i] * reference_sign(grad[i]);
     for (i = 0; i < grains && a->scale_step; i++) {
         int v = s->votes[i] - a->scale_step * reference_sign(score[i]);
-        if (s->exponents[i] == -128) continue;
+        if (s->scales[i] < least) continue;
         if (v > 127) v = 127;
         if (v < -127) v = -127;
         if (abs(v) >= a->scale_theta) {
-            const int next = s->exponents[i] + reference_sign(v);
-            if (next > 126 || next < -126) v = reference_sign(v) * a->scale_theta;
-            else {
-                s->exponents[i] = (int8_t)next;
-                v -= reference_sign(v) * a->scale_theta;
+            const int way = reference_sign(v), room = way > 0 ? most - s->scales[i] : s->scales[i] - least, move = fine ? a->scale_push : 1;
+            if (room == 0) {
+                v = way * a->scale_theta;
+                n.ends++;
+            } else {
+                s->scales[i] += way * (move < room ? move : room);
+                v -= way * a->scale_theta;
                 n.scales++;
             }
         }
-        s->votes[i] = (int8_t)v;
+        s->votes[i] = v;
     }
     for (i = 0; i < count; i++) {
         double move;
@@ -241,46 +250,59 @@ static tern_flips reference_flip(state *s, const tern_flip_args *a, const float 
     return n;
 }
 
-/* Exponents or votes of m row by row. */
-static void read_panel_bytes(const tern_matrix *m, const int8_t *from, int8_t *to)
+/* Scales or votes of m row by row, as the integers that they are. */
+static void read_panel(const tern_matrix *m, const void *from, tern_type type, int *to)
 {
     const tern__shape s = tern__shape_of(m);
     int64_t row, g;
     for (row = 0; row < (m->grain == TERN_PER_TENSOR ? 1 : m->rows); row++)
-        for (g = 0; g < s.groups; g++) to[row * s.groups + g] = from[tern__scale_index(m, &s, row, g)];
+        for (g = 0; g < s.groups; g++) {
+            const int64_t at = tern__scale_index(m, &s, row, g);
+            to[row * s.groups + g] = type == TERN_LOG ? ((const int16_t *)from)[at] : ((const int8_t *)from)[at];
+        }
 }
 
-static void check_flip(tern_context *c, record *r, int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_flip_rule rule, int32_t theta, int32_t scale_step)
+/* Both ends of the scales' range, and what lies near them. */
+static void put_ends(tern_matrix *m)
+{
+    static const int16_t logs[] = {32767, 32757, -32256, -32249, INT16_MIN};
+    static const int8_t exponents[] = {126, 125, -126, -125, INT8_MIN};
+    const int64_t n = tern__min(5, tern__shape_of(m).scales);
+    if (m->scale_type == TERN_LOG) memcpy(m->scales, logs, (size_t)n * 2);
+    else memcpy(m->scales, exponents, (size_t)n);
+}
+
+static void check_flip(tern_context *c, record *r, int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_type scale, tern_flip_rule rule, int32_t theta, int32_t scale_step)
 {
     const int64_t count = rows * cols;
     tern_flip_args a = TERN_ZERO;
     tern_unpack_args u = TERN_ZERO;
     tern_sum_args sum = TERN_ZERO;
-    tern_flips counts = {1, 2, 3, 4, 5, 6}, want;
-    int8_t *now_exponents, *now_votes;
+    tern_flips counts = {1, 2, 3, 4, 5, 6, 7}, want;
+    int *now_scales, *now_votes;
     float *grad;
     tern__shape shape;
     state s;
     int64_t i, j, grains;
     int step;
-    a.m = hold_matrix(c, rows, cols, grain, encoding, TERN_POW2);
+    a.m = hold_matrix(c, rows, cols, grain, encoding, scale);
     shape = tern__shape_of(&a.m);
     grains = grain == TERN_PER_TENSOR ? 1 : rows * shape.groups;
-    s.rows = rows; s.cols = cols; s.groups = shape.groups; s.grain = grain;
+    s.rows = rows; s.cols = cols; s.groups = shape.groups; s.grain = grain; s.scale = scale;
     s.trits = (int8_t *)hold((size_t)count);
     s.accum = (int8_t *)hold((size_t)count);
-    s.exponents = (int8_t *)hold((size_t)grains);
-    s.votes = (int8_t *)hold((size_t)grains);
-    now_exponents = (int8_t *)hold((size_t)grains);
-    now_votes = (int8_t *)hold((size_t)grains);
+    s.scales = (int *)hold((size_t)grains * sizeof(int));
+    s.votes = (int *)hold((size_t)grains * sizeof(int));
+    now_scales = (int *)hold((size_t)grains * sizeof(int));
+    now_votes = (int *)hold((size_t)grains * sizeof(int));
     grad = hold_output(count);
     a.accum = (int8_t *)hold((size_t)count);
     a.votes = (int8_t *)hold((size_t)shape.scales);
     for (i = 0; i < count; i++) a.accum[i] = s.accum[i] = (int8_t)((int)(test_random() % 255) - 127);
     for (i = 0; i < shape.scales; i++) a.votes[i] = (int8_t)((int)(test_random() % 41) - 20);
-    ((int8_t *)a.m.scales)[0] = 126; /* an end */
-    read_panel_bytes(&a.m, (const int8_t *)a.m.scales, s.exponents);
-    read_panel_bytes(&a.m, a.votes, s.votes);
+    put_ends(&a.m);
+    read_panel(&a.m, a.m.scales, scale, s.scales);
+    read_panel(&a.m, a.votes, TERN_I8, s.votes);
     u.m = a.m;
     u.count = rows;
     u.trits = s.trits;
@@ -294,6 +316,7 @@ static void check_flip(tern_context *c, record *r, int64_t rows, int64_t cols, i
     a.theta = theta;
     a.scale_step = scale_step;
     a.scale_theta = 9;
+    a.scale_push = 17;
     a.seed = UINT64_C(0xFEDCBA9876543210);
     a.stream = 3;
     a.counts = &counts;
@@ -311,25 +334,26 @@ static void check_flip(tern_context *c, record *r, int64_t rows, int64_t cols, i
         CHECK_OK(c, tern_flip(c, &a));
         want = reference_flip(&s, &a, grad);
         CHECK(counts.flips - before.flips == want.flips && counts.grains - before.grains == want.grains && counts.saturated - before.saturated == want.saturated &&
-              counts.scales - before.scales == want.scales && counts.updates - before.updates == 1 && counts.skipped == before.skipped,
-              "%d flips in %d grains, %d saturated, %d scales; not %d, %d, %d, %d", (int)(counts.flips - before.flips), (int)(counts.grains - before.grains),
-              (int)(counts.saturated - before.saturated), (int)(counts.scales - before.scales), (int)want.flips, (int)want.grains, (int)want.saturated, (int)want.scales);
+              counts.scales - before.scales == want.scales && counts.ends - before.ends == want.ends && counts.updates - before.updates == 1 && counts.skipped == before.skipped,
+              "%d flips in %d grains, %d saturated, %d scales, %d ends; not %d, %d, %d, %d, %d", (int)(counts.flips - before.flips), (int)(counts.grains - before.grains),
+              (int)(counts.saturated - before.saturated), (int)(counts.scales - before.scales), (int)(counts.ends - before.ends), (int)want.flips, (int)want.grains,
+              (int)want.saturated, (int)want.scales, (int)want.ends);
         CHECK_OK(c, tern_unpack(c, &u));
         for (i = 0; i < count; i++) {
             CHECK(u.trits[i] == s.trits[i], "trit %d is %d, not %d", (int)i, u.trits[i], s.trits[i]);
             CHECK(a.accum[i] == s.accum[i], "accumulator %d is %d, not %d", (int)i, a.accum[i], s.accum[i]);
             CHECK(a.grad[i] == 0.0f, "the gradient is not set to zero");
         }
-        read_panel_bytes(&a.m, (const int8_t *)a.m.scales, now_exponents);
-        read_panel_bytes(&a.m, a.votes, now_votes);
+        read_panel(&a.m, a.m.scales, scale, now_scales);
+        read_panel(&a.m, a.votes, TERN_I8, now_votes);
         for (j = 0; j < grains; j++)
-            CHECK(now_exponents[j] == s.exponents[j] && now_votes[j] == s.votes[j], "scale %d: exponent %d, vote %d; not %d, %d", (int)j,
-                  now_exponents[j], now_votes[j], s.exponents[j], s.votes[j]);
+            CHECK(now_scales[j] == s.scales[j] && now_votes[j] == s.votes[j], "scale %d: %d, vote %d; not %d, %d", (int)j,
+                  now_scales[j], now_votes[j], s.scales[j], s.votes[j]);
     }
     record_bytes(r, u.trits, count);
     record_bytes(r, a.accum, count);
-    record_bytes(r, now_exponents, grains);
-    record_bytes(r, now_votes, grains);
+    record_words(r, now_scales, grains);
+    record_words(r, now_votes, grains);
     release();
 }
 
@@ -342,11 +366,12 @@ static void flips(tern_context *c, record *r)
     for (i = 0; i < 4; i++)
         for (j = 0; j < TEST_SIZES; j++)
             for (k = 0; k < 4; k++)
-                check_flip(c, r, rows[i], test_sizes[j], grains[k], (i + j + k) % 2 ? TERN_BASE3 : TERN_2BIT,
+                check_flip(c, r, rows[i], test_sizes[j], grains[k], (i + j + k) % 2 ? TERN_BASE3 : TERN_2BIT, (i + k) % 2 ? TERN_LOG : TERN_POW2,
                            (i + j) % 3 ? TERN_FLIP_PROPORTIONAL : TERN_FLIP_SIGN, thetas[(i + k + j) % 4], (i + j + k) % 5 ? 7 : 0);
-    check_flip(c, r, 18, 1000, TERN_PER_ROW, TERN_BASE3, TERN_FLIP_PROPORTIONAL, 32, 3);
+    check_flip(c, r, 18, 1000, TERN_PER_ROW, TERN_BASE3, TERN_POW2, TERN_FLIP_PROPORTIONAL, 32, 3);
+    check_flip(c, r, 18, 1000, TERN_PER_ROW, TERN_2BIT, TERN_LOG, TERN_FLIP_PROPORTIONAL, 32, 9);
 }
-static void test_flips(void) { same_everywhere(flips, UINT64_C(0x84F60056BF9006E6)); }
+static void test_flips(void) { same_everywhere(flips, UINT64_C(0x07B32B4B13C6C0A4)); }
 
 /* Steps that are skipped change nothing but the gradient, and are counted. */
 static void test_skipped_flips(void)
@@ -359,7 +384,7 @@ static void test_skipped_flips(void)
         int8_t accum[60];
         float grad[60], sum = sums[i];
         uint8_t trits[256];
-        tern_flips counts = {0, 0, 0, 0, 0, 0};
+        tern_flips counts = TERN_ZERO;
         a.m = hold_matrix(t.c, 3, 20, TERN_PER_ROW, TERN_2BIT, TERN_F32);
         memcpy(trits, a.m.trits, 128);
         memset(accum, 31, sizeof accum);
@@ -380,6 +405,122 @@ static void test_skipped_flips(void)
         for (j = 0; j < 60; j++) CHECK(accum[j] == 31 && grad[j] == 0.0f, "%d: accumulator %d, gradient %g", i, accum[j], grad[j]);
         release();
     }
+    test_close(&t);
+}
+
+/* The sign rule asks for no size: gradients below the smallest normal number count as any. */
+static void test_tiny_signs(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_flip_args a = TERN_ZERO;
+    tern_sum_args s = TERN_ZERO;
+    tern_flips counts = TERN_ZERO;
+    int8_t accum[60];
+    float grad[60], sum;
+    int i;
+    a.m = hold_matrix(t.c, 3, 20, TERN_PER_ROW, TERN_2BIT, TERN_F32);
+    for (i = 0; i < 60; i++) {
+        grad[i] = (float)(i % 3 - 1) * 3e-44f;
+        accum[i] = 0;
+    }
+    s.kind = TERN_SUM_ABS;
+    s.count = 60;
+    s.x = a.grad = grad;
+    s.y = &sum;
+    a.sum_abs = &sum;
+    a.accum = accum;
+    a.theta = 100;
+    a.sign_step = 7;
+    a.push = 3.0f;
+    a.counts = &counts;
+    CHECK_OK(t.c, tern_sum(t.c, &s));
+    a.rule = TERN_FLIP_SIGN;
+    CHECK_OK(t.c, tern_flip(t.c, &a));
+    CHECK(counts.updates == 1 && counts.skipped == 0, "%d updates, %d skipped", (int)counts.updates, (int)counts.skipped);
+    for (i = 0; i < 60; i++) CHECK(accum[i] == -7 * (i % 3 - 1), "accumulator %d is %d", i, accum[i]);
+    release();
+    test_close(&t);
+}
+
+/* A gradient of NaN, zero and infinities beside a sum that is finite all the same. */
+static void flip_nan(tern_context *c, record *r)
+{
+    enum { ROWS = 3, COLS = 133 };
+    int rule;
+    for (rule = 0; rule < 2; rule++) {
+        tern_flip_args a = TERN_ZERO;
+        tern_flips counts = TERN_ZERO;
+        float grad[ROWS * COLS], sum = ROWS * COLS;
+        int8_t accum[ROWS * COLS];
+        int i;
+        a.m = hold_matrix(c, ROWS, COLS, TERN_PER_ROW, TERN_BASE3, TERN_F32);
+        for (i = 0; i < ROWS * COLS; i++) {
+            grad[i] = i % 4 == 0 ? NAN : i % 4 == 1 ? INFINITY : i % 4 == 2 ? -INFINITY : 0.0f;
+            accum[i] = (int8_t)(i % 7 - 3);
+        }
+        a.rule = (tern_flip_rule)rule;
+        a.grad = grad;
+        a.accum = accum;
+        a.sum_abs = &sum;
+        a.push = 2.00390625f; /* 513 / 256: an odd factor, so that a NaN taken for INT32_MIN would move */
+        a.sign_step = 12;
+        a.theta = 100;
+        a.counts = &counts;
+        CHECK_OK(c, tern_flip(c, &a));
+        CHECK(counts.updates == 1 && counts.flips == 0, "%d updates, %d flips", (int)counts.updates, (int)counts.flips);
+        for (i = 0; i < ROWS * COLS; i++) {
+            const int was = i % 7 - 3, least = rule ? 12 : 8, most = rule ? 12 : 9, moved = i % 4 == 1 ? was - accum[i] : accum[i] - was;
+            CHECK((i % 4 == 1 || i % 4 == 2 ? moved >= least && moved <= most : moved == 0) && grad[i] == 0.0f, "rule %d: accumulator %d went from %d to %d; gradient %g",
+                  rule, i, was, accum[i], grad[i]);
+        }
+        record_bytes(r, accum, ROWS * COLS);
+        release();
+    }
+}
+static void test_flip_nan(void) { on_each_tier(flip_nan); }
+
+/* An exponent that no set or file leaves comes back into its range, and does not run over. */
+static void test_votes_at_the_ends(void)
+{
+    static const int scales[] = {127, 126, -126, -128, 32767, 32740, -32256, -32200, -32768};
+    static const int wants[2][9] = {{126, 126, -125, -128, 32767, 32767, -32192, -32136, -32768}, {126, 125, -126, -128, 32703, 32676, -32256, -32256, -32768}};
+    static const int ends[2][9] = {{0, 1, 0, 0, 1, 0, 0, 0, 0}, {0, 0, 1, 0, 0, 0, 1, 0, 0}};
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    int i, down;
+    for (i = 0; i < 9; i++)
+        for (down = 0; down < 2; down++) {
+            tern_flip_args a = TERN_ZERO;
+            tern_flips counts = TERN_ZERO;
+            float grad[4], sum = 4.0f;
+            int8_t accum[4] = {0}, vote[1] = {0}, trits[4];
+            tern_unpack_args u = TERN_ZERO;
+            int16_t now;
+            int j, stays;
+            a.m = hold_matrix(t.c, 1, 4, TERN_PER_TENSOR, TERN_2BIT, i < 4 ? TERN_POW2 : TERN_LOG);
+            u.m = a.m;
+            u.count = 1;
+            u.trits = trits;
+            CHECK_OK(t.c, tern_unpack(t.c, &u));
+            for (j = 0; j < 4; j++) grad[j] = (float)(down ? trits[j] : -trits[j]);
+            if (i < 4) *(int8_t *)a.m.scales = (int8_t)scales[i];
+            else *(int16_t *)a.m.scales = (int16_t)scales[i];
+            a.grad = grad;
+            a.accum = accum;
+            a.votes = vote;
+            a.sum_abs = &sum;
+            a.push = 1.0f;
+            a.theta = 100;
+            a.scale_step = a.scale_theta = 9;
+            a.scale_push = 64;
+            a.counts = &counts;
+            CHECK_OK(t.c, tern_flip(t.c, &a));
+            now = i < 4 ? *(const int8_t *)a.m.scales : *(const int16_t *)a.m.scales;
+            stays = ends[down][i] ? down ? -9 : 9 : 0;
+            CHECK(now == wants[down][i], "scale %d became %d, not %d", scales[i], now, wants[down][i]);
+            CHECK(counts.ends == ends[down][i] && counts.scales == (now != scales[i]) && vote[0] == stays, "scale %d: %d ends, %d scales, vote %d",
+                  scales[i], (int)counts.ends, (int)counts.scales, vote[0]);
+            release();
+        }
     test_close(&t);
 }
 
@@ -453,7 +594,8 @@ static void test_flip_refusals(void)
     const float x[60] = {1.0f}, dy[18] = {1.0f};
     float y[18], dx[60];
     uint64_t saved[512];
-    int8_t own[120];
+    int8_t own[120], first;
+    static const float zeros[120] = {0};
     bad = p; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, TERN_FOR_FLIPS | 1 << TERN_SHADOW), TERN_E_ARGUMENT, "w: a shadow and an accumulator");
     CHECK(!bad.buffer[TERN_TRITS].data, "something was allocated");
     bad = p; bad.theta = 1; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, TERN_FOR_FLIPS), TERN_E_ARGUMENT, "w: theta is 1");
@@ -465,6 +607,7 @@ static void test_flip_refusals(void)
 
     CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_FLIPS));
     set_random(t.c, &p);
+    first = accum_of(&p)[0];
     CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, TERN_FOR_ADAMW), TERN_E_ARGUMENT, "w: a shadow and an accumulator");
     CHECK_FAILS(t.c, tern_param_set(t.c, &p, TERN_TYPE_DEFAULT, NULL), TERN_E_MISSING, "w has no shadow");
     bad = p; bad.buffer[TERN_SHADOW].data = y;
@@ -481,7 +624,14 @@ static void test_flip_refusals(void)
     bad = p; bad.buffer[TERN_VOTES].data = own; bad.buffer[TERN_VOTES].count = 6;
     CHECK_FAILS(t.c, tern_model_step(t.c, &m, &s), TERN_E_SHAPE, "w: its votes has 6 elements of 16");
     bad.buffer[TERN_VOTES].count = 16; s.scale_step = 1;
-    CHECK_FAILS(t.c, tern_model_step(t.c, &m, &s), TERN_E_ARGUMENT, "scales learn as TERN_POW2");
+    CHECK_FAILS(t.c, tern_model_step(t.c, &m, &s), TERN_E_ARGUMENT, "scales learn as TERN_POW2 or TERN_LOG with votes; theirs is type 1");
+    bad.buffer[TERN_SCALES].type = TERN_LOG;
+    CHECK_FAILS(t.c, tern_model_step(t.c, &m, &s), TERN_E_ARGUMENT, "scale_push is 0, not 1 to 256");
+    s.scale_push = 257; CHECK_FAILS(t.c, tern_model_step(t.c, &m, &s), TERN_E_ARGUMENT, "scale_push is 257");
+    bad.buffer[TERN_VOTES].count = 15;
+    CHECK_FAILS(t.c, tern_model_step(t.c, &m, &s), TERN_E_SHAPE, "w: its votes has 15 elements of 16");
+    CHECK(accum_of(&p)[0] == first && memcmp(p.buffer[TERN_GRAD].data, zeros, sizeof zeros) == 0, "a refusal changed something");
+    s.scale_push = 0; s.scale_step = 1;
     bad = p; s.push = -1.0f; CHECK_FAILS(t.c, tern_model_step(t.c, &m, &s), TERN_E_ARGUMENT, "push");
     s.push = 3.0f; s.flip = (tern_flip_rule)2; CHECK_FAILS(t.c, tern_model_step(t.c, &m, &s), TERN_E_ARGUMENT, "rule 2");
     s.flip = TERN_FLIP_SIGN; s.sign_step = 128; CHECK_FAILS(t.c, tern_model_step(t.c, &m, &s), TERN_E_ARGUMENT, "sign_step is 128");
@@ -767,6 +917,151 @@ static void canonical_backward(tern_context *c, record *r)
 }
 static void test_canonical_backward(void) { same_everywhere(canonical_backward, UINT64_C(0x350CE4F328EAAF24)); }
 
+/* -- the forward without floats -- */
+
+/* floor(x / 2^bits) and x 2^bits, one power at a time. */
+static int64_t halve(int64_t x, int bits) { while (bits-- > 0) x = (x - (x & 1)) / 2; return x; }
+
+/* The definition in int64, row by row and group by group. */
+static int32_t reference_fixed(const tern_matmul_fixed_args *a, const tern__shape *s, const int8_t *trits, int64_t t, int64_t row)
+{
+    int64_t sum = 0, i;
+    int top = -1000, point, k;
+    for (k = 0; k < 2; k++) {
+        int64_t g;
+        for (g = 0; g < s->groups; g++) {
+            const int64_t at = tern__scale_index(&a->m, s, row, g), end = tern__min(a->m.cols, (g + 1) * s->group);
+            const int l = a->m.scale_type == TERN_LOG ? ((const int16_t *)a->m.scales)[at] : 256 * ((const int8_t *)a->m.scales)[at];
+            int64_t dot = 0;
+            if (l < -126 * 256) continue;
+            if (k == 0) { top = (int)halve(l, 8) > top ? (int)halve(l, 8) : top; continue; }
+            for (i = g * s->group; i < end; i++) dot += trits[row * a->m.cols + i] * a->x[t * a->m.cols + i];
+            sum += halve(dot * (int64_t)floor(32768 * exp2((l - 256 * (double)halve(l, 8)) / 256) + 0.5) * 65536, top - (int)halve(l, 8));
+        }
+    }
+    point = top - 31 + a->point;
+    for (; point < 0 && sum != 0 && sum != -1; point++) sum = halve(sum, 1);
+    for (; point > 0 && sum < INT64_C(1) << 40 && sum > -(INT64_C(1) << 40); point--) sum *= 2;
+    if (a->bias) sum += a->bias[row];
+    return (int32_t)(sum > 2147483647 ? 2147483647 : sum < -INT64_C(2147483648) ? -INT64_C(2147483648) : sum);
+}
+
+static tern_matmul_fixed_args hold_fixed(tern_context *c, int64_t rows, int64_t cols, int64_t n, int variant)
+{
+    static const int32_t grains[] = {TERN_PER_ROW, TERN_PER_TENSOR, 20, 33};
+    tern_matmul_fixed_args a = TERN_ZERO;
+    int64_t i;
+    a.m = hold_matrix(c, rows, cols, grains[variant % 4], variant & 1 ? TERN_BASE3 : TERN_2BIT, variant % 3 ? TERN_LOG : TERN_POW2);
+    for (i = 0; i < tern__shape_of(&a.m).scales; i++) { /* near each other, far apart and none */
+        const uint32_t u = test_random() % 11;
+        const int wide = u == 0 ? -99999 : u == 1 ? (int)(test_random() % 60000) - 30000 : (int)(test_random() % 2000) - 1500;
+        if (a.m.scale_type == TERN_LOG) ((int16_t *)a.m.scales)[i] = (int16_t)(wide < -32256 ? INT16_MIN : wide);
+        else ((int8_t *)a.m.scales)[i] = (int8_t)(wide < -32256 ? INT8_MIN : wide / 256);
+    }
+    a.n = n;
+    a.x = (int8_t *)hold((size_t)(n * cols));
+    for (i = 0; i < n * cols; i++) ((int8_t *)(uintptr_t)a.x)[i] = (int8_t)(test_random() % 256 - 128);
+    a.point = (int32_t)(test_random() % 63) - 31;
+    a.bias = variant % 5 ? hold_ids(rows, 2000000000) : NULL;
+    a.y = (int32_t *)hold((size_t)(n * rows) * 4);
+    return a;
+}
+
+static void check_fixed(tern_context *c, record *r, int64_t rows, int64_t cols, int64_t n, int variant)
+{
+    const tern_matmul_fixed_args a = hold_fixed(c, rows, cols, n, variant);
+    const tern__shape s = tern__shape_of(&a.m);
+    tern_unpack_args u = TERN_ZERO;
+    int64_t t, i;
+    u.m = a.m;
+    u.count = rows;
+    u.trits = (int8_t *)hold((size_t)(rows * cols));
+    CHECK_OK(c, tern_unpack(c, &u));
+    CHECK_OK(c, tern_matmul_fixed(c, &a));
+    for (t = 0; t < n; t++)
+        for (i = 0; i < rows; i++) {
+            const int32_t want = reference_fixed(&a, &s, u.trits, t, i);
+            CHECK(a.y[t * rows + i] == want, "%d x %d, variant %d, point %d: y[%d][%d] is %d, not %d", (int)rows, (int)cols, variant, a.point, (int)t, (int)i, a.y[t * rows + i], want);
+        }
+    record_words(r, a.y, n * rows);
+    release();
+}
+
+static void fixed_products(tern_context *c, record *r)
+{
+    static const int64_t rows[] = {1, 15, 17, 127, 300};
+    static const int64_t tokens[] = {1, 3, 16, 19};
+    int i, j, variant = 0;
+    for (i = 0; i < 5; i++)
+        for (j = 0; j < TEST_SIZES; j++) check_fixed(c, r, test_sizes[j] > 1000 ? 33 : rows[i], test_sizes[j], tokens[(i + j) % 4], variant++);
+}
+static void test_fixed_products(void) { same_everywhere(fixed_products, UINT64_C(0x403E5EF3AC8A9D71)); }
+
+/* All inputs at their ends: the largest sums that there are, in one group and in many. */
+static void fixed_extremes(tern_context *c, record *r)
+{
+    const int64_t cols = TERN__MAX_COLS;
+    int k;
+    for (k = 0; k < 4; k++) {
+        tern_matmul_fixed_args a = TERN_ZERO;
+        tern_pack_args p = TERN_ZERO;
+        int8_t *trits = (int8_t *)hold((size_t)(2 * cols));
+        int32_t y[2];
+        int64_t i;
+        a.m = hold_matrix(c, 2, cols, k & 1 ? TERN_PER_ROW : 128, k & 2 ? TERN_BASE3 : TERN_2BIT, TERN_LOG);
+        for (i = 0; i < tern__shape_of(&a.m).scales; i++) ((int16_t *)a.m.scales)[i] = 255;
+        for (i = 0; i < cols; i++) trits[i] = 1, trits[cols + i] = -1;
+        p.m = a.m;
+        p.trits = trits;
+        CHECK_OK(c, tern_pack(c, &p));
+        a.n = 1;
+        a.x = (int8_t *)memset(hold((size_t)cols), 0x80, (size_t)cols);
+        a.y = y;
+        a.point = 5;
+        CHECK_OK(c, tern_matmul_fixed(c, &a)); /* 2^25 65359 / 2^15 2^5 */
+        CHECK(y[0] == -2141683712 && y[1] == 2141683712, "%d and %d", y[0], y[1]);
+        a.point = 6;
+        CHECK_OK(c, tern_matmul_fixed(c, &a));
+        CHECK(y[0] == -2147483647 - 1 && y[1] == 2147483647, "%d and %d are not held", y[0], y[1]);
+        record_words(r, y, 2);
+        release();
+    }
+}
+static void test_fixed_extremes(void) { on_each_tier(fixed_extremes); }
+
+/* No float: whatever the rounding mode, and nothing is inexact. Without the mode that operations set. */
+static void fixed_modes(tern_context *c, record *r)
+{
+    static const int modes[] = {FE_TONEAREST, FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO};
+    int variant, k;
+    (void)r;
+    for (variant = 0; variant < 6; variant++) {
+        const tern_matmul_fixed_args a = hold_fixed(c, 35, 700, 5, variant);
+        int32_t *first = (int32_t *)hold(35 * 5 * 4);
+        tern__fixed_work w;
+        tern__job job;
+        CHECK_OK(c, tern_matmul_fixed(c, &a));
+        memcpy(first, a.y, 35 * 5 * 4);
+        memset(&job, 0, sizeof job);
+        w.a = &a;
+        w.s = tern__shape_of(&a.m);
+        job.arg = &w;
+        job.k = (const tern__kernels *)c->run.backend->data;
+        for (k = 0; k < 4; k++) {
+            int raised;
+            memset(a.y, 0, 35 * 5 * 4);
+            fesetround(modes[k]);
+            feclearexcept(FE_ALL_EXCEPT);
+            tern__fixed_body(&job, 0, w.s.panels, &job.bad[0]);
+            raised = fetestexcept(FE_ALL_EXCEPT);
+            fesetround(FE_TONEAREST);
+            CHECK(raised == 0 && memcmp(first, a.y, 35 * 5 * 4) == 0, "mode %d: a float was used (%d)", modes[k], raised);
+        }
+        release();
+    }
+}
+static void test_fixed_modes(void) { on_each_tier(fixed_modes); }
+
 /* -- training -- */
 
 /* x [n, IN] -> norm, up, relu^2, norm, down -> classes; up and down by flips, a gain by AdamW. */
@@ -789,7 +1084,7 @@ static void net_open(tern_context *c, net *o, tern_type scale)
     o->m.count = 3;
     for (k = 0; k < 2; k++) {
         o->items[k]->buffer[TERN_SCALES].type = scale;
-        CHECK_OK(c, tern_param_alloc(c, o->items[k], TERN_FOR_FLIPS | (scale == TERN_POW2) << TERN_VOTES));
+        CHECK_OK(c, tern_param_alloc(c, o->items[k], TERN_FOR_FLIPS | (scale != TERN_F32) << TERN_VOTES));
         set_random(c, o->items[k]);
     }
     CHECK_OK(c, tern_param_alloc(c, &o->gain, TERN_FOR_ADAMW));
@@ -868,6 +1163,10 @@ static void net_save(tern_context *c, const net *o, checkpoint *f)
     CHECK_OK(c, tern_model_save(c, &o->m, TERN_FOR_TRAINING, &s));
 }
 
+/* Both rules, and scales that learn. */
+enum { NET_VARIANTS = 4 };
+static const tern_type net_scales[NET_VARIANTS] = {TERN_F32, TERN_F32, TERN_POW2, TERN_LOG};
+
 static tern_step net_recipe(int32_t variant, uint32_t step)
 {
     tern_step s = TERN_ZERO;
@@ -877,7 +1176,8 @@ static tern_step net_recipe(int32_t variant, uint32_t step)
     s.flip = variant == 1 ? TERN_FLIP_SIGN : TERN_FLIP_PROPORTIONAL;
     s.push = 3.0f * (1.0f - (float)(step - 1) / 30.0f);
     s.sign_step = 3;
-    s.scale_step = variant == 2 ? 4 : 0;
+    s.scale_step = variant == 2 ? 4 : variant == 3 ? 16 : 0;
+    s.scale_push = 64 - (int32_t)step; /* falls */
     return s;
 }
 
@@ -885,13 +1185,13 @@ static tern_step net_recipe(int32_t variant, uint32_t step)
 static void flip_training(tern_context *c, record *r)
 {
     int32_t variant;
-    for (variant = 0; variant < 3; variant++) {
+    for (variant = 0; variant < NET_VARIANTS; variant++) {
         static checkpoint f;
-        tern_flips counts = {0, 0, 0, 0, 0, 0};
+        tern_flips counts = TERN_ZERO;
         double first = 0, last;
         uint32_t step;
         net o;
-        net_open(c, &o, variant == 2 ? TERN_POW2 : TERN_F32);
+        net_open(c, &o, net_scales[variant]);
         for (step = 1; step <= 30; step++) {
             tern_step s = net_recipe(variant, step);
             double loss;
@@ -901,23 +1201,23 @@ static void flip_training(tern_context *c, record *r)
         }
         last = net_step(c, &o, NULL);
         CHECK(last < 0.7 * first, "variant %d: the loss went from %.3f to %.3f", variant, first, last);
-        CHECK(counts.updates == 60 && counts.skipped == 0 && counts.flips > 0 && (counts.scales > 0) == (variant == 2), "%d updates, %d skipped, %d flips, %d scales",
+        CHECK(counts.updates == 60 && counts.skipped == 0 && counts.flips > 0 && (counts.scales > 0) == (variant >= 2), "%d updates, %d skipped, %d flips, %d scales",
               (int)counts.updates, (int)counts.skipped, (int)counts.flips, (int)counts.scales);
         net_save(c, &o, &f);
         record_bytes(r, f.data, (int64_t)f.size);
         net_close(c, &o);
     }
 }
-static void test_flip_training(void) { same_everywhere(flip_training, UINT64_C(0x02D5BB26F04CD7E7)); }
+static void test_flip_training(void) { same_everywhere(flip_training, UINT64_C(0x854E083EF29FFEE0)); }
 
 /* Fifteen steps, a checkpoint into other parameters, and fifteen more are thirty. */
 static void flip_resume(tern_context *c, record *r)
 {
     int32_t variant;
     (void)r;
-    for (variant = 0; variant < 3; variant++) {
+    for (variant = 0; variant < NET_VARIANTS; variant++) {
         static checkpoint whole, half, parts;
-        const tern_type scale = variant == 2 ? TERN_POW2 : TERN_F32;
+        const tern_type scale = net_scales[variant];
         tern_step s;
         uint32_t step;
         net a, b;
@@ -1026,7 +1326,7 @@ static void test_flip_embedding(void)
     tern_embedding e;
     tern_model m = TERN_ZERO;
     tern_step s = TERN_ZERO;
-    tern_flips counts = {0, 0, 0, 0, 0, 0};
+    tern_flips counts = TERN_ZERO;
     const int32_t ids[3] = {7, 200, 7};
     int8_t before[256 * 24];
     float y[72], dy[72], norm2 = 9.0f;
@@ -1095,7 +1395,13 @@ static void test_strict(void)
 
     CHECK_OK(t.c, tern_param_alloc(t.c, &w, 1 << TERN_VOTES)); /* scales that learn are no longer left alone */
     CHECK_FAILS(t.c, tern_model_strict(t.c, &m), TERN_E_ARGUMENT, "w: its scales is 32 trainable floats (f32)");
-    tern_param_free(t.c, &w, 1 << TERN_VOTES);
+    tern_param_free(t.c, &w, -1); /* but as logarithms they are no floats */
+    w.buffer[TERN_SCALES].type = TERN_LOG;
+    CHECK_OK(t.c, tern_param_alloc(t.c, &w, TERN_FOR_FLIPS | 1 << TERN_VOTES));
+    CHECK_OK(t.c, tern_model_strict(t.c, &m));
+    tern_param_free(t.c, &w, -1);
+    w.buffer[TERN_SCALES].type = TERN_F32;
+    CHECK_OK(t.c, tern_param_alloc(t.c, &w, TERN_FOR_FLIPS));
     CHECK_OK(t.c, tern_param_alloc(t.c, &g, TERN_FOR_SGD));
     CHECK_FAILS(t.c, tern_model_strict(t.c, &m), TERN_E_ARGUMENT, "g: its shadow is 20 trainable floats (f32)");
     tern_param_free(t.c, &g, TERN_FOR_TRAINING);
@@ -1186,12 +1492,18 @@ static void suite_true_ternary(void)
     RUN(test_dequantized);
     RUN(test_flips);
     RUN(test_skipped_flips);
+    RUN(test_tiny_signs);
+    RUN(test_flip_nan);
+    RUN(test_votes_at_the_ends);
     RUN(test_set_accumulators);
     RUN(test_flip_refusals);
     RUN(test_integer_gradients);
     RUN(test_integer_gradients_are_unbiased);
     RUN(test_integer_extremes);
     RUN(test_canonical_backward);
+    RUN(test_fixed_products);
+    RUN(test_fixed_extremes);
+    RUN(test_fixed_modes);
     RUN(test_flip_training);
     RUN(test_flip_resume);
     RUN(test_flip_files);

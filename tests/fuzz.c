@@ -4,7 +4,7 @@
 #include "../ternary.h"
 
 /* A model with something of everything. */
-enum { FUZZ_PARAMS = 4 };
+enum { FUZZ_PARAMS = 6 };
 typedef struct fuzz_model { tern_context *c; tern_param p[FUZZ_PARAMS], *items[FUZZ_PARAMS]; tern_model m; } fuzz_model;
 
 static void fuzz_add(fuzz_model *f, const char *name, int64_t rows, int64_t cols, tern_rule rule, int32_t grain, tern_type scales, int32_t buffers)
@@ -30,6 +30,9 @@ static void fuzz_open(fuzz_model *f)
     fuzz_add(f, "b", 2, 9, TERN_TWN, 4, TERN_POW2, TERN_FOR_INFERENCE);
     fuzz_add(f, "d", 2, 9, TERN_ABSMEAN, 4, TERN_LOG, TERN_FOR_INFERENCE);
     fuzz_add(f, "c", 1, 5, TERN_DENSE, 0, TERN_F32, TERN_FOR_ADAMW);
+    fuzz_add(f, "e", 3, 7, TERN_ABSMEAN, TERN_PER_ROW, TERN_POW2, TERN_FOR_FLIPS | 1 << TERN_VOTES);
+    fuzz_add(f, "g", 2, 6, TERN_ABSMEAN, 5, TERN_LOG, TERN_FOR_FLIPS | 1 << TERN_VOTES);
+    f->p[5].theta = 9;
 }
 
 static void fuzz_close(fuzz_model *f)
@@ -53,8 +56,24 @@ static uint64_t fuzz_hash(const fuzz_model *f)
 
 static int fuzz_ignore(void *user, const void *data, size_t bytes) { (void)user; (void)data; (void)bytes; return 0; }
 
+/* A step from whatever was loaded: it may be refused, never be undefined. */
+static void fuzz_step(fuzz_model *f)
+{
+    tern_step s = TERN_ZERO;
+    int i;
+    size_t j;
+    for (i = 0; i < FUZZ_PARAMS; i++)
+        for (j = 0; j < f->p[i].buffer[TERN_GRAD].count; j++) ((float *)f->p[i].buffer[TERN_GRAD].data)[j] = (float)((int)(j % 5) - 1);
+    s.rate = 0.01f;
+    s.step = 1;
+    s.push = 127.0f;
+    s.scale_step = 127;
+    s.scale_push = 256;
+    (void)tern_model_step(f->c, &f->m, &s);
+}
+
 /* With its hash set right, so that the parser behind it is reached, a file either loads, and can then be
-   saved, or leaves the model as it was. */
+   saved and trained, or leaves the model as it was. */
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
@@ -73,6 +92,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (tern_model_load(f.c, &f.m, file, size) != TERN_OK) {
         if (fuzz_hash(&f) != before) abort();
     } else if (tern_model_save(f.c, &f.m, TERN_FOR_TRAINING, &sink) != TERN_OK) abort();
+    else fuzz_step(&f);
     fuzz_close(&f);
     free(file);
     return 0;
