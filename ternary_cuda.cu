@@ -131,9 +131,10 @@ enum {
 enum { TERN__REFUSED_BEFORE = TERN__FAULTS_END - 1, TERN__REFUSALS(TERN__ENUM) TERN__REFUSALS_END };
 #undef TERN__ENUM
 
-/* The first fault since tern_sync is the smallest key: order of the operation (16 bits), kind (4), index (44 bits; of
-   a weight or trit, row in 26 and column in 18). */
-enum { TERN__INDEX_BITS = 44, TERN__COLUMN_BITS = 18, TERN__KIND_BITS = 4 };
+/* The first fault since tern_sync is the smallest key: order of the operation (16 bits), kind (5), index (43 bits; of
+   a weight or trit, row in 25 and column in 18). */
+enum { TERN__INDEX_BITS = 43, TERN__COLUMN_BITS = 18, TERN__KIND_BITS = 5 };
+static_assert((int)TERN__REFUSALS_END <= 1 << TERN__KIND_BITS, "every kind has a number");
 typedef unsigned long long tern__key;
 static const tern__key tern__no_fault = ~(tern__key)0;
 
