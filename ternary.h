@@ -7244,7 +7244,7 @@ static void tern__round_rows(const tern__kernels *k, const tern__round_work *w, 
 }
 
 /* Scale and its inverse from the largest |v|; a row that is not finite or has none is 0. */
-static float tern__round_scale(uint32_t most, float *inverse)
+TERN__ANYWHERE float tern__round_scale(uint32_t most, float *inverse)
 {
     const float size = tern__float(most);
     *inverse = tern__finite(size) && tern__finite(127.0f / size) ? 127.0f / size : 0.0f;

@@ -101,6 +101,8 @@ template <unsigned Pending> static __device__ __forceinline__ void tern__cp_wait
 
 #define TERN__ALL_LANES 0xFFFFFFFFu
 
+static __device__ uint32_t tern__lanes_below(int lane) { return (1u << lane) - 1; }
+
 /* The elements of [0, n) that fall to a thread of the grid. */
 #define TERN__EACH(i, n) \
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (int64_t)gridDim.x * blockDim.x)
@@ -338,19 +340,46 @@ template <typename Term> static __device__ float tern__block_sum(int64_t n, Term
     return total;
 }
 
-/* The largest of all threads' values, in all threads; seen: shared memory for TERN__WARPS words. */
-static __device__ uint32_t tern__block_max(uint32_t value, uint32_t *seen)
+/* The sum and the largest of a warp's values, in all lanes. */
+static __device__ int tern__warp_count(int n)
 {
-    const int warps = (int)blockDim.x / 32;
+    for (int half = 16; half > 0; half /= 2) n += __shfl_xor_sync(TERN__ALL_LANES, n, half);
+    return n;
+}
+static __device__ uint32_t tern__warp_most(uint32_t value)
+{
     for (int half = 16; half > 0; half /= 2) {
         const uint32_t other = __shfl_xor_sync(TERN__ALL_LANES, value, half);
         value = other > value ? other : value;
     }
+    return value;
+}
+
+/* The same of all threads' values, in all threads; seen: shared memory for a word to each warp. */
+static __device__ uint32_t tern__block_max(uint32_t value, uint32_t *seen)
+{
+    const int warps = (int)blockDim.x / 32;
+    value = tern__warp_most(value);
     if (threadIdx.x % 32 == 0) seen[threadIdx.x / 32] = value;
     __syncthreads();
     for (int i = 0; i < warps; i++) value = seen[i] > value ? seen[i] : value;
     __syncthreads();
     return value;
+}
+
+/* Words in the order of the floats; NaN are at the ends. */
+static __device__ uint32_t tern__to_rank(float x) { return tern__bits(x) >> 31 ? ~tern__bits(x) : tern__bits(x) | 0x80000000u; }
+static __device__ float tern__from_rank(uint32_t rank) { return tern__float(rank >> 31 ? rank & 0x7FFFFFFFu : ~rank); }
+
+/* Bits of the largest |term|, in all threads: NaN and Inf win. */
+template <typename Term> static __device__ uint32_t tern__block_absmax(int64_t n, Term term, uint32_t *seen)
+{
+    uint32_t most = 0;
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+        const uint32_t mine = tern__bits(term(i)) & 0x7FFFFFFFu;
+        most = mine > most ? mine : most;
+    }
+    return tern__block_max(most, seen);
 }
 
 static __device__ float tern__term(int kind, float x) { return kind == TERN_SUM ? x : kind == TERN_SUM_ABS ? tern__abs(x) : x * x; }
@@ -443,12 +472,6 @@ static __device__ int64_t tern__patch_group(const tern__patches &p, int64_t patc
     return patch % p.across * p.groups + grain / p.rows;
 }
 
-static __device__ int tern__warp_count(int n)
-{
-    for (int half = 16; half > 0; half /= 2) n += __shfl_xor_sync(TERN__ALL_LANES, n, half);
-    return n;
-}
-
 /* The bad ones of n weights from a row and column. */
 template <tern_type Type> static __device__ void tern__report_weights(const tern__patches &p, int64_t row, int64_t col, int n)
 {
@@ -464,11 +487,7 @@ template <typename Term> static __device__ float tern__warp_max(int n, Term term
         const uint32_t mine = tern__bits(term(i));
         bits = mine > bits ? mine : bits;
     }
-    for (int half = 16; half > 0; half /= 2) {
-        const uint32_t other = __shfl_xor_sync(TERN__ALL_LANES, bits, half);
-        bits = other > bits ? other : bits;
-    }
-    return tern__float(bits);
+    return tern__float(tern__warp_most(bits));
 }
 
 /* Canonical sum (SEQ: the largest), by a warp, of up to 1024 |w| above delta, counted; NaN where a weight is bad. */
@@ -573,6 +592,21 @@ template <tern_type Type> static __device__ void tern__load_four(const void *w, 
     }
 }
 
+/* n bytes, at most 4 (of a load: and zeros after them); four where they lie together. */
+static __device__ __forceinline__ void tern__load_bytes(const int8_t *p, int n, int8_t x[4])
+{
+    uint32_t four = 0;
+    if (n == 4 && (uintptr_t)p % 4 == 0) four = *(const uint32_t *)(const void *)p;
+    else for (int k = 0; k < 4; k++) if (k < n) four |= (uint32_t)(uint8_t)p[k] << 8 * k;
+    for (int k = 0; k < 4; k++) x[k] = (int8_t)(four >> 8 * k);
+}
+static __device__ __forceinline__ void tern__store_bytes(int8_t *p, int n, const int8_t x[4])
+{
+    if (n == 4 && (uintptr_t)p % 4 == 0)
+        *(uint32_t *)(void *)p = (uint32_t)(uint8_t)x[0] | (uint32_t)(uint8_t)x[1] << 8 | (uint32_t)(uint8_t)x[2] << 16 | (uint32_t)(uint8_t)x[3] << 24;
+    else for (int k = 0; k < 4; k++) if (k < n) p[k] = x[k];
+}
+
 /* A row's word of a unit; four(i, t) gives the trits of inputs i to i + 3. */
 template <typename Four> static __device__ uint32_t tern__pack_word(tern_type encoding, Four four)
 {
@@ -660,36 +694,6 @@ template <tern_type Type> static void tern__tensor_total(const tern__gpu *d, con
     tern__gpu_total(d, TERN_SUM, p.a.m.rows, d->work, d->work + TERN__WORK, &t->total, 0);
 }
 
-template <tern_type Type> static void tern__ternarize_as(const tern__gpu *d, const tern__patches &p)
-{
-    tern__tensor *tensor = NULL;
-    if (p.a.m.grain == TERN_PER_TENSOR) {
-        tensor = (tern__tensor *)(d->work + TERN__WORK + TERN__WORK_LEVELS / 2);
-        TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_BEGIN);
-        tern__tensor_total<Type>(d, p, tensor);
-        if (p.a.rule == TERN_TWN) {
-            TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_MEAN);
-            tern__tensor_total<Type>(d, p, tensor);
-        }
-        TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_END);
-    }
-    TERN__LAUNCH((tern__ternarize_patches<Type>), tern__grid(d, p.count, 1), TERN__PATCH_THREADS, sizeof(tern__patch), d->stream,
-                 p, tensor);
-}
-
-static tern_result tern__gpu_ternarize(tern_run *r, tern__gpu *d, const tern_ternarize_args *a)
-{
-    const tern__patches p = tern__patches_of(d, a);
-    TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
-    TERN__REQUIRE(r, a->m.grain != TERN_PER_TENSOR || a->m.rows <= TERN__WORK, TERN_E_UNSUPPORTED,
-                  "cuda: ternarize: a grain of %d rows; %d is the most", a->m.rows, (int64_t)TERN__WORK);
-    TERN__REQUIRE(r, !a->accum, TERN_E_UNSUPPORTED, "%s: ternarize has no accum", r->backend->name);
-    if (a->type == TERN_F16) tern__ternarize_as<TERN_F16>(d, p);
-    else if (a->type == TERN_BF16) tern__ternarize_as<TERN_BF16>(d, p);
-    else tern__ternarize_as<TERN_F32>(d, p);
-    return TERN_OK;
-}
-
 /* A block of threads to a panel, a thread to a row of a unit: its word of four bytes, from a column on. */
 #define TERN__EACH_WORD(i, s) for (int i = (int)threadIdx.x; i < (int)((s).units * TERN__ROWS); i += TERN__THREADS)
 
@@ -707,6 +711,57 @@ static __device__ tern__word tern__word_at(const tern_matrix *m, const tern__sha
     return w;
 }
 
+/* What is left of the weights of packed trits. */
+template <tern_type Type> static __global__ void tern__accum_panels(tern_ternarize_args a, tern__shape s)
+{
+    for (int64_t panel = blockIdx.x; panel < s.panels; panel += gridDim.x)
+        TERN__EACH_WORD(i, s) {
+            const tern__word w = tern__word_at(&a.m, &s, panel, i);
+            if (w.row >= a.m.rows) continue;
+            const float scale = tern__load_scale(a.m.scale_type, a.m.scales, tern__scale_index(&a.m, &s, w.row, w.group));
+            const int64_t at = w.row * a.m.cols + w.col;
+            int8_t t[20] = {};
+            tern__unpack_unit(a.m.encoding, (const uint8_t *)a.m.trits + panel * s.panel_bytes + w.unit * TERN__UNIT, i % TERN__ROWS, t);
+            for (int j = 0; j < 20; j += 4) {
+                float x[4];
+                if (j >= w.inputs) continue;
+                tern__load_four<Type>(a.w, at + j, w.inputs - j, x);
+                for (int k = 0; k < 4; k++) t[j + k] = tern__left_over(x[k], scale, (float)t[j + k], a.theta);
+                tern__store_bytes(a.accum + at + j, (int)tern__min(4, w.inputs - j), t + j);
+            }
+        }
+}
+
+template <tern_type Type> static void tern__ternarize_as(const tern__gpu *d, const tern__patches &p)
+{
+    tern__tensor *tensor = NULL;
+    if (p.a.m.grain == TERN_PER_TENSOR) {
+        tensor = (tern__tensor *)(d->work + TERN__WORK + TERN__WORK_LEVELS / 2);
+        TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_BEGIN);
+        tern__tensor_total<Type>(d, p, tensor);
+        if (p.a.rule == TERN_TWN) {
+            TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_MEAN);
+            tern__tensor_total<Type>(d, p, tensor);
+        }
+        TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_END);
+    }
+    TERN__LAUNCH((tern__ternarize_patches<Type>), tern__grid(d, p.count, 1), TERN__PATCH_THREADS, sizeof(tern__patch), d->stream,
+                 p, tensor);
+    if (p.a.accum) TERN__LAUNCH((tern__accum_panels<Type>), tern__grid(d, p.s.panels, 1), TERN__THREADS, 0, d->stream, p.a, p.s);
+}
+
+static tern_result tern__gpu_ternarize(tern_run *r, tern__gpu *d, const tern_ternarize_args *a)
+{
+    const tern__patches p = tern__patches_of(d, a);
+    TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
+    TERN__REQUIRE(r, a->m.grain != TERN_PER_TENSOR || a->m.rows <= TERN__WORK, TERN_E_UNSUPPORTED,
+                  "cuda: ternarize: a grain of %d rows; %d is the most", a->m.rows, (int64_t)TERN__WORK);
+    if (a->type == TERN_F16) tern__ternarize_as<TERN_F16>(d, p);
+    else if (a->type == TERN_BF16) tern__ternarize_as<TERN_BF16>(d, p);
+    else tern__ternarize_as<TERN_F32>(d, p);
+    return TERN_OK;
+}
+
 static __global__ void tern__pack_panels(tern_pack_args a, tern__shape s, tern__blame blame)
 {
     for (int64_t panel = blockIdx.x; panel < s.panels; panel += gridDim.x)
@@ -715,14 +770,11 @@ static __global__ void tern__pack_panels(tern_pack_args a, tern__shape s, tern__
             const int64_t n = w.row < a.m.rows ? w.inputs : 0;
             const int8_t *from = a.trits + w.row * a.m.cols + w.col;
             *tern__word_of(&a.m, &s, w.row, w.unit) = tern__pack_word(a.m.encoding, [&](int j, int8_t *t) {
-                uint32_t four = 0;
-                if (n >= j + 4 && (uintptr_t)(from + j) % 4 == 0) four = *(const uint32_t *)(from + j);
-                else for (int k = 0; k < 4 && j + k < n; k++) four |= (uint32_t)(uint8_t)from[j + k] << 8 * k;
+                tern__load_bytes(from + j, (int)tern__min(4, n - j), t);
                 for (int k = 0; k < 4; k++) {
-                    const int8_t trit = (int8_t)(four >> 8 * k);
-                    const bool good = trit >= -1 && trit <= 1;
+                    const bool good = t[k] >= -1 && t[k] <= 1;
                     if (!good) tern__report_at(blame, w.row, w.col + j + k);
-                    t[k] = good ? trit : 0;
+                    if (!good) t[k] = 0;
                 }
             });
         }
@@ -813,13 +865,9 @@ static __device__ float tern__block_rms(int64_t n, const float *x, float eps, fl
 static __device__ float tern__block_size(const tern_quantize_args &a, const float *x, float *room)
 {
     const int64_t n = a.m.cols;
-    uint32_t bits = 0;
-    if (a.act == TERN_ACT_INT4) return tern__block_sum(n, [&](int64_t i) { return tern__abs(a.gain ? x[i] * a.gain[i] : x[i]); }, room) / (float)n;
-    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
-        const uint32_t mine = tern__bits(a.gain ? x[i] * a.gain[i] : x[i]) & 0x7FFFFFFFu;
-        bits = mine > bits ? mine : bits;
-    }
-    return tern__float(tern__block_max(bits, (uint32_t *)room));
+    const auto term = [&](int64_t i) { return a.gain ? x[i] * a.gain[i] : x[i]; };
+    if (a.act == TERN_ACT_INT4) return tern__block_sum(n, [&](int64_t i) { return tern__abs(term(i)); }, room) / (float)n;
+    return tern__float(tern__block_absmax(n, term, (uint32_t *)room));
 }
 
 /* Row t, by a block; q, scale and sum are that row's. Within a row everything fits 32 bits: at most 2^18 units. */
@@ -853,7 +901,7 @@ static __device__ void tern__quantize_row(const tern_quantize_args &a, const ter
             }
             *(uint32_t *)(q + g * run + i) = four;
         }
-        for (int half = 16; half > 0; half /= 2) total += __shfl_xor_sync(TERN__ALL_LANES, total, half);
+        total = tern__warp_count(total);
         if (lane == 0) atomicAdd(&sum[g], total);
     }
     __syncthreads();
@@ -1678,12 +1726,8 @@ static __global__ void tern__matmul_rows(tern_matmul_args a, tern__blame blame)
 {
     TERN__SHARED(uint32_t, seen);
     for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
-        uint32_t largest = 0;
-        for (int64_t i = threadIdx.x; i < a.m.cols; i += blockDim.x) {
-            const uint32_t bits = tern__bits(a.x[t * a.m.cols + i]) & 0x7FFFFFFFu;
-            largest = bits > largest ? bits : largest;
-        }
-        if (tern__finite(tern__float(tern__block_max(largest, seen)))) continue;
+        const float *x = a.x + t * a.m.cols;
+        if (tern__finite(tern__float(tern__block_absmax(a.m.cols, [&](int64_t i) { return x[i]; }, seen)))) continue;
         if (threadIdx.x == 0) tern__report(blame, t);
         for (int64_t i = threadIdx.x; i < a.m.rows; i += blockDim.x) a.y[t * a.m.rows + i] = a.bias ? a.bias[i] : 0.0f;
     }
@@ -1751,10 +1795,6 @@ static tern_result tern__gpu_matmul_dw(tern_run *r, tern__gpu *d, const tern_mat
 
 /* -- attention -- */
 
-/* Floats as integers of the same order, for the largest; NaN are among the ends. */
-static __device__ uint32_t tern__ordered(float x) { return tern__bits(x) >> 31 ? ~tern__bits(x) : tern__bits(x) | 0x80000000u; }
-static __device__ float tern__unordered(uint32_t u) { return tern__float(u >> 31 ? u & 0x7FFFFFFFu : ~u); }
-
 /* Rows of p, a block to each: softmax of the visible scores, zeros behind them. */
 static __global__ void tern__softmax_rows(int64_t rows, int64_t queries, int64_t keys, float *p, float scale)
 {
@@ -1764,10 +1804,10 @@ static __global__ void tern__softmax_rows(int64_t rows, int64_t queries, int64_t
         float *score = p + row * keys;
         uint32_t seen = 0;
         for (int64_t j = threadIdx.x; j < visible; j += blockDim.x) {
-            const uint32_t u = tern__ordered(score[j] * scale);
+            const uint32_t u = tern__to_rank(score[j] * scale);
             seen = u > seen ? u : seen;
         }
-        const float largest = tern__unordered(tern__block_max(seen, (uint32_t *)sums));
+        const float largest = tern__from_rank(tern__block_max(seen, (uint32_t *)sums));
         const auto power = [&](int64_t j) { return tern__exp(score[j] * scale - largest); };
         const float sum = tern__block_sum(visible, power, sums);
         for (int64_t j = threadIdx.x; j < keys; j += blockDim.x) score[j] = j < visible ? power(j) / sum : 0.0f;
@@ -1832,19 +1872,20 @@ static tern_result tern__attention_run(tern_run *r, const tern__gpu *d, const te
 }
 
 /* dk = dS^T q, or dv = P^T dy: heads that share a key head add to it in order. */
+template <bool Fused>
 static tern_result tern__attention_keys(tern_run *r, const tern__gpu *d, const tern_attention_args *a, const tern__attention *t, const tern__b_floats &b,
                                         float *c, int64_t c_row, tern__steps c_steps)
 {
     for (int64_t head = 0; head < t->shared; head++) {
         tern__product g = tern__product_of(a->keys, a->dim, a->queries, tern__strided_of(a->p, a->keys, 1, t->p), c, c_row, c_steps);
         tern__one_head_each(a, t, head, &g);
-        TERN__TRY(tern__gpu_product<true>(r, d, "attention", g, b));
+        TERN__TRY(tern__gpu_product<Fused>(r, d, "attention", g, b));
     }
     return TERN_OK;
 }
 
 /* dV = P^T dY; dS = P (dY V^T - <dy, y>) / sqrt(dim), in place of P; dQ = dS K; dK = dS^T Q. */
-static tern_result tern__attention_back(tern_run *r, const tern__gpu *d, const tern_attention_args *a, const tern__attention *t)
+template <bool Fused> static tern_result tern__attention_back(tern_run *r, const tern__gpu *d, const tern_attention_args *a, const tern__attention *t)
 {
     tern__product g = tern__product_of(a->queries, a->keys, a->dim, tern__strided_of(a->dy, 1, t->width, t->y), a->p, a->keys, t->p);
     const int64_t deltas = a->batch * a->queries * a->heads;
@@ -1853,21 +1894,21 @@ static tern_result tern__attention_back(tern_run *r, const tern__gpu *d, const t
     g.delta_row = a->q_stride;
     g.delta_steps = t->q;
     g.factor = t->scale;
-    TERN__TRY(tern__attention_keys(r, d, a, t, tern__b_floats_of(a->dy, t->width, 1, t->y), a->dv, a->v_stride, t->v));
+    TERN__TRY(tern__attention_keys<Fused>(r, d, a, t, tern__b_floats_of(a->dy, t->width, 1, t->y), a->dv, a->v_stride, t->v));
     TERN__LAUNCH(tern__attention_deltas, tern__grid(d, deltas, TERN__THREADS), TERN__THREADS, 0, d->stream, *a);
-    TERN__TRY(tern__gpu_product<true>(r, d, "attention", g, tern__b_floats_of(a->v, 1, a->v_stride, t->v)));
+    TERN__TRY(tern__gpu_product<Fused>(r, d, "attention", g, tern__b_floats_of(a->v, 1, a->v_stride, t->v)));
     g = tern__product_of(a->queries, a->dim, a->keys, tern__strided_of(a->p, 1, a->keys, t->p), a->dq, a->q_stride, t->q);
     tern__all_heads(a, &g);
-    TERN__TRY(tern__gpu_product<true>(r, d, "attention", g, tern__b_floats_of(a->k, a->k_stride, 1, t->k)));
-    return tern__attention_keys(r, d, a, t, tern__b_floats_of(a->q, a->q_stride, 1, t->q), a->dk, a->k_stride, t->k);
+    TERN__TRY(tern__gpu_product<Fused>(r, d, "attention", g, tern__b_floats_of(a->k, a->k_stride, 1, t->k)));
+    return tern__attention_keys<Fused>(r, d, a, t, tern__b_floats_of(a->q, a->q_stride, 1, t->q), a->dk, a->k_stride, t->k);
 }
 
 static tern_result tern__gpu_attention(tern_run *r, tern__gpu *d, const tern_attention_args *a)
 {
     const tern__attention t = tern__attention_of(a);
-    TERN__REQUIRE(r, !a->dy || !a->exact, TERN_E_UNSUPPORTED, "%s: attention has no exact backward", r->backend->name);
     TERN__TRY(tern__check_row(r, "attention", a->keys));
-    return a->dy ? tern__attention_back(r, d, a, &t) : tern__attention_run(r, d, a, &t);
+    if (!a->dy) return tern__attention_run(r, d, a, &t);
+    return a->exact ? tern__attention_back<false>(r, d, a, &t) : tern__attention_back<true>(r, d, a, &t);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -2106,13 +2147,6 @@ static tern_result tern__gpu_gather(tern_run *r, tern__gpu *d, const tern_gather
     return TERN_OK;
 }
 
-static __device__ int tern__ones(uint32_t word)
-{
-    int n = 0;
-    for (; word; word &= word - 1) n++;
-    return n;
-}
-
 /* Of the four ids to a thread from ids[from] on, those below `end` that are `id`: their places after `from`, in order,
    in list, and their number. By the whole block; votes: shared memory for a word to each warp and four. */
 static __device__ int tern__find(const int32_t *ids, int64_t from, int64_t end, int32_t id, uint32_t *votes, int32_t *list)
@@ -2129,8 +2163,8 @@ static __device__ int tern__find(const int32_t *ids, int64_t from, int64_t end, 
     for (int i = 0; i < 4 * warps; i++) {
         for (int k = 0; k < 4; k++)
             if (found[k] && i == k * warps + warp)
-                list[at + tern__ones(votes[i] & ((1u << lane) - 1))] = k * (int)blockDim.x + (int)threadIdx.x;
-        at += tern__ones(votes[i]);
+                list[at + __popc(votes[i] & tern__lanes_below(lane))] = k * (int)blockDim.x + (int)threadIdx.x;
+        at += __popc(votes[i]);
     }
     __syncthreads();
     return at;
@@ -2513,10 +2547,6 @@ static tern_result tern__gpu_rope(tern_run *r, tern__gpu *d, const tern_rope_arg
 
 /* -- loss and sums -- */
 
-/* Words in the order of the floats. */
-static __device__ uint32_t tern__to_rank(float x) { return tern__bits(x) >> 31 ? ~tern__bits(x) : tern__bits(x) | 0x80000000u; }
-static __device__ float tern__from_rank(uint32_t rank) { return tern__float(rank >> 31 ? rank & 0x7FFFFFFFu : ~rank); }
-
 /* The largest of a row, in every thread of the block; usable: whether all are finite. */
 static __device__ float tern__largest(int64_t n, const float *x, int *usable, uint32_t *seen)
 {
@@ -2655,6 +2685,267 @@ static tern_result tern__gpu_scale_grad(tern_run *r, tern__gpu *d, const tern_sc
     return TERN_OK;
 }
 
+/* -- stochastic rounding to int8, and back -- */
+
+static __device__ float tern__round_gain(const tern_round_i8_args &a, const tern__shape &s, int64_t i)
+{
+    return tern__load_scale(a.m.scale_type, a.m.scales, tern__scale_index(&a.m, &s, i, a.group));
+}
+
+/* Bits of the largest |v| of a row, in all threads: rounding keeps the order, so that the row's factor comes last. */
+static __device__ uint32_t tern__round_size(const tern_round_i8_args &a, const tern__shape &s, int64_t t, uint32_t *seen)
+{
+    const float *x = a.x + t * a.cols;
+    const uint32_t most = tern__block_absmax(a.cols, [&](int64_t i) { return a.m.scales ? x[i] * tern__round_gain(a, s, i) : x[i]; }, seen);
+    return a.row ? tern__bits(tern__float(most) * a.row[t]) & 0x7FFFFFFFu : most;
+}
+
+/* Of whole tensors: the largest of all rows. */
+static __global__ void tern__round_whole(tern_round_i8_args a, tern__shape s, uint32_t *most, tern__blame blame)
+{
+    TERN__SHARED(uint32_t, seen);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const uint32_t size = tern__round_size(a, s, t, seen);
+        if (threadIdx.x > 0) continue;
+        atomicMax(most, size);
+        if (!tern__finite(tern__float(size))) tern__report(blame, t);
+    }
+}
+
+/* A thread rounds the eight numbers that share a block of Philox, in two fours. */
+static __device__ void tern__round_row(const tern_round_i8_args &a, const tern__shape &s, int64_t t, float inverse, int wide)
+{
+    const int64_t blocks = tern__ceil_div(a.cols, 8);
+    const float *x = a.x + t * a.cols, row = a.row ? a.row[t] : 1.0f;
+    int8_t *q = a.q + t * a.cols;
+    for (int64_t b = threadIdx.x; b < blocks; b += blockDim.x) {
+        uint32_t words[4];
+        tern__philox(a.seed, (uint64_t)(t * blocks + b), TERN__ROUNDING, a.stream, words);
+#pragma unroll
+        for (int half = 0; half < 8; half += 4) {
+            const int64_t i = 8 * b + half;
+            const int n = (int)tern__max(0, tern__min(4, a.cols - i));
+            float v[4];
+            int8_t rounded[4];
+            tern__load4(TERN_F32, x, i, n, wide, v);
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                if (a.m.scales && k < n) v[k] = v[k] * tern__round_gain(a, s, i + k);
+                rounded[k] = inverse == 0.0f ? 0 : tern__round_up(v[k] * row * inverse, tern__half(words, half + k));
+            }
+            tern__store_bytes(q + i, n, rounded);
+        }
+    }
+}
+
+/* most: of the whole tensor, or NULL. */
+static __global__ void tern__round_tokens(tern_round_i8_args a, tern__shape s, const uint32_t *most, int wide, tern__blame blame)
+{
+    TERN__SHARED(uint32_t, seen);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const uint32_t size = most ? *most : tern__round_size(a, s, t, seen);
+        float inverse;
+        const float scale = tern__round_scale(size, &inverse);
+        if (threadIdx.x == 0 && (t == 0 || !most)) a.scale[t] = scale;
+        if (threadIdx.x == 0 && !most && !tern__finite(tern__float(size))) tern__report(blame, t);
+        tern__round_row(a, s, t, inverse, wide);
+    }
+}
+
+static tern_result tern__gpu_round_i8(tern_run *r, tern__gpu *d, const tern_round_i8_args *a)
+{
+    const int threads = 32 * (int)tern__min(TERN__WARPS, tern__ceil_div(a->cols, 256)), wide = tern__wide(a->x, 4 * a->cols);
+    const unsigned grid = tern__grid(d, a->n, 1);
+    const size_t room = TERN__WARPS * sizeof(uint32_t);
+    const tern__blame blame = tern__blame_of(d, TERN__FAULT_ROUND);
+    uint32_t *most = a->whole ? (uint32_t *)d->work : NULL;
+    tern__shape s;
+    memset(&s, 0, sizeof s);
+    if (a->m.scales) s = tern__shape_of(&a->m);
+    if (most) TERN__CUDA(r, cudaMemsetAsync(most, 0, sizeof *most, d->stream), "clearing work memory");
+    if (most) TERN__LAUNCH(tern__round_whole, grid, threads, room, d->stream, *a, s, most, blame);
+    TERN__LAUNCH(tern__round_tokens, grid, threads, room, d->stream, *a, s, most, wide, blame);
+    return TERN_OK;
+}
+
+/* Words of int32 travel as those of floats do. */
+static __global__ void tern__dequantize_fours(tern_dequantize_args a, int wide)
+{
+    const int64_t fours = tern__ceil_div(a.cols, 4);
+    TERN__EACH(item, a.n * fours) {
+        const int64_t t = item / fours, i = (item - t * fours) * 4;
+        const int n = (int)tern__min(4, a.cols - i);
+        const float scale = a.scale[a.whole ? 0 : t];
+        float x[4], y[4];
+        tern__load4(TERN_F32, a.x + t * a.cols, i, n, wide, x);
+        if (a.add) tern__load4(TERN_F32, a.y + t * a.y_row, i, n, wide, y);
+        for (int k = 0; k < 4; k++) {
+            const float v = (float)(int32_t)tern__bits(x[k]) * scale;
+            y[k] = a.add ? y[k] + v : v;
+        }
+        tern__store4(TERN_F32, a.y + t * a.y_row, i, n, wide, y);
+    }
+}
+
+static tern_result tern__gpu_dequantize(tern_run *r, tern__gpu *d, const tern_dequantize_args *a)
+{
+    (void)r;
+    TERN__LAUNCH(tern__dequantize_fours, tern__grid(d, a->n * tern__ceil_div(a->cols, 4), TERN__THREADS), TERN__THREADS, 0, d->stream, *a,
+                 tern__wide(a->x, a->y, 4 * a->cols, 4 * a->y_row));
+    return TERN_OK;
+}
+
+/* -- flips: a thread takes a row's word of a unit, a block some groups of a panel -- */
+
+/* What a step of a matrix adds to its counts, and the score of the tensor's scale. */
+typedef struct tern__flip_sums { unsigned long long flips, grains, saturated, scales, score; } tern__flip_sums;
+
+enum { TERN__FLIP_GROUPS = 32 }; /* of a block, at most: grains whose score and flips lie in shared memory */
+typedef struct tern__flip_room { int score[TERN__FLIP_GROUPS * TERN__ROWS], flipped[TERN__FLIP_GROUPS * TERN__ROWS], events[2]; } tern__flip_room;
+
+/* The words of random halves that a weight's block has: they change at every eighth column. */
+typedef struct tern__halves { int64_t block; uint32_t words[4]; } tern__halves;
+
+static __device__ uint32_t tern__next_half(const tern__random &r, int64_t row_block, int64_t col, tern__halves *h)
+{
+    const int64_t block = row_block + col / 8;
+    const int which = (int)(col % 8);
+    if (block != h->block) tern__philox(r.seed, (uint64_t)(h->block = block), r.step, r.stream, h->words);
+    const uint32_t low = which & 2 ? h->words[1] : h->words[0], high = which & 2 ? h->words[3] : h->words[2]; /* registers have no index */
+    return (which & 4 ? high : low) >> 16 * (which & 1) & 0xFFFF;
+}
+
+/* Four inputs of a word: their trits are the next digits of its four bytes. */
+static __device__ void tern__flip_four(const tern_flip_args &a, const tern__push &push, int64_t row, int64_t col, int n, int wide, tern__halves *h, int8_t trit[4],
+                                       int *score, int events[2])
+{
+    const int64_t at = row * a.m.cols + col, row_block = row * tern__ceil_div(a.m.cols, 8);
+    const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float grad[4];
+    int8_t accum[4];
+    tern__load4(TERN_F32, a.grad, at, n, wide, grad);
+    tern__load_bytes(a.accum + at, n, accum);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        if (k >= n) continue;
+        *score += trit[k] * ((grad[k] > 0.0f) - (grad[k] < 0.0f));
+        const int event = tern__push_one(&push, push.sign ? 0 : tern__next_half(push.random, row_block, col + k, h), grad[k], &accum[k], &trit[k]);
+        events[0] += event == 1;
+        events[1] += event == 2;
+    }
+    tern__store_bytes(a.accum + at, n, accum);
+    tern__store4(TERN_F32, a.grad, at, n, wide, zeros);
+}
+
+/* A word of a row's unit. Returns how many of its trits change. */
+template <bool Base3>
+static __device__ int tern__flip_word(const tern_flip_args &a, const tern__push &push, const tern__shape &s, const tern__word &w, int wide, int *score, int *saturated)
+{
+    const int radix = Base3 ? 3 : 4;
+    uint32_t *const at = tern__word_of(&a.m, &s, w.row, w.unit), word = *at;
+    uint32_t left[4], after = 0, place = 1;
+    tern__halves h;
+    int events[2] = {0, 0};
+    h.block = -1;
+    for (int j = 0; j < 4; j++) left[j] = word >> 8 * j & 255;
+    for (int i = 0; i < (Base3 ? 20 : 16); i += 4, place *= radix) {
+        int8_t trit[4];
+        for (int j = 0; j < 4; j++) trit[j] = (int8_t)((int)(left[j] % radix) - 1);
+        if (i < w.inputs) tern__flip_four(a, push, w.row, w.col + i, (int)tern__min(4, w.inputs - i), wide, &h, trit, score, events);
+        for (int j = 0; j < 4; j++) {
+            left[j] /= radix;
+            after += place * (uint32_t)(trit[j] + 1) << 8 * j;
+        }
+    }
+    if (after != word) *at = after;
+    *saturated += events[1];
+    return events[0];
+}
+
+/* Without a step there is nothing but the gradient to clear. */
+static __device__ void tern__clear_word(const tern_flip_args &a, const tern__word &w, int wide)
+{
+    const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int i = 0; i < w.inputs; i += 4) tern__store4(TERN_F32, a.grad, w.row * a.m.cols + w.col + i, (int)tern__min(4, w.inputs - i), wide, zeros);
+}
+
+/* The ends of the block's grains: votes and counts. The tensor's own score and grain come later. */
+static __device__ void tern__flip_grains(const tern_flip_args &a, const tern__shape &s, int64_t panel, int64_t first, int64_t groups, const tern__flip_room *room, tern__flip_sums *sums)
+{
+    int8_t *exponents = (int8_t *)a.m.scales;
+    for (int i = (int)threadIdx.x; i < groups * TERN__ROWS; i += TERN__THREADS) {
+        const int64_t row = panel * TERN__ROWS + i % TERN__ROWS, at = tern__scale_index(&a.m, &s, row, first + i / TERN__ROWS);
+        if (row >= a.m.rows) continue;
+        if (a.m.grain == TERN_PER_TENSOR) atomicAdd(&sums->score, (unsigned long long)(long long)room->score[i]);
+        else {
+            if (a.scale_step && tern__vote(&a, room->score[i], &exponents[at], &a.votes[at])) atomicAdd(&sums->scales, 1ull);
+            if (room->flipped[i]) atomicAdd(&sums->grains, 1ull);
+        }
+    }
+    if (threadIdx.x == 0 && room->events[0]) atomicAdd(&sums->flips, (unsigned long long)room->events[0]);
+    if (threadIdx.x == 0 && room->events[1]) atomicAdd(&sums->saturated, (unsigned long long)room->events[1]);
+}
+
+template <bool Base3> static __global__ void __launch_bounds__(TERN__THREADS) tern__flip_panels(tern_flip_args a, tern__shape s, int64_t parts, int wide, tern__flip_sums *sums)
+{
+    TERN__SHARED(tern__flip_room, room);
+    const int64_t each = tern__min(s.groups, TERN__FLIP_GROUPS);
+    tern__push push;
+    const bool step = tern__push_of(&a, &push);
+    for (int64_t item = blockIdx.x; item < s.panels * parts; item += gridDim.x) {
+        const int64_t panel = item / parts, first = item % parts * each, groups = tern__min(each, s.groups - first);
+        const int begin = (int)(first * s.group_units), end = (int)tern__min(s.units, (first + groups) * s.group_units);
+        for (int i = (int)threadIdx.x; i < (int)(sizeof *room / sizeof(int)); i += TERN__THREADS) ((int *)room)[i] = 0;
+        __syncthreads();
+        for (int i = begin * TERN__ROWS + (int)threadIdx.x; i < end * TERN__ROWS; i += TERN__THREADS) {
+            const tern__word w = tern__word_at(&a.m, &s, panel, i);
+            const int grain = (int)(w.group - first) * TERN__ROWS + i % TERN__ROWS;
+            int score = 0, saturated = 0;
+            if (w.row >= a.m.rows) continue;
+            if (!step) {
+                tern__clear_word(a, w, wide);
+                continue;
+            }
+            const int flips = tern__flip_word<Base3>(a, push, s, w, wide, &score, &saturated);
+            if (a.scale_step && score) atomicAdd(&room->score[grain], score);
+            if (flips) room->flipped[grain] = 1;
+            if (flips) atomicAdd(&room->events[0], flips);
+            if (saturated) atomicAdd(&room->events[1], saturated);
+        }
+        __syncthreads();
+        if (step) tern__flip_grains(a, s, panel, first, groups, room, sums);
+        __syncthreads(); /* room may be written again */
+    }
+}
+
+static __global__ void tern__flip_end(tern_flip_args a, tern__flip_sums *sums, tern__blame blame)
+{
+    tern__push push;
+    const int step = tern__push_of(&a, &push), tensor = a.m.grain == TERN_PER_TENSOR;
+    if (step && tensor && a.scale_step) sums->scales += (unsigned long long)tern__vote(&a, (int64_t)sums->score, (int8_t *)a.m.scales, a.votes);
+    if (!tern__finite(*a.sum_abs)) tern__report(blame, (int64_t)a.step);
+    if (!a.counts) return;
+    a.counts->flips += (int64_t)sums->flips;
+    a.counts->grains += tensor ? sums->flips > 0 : (int64_t)sums->grains;
+    a.counts->saturated += (int64_t)sums->saturated;
+    a.counts->scales += (int64_t)sums->scales;
+    a.counts->updates += step;
+    a.counts->skipped += !step;
+}
+
+static tern_result tern__gpu_flip(tern_run *r, tern__gpu *d, const tern_flip_args *a)
+{
+    const tern__shape s = tern__shape_of(&a->m);
+    const int64_t parts = tern__ceil_div(s.groups, TERN__FLIP_GROUPS);
+    tern__flip_sums *sums = (tern__flip_sums *)d->work;
+    TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
+    TERN__CUDA(r, cudaMemsetAsync(sums, 0, sizeof *sums, d->stream), "clearing work memory");
+    TERN__LAUNCH((a->m.encoding == TERN_BASE3 ? tern__flip_panels<true> : tern__flip_panels<false>), tern__grid(d, tern__mul(s.panels, parts), 1), TERN__THREADS,
+                 sizeof(tern__flip_room), d->stream, *a, s, parts, tern__wide(a->grad, 4 * a->m.cols, 4 * s.group), sums);
+    TERN__LAUNCH(tern__flip_end, 1, 1, 0, d->stream, *a, sums, tern__blame_of(d, TERN__FAULT_FLIP));
+    return TERN_OK;
+}
+
 /* ------------------------------------------------------------------------------------------------
    [CUDA-9] The function table
    What enters: tern__gpu_NAME for every operation. What leaves: tern_cuda_backend.
@@ -2668,9 +2959,6 @@ static tern_result tern__gpu_scale_grad(tern_run *r, tern__gpu *d, const tern_sc
         (void)a;                                                                                  \
         TERN__FAIL(r, TERN_E_UNSUPPORTED, "%s has no operation " #op, r->backend->name);          \
     }
-TERN__ABSENT(round_i8)
-TERN__ABSENT(dequantize)
-TERN__ABSENT(flip)
 TERN__ABSENT(route)
 TERN__ABSENT(group)
 TERN__ABSENT(row_dot)
