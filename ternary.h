@@ -6353,10 +6353,13 @@ static void tern__route_back(const tern__kernels *k, const tern_route_args *a, c
     for (i = 0; i < a->k; i++) dx[ids[i]] = weights[i] * (dw[i] - sum);
 }
 
+/* What a load adds to the gradient of the load-balance loss in a share. */
+TERN__ANYWHERE float tern__balance_factor(const tern_route_args *a) { return a->balance * (float)a->count / ((float)a->n * (float)a->n * (float)a->k); }
+
 /* and of the load-balance loss, whose gradient in p[i] is g[i]. */
 static void tern__balance_back(const tern__kernels *k, const tern_route_args *a, const float *p, float *dx)
 {
-    const float factor = a->balance * (float)a->count / ((float)a->n * (float)a->n * (float)a->k);
+    const float factor = tern__balance_factor(a);
     float terms[TERN__MAX_EXPERTS], mean;
     int32_t i;
     for (i = 0; i < a->count; i++) terms[i] = p[i] * (factor * (float)a->loads[i]);

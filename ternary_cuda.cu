@@ -2946,25 +2946,438 @@ static tern_result tern__gpu_flip(tern_run *r, tern__gpu *d, const tern_flip_arg
     return TERN_OK;
 }
 
+/* -- routing: a warp to a token -- */
+
+enum { TERN__ROUTE_THREADS = 128 };
+
+/* What the softmax of a token's logits is made of. */
+typedef struct tern__routed { float largest, sum; } tern__routed;
+
+static __device__ float tern__route_power(const float *x, int i, const tern__routed &s) { return tern__exp(x[i] - s.largest); }
+static __device__ float tern__route_share(const float *x, int i, const tern__routed &s) { return tern__route_power(x, i, s) / s.sum; }
+
+/* Whether a token's logits are finite; their softmax. */
+static __device__ bool tern__route_softmax_of(int count, const float *x, tern__routed *s)
+{
+    uint32_t size = 0, rank = 0;
+    for (int i = (int)(threadIdx.x % 32); i < count; i += 32) {
+        const uint32_t mine = tern__bits(tern__abs(x[i])), place = tern__to_rank(x[i]);
+        size = mine > size ? mine : size;
+        rank = place > rank ? place : rank;
+    }
+    size = tern__warp_most(size);
+    s->largest = tern__from_rank(tern__warp_most(rank));
+    s->sum = tern__warp_sum(count, [&](int i) { return tern__route_power(x, i, *s); });
+    return tern__finite(tern__float(size));
+}
+
+/* Zeros of either sign are equal. */
+static __device__ uint32_t tern__route_rank(float x) { return tern__to_rank(x == 0.0f ? 0.0f : x); }
+
+/* How many logits are of at least this rank. */
+static __device__ int tern__route_count(int count, const float *x, uint32_t rank)
+{
+    int n = 0;
+    for (int i = (int)(threadIdx.x % 32); i < count; i += 32) n += tern__route_rank(x[i]) >= rank;
+    return tern__warp_count(n);
+}
+
+/* The ids of the k largest, ascending: all above the k-th largest rank, found bit by bit, and the first of those that are equal. */
+static __device__ void tern__route_ids(int count, int k, const float *x, int32_t *ids)
+{
+    const int lane = (int)(threadIdx.x % 32);
+    uint32_t limit = 0;
+    int at = 0;
+    for (int bit = 31; bit >= 0; bit--)
+        if (tern__route_count(count, x, limit | 1u << bit) >= k) limit |= 1u << bit;
+    int equal = k - tern__route_count(count, x, limit + 1); /* ranks of finite numbers are not the largest word */
+    for (int from = 0; from < count; from += 32) {
+        const int i = from + lane;
+        const uint32_t rank = i < count ? tern__route_rank(x[i]) : 0, same = __ballot_sync(TERN__ALL_LANES, i < count && rank == limit);
+        const bool chosen = i < count && (rank > limit || (rank == limit && __popc(same & tern__lanes_below(lane)) < equal));
+        const uint32_t all = __ballot_sync(TERN__ALL_LANES, chosen);
+        if (chosen) ids[at + __popc(all & tern__lanes_below(lane))] = i;
+        at += __popc(all);
+        equal = (int)tern__max(0, equal - __popc(same));
+    }
+    __syncwarp();
+}
+
+static __device__ void tern__route_token_weights(const tern_route_args &a, const float *x, tern__routed s, const int32_t *ids, float *weights)
+{
+    const int k = a.k;
+    const bool selected = a.kind == TERN_ROUTE_SELECTED;
+    if (selected) s.sum = tern__warp_sum(k, [&](int i) { return tern__route_power(x, ids[i], s); });
+    const float sum = a.kind == TERN_ROUTE_RENORMALIZED ? tern__warp_sum(k, [&](int i) { return tern__route_share(x, ids[i], s); }) : 1.0f;
+    for (int i = (int)(threadIdx.x % 32); i < k; i += 32) weights[i] = tern__route_share(x, ids[i], s) / sum;
+}
+
+static __global__ void __launch_bounds__(TERN__ROUTE_THREADS) tern__route_tokens(tern_route_args a, tern__blame blame)
+{
+    const int lane = (int)(threadIdx.x % 32), warps = TERN__ROUTE_THREADS / 32;
+    for (int64_t t = (int64_t)blockIdx.x * warps + threadIdx.x / 32; t < a.n; t += (int64_t)gridDim.x * warps) {
+        const float *x = a.logits + t * a.count;
+        int32_t *ids = a.ids + t * a.k;
+        float *weights = a.weights + t * a.k;
+        tern__routed s;
+        if (tern__route_softmax_of(a.count, x, &s)) {
+            tern__route_ids(a.count, a.k, x, ids);
+            tern__route_token_weights(a, x, s, ids, weights);
+            continue;
+        }
+        if (lane == 0) tern__report(blame, t);
+        for (int i = lane; i < a.k; i += 32) {
+            ids[i] = -1;
+            weights[i] = 0.0f;
+        }
+    }
+}
+
+static __global__ void __launch_bounds__(TERN__ROUTE_THREADS) tern__route_tokens_back(tern_route_args a, float balance, tern__blame blame)
+{
+    const int lane = (int)(threadIdx.x % 32), warps = TERN__ROUTE_THREADS / 32;
+    for (int64_t t = (int64_t)blockIdx.x * warps + threadIdx.x / 32; t < a.n; t += (int64_t)gridDim.x * warps) {
+        const float *x = a.logits + t * a.count, *weights = a.weights + t * a.k, *dw = a.dweights + t * a.k;
+        const int32_t *ids = a.ids + t * a.k;
+        float *dx = a.dlogits + t * a.count;
+        tern__routed s;
+        const bool usable = tern__route_softmax_of(a.count, x, &s);
+        const float sum = tern__warp_sum(a.k, [&](int i) { return weights[i] * dw[i]; });
+        const auto pull = [&](int i) { return balance * (float)a.loads[i]; }; /* of the load-balance loss on a share */
+        if (!usable && lane == 0) tern__report(blame, t);
+        for (int i = lane; i < a.count; i += 32) dx[i] = usable && a.kind == TERN_ROUTE_ALL ? tern__route_share(x, i, s) * (0.0f - sum) : 0.0f;
+        __syncwarp();
+        for (int i = lane; i < a.k && usable; i += 32) dx[ids[i]] = weights[i] * (dw[i] - sum);
+        __syncwarp();
+        if (!usable || !a.loads) continue;
+        const float mean = tern__warp_sum(a.count, [&](int i) { return tern__route_share(x, i, s) * pull(i); });
+        for (int i = lane; i < a.count; i += 32) dx[i] = dx[i] + tern__route_share(x, i, s) * (pull(i) - mean);
+    }
+}
+
+static tern_result tern__gpu_route(tern_run *r, tern__gpu *d, const tern_route_args *a)
+{
+    const unsigned grid = tern__grid(d, a->n, TERN__ROUTE_THREADS / 32);
+    const tern__blame blame = tern__blame_of(d, TERN__FAULT_ROUTE);
+    (void)r;
+    if (a->dweights) TERN__LAUNCH(tern__route_tokens_back, grid, TERN__ROUTE_THREADS, 0, d->stream, *a, tern__balance_factor(a), blame);
+    else TERN__LAUNCH(tern__route_tokens, grid, TERN__ROUTE_THREADS, 0, d->stream, *a, blame);
+    return TERN_OK;
+}
+
+/* -- grouping: a block to an expert, in a shape that does not depend on the routing -- */
+
+static __device__ void tern__group_slot(const tern_group_args &a, int64_t at, int64_t slot)
+{
+    a.tokens[at] = slot < 0 ? -1 : (int32_t)(slot / a.k);
+    a.slots[at] = (int32_t)slot;
+    if (a.sorted) a.sorted[at] = slot < 0 ? 0.0f : a.weights[slot];
+}
+
+/* How many ids of the slots are `low` to `high`, in all threads. */
+static __device__ int tern__group_count(const int32_t *ids, int64_t slots, int32_t low, int32_t high, uint32_t *seen)
+{
+    int n = 0, all = 0;
+    for (int64_t i = threadIdx.x; i < slots; i += blockDim.x) n += ids[i] >= low && ids[i] <= high;
+    n = tern__warp_count(n);
+    if (threadIdx.x % 32 == 0) seen[threadIdx.x / 32] = (uint32_t)n;
+    __syncthreads();
+    for (int i = 0; i < TERN__WARPS; i++) all += (int)seen[i];
+    __syncthreads();
+    return all;
+}
+
+/* list: shared memory as for tern__find. */
+static __global__ void __launch_bounds__(TERN__THREADS) tern__group_experts(tern_group_args a)
+{
+    TERN__SHARED(int32_t, list);
+    const int span = 4 * TERN__THREADS, expert = (int)blockIdx.x;
+    uint32_t *votes = (uint32_t *)(list + span);
+    const int64_t slots = a.n * a.k;
+    const int load = tern__group_count(a.ids, slots, expert, expert, votes);
+    if (threadIdx.x == 0) a.loads[expert] = load;
+    for (int64_t t = threadIdx.x; a.dense && t < a.n; t += TERN__THREADS) {
+        int64_t slot = -1;
+        for (int64_t i = t * a.k; i < (t + 1) * a.k; i++)
+            if (a.ids[i] == expert) slot = i;
+        tern__group_slot(a, expert * a.n + t, slot);
+    }
+    if (a.dense) return;
+    int64_t at = tern__group_count(a.ids, slots, 0, expert - 1, votes);
+    for (int64_t from = 0; from < slots; from += span) {
+        const int found = tern__find(a.ids, from, slots, expert, votes, list);
+        for (int f = (int)threadIdx.x; f < found; f += TERN__THREADS) tern__group_slot(a, at + f, from + list[f]);
+        at += found;
+    }
+    for (int64_t i = at + threadIdx.x; expert == a.count - 1 && i < slots; i += TERN__THREADS) tern__group_slot(a, i, -1);
+}
+
+static tern_result tern__gpu_group(tern_run *r, tern__gpu *d, const tern_group_args *a)
+{
+    (void)r;
+    TERN__LAUNCH(tern__group_experts, (unsigned)a->count, TERN__THREADS, sizeof(int32_t) * (4 * TERN__THREADS + TERN__THREADS / 8), d->stream, *a);
+    return TERN_OK;
+}
+
+/* -- dots of rows -- */
+
+static __global__ void __launch_bounds__(1024) tern__row_dots(tern_row_dot_args a)
+{
+    TERN__SHARED(float, sums);
+    for (int64_t i = blockIdx.x; i < a.n; i += gridDim.x) {
+        const int32_t id = a.ids[i];
+        if (id < 0 || id >= a.rows) continue;
+        const float *x = a.a + id * a.cols, *y = a.b + i * a.cols;
+        const float sum = tern__block_sum(a.cols, [&](int64_t j) { return x[j] * y[j]; }, sums);
+        if (threadIdx.x == 0) a.y[a.to[i]] = sum;
+    }
+}
+
+static tern_result tern__gpu_row_dot(tern_run *r, tern__gpu *d, const tern_row_dot_args *a)
+{
+    TERN__TRY(tern__check_row(r, "row_dot", a->cols));
+    TERN__LAUNCH(tern__row_dots, tern__grid(d, a->n, 1), tern__row_threads(a->cols), tern__row_shared(a->cols), d->stream, *a);
+    return TERN_OK;
+}
+
+/* -- sums over the edges of a graph: a block to a row, a thread to four of its columns -- */
+
+/* Columns [i, i + n) of the row at an edge's other end. */
+static __device__ __forceinline__ void tern__edge_row(const tern_aggregate_args &a, uint32_t entry, int64_t i, int n, int wide, float x[4])
+{
+    const int64_t u = tern__edge_node(entry);
+    if (a.q) {
+        const uint32_t four = *(const uint32_t *)(const void *)(a.q + u * a.q_row + i); /* rows end at multiples of 16 */
+        for (int k = 0; k < 4; k++) x[k] = (float)(int8_t)(four >> 8 * k);
+    } else tern__load4(TERN_F32, a.x, u * a.cols + i, n, wide, x);
+}
+
+/* The sum over edges [first, first + count), in order; the rows of four edges are on their way at once. */
+static __device__ __forceinline__ void tern__edges_sum(const tern_aggregate_args &a, int64_t first, int count, int64_t i, int n, int wide, float sum[4])
+{
+    const uint32_t *entry = a.edges.entry + first;
+    for (int k = 0; k < 4; k++) sum[k] = 0.0f;
+    for (int e = 0; e < count; e += 4) {
+        float x[4][4] = {}, factor[4] = {};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (e + j >= count) continue;
+            factor[j] = tern__edge_factor(a.right, a.q ? a.scale : NULL, entry[e + j]);
+            tern__edge_row(a, entry[e + j], i, n, wide, x[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            for (int k = 0; k < 4; k++) sum[k] = e + j < count ? sum[k] + x[j][k] * factor[j] : sum[k];
+    }
+}
+
+/* A row of y from four(i, n, sum), which gives the sums of its columns; zero where one is not finite. */
+template <typename Four> static __device__ __forceinline__ void tern__aggregate_end_row(const tern_aggregate_args &a, int64_t row, int wide, uint32_t *seen, tern__blame blame, Four four)
+{
+    const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    uint32_t most = 0;
+    tern__each4_of_row(a.cols, [&](int64_t i, int n) {
+        float sum[4];
+        four(i, n, sum);
+        for (int k = 0; k < 4; k++) {
+            if (a.left) sum[k] = a.left[row] * sum[k];
+            const uint32_t bits = k < n ? tern__bits(tern__abs(sum[k])) : 0;
+            most = bits > most ? bits : most;
+        }
+        tern__store4(TERN_F32, a.y, row * a.cols + i, n, wide, sum);
+    });
+    if (tern__finite(tern__float(tern__block_max(most, seen)))) return;
+    if (threadIdx.x == 0) tern__report(blame, row);
+    tern__each4_of_row(a.cols, [&](int64_t i, int n) { tern__store4(TERN_F32, a.y, row * a.cols + i, n, wide, zeros); });
+}
+
+/* Rows that are not hubs. */
+static __global__ void __launch_bounds__(TERN__THREADS) tern__aggregate_rows(tern_aggregate_args a, int wide, tern__blame blame)
+{
+    TERN__SHARED(uint32_t, seen);
+    for (int64_t row = blockIdx.x; row < a.edges.rows; row += gridDim.x) {
+        const int64_t first = a.edges.start[row], count = a.edges.start[row + 1] - first;
+        if (count > TERN__EDGES) continue;
+        tern__aggregate_end_row(a, row, wide, seen, blame, [&](int64_t i, int n, float *sum) { tern__edges_sum(a, first, (int)count, i, n, wide, sum); });
+    }
+}
+
+/* Segments of hubs, a block to each: that of a hub is the last one whose first segment is not behind it. */
+static __global__ void __launch_bounds__(TERN__THREADS) tern__aggregate_parts(tern_aggregate_args a, int wide)
+{
+    for (int64_t part = blockIdx.x; part < a.edges.parts; part += gridDim.x) {
+        int64_t low = 0, high = a.edges.hubs - 1;
+        while (low < high) {
+            const int64_t middle = high - (high - low) / 2;
+            if (a.edges.part[middle] <= part) low = middle;
+            else high = middle - 1;
+        }
+        const int64_t row = a.edges.hub[low], first = a.edges.start[row] + (part - a.edges.part[low]) * TERN__EDGES;
+        const int count = (int)tern__min(TERN__EDGES, a.edges.start[row + 1] - first);
+        tern__each4_of_row(a.cols, [&](int64_t i, int n) {
+            float sum[4];
+            tern__edges_sum(a, first, count, i, n, wide, sum);
+            tern__store4(TERN_F32, a.part, part * a.cols + i, n, wide, sum);
+        });
+    }
+}
+
+/* Hubs, from their segments in order. */
+static __global__ void __launch_bounds__(TERN__THREADS) tern__aggregate_hubs_end(tern_aggregate_args a, int wide, tern__blame blame)
+{
+    TERN__SHARED(uint32_t, seen);
+    for (int64_t h = blockIdx.x; h < a.edges.hubs; h += gridDim.x) {
+        const int64_t row = a.edges.hub[h], parts = tern__ceil_div(a.edges.start[row + 1] - a.edges.start[row], TERN__EDGES), first = a.edges.part[h];
+        tern__aggregate_end_row(a, row, wide, seen, blame, [&](int64_t i, int n, float *sum) {
+            tern__load4(TERN_F32, a.part, first * a.cols + i, n, wide, sum);
+            for (int64_t s = 1; s < parts; s++) {
+                float x[4];
+                tern__load4(TERN_F32, a.part, (first + s) * a.cols + i, n, wide, x);
+                for (int k = 0; k < 4; k++) sum[k] = sum[k] + x[k];
+            }
+        });
+    }
+}
+
+static tern_result tern__gpu_aggregate(tern_run *r, tern__gpu *d, const tern_aggregate_args *a)
+{
+    const int threads = 32 * (int)tern__min(TERN__WARPS, tern__ceil_div(a->cols, 128)), wide = tern__wide(a->x, a->y, a->part, 4 * a->cols);
+    const size_t room = TERN__WARPS * sizeof(uint32_t);
+    const tern__blame blame = tern__blame_of(d, TERN__FAULT_AGGREGATE);
+    if (a->q) TERN__TRY(tern__check_aligned16(r, "aggregate: q", a->q));
+    TERN__LAUNCH(tern__aggregate_rows, tern__grid(d, a->edges.rows, 1), threads, room, d->stream, *a, wide, blame);
+    if (!a->edges.hubs) return TERN_OK;
+    TERN__LAUNCH(tern__aggregate_parts, tern__grid(d, a->edges.parts, 1), threads, 0, d->stream, *a, wide);
+    TERN__LAUNCH(tern__aggregate_hubs_end, tern__grid(d, a->edges.hubs, 1), threads, room, d->stream, *a, wide, blame);
+    return TERN_OK;
+}
+
+/* -- gates: a block to a token -- */
+
+static __global__ void __launch_bounds__(1024) tern__gate_tokens(tern_gate_args a, int wide, tern__blame blame)
+{
+    TERN__SHARED(float, sums);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const float *h = a.h + t * a.cols;
+        float *y = a.y + t * a.cols;
+        tern__gather_dense(h, a.cols, wide, y);
+        for (int64_t i = t; i < a.count * a.n; i += a.n) {
+            const float *key = a.key + i * a.cols;
+            const float gate = tern__sigmoid(tern__block_sum(a.cols, [&](int64_t j) { return h[j] * key[j]; }, sums));
+            if (threadIdx.x == 0) a.gate[i] = gate;
+            tern__each4_of_row(a.cols, [&](int64_t j, int n) {
+                float v[4], value[4];
+                tern__load4(TERN_F32, y, j, n, wide, v);
+                tern__load4(TERN_F32, a.value + i * a.cols, j, n, wide, value);
+                for (int k = 0; k < 4; k++) v[k] = v[k] + gate * value[k];
+                tern__store4(TERN_F32, y, j, n, wide, v);
+            });
+        }
+        __syncthreads(); /* others wrote the row */
+        if (tern__finite(tern__float(tern__block_absmax(a.cols, [&](int64_t j) { return y[j]; }, (uint32_t *)sums)))) continue;
+        if (threadIdx.x == 0) tern__report(blame, t);
+        tern__gather_dense(NULL, a.cols, wide, y);
+    }
+}
+
+static __global__ void __launch_bounds__(1024) tern__gate_tokens_back(tern_gate_args a, int wide)
+{
+    TERN__SHARED(float, sums);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const float *dy = a.dy + t * a.cols;
+        float *dh = a.dh + t * a.cols;
+        tern__gather_dense(dy, a.cols, wide, dh);
+        for (int64_t i = t; i < a.count * a.n; i += a.n) {
+            const float gate = a.gate[i], *value = a.value + i * a.cols;
+            const float slope = tern__block_sum(a.cols, [&](int64_t j) { return dy[j] * value[j]; }, sums) * (gate * (1.0f - gate));
+            tern__each4_of_row(a.cols, [&](int64_t j, int n) {
+                float v[4], h[4], key[4], dkey[4], out[4];
+                tern__load4(TERN_F32, dy, j, n, wide, v);
+                tern__load4(TERN_F32, a.h + t * a.cols, j, n, wide, h);
+                tern__load4(TERN_F32, a.key + i * a.cols, j, n, wide, key);
+                tern__load4(TERN_F32, dh, j, n, wide, out);
+                for (int k = 0; k < 4; k++) {
+                    v[k] = gate * v[k];
+                    dkey[k] = slope * h[k];
+                    out[k] = out[k] + slope * key[k];
+                }
+                tern__store4(TERN_F32, a.dvalue + i * a.cols, j, n, wide, v);
+                tern__store4(TERN_F32, a.dkey + i * a.cols, j, n, wide, dkey);
+                tern__store4(TERN_F32, dh, j, n, wide, out);
+            });
+        }
+    }
+}
+
+static tern_result tern__gpu_gate(tern_run *r, tern__gpu *d, const tern_gate_args *a)
+{
+    const unsigned grid = tern__grid(d, a->n, 1);
+    const int threads = tern__row_threads(a->cols), wide = tern__wide(a->h, a->key, a->value, a->y, a->dy, a->dh, a->dkey, a->dvalue, 4 * a->cols);
+    const size_t room = tern__row_shared(a->cols);
+    TERN__TRY(tern__check_row(r, "gate", a->cols));
+    if (a->dy) TERN__LAUNCH(tern__gate_tokens_back, grid, threads, room, d->stream, *a, wide);
+    else TERN__LAUNCH(tern__gate_tokens, grid, threads, room, d->stream, *a, wide, tern__blame_of(d, TERN__FAULT_GATE));
+    return TERN_OK;
+}
+
+/* -- codebooks: a block to a token, a warp to every eighth code -- */
+
+/* A canonical sum of up to 2^20 terms, by a warp; sums: shared memory for a float to each 1024 of them. */
+template <typename Term> static __device__ float tern__warp_long_sum(int64_t n, Term term, float *sums)
+{
+    const int blocks = (int)tern__ceil_div(n, TERN__BLOCK);
+    if (blocks == 1) return tern__warp_sum((int)n, [&](int i) { return term((int64_t)i); });
+    for (int b = 0; b < blocks; b++) {
+        const int64_t first = (int64_t)b * TERN__BLOCK;
+        const float sum = tern__warp_sum((int)tern__min(TERN__BLOCK, n - first), [&](int i) { return term(first + i); });
+        if (threadIdx.x % 32 == 0) sums[b] = sum;
+    }
+    __syncwarp();
+    const float total = tern__warp_sum(blocks, [&](int i) { return sums[i]; });
+    __syncwarp(); /* sums may be written again */
+    return total;
+}
+
+/* The least distance, and of equal ones the first id, is the smallest key: distances are not negative. */
+static __global__ void __launch_bounds__(TERN__THREADS) tern__nearest_codes(tern_nearest_args a, tern__blame blame)
+{
+    TERN__SHARED(tern__key, keys);
+    const int warp = (int)(threadIdx.x / 32);
+    float *sums = (float *)(keys + TERN__WARPS) + warp * tern__ceil_div(a.cols, TERN__BLOCK);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const float *x = a.x + t * a.cols;
+        tern__key best = (tern__key)0x7F7FFFFFu << 32; /* the largest float: beyond it nothing is nearest */
+        for (int64_t i = warp; i < a.rows; i += TERN__WARPS) {
+            const float *w = a.w + i * a.cols;
+            const float distance = tern__warp_long_sum(a.cols, [&](int64_t j) { const float apart = x[j] - w[j]; return apart * apart; }, sums);
+            const tern__key key = (tern__key)tern__bits(distance) << 32 | (tern__key)i;
+            best = key < best ? key : best;
+        }
+        if (threadIdx.x % 32 == 0) keys[warp] = best;
+        __syncthreads();
+        for (int i = 0; i < TERN__WARPS; i++) best = keys[i] < best ? keys[i] : best;
+        const bool found = best >> 32 < 0x7F7FFFFFu;
+        if (threadIdx.x == 0) {
+            a.ids[t] = found ? (int32_t)best : -1;
+            if (a.distance) a.distance[t] = found ? tern__float((uint32_t)(best >> 32)) : 0.0f;
+            if (!found) tern__report(blame, t);
+        }
+        __syncthreads(); /* keys may be written again */
+    }
+}
+
+static tern_result tern__gpu_nearest(tern_run *r, tern__gpu *d, const tern_nearest_args *a)
+{
+    TERN__TRY(tern__check_row(r, "nearest", a->cols));
+    TERN__LAUNCH(tern__nearest_codes, tern__grid(d, a->n, 1), TERN__THREADS, TERN__WARPS * (sizeof(tern__key) + tern__row_shared(a->cols)), d->stream, *a,
+                 tern__blame_of(d, TERN__FAULT_NEAREST));
+    return TERN_OK;
+}
+
 /* ------------------------------------------------------------------------------------------------
    [CUDA-9] The function table
    What enters: tern__gpu_NAME for every operation. What leaves: tern_cuda_backend.
    ------------------------------------------------------------------------------------------------ */
-
-/* What this backend does not have yet is an error that names it. */
-#define TERN__ABSENT(op)                                                                          \
-    static tern_result tern__gpu_##op(tern_run *r, tern__gpu *d, const tern_##op##_args *a)       \
-    {                                                                                             \
-        (void)d;                                                                                  \
-        (void)a;                                                                                  \
-        TERN__FAIL(r, TERN_E_UNSUPPORTED, "%s has no operation " #op, r->backend->name);          \
-    }
-TERN__ABSENT(route)
-TERN__ABSENT(group)
-TERN__ABSENT(row_dot)
-TERN__ABSENT(aggregate)
-TERN__ABSENT(gate)
-TERN__ABSENT(nearest)
 
 /* Every operation on its device, its launches checked; errors of before are told apart. */
 #define TERN__OP(op)                                                                              \
