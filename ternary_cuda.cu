@@ -2886,7 +2886,7 @@ static __device__ void tern__flip_grains(const tern_flip_args &a, const tern__sh
     if (threadIdx.x == 0 && room->events[1]) atomicAdd(&sums->saturated, (unsigned long long)room->events[1]);
 }
 
-template <bool Base3> static __global__ void __launch_bounds__(TERN__THREADS) tern__flip_panels(tern_flip_args a, tern__shape s, int64_t parts, int wide, tern__flip_sums *sums)
+template <bool Base3> static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__flip_panels(tern_flip_args a, tern__shape s, int64_t parts, int wide, tern__flip_sums *sums)
 {
     TERN__SHARED(tern__flip_room, room);
     const int64_t each = tern__min(s.groups, TERN__FLIP_GROUPS);
@@ -3012,7 +3012,7 @@ static __device__ void tern__route_token_weights(const tern_route_args &a, const
     for (int i = (int)(threadIdx.x % 32); i < k; i += 32) weights[i] = tern__route_share(x, ids[i], s) / sum;
 }
 
-static __global__ void __launch_bounds__(TERN__ROUTE_THREADS) tern__route_tokens(tern_route_args a, tern__blame blame)
+static __global__ void __launch_bounds__(TERN__ROUTE_THREADS, 4) tern__route_tokens(tern_route_args a, tern__blame blame)
 {
     const int lane = (int)(threadIdx.x % 32), warps = TERN__ROUTE_THREADS / 32;
     for (int64_t t = (int64_t)blockIdx.x * warps + threadIdx.x / 32; t < a.n; t += (int64_t)gridDim.x * warps) {
@@ -3033,7 +3033,7 @@ static __global__ void __launch_bounds__(TERN__ROUTE_THREADS) tern__route_tokens
     }
 }
 
-static __global__ void __launch_bounds__(TERN__ROUTE_THREADS) tern__route_tokens_back(tern_route_args a, float balance, tern__blame blame)
+static __global__ void __launch_bounds__(TERN__ROUTE_THREADS, 4) tern__route_tokens_back(tern_route_args a, float balance, tern__blame blame)
 {
     const int lane = (int)(threadIdx.x % 32), warps = TERN__ROUTE_THREADS / 32;
     for (int64_t t = (int64_t)blockIdx.x * warps + threadIdx.x / 32; t < a.n; t += (int64_t)gridDim.x * warps) {

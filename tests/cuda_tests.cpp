@@ -14,6 +14,7 @@
 #include "cuda_8_training.cpp"
 #include "cuda_8_sparse.cpp"
 #include "cuda_9_layers.cpp"
+#include "cuda_9_rooms.cpp"
 #include "cuda_faults.cpp"
 
 int main(int argc, char **argv)
@@ -29,6 +30,7 @@ int main(int argc, char **argv)
     suite_cuda_training();
     suite_cuda_sparse();
     suite_cuda_layers();
+    suite_cuda_rooms();
     suite_cuda_faults();
     printf("%d passed, %d failed\n", test_passed, test_failed);
     return test_failed != 0;
