@@ -385,35 +385,36 @@ template <typename Term> static __device__ uint32_t tern__block_absmax(int64_t n
 static __device__ float tern__term(int kind, float x) { return kind == TERN_SUM ? x : kind == TERN_SUM_ABS ? tern__abs(x) : x * x; }
 
 /* Sums of blocks of 1024, a warp to a block. */
-static __global__ void tern__sum_blocks(int kind, int64_t n, const float *x, float *sums)
+static __global__ void tern__sum_blocks(int kind, int64_t n, tern_type type, const void *x, float *sums)
 {
     const int64_t warps = (int64_t)gridDim.x * TERN__WARPS;
     for (int64_t b = (int64_t)blockIdx.x * TERN__WARPS + threadIdx.x / 32; b < tern__ceil_div(n, TERN__BLOCK); b += warps) {
-        const float *block = x + b * TERN__BLOCK;
-        const float sum = tern__warp_sum((int)tern__min(TERN__BLOCK, n - b * TERN__BLOCK), [&](int i) { return tern__term(kind, block[i]); });
+        const int64_t first = b * TERN__BLOCK;
+        const float sum = tern__warp_sum((int)tern__min(TERN__BLOCK, n - first), [&](int i) { return tern__term(kind, tern__load_float(type, x, first + i)); });
         if (threadIdx.x % 32 == 0) sums[b] = sum;
     }
 }
 
 /* The last block, by one warp: y = (add ? y : 0) + sum. */
-static __global__ void tern__sum_last(int kind, int n, const float *x, float *y, int add)
+static __global__ void tern__sum_last(int kind, int n, tern_type type, const void *x, float *y, int add)
 {
-    const float sum = tern__warp_sum(n, [&](int i) { return tern__term(kind, x[i]); });
+    const float sum = tern__warp_sum(n, [&](int i) { return tern__term(kind, tern__load_float(type, x, i)); });
     if (threadIdx.x == 0) *y = add ? *y + sum : sum;
 }
 
-/* A sum of up to 2^30 floats, level by level; sums: room for a float to each 1024 of x, and to each 1024 of those. */
-static void tern__gpu_total(const tern__gpu *d, int kind, int64_t n, const float *x, float *sums, float *y, int add)
+/* A sum of up to 2^30 numbers, level by level; sums: room for a float to each 1024 of x, and to each 1024 of those. */
+static void tern__gpu_total(const tern__gpu *d, int kind, int64_t n, tern_type type, const void *x, float *sums, float *y, int add)
 {
     while (n > TERN__BLOCK) {
         const int64_t blocks = tern__ceil_div(n, TERN__BLOCK);
-        TERN__LAUNCH(tern__sum_blocks, tern__grid(d, blocks, TERN__WARPS), TERN__THREADS, 0, d->stream, kind, n, x, sums);
+        TERN__LAUNCH(tern__sum_blocks, tern__grid(d, blocks, TERN__WARPS), TERN__THREADS, 0, d->stream, kind, n, type, x, sums);
         x = sums;
+        type = TERN_F32;
         sums += blocks;
         n = blocks;
         kind = TERN_SUM;
     }
-    TERN__LAUNCH(tern__sum_last, 1, 32, 0, d->stream, kind, (int)n, x, y, add);
+    TERN__LAUNCH(tern__sum_last, 1, 32, 0, d->stream, kind, (int)n, type, x, y, add);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -691,7 +692,7 @@ template <tern_type Type> static void tern__tensor_total(const tern__gpu *d, con
 {
     TERN__LAUNCH((tern__tensor_rows<Type>), tern__grid(d, p.count, 1), TERN__PATCH_THREADS, sizeof(tern__patch), d->stream,
                  p, t, d->work);
-    tern__gpu_total(d, TERN_SUM, p.a.m.rows, d->work, d->work + TERN__WORK, &t->total, 0);
+    tern__gpu_total(d, TERN_SUM, p.a.m.rows, TERN_F32, d->work, d->work + TERN__WORK, &t->total, 0);
 }
 
 /* A block of threads to a panel, a thread to a row of a unit: its word of four bytes, from a column on. */
@@ -2595,8 +2596,7 @@ static tern_result tern__gpu_sum(tern_run *r, tern__gpu *d, const tern_sum_args 
 {
     const int64_t most = (int64_t)TERN__WORK * TERN__BLOCK;
     TERN__REQUIRE(r, a->count <= most, TERN_E_UNSUPPORTED, "cuda: sum: %d floats; %d is the most", a->count, most);
-    TERN__REQUIRE(r, a->type != TERN_BF16 && a->type != TERN_F16, TERN_E_UNSUPPORTED, "cuda: sum: type %d; only TERN_F32 for now", (int64_t)a->type);
-    tern__gpu_total(d, (int)a->kind, a->count, (const float *)a->x, d->work, a->y, a->add);
+    tern__gpu_total(d, (int)a->kind, a->count, a->type, a->x, d->work, a->y, a->add);
     return TERN_OK;
 }
 
@@ -2677,7 +2677,7 @@ static tern_result tern__gpu_scale_grad(tern_run *r, tern__gpu *d, const tern_sc
     TERN__REQUIRE(r, a->m.rows <= TERN__WORK, TERN_E_UNSUPPORTED, "cuda: scale_grad: %d rows; %d is the most", a->m.rows, (int64_t)TERN__WORK);
     TERN__LAUNCH(tern__scale_rows, tern__grid(d, a->m.rows, 1), TERN__THREADS, TERN__BLOCK * sizeof(float), d->stream, *a, tern__shape_of(&a->m), d->work);
     if (a->rule == TERN_LSQ) {
-        tern__gpu_total(d, TERN_SUM, a->m.rows, d->work, d->work + TERN__WORK, total, 0);
+        tern__gpu_total(d, TERN_SUM, a->m.rows, TERN_F32, d->work, d->work + TERN__WORK, total, 0);
         TERN__LAUNCH(tern__scale_add, 1, 1, 0, d->stream, (int64_t)1, total, tern__scale_factor(a), a->dalpha);
     } else
         TERN__LAUNCH(tern__scale_add, tern__grid(d, a->m.rows, TERN__THREADS), TERN__THREADS, 0, d->stream, a->m.rows, d->work,
