@@ -915,19 +915,37 @@ static __global__ void __launch_bounds__(1024) tern__quantize_rows(tern_quantize
         tern__quantize_row(a, s, t, a.q + t * s.stride, a.scale + t, a.sum + t * s.groups, blame, room);
 }
 
-static tern_result tern__check_no_bits(tern_run *r, const char *op, tern_act act)
+/* Bits of a row: a thread to each word of 32 inputs of a group. */
+static __global__ void __launch_bounds__(1024) tern__quantize_bit_rows(tern_quantize_args a, tern__shape s, tern__blame blame)
 {
-    TERN__REQUIRE(r, act != TERN_ACT_BIT, TERN_E_UNSUPPORTED, "cuda: bit activations are not supported by %s", op);
-    return TERN_OK;
+    TERN__SHARED(uint32_t, seen);
+    const int words = (int)tern__bit_words(s.group_units, s.unit), all = (int)s.stride / 4;
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const float *x = a.x + t * a.m.cols;
+        int32_t *sum = a.sum + t * s.groups;
+        const bool usable = tern__finite(tern__float(tern__block_absmax(a.m.cols, [&](int64_t i) { return x[i]; }, seen)));
+        if (threadIdx.x == 0) a.scale[t] = usable ? 1.0f : 0.0f;
+        if (threadIdx.x == 0 && !usable) tern__report(blame, t);
+        for (int g = (int)threadIdx.x; g < s.groups; g += (int)blockDim.x) sum[g] = 0;
+        __syncthreads();
+        for (int w = (int)threadIdx.x; w < all; w += (int)blockDim.x) {
+            const int g = w / words, first = w % words * 32;
+            const int n = usable && g < s.groups ? (int)tern__min(32, tern__group_cols(&a.m, &s, g) - first) : 0;
+            uint32_t word = 0;
+            for (int i = 0; i < n; i++) word |= (uint32_t)(x[g * s.group + first + i] != 0.0f) << (i % 4 * 8 + i / 4 % 4 * 2 + i / 16);
+            ((uint32_t *)(a.q + t * s.stride))[w] = word;
+            if (word) atomicAdd(&sum[g], __popc(word));
+        }
+        __syncthreads(); /* seen may be written again */
+    }
 }
 
 static tern_result tern__gpu_quantize(tern_run *r, tern__gpu *d, const tern_quantize_args *a)
 {
     const int threads = a->m.cols > 2048 ? 1024 : TERN__THREADS; /* few long rows still fill a multiprocessor */
-    TERN__TRY(tern__check_no_bits(r, "quantize", a->act));
     TERN__TRY(tern__check_aligned16(r, "quantize: q", a->q));
-    TERN__LAUNCH(tern__quantize_rows, tern__grid(d, a->n, 1), threads, TERN__ROOM, d->stream, *a, tern__shape_of(&a->m),
-                 tern__blame_of(d, TERN__FAULT_QUANTIZE));
+    TERN__LAUNCH((a->act == TERN_ACT_BIT ? tern__quantize_bit_rows : tern__quantize_rows), tern__grid(d, a->n, 1), threads, TERN__ROOM, d->stream, *a,
+                 tern__shape_of(&a->m), tern__blame_of(d, TERN__FAULT_QUANTIZE));
     return TERN_OK;
 }
 
@@ -1320,10 +1338,48 @@ static tern_result tern__gpu_matmul_many(tern_run *r, tern__gpu *d, const tern_m
 static tern_result tern__gpu_matmul_int8(tern_run *r, tern__gpu *d, const tern_matmul_args *a)
 {
     const tern__shape s = tern__shape_of(&a->m);
-    TERN__TRY(tern__check_no_bits(r, "matmul", a->act));
     TERN__TRY(tern__check_aligned16(r, "matmul: m.trits", a->m.trits));
     TERN__TRY(tern__check_aligned16(r, "matmul: q", a->q));
     return a->n <= TERN__FEW_TOKENS ? tern__gpu_matmul_few(d, a, s) : tern__gpu_matmul_many(r, d, a, s);
+}
+
+/* Bits as int8, in the layout of those. */
+static __global__ void tern__widen_bits(int64_t n, const int8_t *bits, tern__shape s, int8_t *q)
+{
+    const int64_t run = s.group_units * s.unit, words = tern__bit_words(s.group_units, s.unit), used = s.units * s.unit, fours = s.stride / 4;
+    TERN__EACH(item, n * fours) {
+        const int64_t t = item / fours, at = (item - t * fours) * 4, g = at / run;
+        const int8_t *from = bits + t * s.stride + g * words * 4;
+        uint32_t four = 0;
+        for (int k = 0; k < 4 && at < used; k++) four |= (uint32_t)tern__bit_of(from, at - g * run + k) << 8 * k;
+        *(uint32_t *)(void *)(q + t * s.stride + at) = four;
+    }
+}
+
+/* A product with bits is one with int8, of as many tokens at a time as have room in so many bytes of the work memory. */
+static tern_result tern__gpu_matmul_bits(tern_run *r, tern__gpu *d, const tern_matmul_args *a, int64_t room)
+{
+    const tern__shape s = tern__shape_of(&a->m);
+    const int64_t tokens = room / s.stride;
+    TERN__REQUIRE(r, tokens > 0, TERN_E_UNSUPPORTED, "cuda: matmul: bits of rows of %d bytes as int8; %d is the most", s.stride, room);
+    TERN__TRY(tern__check_aligned16(r, "matmul: q", a->q));
+    for (int64_t t = 0; t < a->n; t += tokens) {
+        tern_matmul_args piece = *a;
+        piece.act = TERN_ACT_INT8;
+        piece.n = tern__min(tokens, a->n - t);
+        piece.q = (const int8_t *)d->work;
+        piece.scale += t;
+        piece.sum += t * s.groups;
+        piece.y += t * a->m.rows;
+        TERN__LAUNCH(tern__widen_bits, tern__grid(d, piece.n * s.stride / 4, TERN__THREADS), TERN__THREADS, 0, d->stream, piece.n, a->q + t * s.stride, s, (int8_t *)d->work);
+        TERN__TRY(tern__gpu_matmul_int8(r, d, &piece));
+    }
+    return TERN_OK;
+}
+
+static tern_result tern__gpu_matmul_quantized(tern_run *r, tern__gpu *d, const tern_matmul_args *a)
+{
+    return a->act == TERN_ACT_BIT ? tern__gpu_matmul_bits(r, d, a, TERN__WORK * (int64_t)sizeof(float)) : tern__gpu_matmul_int8(r, d, a);
 }
 
 /* In one launch where quantizing again in every block costs less than a launch of its own. */
@@ -1333,10 +1389,9 @@ static tern_result tern__gpu_linear(tern_run *r, tern__gpu *d, const tern_linear
     const tern__shape s = tern__shape_of(&m.m);
     const int64_t bytes = tern__mul(m.n, s.stride + 4 + 4 * s.groups);
     const int pieces = tern__pieces(d, s, m.n);
-    TERN__TRY(tern__check_no_bits(r, "linear", m.act));
-    if (m.n > TERN__FUSED_TOKENS || bytes > TERN__FUSED_BYTES || tern__few_tokens_grid(s, pieces) > 2 * (unsigned)d->processors) {
+    if (m.act == TERN_ACT_BIT || m.n > TERN__FUSED_TOKENS || bytes > TERN__FUSED_BYTES || tern__few_tokens_grid(s, pieces) > 2 * (unsigned)d->processors) {
         TERN__TRY(tern__gpu_quantize(r, d, &a->quantize));
-        return tern__gpu_matmul_int8(r, d, &m);
+        return tern__gpu_matmul_quantized(r, d, &m);
     }
     TERN__TRY(tern__check_aligned16(r, "linear: m.trits", m.m.trits));
     TERN__TRY(tern__check_aligned16(r, "linear: q", m.q));
@@ -1375,11 +1430,11 @@ typedef struct tern__strided {
 } tern__strided;
 
 /* Right operands: strided floats, packed weights as trit * scale with their rows as terms, packed weights as trits
-   with their inputs as terms, int8 activations times their token's scale with tokens as terms. */
+   with their inputs as terms, int8 activations or bits times their token's scale with tokens as terms. */
 struct tern__b_floats { enum { GROUPED = 0 }; tern__strided x; };
 struct tern__b_weights { enum { GROUPED = 0 }; tern_matrix m; tern__shape s; };
 struct tern__b_trits { enum { GROUPED = 1 }; tern_matrix m; tern__shape s; };
-struct tern__b_bytes { enum { GROUPED = 0 }; const int8_t *q; const float *scale; tern__shape s; };
+template <bool Bits> struct tern__b_tokens { enum { GROUPED = 0 }; const int8_t *q; const float *scale; tern__shape s; };
 
 /* c [m, n] = a [m, k] * b [k, n] (+ c) (+ bias) for each item, a head of a sequence. The terms may lie in groups. With
    delta, one to a row, c = c * (a * b - delta) * factor. Columns from visible + row on need no result. */
@@ -1484,13 +1539,15 @@ template <int Lines> static __device__ tern__code_lines tern__lines_of(const ter
     return l;
 }
 
-template <int Lines> static __device__ tern__code_lines tern__lines_of(const tern__b_bytes &b, tern__which, int64_t first, int64_t end)
+/* Of bits: where the group's begin, and the number among them. */
+template <int Lines, bool Bits> static __device__ tern__code_lines tern__lines_of(const tern__b_tokens<Bits> &b, tern__which, int64_t first, int64_t end)
 {
     tern__code_lines l;
     l.place = tern__place_of<Lines>(false);
-    const int64_t input = first + l.place.line;
+    const int64_t input = first + l.place.line, group = input / b.s.group;
     l.inside = input < end;
-    l.p = (const uint8_t *)b.q + input / b.s.group * b.s.group_units * b.s.unit + input % b.s.group;
+    l.digit = (int)(input % b.s.group);
+    l.p = (const uint8_t *)b.q + (Bits ? group * tern__bit_words(b.s.group_units, b.s.unit) * 4 : group * b.s.group_units * b.s.unit + l.digit);
     return l;
 }
 
@@ -1541,12 +1598,13 @@ static __device__ void tern__read(const tern__b_trits &b, const tern__code_lines
     });
 }
 
-static __device__ void tern__read(const tern__b_bytes &b, const tern__code_lines &l, const tern__chunk &c, float (&v)[4])
+template <bool Bits> static __device__ void tern__read(const tern__b_tokens<Bits> &b, const tern__code_lines &l, const tern__chunk &c, float (&v)[4])
 {
     const int8_t *q = (const int8_t *)l.p + (int64_t)c.k * b.s.stride;
     tern__read_each(l.place, c, l.inside ? TERN__SIDE : 0, v, [&](int i) {
         const int64_t token = tern__place_k(l.place, i);
-        return (float)q[token * b.s.stride] * b.scale[c.k + token];
+        const int8_t *at = q + token * b.s.stride;
+        return (float)(Bits ? tern__bit_of(at, l.digit) : *at) * b.scale[c.k + token];
     });
 }
 
@@ -1752,7 +1810,7 @@ static tern_result tern__gpu_matmul_floats(tern_run *r, tern__gpu *d, const tern
 
 static tern_result tern__gpu_matmul(tern_run *r, tern__gpu *d, const tern_matmul_args *a)
 {
-    return a->q ? tern__gpu_matmul_int8(r, d, a) : tern__gpu_matmul_floats(r, d, a);
+    return a->q ? tern__gpu_matmul_quantized(r, d, a) : tern__gpu_matmul_floats(r, d, a);
 }
 
 static tern_result tern__gpu_matmul_dx(tern_run *r, tern__gpu *d, const tern_matmul_dx_args *a)
@@ -1778,17 +1836,21 @@ static __global__ void tern__bias_columns(int64_t n, int64_t rows, const float *
     }
 }
 
+template <bool Bits> static tern_result tern__gpu_tokens_dw(tern_run *r, tern__gpu *d, const tern_matmul_dw_args *a, const tern__product &g)
+{
+    tern__b_tokens<Bits> b;
+    b.q = a->q;
+    b.scale = a->scale;
+    b.s = tern__shape_of(&a->m);
+    return tern__gpu_product<true>(r, d, "matmul_dw", g, b);
+}
+
 static tern_result tern__gpu_matmul_dw(tern_run *r, tern__gpu *d, const tern_matmul_dw_args *a)
 {
     const tern__steps none = tern__no_steps();
     tern__product g = tern__product_of(a->m.rows, a->m.cols, a->n, tern__strided_of(a->dy, a->m.rows, 1, none), a->dw, a->m.cols, none);
-    tern__b_bytes b;
-    b.q = a->q;
-    b.scale = a->scale;
-    b.s = tern__shape_of(&a->m);
     g.add = 1;
-    if (a->dw && a->q) TERN__TRY(tern__check_no_bits(r, "matmul_dw", a->act));
-    if (a->dw && a->q) TERN__TRY(tern__gpu_product<true>(r, d, "matmul_dw", g, b));
+    if (a->dw && a->q) TERN__TRY(a->act == TERN_ACT_BIT ? tern__gpu_tokens_dw<true>(r, d, a, g) : tern__gpu_tokens_dw<false>(r, d, a, g));
     if (a->dw && !a->q) TERN__TRY(tern__gpu_product<true>(r, d, "matmul_dw", g, tern__b_floats_of(a->x, a->m.cols, 1, none)));
     if (a->dbias) TERN__LAUNCH(tern__bias_columns, tern__grid(d, a->m.rows, 64), 64, 0, d->stream, a->n, a->m.rows, a->dy, a->dbias);
     return TERN_OK;
