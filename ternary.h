@@ -6558,10 +6558,13 @@ static void tern__route_back(const tern__kernels *k, const tern_route_args *a, c
     for (i = 0; i < a->k; i++) dx[ids[i]] = weights[i] * (dw[i] - sum);
 }
 
+/* What a load adds to the gradient of the load-balance loss in a share. */
+TERN__ANYWHERE float tern__balance_factor(const tern_route_args *a) { return a->balance * (float)a->count / ((float)a->n * (float)a->n * (float)a->k); }
+
 /* and of the load-balance loss, whose gradient in p[i] is g[i]. */
 static void tern__balance_back(const tern__kernels *k, const tern_route_args *a, const float *p, float *dx)
 {
-    const float factor = a->balance * (float)a->count / ((float)a->n * (float)a->n * (float)a->k);
+    const float factor = tern__balance_factor(a);
     float terms[TERN__MAX_EXPERTS], mean;
     int32_t i;
     for (i = 0; i < a->count; i++) terms[i] = p[i] * (factor * (float)a->loads[i]);
@@ -7473,7 +7476,7 @@ static void tern__round_rows(const tern__kernels *k, const tern__round_work *w, 
 }
 
 /* Scale and its inverse from the largest |v|; a row that is not finite or has none is 0. */
-static float tern__round_scale(uint32_t most, float *inverse)
+TERN__ANYWHERE float tern__round_scale(uint32_t most, float *inverse)
 {
     const float size = tern__float(most);
     *inverse = tern__finite(size) && tern__finite(127.0f / size) ? 127.0f / size : 0.0f;

@@ -101,6 +101,8 @@ template <unsigned Pending> static __device__ __forceinline__ void tern__cp_wait
 
 #define TERN__ALL_LANES 0xFFFFFFFFu
 
+static __device__ uint32_t tern__lanes_below(int lane) { return (1u << lane) - 1; }
+
 /* The elements of [0, n) that fall to a thread of the grid. */
 #define TERN__EACH(i, n) \
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (int64_t)gridDim.x * blockDim.x)
@@ -131,9 +133,10 @@ enum {
 enum { TERN__REFUSED_BEFORE = TERN__FAULTS_END - 1, TERN__REFUSALS(TERN__ENUM) TERN__REFUSALS_END };
 #undef TERN__ENUM
 
-/* The first fault since tern_sync is the smallest key: order of the operation (16 bits), kind (4), index (44 bits; of
-   a weight or trit, row in 26 and column in 18). */
-enum { TERN__INDEX_BITS = 44, TERN__COLUMN_BITS = 18, TERN__KIND_BITS = 4 };
+/* The first fault since tern_sync is the smallest key: order of the operation (16 bits), kind (5), index (43 bits; of
+   a weight or trit, row in 25 and column in 18). */
+enum { TERN__INDEX_BITS = 43, TERN__COLUMN_BITS = 18, TERN__KIND_BITS = 5 };
+static_assert((int)TERN__REFUSALS_END <= 1 << TERN__KIND_BITS, "every kind has a number");
 typedef unsigned long long tern__key;
 static const tern__key tern__no_fault = ~(tern__key)0;
 
@@ -337,14 +340,26 @@ template <typename Term> static __device__ float tern__block_sum(int64_t n, Term
     return total;
 }
 
-/* The largest of all threads' values, in all threads; seen: shared memory for TERN__WARPS words. */
-static __device__ uint32_t tern__block_max(uint32_t value, uint32_t *seen)
+/* The sum and the largest of a warp's values, in all lanes. */
+static __device__ int tern__warp_count(int n)
 {
-    const int warps = (int)blockDim.x / 32;
+    for (int half = 16; half > 0; half /= 2) n += __shfl_xor_sync(TERN__ALL_LANES, n, half);
+    return n;
+}
+static __device__ uint32_t tern__warp_most(uint32_t value)
+{
     for (int half = 16; half > 0; half /= 2) {
         const uint32_t other = __shfl_xor_sync(TERN__ALL_LANES, value, half);
         value = other > value ? other : value;
     }
+    return value;
+}
+
+/* The same of all threads' values, in all threads; seen: shared memory for a word to each warp. */
+static __device__ uint32_t tern__block_max(uint32_t value, uint32_t *seen)
+{
+    const int warps = (int)blockDim.x / 32;
+    value = tern__warp_most(value);
     if (threadIdx.x % 32 == 0) seen[threadIdx.x / 32] = value;
     __syncthreads();
     for (int i = 0; i < warps; i++) value = seen[i] > value ? seen[i] : value;
@@ -352,38 +367,54 @@ static __device__ uint32_t tern__block_max(uint32_t value, uint32_t *seen)
     return value;
 }
 
+/* Words in the order of the floats; NaN are at the ends. */
+static __device__ uint32_t tern__to_rank(float x) { return tern__bits(x) >> 31 ? ~tern__bits(x) : tern__bits(x) | 0x80000000u; }
+static __device__ float tern__from_rank(uint32_t rank) { return tern__float(rank >> 31 ? rank & 0x7FFFFFFFu : ~rank); }
+
+/* Bits of the largest |term|, in all threads: NaN and Inf win. */
+template <typename Term> static __device__ uint32_t tern__block_absmax(int64_t n, Term term, uint32_t *seen)
+{
+    uint32_t most = 0;
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+        const uint32_t mine = tern__bits(term(i)) & 0x7FFFFFFFu;
+        most = mine > most ? mine : most;
+    }
+    return tern__block_max(most, seen);
+}
+
 static __device__ float tern__term(int kind, float x) { return kind == TERN_SUM ? x : kind == TERN_SUM_ABS ? tern__abs(x) : x * x; }
 
 /* Sums of blocks of 1024, a warp to a block. */
-static __global__ void tern__sum_blocks(int kind, int64_t n, const float *x, float *sums)
+static __global__ void tern__sum_blocks(int kind, int64_t n, tern_type type, const void *x, float *sums)
 {
     const int64_t warps = (int64_t)gridDim.x * TERN__WARPS;
     for (int64_t b = (int64_t)blockIdx.x * TERN__WARPS + threadIdx.x / 32; b < tern__ceil_div(n, TERN__BLOCK); b += warps) {
-        const float *block = x + b * TERN__BLOCK;
-        const float sum = tern__warp_sum((int)tern__min(TERN__BLOCK, n - b * TERN__BLOCK), [&](int i) { return tern__term(kind, block[i]); });
+        const int64_t first = b * TERN__BLOCK;
+        const float sum = tern__warp_sum((int)tern__min(TERN__BLOCK, n - first), [&](int i) { return tern__term(kind, tern__load_float(type, x, first + i)); });
         if (threadIdx.x % 32 == 0) sums[b] = sum;
     }
 }
 
 /* The last block, by one warp: y = (add ? y : 0) + sum. */
-static __global__ void tern__sum_last(int kind, int n, const float *x, float *y, int add)
+static __global__ void tern__sum_last(int kind, int n, tern_type type, const void *x, float *y, int add)
 {
-    const float sum = tern__warp_sum(n, [&](int i) { return tern__term(kind, x[i]); });
+    const float sum = tern__warp_sum(n, [&](int i) { return tern__term(kind, tern__load_float(type, x, i)); });
     if (threadIdx.x == 0) *y = add ? *y + sum : sum;
 }
 
-/* A sum of up to 2^30 floats, level by level; sums: room for a float to each 1024 of x, and to each 1024 of those. */
-static void tern__gpu_total(const tern__gpu *d, int kind, int64_t n, const float *x, float *sums, float *y, int add)
+/* A sum of up to 2^30 numbers, level by level; sums: room for a float to each 1024 of x, and to each 1024 of those. */
+static void tern__gpu_total(const tern__gpu *d, int kind, int64_t n, tern_type type, const void *x, float *sums, float *y, int add)
 {
     while (n > TERN__BLOCK) {
         const int64_t blocks = tern__ceil_div(n, TERN__BLOCK);
-        TERN__LAUNCH(tern__sum_blocks, tern__grid(d, blocks, TERN__WARPS), TERN__THREADS, 0, d->stream, kind, n, x, sums);
+        TERN__LAUNCH(tern__sum_blocks, tern__grid(d, blocks, TERN__WARPS), TERN__THREADS, 0, d->stream, kind, n, type, x, sums);
         x = sums;
+        type = TERN_F32;
         sums += blocks;
         n = blocks;
         kind = TERN_SUM;
     }
-    TERN__LAUNCH(tern__sum_last, 1, 32, 0, d->stream, kind, (int)n, x, y, add);
+    TERN__LAUNCH(tern__sum_last, 1, 32, 0, d->stream, kind, (int)n, type, x, y, add);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -442,12 +473,6 @@ static __device__ int64_t tern__patch_group(const tern__patches &p, int64_t patc
     return patch % p.across * p.groups + grain / p.rows;
 }
 
-static __device__ int tern__warp_count(int n)
-{
-    for (int half = 16; half > 0; half /= 2) n += __shfl_xor_sync(TERN__ALL_LANES, n, half);
-    return n;
-}
-
 /* The bad ones of n weights from a row and column. */
 template <tern_type Type> static __device__ void tern__report_weights(const tern__patches &p, int64_t row, int64_t col, int n)
 {
@@ -463,11 +488,7 @@ template <typename Term> static __device__ float tern__warp_max(int n, Term term
         const uint32_t mine = tern__bits(term(i));
         bits = mine > bits ? mine : bits;
     }
-    for (int half = 16; half > 0; half /= 2) {
-        const uint32_t other = __shfl_xor_sync(TERN__ALL_LANES, bits, half);
-        bits = other > bits ? other : bits;
-    }
-    return tern__float(bits);
+    return tern__float(tern__warp_most(bits));
 }
 
 /* Canonical sum (SEQ: the largest), by a warp, of up to 1024 |w| above delta, counted; NaN where a weight is bad. */
@@ -572,6 +593,21 @@ template <tern_type Type> static __device__ void tern__load_four(const void *w, 
     }
 }
 
+/* n bytes, at most 4 (of a load: and zeros after them); four where they lie together. */
+static __device__ __forceinline__ void tern__load_bytes(const int8_t *p, int n, int8_t x[4])
+{
+    uint32_t four = 0;
+    if (n == 4 && (uintptr_t)p % 4 == 0) four = *(const uint32_t *)(const void *)p;
+    else for (int k = 0; k < 4; k++) if (k < n) four |= (uint32_t)(uint8_t)p[k] << 8 * k;
+    for (int k = 0; k < 4; k++) x[k] = (int8_t)(four >> 8 * k);
+}
+static __device__ __forceinline__ void tern__store_bytes(int8_t *p, int n, const int8_t x[4])
+{
+    if (n == 4 && (uintptr_t)p % 4 == 0)
+        *(uint32_t *)(void *)p = (uint32_t)(uint8_t)x[0] | (uint32_t)(uint8_t)x[1] << 8 | (uint32_t)(uint8_t)x[2] << 16 | (uint32_t)(uint8_t)x[3] << 24;
+    else for (int k = 0; k < 4; k++) if (k < n) p[k] = x[k];
+}
+
 /* A row's word of a unit; four(i, t) gives the trits of inputs i to i + 3. */
 template <typename Four> static __device__ uint32_t tern__pack_word(tern_type encoding, Four four)
 {
@@ -656,37 +692,7 @@ template <tern_type Type> static void tern__tensor_total(const tern__gpu *d, con
 {
     TERN__LAUNCH((tern__tensor_rows<Type>), tern__grid(d, p.count, 1), TERN__PATCH_THREADS, sizeof(tern__patch), d->stream,
                  p, t, d->work);
-    tern__gpu_total(d, TERN_SUM, p.a.m.rows, d->work, d->work + TERN__WORK, &t->total, 0);
-}
-
-template <tern_type Type> static void tern__ternarize_as(const tern__gpu *d, const tern__patches &p)
-{
-    tern__tensor *tensor = NULL;
-    if (p.a.m.grain == TERN_PER_TENSOR) {
-        tensor = (tern__tensor *)(d->work + TERN__WORK + TERN__WORK_LEVELS / 2);
-        TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_BEGIN);
-        tern__tensor_total<Type>(d, p, tensor);
-        if (p.a.rule == TERN_TWN) {
-            TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_MEAN);
-            tern__tensor_total<Type>(d, p, tensor);
-        }
-        TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_END);
-    }
-    TERN__LAUNCH((tern__ternarize_patches<Type>), tern__grid(d, p.count, 1), TERN__PATCH_THREADS, sizeof(tern__patch), d->stream,
-                 p, tensor);
-}
-
-static tern_result tern__gpu_ternarize(tern_run *r, tern__gpu *d, const tern_ternarize_args *a)
-{
-    const tern__patches p = tern__patches_of(d, a);
-    TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
-    TERN__REQUIRE(r, a->m.grain != TERN_PER_TENSOR || a->m.rows <= TERN__WORK, TERN_E_UNSUPPORTED,
-                  "cuda: ternarize: a grain of %d rows; %d is the most", a->m.rows, (int64_t)TERN__WORK);
-    TERN__REQUIRE(r, !a->accum, TERN_E_UNSUPPORTED, "%s: ternarize has no accum", r->backend->name);
-    if (a->type == TERN_F16) tern__ternarize_as<TERN_F16>(d, p);
-    else if (a->type == TERN_BF16) tern__ternarize_as<TERN_BF16>(d, p);
-    else tern__ternarize_as<TERN_F32>(d, p);
-    return TERN_OK;
+    tern__gpu_total(d, TERN_SUM, p.a.m.rows, TERN_F32, d->work, d->work + TERN__WORK, &t->total, 0);
 }
 
 /* A block of threads to a panel, a thread to a row of a unit: its word of four bytes, from a column on. */
@@ -706,6 +712,57 @@ static __device__ tern__word tern__word_at(const tern_matrix *m, const tern__sha
     return w;
 }
 
+/* What is left of the weights of packed trits. */
+template <tern_type Type> static __global__ void tern__accum_panels(tern_ternarize_args a, tern__shape s)
+{
+    for (int64_t panel = blockIdx.x; panel < s.panels; panel += gridDim.x)
+        TERN__EACH_WORD(i, s) {
+            const tern__word w = tern__word_at(&a.m, &s, panel, i);
+            if (w.row >= a.m.rows) continue;
+            const float scale = tern__load_scale(a.m.scale_type, a.m.scales, tern__scale_index(&a.m, &s, w.row, w.group));
+            const int64_t at = w.row * a.m.cols + w.col;
+            int8_t t[20] = {};
+            tern__unpack_unit(a.m.encoding, (const uint8_t *)a.m.trits + panel * s.panel_bytes + w.unit * TERN__UNIT, i % TERN__ROWS, t);
+            for (int j = 0; j < 20; j += 4) {
+                float x[4];
+                if (j >= w.inputs) continue;
+                tern__load_four<Type>(a.w, at + j, w.inputs - j, x);
+                for (int k = 0; k < 4; k++) t[j + k] = tern__left_over(x[k], scale, (float)t[j + k], a.theta);
+                tern__store_bytes(a.accum + at + j, (int)tern__min(4, w.inputs - j), t + j);
+            }
+        }
+}
+
+template <tern_type Type> static void tern__ternarize_as(const tern__gpu *d, const tern__patches &p)
+{
+    tern__tensor *tensor = NULL;
+    if (p.a.m.grain == TERN_PER_TENSOR) {
+        tensor = (tern__tensor *)(d->work + TERN__WORK + TERN__WORK_LEVELS / 2);
+        TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_BEGIN);
+        tern__tensor_total<Type>(d, p, tensor);
+        if (p.a.rule == TERN_TWN) {
+            TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_MEAN);
+            tern__tensor_total<Type>(d, p, tensor);
+        }
+        TERN__LAUNCH(tern__tensor_step, 1, 1, 0, d->stream, p, tensor, (int)TERN__TENSOR_END);
+    }
+    TERN__LAUNCH((tern__ternarize_patches<Type>), tern__grid(d, p.count, 1), TERN__PATCH_THREADS, sizeof(tern__patch), d->stream,
+                 p, tensor);
+    if (p.a.accum) TERN__LAUNCH((tern__accum_panels<Type>), tern__grid(d, p.s.panels, 1), TERN__THREADS, 0, d->stream, p.a, p.s);
+}
+
+static tern_result tern__gpu_ternarize(tern_run *r, tern__gpu *d, const tern_ternarize_args *a)
+{
+    const tern__patches p = tern__patches_of(d, a);
+    TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
+    TERN__REQUIRE(r, a->m.grain != TERN_PER_TENSOR || a->m.rows <= TERN__WORK, TERN_E_UNSUPPORTED,
+                  "cuda: ternarize: a grain of %d rows; %d is the most", a->m.rows, (int64_t)TERN__WORK);
+    if (a->type == TERN_F16) tern__ternarize_as<TERN_F16>(d, p);
+    else if (a->type == TERN_BF16) tern__ternarize_as<TERN_BF16>(d, p);
+    else tern__ternarize_as<TERN_F32>(d, p);
+    return TERN_OK;
+}
+
 static __global__ void tern__pack_panels(tern_pack_args a, tern__shape s, tern__blame blame)
 {
     for (int64_t panel = blockIdx.x; panel < s.panels; panel += gridDim.x)
@@ -714,14 +771,11 @@ static __global__ void tern__pack_panels(tern_pack_args a, tern__shape s, tern__
             const int64_t n = w.row < a.m.rows ? w.inputs : 0;
             const int8_t *from = a.trits + w.row * a.m.cols + w.col;
             *tern__word_of(&a.m, &s, w.row, w.unit) = tern__pack_word(a.m.encoding, [&](int j, int8_t *t) {
-                uint32_t four = 0;
-                if (n >= j + 4 && (uintptr_t)(from + j) % 4 == 0) four = *(const uint32_t *)(from + j);
-                else for (int k = 0; k < 4 && j + k < n; k++) four |= (uint32_t)(uint8_t)from[j + k] << 8 * k;
+                tern__load_bytes(from + j, (int)tern__min(4, n - j), t);
                 for (int k = 0; k < 4; k++) {
-                    const int8_t trit = (int8_t)(four >> 8 * k);
-                    const bool good = trit >= -1 && trit <= 1;
+                    const bool good = t[k] >= -1 && t[k] <= 1;
                     if (!good) tern__report_at(blame, w.row, w.col + j + k);
-                    t[k] = good ? trit : 0;
+                    if (!good) t[k] = 0;
                 }
             });
         }
@@ -812,13 +866,9 @@ static __device__ float tern__block_rms(int64_t n, const float *x, float eps, fl
 static __device__ float tern__block_size(const tern_quantize_args &a, const float *x, float *room)
 {
     const int64_t n = a.m.cols;
-    uint32_t bits = 0;
-    if (a.act == TERN_ACT_INT4) return tern__block_sum(n, [&](int64_t i) { return tern__abs(a.gain ? x[i] * a.gain[i] : x[i]); }, room) / (float)n;
-    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
-        const uint32_t mine = tern__bits(a.gain ? x[i] * a.gain[i] : x[i]) & 0x7FFFFFFFu;
-        bits = mine > bits ? mine : bits;
-    }
-    return tern__float(tern__block_max(bits, (uint32_t *)room));
+    const auto term = [&](int64_t i) { return a.gain ? x[i] * a.gain[i] : x[i]; };
+    if (a.act == TERN_ACT_INT4) return tern__block_sum(n, [&](int64_t i) { return tern__abs(term(i)); }, room) / (float)n;
+    return tern__float(tern__block_absmax(n, term, (uint32_t *)room));
 }
 
 /* Row t, by a block; q, scale and sum are that row's. Within a row everything fits 32 bits: at most 2^18 units. */
@@ -852,7 +902,7 @@ static __device__ void tern__quantize_row(const tern_quantize_args &a, const ter
             }
             *(uint32_t *)(q + g * run + i) = four;
         }
-        for (int half = 16; half > 0; half /= 2) total += __shfl_xor_sync(TERN__ALL_LANES, total, half);
+        total = tern__warp_count(total);
         if (lane == 0) atomicAdd(&sum[g], total);
     }
     __syncthreads();
@@ -865,19 +915,37 @@ static __global__ void __launch_bounds__(1024) tern__quantize_rows(tern_quantize
         tern__quantize_row(a, s, t, a.q + t * s.stride, a.scale + t, a.sum + t * s.groups, blame, room);
 }
 
-static tern_result tern__check_no_bits(tern_run *r, const char *op, tern_act act)
+/* Bits of a row: a thread to each word of 32 inputs of a group. */
+static __global__ void __launch_bounds__(1024) tern__quantize_bit_rows(tern_quantize_args a, tern__shape s, tern__blame blame)
 {
-    TERN__REQUIRE(r, act != TERN_ACT_BIT, TERN_E_UNSUPPORTED, "cuda: bit activations are not supported by %s", op);
-    return TERN_OK;
+    TERN__SHARED(uint32_t, seen);
+    const int words = (int)tern__bit_words(s.group_units, s.unit), all = (int)s.stride / 4;
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const float *x = a.x + t * a.m.cols;
+        int32_t *sum = a.sum + t * s.groups;
+        const bool usable = tern__finite(tern__float(tern__block_absmax(a.m.cols, [&](int64_t i) { return x[i]; }, seen)));
+        if (threadIdx.x == 0) a.scale[t] = usable ? 1.0f : 0.0f;
+        if (threadIdx.x == 0 && !usable) tern__report(blame, t);
+        for (int g = (int)threadIdx.x; g < s.groups; g += (int)blockDim.x) sum[g] = 0;
+        __syncthreads();
+        for (int w = (int)threadIdx.x; w < all; w += (int)blockDim.x) {
+            const int g = w / words, first = w % words * 32;
+            const int n = usable && g < s.groups ? (int)tern__min(32, tern__group_cols(&a.m, &s, g) - first) : 0;
+            uint32_t word = 0;
+            for (int i = 0; i < n; i++) word |= (uint32_t)(x[g * s.group + first + i] != 0.0f) << (i % 4 * 8 + i / 4 % 4 * 2 + i / 16);
+            ((uint32_t *)(a.q + t * s.stride))[w] = word;
+            if (word) atomicAdd(&sum[g], __popc(word));
+        }
+        __syncthreads(); /* seen may be written again */
+    }
 }
 
 static tern_result tern__gpu_quantize(tern_run *r, tern__gpu *d, const tern_quantize_args *a)
 {
     const int threads = a->m.cols > 2048 ? 1024 : TERN__THREADS; /* few long rows still fill a multiprocessor */
-    TERN__TRY(tern__check_no_bits(r, "quantize", a->act));
     TERN__TRY(tern__check_aligned16(r, "quantize: q", a->q));
-    TERN__LAUNCH(tern__quantize_rows, tern__grid(d, a->n, 1), threads, TERN__ROOM, d->stream, *a, tern__shape_of(&a->m),
-                 tern__blame_of(d, TERN__FAULT_QUANTIZE));
+    TERN__LAUNCH((a->act == TERN_ACT_BIT ? tern__quantize_bit_rows : tern__quantize_rows), tern__grid(d, a->n, 1), threads, TERN__ROOM, d->stream, *a,
+                 tern__shape_of(&a->m), tern__blame_of(d, TERN__FAULT_QUANTIZE));
     return TERN_OK;
 }
 
@@ -1270,10 +1338,48 @@ static tern_result tern__gpu_matmul_many(tern_run *r, tern__gpu *d, const tern_m
 static tern_result tern__gpu_matmul_int8(tern_run *r, tern__gpu *d, const tern_matmul_args *a)
 {
     const tern__shape s = tern__shape_of(&a->m);
-    TERN__TRY(tern__check_no_bits(r, "matmul", a->act));
     TERN__TRY(tern__check_aligned16(r, "matmul: m.trits", a->m.trits));
     TERN__TRY(tern__check_aligned16(r, "matmul: q", a->q));
     return a->n <= TERN__FEW_TOKENS ? tern__gpu_matmul_few(d, a, s) : tern__gpu_matmul_many(r, d, a, s);
+}
+
+/* Bits as int8, in the layout of those. */
+static __global__ void tern__widen_bits(int64_t n, const int8_t *bits, tern__shape s, int8_t *q)
+{
+    const int64_t run = s.group_units * s.unit, words = tern__bit_words(s.group_units, s.unit), used = s.units * s.unit, fours = s.stride / 4;
+    TERN__EACH(item, n * fours) {
+        const int64_t t = item / fours, at = (item - t * fours) * 4, g = at / run;
+        const int8_t *from = bits + t * s.stride + g * words * 4;
+        uint32_t four = 0;
+        for (int k = 0; k < 4 && at < used; k++) four |= (uint32_t)tern__bit_of(from, at - g * run + k) << 8 * k;
+        *(uint32_t *)(void *)(q + t * s.stride + at) = four;
+    }
+}
+
+/* A product with bits is one with int8, of as many tokens at a time as have room in so many bytes of the work memory. */
+static tern_result tern__gpu_matmul_bits(tern_run *r, tern__gpu *d, const tern_matmul_args *a, int64_t room)
+{
+    const tern__shape s = tern__shape_of(&a->m);
+    const int64_t tokens = room / s.stride;
+    TERN__REQUIRE(r, tokens > 0, TERN_E_UNSUPPORTED, "cuda: matmul: bits of rows of %d bytes as int8; %d is the most", s.stride, room);
+    TERN__TRY(tern__check_aligned16(r, "matmul: q", a->q));
+    for (int64_t t = 0; t < a->n; t += tokens) {
+        tern_matmul_args piece = *a;
+        piece.act = TERN_ACT_INT8;
+        piece.n = tern__min(tokens, a->n - t);
+        piece.q = (const int8_t *)d->work;
+        piece.scale += t;
+        piece.sum += t * s.groups;
+        piece.y += t * a->m.rows;
+        TERN__LAUNCH(tern__widen_bits, tern__grid(d, piece.n * s.stride / 4, TERN__THREADS), TERN__THREADS, 0, d->stream, piece.n, a->q + t * s.stride, s, (int8_t *)d->work);
+        TERN__TRY(tern__gpu_matmul_int8(r, d, &piece));
+    }
+    return TERN_OK;
+}
+
+static tern_result tern__gpu_matmul_quantized(tern_run *r, tern__gpu *d, const tern_matmul_args *a)
+{
+    return a->act == TERN_ACT_BIT ? tern__gpu_matmul_bits(r, d, a, TERN__WORK * (int64_t)sizeof(float)) : tern__gpu_matmul_int8(r, d, a);
 }
 
 /* In one launch where quantizing again in every block costs less than a launch of its own. */
@@ -1283,10 +1389,9 @@ static tern_result tern__gpu_linear(tern_run *r, tern__gpu *d, const tern_linear
     const tern__shape s = tern__shape_of(&m.m);
     const int64_t bytes = tern__mul(m.n, s.stride + 4 + 4 * s.groups);
     const int pieces = tern__pieces(d, s, m.n);
-    TERN__TRY(tern__check_no_bits(r, "linear", m.act));
-    if (m.n > TERN__FUSED_TOKENS || bytes > TERN__FUSED_BYTES || tern__few_tokens_grid(s, pieces) > 2 * (unsigned)d->processors) {
+    if (m.act == TERN_ACT_BIT || m.n > TERN__FUSED_TOKENS || bytes > TERN__FUSED_BYTES || tern__few_tokens_grid(s, pieces) > 2 * (unsigned)d->processors) {
         TERN__TRY(tern__gpu_quantize(r, d, &a->quantize));
-        return tern__gpu_matmul_int8(r, d, &m);
+        return tern__gpu_matmul_quantized(r, d, &m);
     }
     TERN__TRY(tern__check_aligned16(r, "linear: m.trits", m.m.trits));
     TERN__TRY(tern__check_aligned16(r, "linear: q", m.q));
@@ -1325,11 +1430,11 @@ typedef struct tern__strided {
 } tern__strided;
 
 /* Right operands: strided floats, packed weights as trit * scale with their rows as terms, packed weights as trits
-   with their inputs as terms, int8 activations times their token's scale with tokens as terms. */
+   with their inputs as terms, int8 activations or bits times their token's scale with tokens as terms. */
 struct tern__b_floats { enum { GROUPED = 0 }; tern__strided x; };
 struct tern__b_weights { enum { GROUPED = 0 }; tern_matrix m; tern__shape s; };
 struct tern__b_trits { enum { GROUPED = 1 }; tern_matrix m; tern__shape s; };
-struct tern__b_bytes { enum { GROUPED = 0 }; const int8_t *q; const float *scale; tern__shape s; };
+template <bool Bits> struct tern__b_tokens { enum { GROUPED = 0 }; const int8_t *q; const float *scale; tern__shape s; };
 
 /* c [m, n] = a [m, k] * b [k, n] (+ c) (+ bias) for each item, a head of a sequence. The terms may lie in groups. With
    delta, one to a row, c = c * (a * b - delta) * factor. Columns from visible + row on need no result. */
@@ -1434,13 +1539,15 @@ template <int Lines> static __device__ tern__code_lines tern__lines_of(const ter
     return l;
 }
 
-template <int Lines> static __device__ tern__code_lines tern__lines_of(const tern__b_bytes &b, tern__which, int64_t first, int64_t end)
+/* Of bits: where the group's begin, and the number among them. */
+template <int Lines, bool Bits> static __device__ tern__code_lines tern__lines_of(const tern__b_tokens<Bits> &b, tern__which, int64_t first, int64_t end)
 {
     tern__code_lines l;
     l.place = tern__place_of<Lines>(false);
-    const int64_t input = first + l.place.line;
+    const int64_t input = first + l.place.line, group = input / b.s.group;
     l.inside = input < end;
-    l.p = (const uint8_t *)b.q + input / b.s.group * b.s.group_units * b.s.unit + input % b.s.group;
+    l.digit = (int)(input % b.s.group);
+    l.p = (const uint8_t *)b.q + (Bits ? group * tern__bit_words(b.s.group_units, b.s.unit) * 4 : group * b.s.group_units * b.s.unit + l.digit);
     return l;
 }
 
@@ -1491,12 +1598,13 @@ static __device__ void tern__read(const tern__b_trits &b, const tern__code_lines
     });
 }
 
-static __device__ void tern__read(const tern__b_bytes &b, const tern__code_lines &l, const tern__chunk &c, float (&v)[4])
+template <bool Bits> static __device__ void tern__read(const tern__b_tokens<Bits> &b, const tern__code_lines &l, const tern__chunk &c, float (&v)[4])
 {
     const int8_t *q = (const int8_t *)l.p + (int64_t)c.k * b.s.stride;
     tern__read_each(l.place, c, l.inside ? TERN__SIDE : 0, v, [&](int i) {
         const int64_t token = tern__place_k(l.place, i);
-        return (float)q[token * b.s.stride] * b.scale[c.k + token];
+        const int8_t *at = q + token * b.s.stride;
+        return (float)(Bits ? tern__bit_of(at, l.digit) : *at) * b.scale[c.k + token];
     });
 }
 
@@ -1677,12 +1785,8 @@ static __global__ void tern__matmul_rows(tern_matmul_args a, tern__blame blame)
 {
     TERN__SHARED(uint32_t, seen);
     for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
-        uint32_t largest = 0;
-        for (int64_t i = threadIdx.x; i < a.m.cols; i += blockDim.x) {
-            const uint32_t bits = tern__bits(a.x[t * a.m.cols + i]) & 0x7FFFFFFFu;
-            largest = bits > largest ? bits : largest;
-        }
-        if (tern__finite(tern__float(tern__block_max(largest, seen)))) continue;
+        const float *x = a.x + t * a.m.cols;
+        if (tern__finite(tern__float(tern__block_absmax(a.m.cols, [&](int64_t i) { return x[i]; }, seen)))) continue;
         if (threadIdx.x == 0) tern__report(blame, t);
         for (int64_t i = threadIdx.x; i < a.m.rows; i += blockDim.x) a.y[t * a.m.rows + i] = a.bias ? a.bias[i] : 0.0f;
     }
@@ -1706,7 +1810,7 @@ static tern_result tern__gpu_matmul_floats(tern_run *r, tern__gpu *d, const tern
 
 static tern_result tern__gpu_matmul(tern_run *r, tern__gpu *d, const tern_matmul_args *a)
 {
-    return a->q ? tern__gpu_matmul_int8(r, d, a) : tern__gpu_matmul_floats(r, d, a);
+    return a->q ? tern__gpu_matmul_quantized(r, d, a) : tern__gpu_matmul_floats(r, d, a);
 }
 
 static tern_result tern__gpu_matmul_dx(tern_run *r, tern__gpu *d, const tern_matmul_dx_args *a)
@@ -1732,27 +1836,27 @@ static __global__ void tern__bias_columns(int64_t n, int64_t rows, const float *
     }
 }
 
+template <bool Bits> static tern_result tern__gpu_tokens_dw(tern_run *r, tern__gpu *d, const tern_matmul_dw_args *a, const tern__product &g)
+{
+    tern__b_tokens<Bits> b;
+    b.q = a->q;
+    b.scale = a->scale;
+    b.s = tern__shape_of(&a->m);
+    return tern__gpu_product<true>(r, d, "matmul_dw", g, b);
+}
+
 static tern_result tern__gpu_matmul_dw(tern_run *r, tern__gpu *d, const tern_matmul_dw_args *a)
 {
     const tern__steps none = tern__no_steps();
     tern__product g = tern__product_of(a->m.rows, a->m.cols, a->n, tern__strided_of(a->dy, a->m.rows, 1, none), a->dw, a->m.cols, none);
-    tern__b_bytes b;
-    b.q = a->q;
-    b.scale = a->scale;
-    b.s = tern__shape_of(&a->m);
     g.add = 1;
-    if (a->dw && a->q) TERN__TRY(tern__check_no_bits(r, "matmul_dw", a->act));
-    if (a->dw && a->q) TERN__TRY(tern__gpu_product<true>(r, d, "matmul_dw", g, b));
+    if (a->dw && a->q) TERN__TRY(a->act == TERN_ACT_BIT ? tern__gpu_tokens_dw<true>(r, d, a, g) : tern__gpu_tokens_dw<false>(r, d, a, g));
     if (a->dw && !a->q) TERN__TRY(tern__gpu_product<true>(r, d, "matmul_dw", g, tern__b_floats_of(a->x, a->m.cols, 1, none)));
     if (a->dbias) TERN__LAUNCH(tern__bias_columns, tern__grid(d, a->m.rows, 64), 64, 0, d->stream, a->n, a->m.rows, a->dy, a->dbias);
     return TERN_OK;
 }
 
 /* -- attention -- */
-
-/* Floats as integers of the same order, for the largest; NaN are among the ends. */
-static __device__ uint32_t tern__ordered(float x) { return tern__bits(x) >> 31 ? ~tern__bits(x) : tern__bits(x) | 0x80000000u; }
-static __device__ float tern__unordered(uint32_t u) { return tern__float(u >> 31 ? u & 0x7FFFFFFFu : ~u); }
 
 /* Rows of p, a block to each: softmax of the visible scores, zeros behind them. */
 static __global__ void tern__softmax_rows(int64_t rows, int64_t queries, int64_t keys, float *p, float scale)
@@ -1763,10 +1867,10 @@ static __global__ void tern__softmax_rows(int64_t rows, int64_t queries, int64_t
         float *score = p + row * keys;
         uint32_t seen = 0;
         for (int64_t j = threadIdx.x; j < visible; j += blockDim.x) {
-            const uint32_t u = tern__ordered(score[j] * scale);
+            const uint32_t u = tern__to_rank(score[j] * scale);
             seen = u > seen ? u : seen;
         }
-        const float largest = tern__unordered(tern__block_max(seen, (uint32_t *)sums));
+        const float largest = tern__from_rank(tern__block_max(seen, (uint32_t *)sums));
         const auto power = [&](int64_t j) { return tern__exp(score[j] * scale - largest); };
         const float sum = tern__block_sum(visible, power, sums);
         for (int64_t j = threadIdx.x; j < keys; j += blockDim.x) score[j] = j < visible ? power(j) / sum : 0.0f;
@@ -1831,19 +1935,20 @@ static tern_result tern__attention_run(tern_run *r, const tern__gpu *d, const te
 }
 
 /* dk = dS^T q, or dv = P^T dy: heads that share a key head add to it in order. */
+template <bool Fused>
 static tern_result tern__attention_keys(tern_run *r, const tern__gpu *d, const tern_attention_args *a, const tern__attention *t, const tern__b_floats &b,
                                         float *c, int64_t c_row, tern__steps c_steps)
 {
     for (int64_t head = 0; head < t->shared; head++) {
         tern__product g = tern__product_of(a->keys, a->dim, a->queries, tern__strided_of(a->p, a->keys, 1, t->p), c, c_row, c_steps);
         tern__one_head_each(a, t, head, &g);
-        TERN__TRY(tern__gpu_product<true>(r, d, "attention", g, b));
+        TERN__TRY(tern__gpu_product<Fused>(r, d, "attention", g, b));
     }
     return TERN_OK;
 }
 
 /* dV = P^T dY; dS = P (dY V^T - <dy, y>) / sqrt(dim), in place of P; dQ = dS K; dK = dS^T Q. */
-static tern_result tern__attention_back(tern_run *r, const tern__gpu *d, const tern_attention_args *a, const tern__attention *t)
+template <bool Fused> static tern_result tern__attention_back(tern_run *r, const tern__gpu *d, const tern_attention_args *a, const tern__attention *t)
 {
     tern__product g = tern__product_of(a->queries, a->keys, a->dim, tern__strided_of(a->dy, 1, t->width, t->y), a->p, a->keys, t->p);
     const int64_t deltas = a->batch * a->queries * a->heads;
@@ -1852,21 +1957,21 @@ static tern_result tern__attention_back(tern_run *r, const tern__gpu *d, const t
     g.delta_row = a->q_stride;
     g.delta_steps = t->q;
     g.factor = t->scale;
-    TERN__TRY(tern__attention_keys(r, d, a, t, tern__b_floats_of(a->dy, t->width, 1, t->y), a->dv, a->v_stride, t->v));
+    TERN__TRY(tern__attention_keys<Fused>(r, d, a, t, tern__b_floats_of(a->dy, t->width, 1, t->y), a->dv, a->v_stride, t->v));
     TERN__LAUNCH(tern__attention_deltas, tern__grid(d, deltas, TERN__THREADS), TERN__THREADS, 0, d->stream, *a);
-    TERN__TRY(tern__gpu_product<true>(r, d, "attention", g, tern__b_floats_of(a->v, 1, a->v_stride, t->v)));
+    TERN__TRY(tern__gpu_product<Fused>(r, d, "attention", g, tern__b_floats_of(a->v, 1, a->v_stride, t->v)));
     g = tern__product_of(a->queries, a->dim, a->keys, tern__strided_of(a->p, 1, a->keys, t->p), a->dq, a->q_stride, t->q);
     tern__all_heads(a, &g);
-    TERN__TRY(tern__gpu_product<true>(r, d, "attention", g, tern__b_floats_of(a->k, a->k_stride, 1, t->k)));
-    return tern__attention_keys(r, d, a, t, tern__b_floats_of(a->q, a->q_stride, 1, t->q), a->dk, a->k_stride, t->k);
+    TERN__TRY(tern__gpu_product<Fused>(r, d, "attention", g, tern__b_floats_of(a->k, a->k_stride, 1, t->k)));
+    return tern__attention_keys<Fused>(r, d, a, t, tern__b_floats_of(a->q, a->q_stride, 1, t->q), a->dk, a->k_stride, t->k);
 }
 
 static tern_result tern__gpu_attention(tern_run *r, tern__gpu *d, const tern_attention_args *a)
 {
     const tern__attention t = tern__attention_of(a);
-    TERN__REQUIRE(r, !a->dy || !a->exact, TERN_E_UNSUPPORTED, "%s: attention has no exact backward", r->backend->name);
     TERN__TRY(tern__check_row(r, "attention", a->keys));
-    return a->dy ? tern__attention_back(r, d, a, &t) : tern__attention_run(r, d, a, &t);
+    if (!a->dy) return tern__attention_run(r, d, a, &t);
+    return a->exact ? tern__attention_back<false>(r, d, a, &t) : tern__attention_back<true>(r, d, a, &t);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -2105,13 +2210,6 @@ static tern_result tern__gpu_gather(tern_run *r, tern__gpu *d, const tern_gather
     return TERN_OK;
 }
 
-static __device__ int tern__ones(uint32_t word)
-{
-    int n = 0;
-    for (; word; word &= word - 1) n++;
-    return n;
-}
-
 /* Of the four ids to a thread from ids[from] on, those below `end` that are `id`: their places after `from`, in order,
    in list, and their number. By the whole block; votes: shared memory for a word to each warp and four. */
 static __device__ int tern__find(const int32_t *ids, int64_t from, int64_t end, int32_t id, uint32_t *votes, int32_t *list)
@@ -2128,8 +2226,8 @@ static __device__ int tern__find(const int32_t *ids, int64_t from, int64_t end, 
     for (int i = 0; i < 4 * warps; i++) {
         for (int k = 0; k < 4; k++)
             if (found[k] && i == k * warps + warp)
-                list[at + tern__ones(votes[i] & ((1u << lane) - 1))] = k * (int)blockDim.x + (int)threadIdx.x;
-        at += tern__ones(votes[i]);
+                list[at + __popc(votes[i] & tern__lanes_below(lane))] = k * (int)blockDim.x + (int)threadIdx.x;
+        at += __popc(votes[i]);
     }
     __syncthreads();
     return at;
@@ -2512,10 +2610,6 @@ static tern_result tern__gpu_rope(tern_run *r, tern__gpu *d, const tern_rope_arg
 
 /* -- loss and sums -- */
 
-/* Words in the order of the floats. */
-static __device__ uint32_t tern__to_rank(float x) { return tern__bits(x) >> 31 ? ~tern__bits(x) : tern__bits(x) | 0x80000000u; }
-static __device__ float tern__from_rank(uint32_t rank) { return tern__float(rank >> 31 ? rank & 0x7FFFFFFFu : ~rank); }
-
 /* The largest of a row, in every thread of the block; usable: whether all are finite. */
 static __device__ float tern__largest(int64_t n, const float *x, int *usable, uint32_t *seen)
 {
@@ -2564,8 +2658,7 @@ static tern_result tern__gpu_sum(tern_run *r, tern__gpu *d, const tern_sum_args 
 {
     const int64_t most = (int64_t)TERN__WORK * TERN__BLOCK;
     TERN__REQUIRE(r, a->count <= most, TERN_E_UNSUPPORTED, "cuda: sum: %d floats; %d is the most", a->count, most);
-    TERN__REQUIRE(r, a->type != TERN_BF16 && a->type != TERN_F16, TERN_E_UNSUPPORTED, "cuda: sum: type %d; only TERN_F32 for now", (int64_t)a->type);
-    tern__gpu_total(d, (int)a->kind, a->count, (const float *)a->x, d->work, a->y, a->add);
+    tern__gpu_total(d, (int)a->kind, a->count, a->type, a->x, d->work, a->y, a->add);
     return TERN_OK;
 }
 
@@ -2646,11 +2739,700 @@ static tern_result tern__gpu_scale_grad(tern_run *r, tern__gpu *d, const tern_sc
     TERN__REQUIRE(r, a->m.rows <= TERN__WORK, TERN_E_UNSUPPORTED, "cuda: scale_grad: %d rows; %d is the most", a->m.rows, (int64_t)TERN__WORK);
     TERN__LAUNCH(tern__scale_rows, tern__grid(d, a->m.rows, 1), TERN__THREADS, TERN__BLOCK * sizeof(float), d->stream, *a, tern__shape_of(&a->m), d->work);
     if (a->rule == TERN_LSQ) {
-        tern__gpu_total(d, TERN_SUM, a->m.rows, d->work, d->work + TERN__WORK, total, 0);
+        tern__gpu_total(d, TERN_SUM, a->m.rows, TERN_F32, d->work, d->work + TERN__WORK, total, 0);
         TERN__LAUNCH(tern__scale_add, 1, 1, 0, d->stream, (int64_t)1, total, tern__scale_factor(a), a->dalpha);
     } else
         TERN__LAUNCH(tern__scale_add, tern__grid(d, a->m.rows, TERN__THREADS), TERN__THREADS, 0, d->stream, a->m.rows, d->work,
                      tern__scale_factor(a), a->dalpha);
+    return TERN_OK;
+}
+
+/* -- stochastic rounding to int8, and back -- */
+
+static __device__ float tern__round_gain(const tern_round_i8_args &a, const tern__shape &s, int64_t i)
+{
+    return tern__load_scale(a.m.scale_type, a.m.scales, tern__scale_index(&a.m, &s, i, a.group));
+}
+
+/* Bits of the largest |v| of a row, in all threads: rounding keeps the order, so that the row's factor comes last. */
+static __device__ uint32_t tern__round_size(const tern_round_i8_args &a, const tern__shape &s, int64_t t, uint32_t *seen)
+{
+    const float *x = a.x + t * a.cols;
+    const uint32_t most = tern__block_absmax(a.cols, [&](int64_t i) { return a.m.scales ? x[i] * tern__round_gain(a, s, i) : x[i]; }, seen);
+    return a.row ? tern__bits(tern__float(most) * a.row[t]) & 0x7FFFFFFFu : most;
+}
+
+/* Of whole tensors: the largest of all rows. */
+static __global__ void tern__round_whole(tern_round_i8_args a, tern__shape s, uint32_t *most, tern__blame blame)
+{
+    TERN__SHARED(uint32_t, seen);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const uint32_t size = tern__round_size(a, s, t, seen);
+        if (threadIdx.x > 0) continue;
+        atomicMax(most, size);
+        if (!tern__finite(tern__float(size))) tern__report(blame, t);
+    }
+}
+
+/* A thread rounds the eight numbers that share a block of Philox, in two fours. */
+static __device__ void tern__round_row(const tern_round_i8_args &a, const tern__shape &s, int64_t t, float inverse, int wide)
+{
+    const int64_t blocks = tern__ceil_div(a.cols, 8);
+    const float *x = a.x + t * a.cols, row = a.row ? a.row[t] : 1.0f;
+    int8_t *q = a.q + t * a.cols;
+    for (int64_t b = threadIdx.x; b < blocks; b += blockDim.x) {
+        uint32_t words[4];
+        tern__philox(a.seed, (uint64_t)(t * blocks + b), TERN__ROUNDING, a.stream, words);
+#pragma unroll
+        for (int half = 0; half < 8; half += 4) {
+            const int64_t i = 8 * b + half;
+            const int n = (int)tern__max(0, tern__min(4, a.cols - i));
+            float v[4];
+            int8_t rounded[4];
+            tern__load4(TERN_F32, x, i, n, wide, v);
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                if (a.m.scales && k < n) v[k] = v[k] * tern__round_gain(a, s, i + k);
+                rounded[k] = inverse == 0.0f ? 0 : tern__round_up(v[k] * row * inverse, tern__half(words, half + k));
+            }
+            tern__store_bytes(q + i, n, rounded);
+        }
+    }
+}
+
+/* most: of the whole tensor, or NULL. */
+static __global__ void tern__round_tokens(tern_round_i8_args a, tern__shape s, const uint32_t *most, int wide, tern__blame blame)
+{
+    TERN__SHARED(uint32_t, seen);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const uint32_t size = most ? *most : tern__round_size(a, s, t, seen);
+        float inverse;
+        const float scale = tern__round_scale(size, &inverse);
+        if (threadIdx.x == 0 && (t == 0 || !most)) a.scale[t] = scale;
+        if (threadIdx.x == 0 && !most && !tern__finite(tern__float(size))) tern__report(blame, t);
+        tern__round_row(a, s, t, inverse, wide);
+    }
+}
+
+static tern_result tern__gpu_round_i8(tern_run *r, tern__gpu *d, const tern_round_i8_args *a)
+{
+    const int threads = 32 * (int)tern__min(TERN__WARPS, tern__ceil_div(a->cols, 256)), wide = tern__wide(a->x, 4 * a->cols);
+    const unsigned grid = tern__grid(d, a->n, 1);
+    const size_t room = TERN__WARPS * sizeof(uint32_t);
+    const tern__blame blame = tern__blame_of(d, TERN__FAULT_ROUND);
+    uint32_t *most = a->whole ? (uint32_t *)d->work : NULL;
+    tern__shape s;
+    memset(&s, 0, sizeof s);
+    if (a->m.scales) s = tern__shape_of(&a->m);
+    if (most) TERN__CUDA(r, cudaMemsetAsync(most, 0, sizeof *most, d->stream), "clearing work memory");
+    if (most) TERN__LAUNCH(tern__round_whole, grid, threads, room, d->stream, *a, s, most, blame);
+    TERN__LAUNCH(tern__round_tokens, grid, threads, room, d->stream, *a, s, most, wide, blame);
+    return TERN_OK;
+}
+
+/* Words of int32 travel as those of floats do. */
+static __global__ void tern__dequantize_fours(tern_dequantize_args a, int wide)
+{
+    const int64_t fours = tern__ceil_div(a.cols, 4);
+    TERN__EACH(item, a.n * fours) {
+        const int64_t t = item / fours, i = (item - t * fours) * 4;
+        const int n = (int)tern__min(4, a.cols - i);
+        const float scale = a.scale[a.whole ? 0 : t];
+        float x[4], y[4];
+        tern__load4(TERN_F32, a.x + t * a.cols, i, n, wide, x);
+        if (a.add) tern__load4(TERN_F32, a.y + t * a.y_row, i, n, wide, y);
+        for (int k = 0; k < 4; k++) {
+            const float v = (float)(int32_t)tern__bits(x[k]) * scale;
+            y[k] = a.add ? y[k] + v : v;
+        }
+        tern__store4(TERN_F32, a.y + t * a.y_row, i, n, wide, y);
+    }
+}
+
+static tern_result tern__gpu_dequantize(tern_run *r, tern__gpu *d, const tern_dequantize_args *a)
+{
+    (void)r;
+    TERN__LAUNCH(tern__dequantize_fours, tern__grid(d, a->n * tern__ceil_div(a->cols, 4), TERN__THREADS), TERN__THREADS, 0, d->stream, *a,
+                 tern__wide(a->x, a->y, 4 * a->cols, 4 * a->y_row));
+    return TERN_OK;
+}
+
+/* -- flips: a thread takes a row's word of a unit, a block some groups of a panel -- */
+
+/* What a step of a matrix adds to its counts, and the score of the tensor's scale. */
+typedef struct tern__flip_sums { unsigned long long flips, grains, saturated, scales, score; } tern__flip_sums;
+
+enum { TERN__FLIP_GROUPS = 32 }; /* of a block, at most: grains whose score and flips lie in shared memory */
+typedef struct tern__flip_room { int score[TERN__FLIP_GROUPS * TERN__ROWS], flipped[TERN__FLIP_GROUPS * TERN__ROWS], events[2]; } tern__flip_room;
+
+/* The words of random halves that a weight's block has: they change at every eighth column. */
+typedef struct tern__halves { int64_t block; uint32_t words[4]; } tern__halves;
+
+static __device__ uint32_t tern__next_half(const tern__random &r, int64_t row_block, int64_t col, tern__halves *h)
+{
+    const int64_t block = row_block + col / 8;
+    const int which = (int)(col % 8);
+    if (block != h->block) tern__philox(r.seed, (uint64_t)(h->block = block), r.step, r.stream, h->words);
+    const uint32_t low = which & 2 ? h->words[1] : h->words[0], high = which & 2 ? h->words[3] : h->words[2]; /* registers have no index */
+    return (which & 4 ? high : low) >> 16 * (which & 1) & 0xFFFF;
+}
+
+/* Four inputs of a word: their trits are the next digits of its four bytes. */
+static __device__ void tern__flip_four(const tern_flip_args &a, const tern__push &push, int64_t row, int64_t col, int n, int wide, tern__halves *h, int8_t trit[4],
+                                       int *score, int events[2])
+{
+    const int64_t at = row * a.m.cols + col, row_block = row * tern__ceil_div(a.m.cols, 8);
+    const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float grad[4];
+    int8_t accum[4];
+    tern__load4(TERN_F32, a.grad, at, n, wide, grad);
+    tern__load_bytes(a.accum + at, n, accum);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        if (k >= n) continue;
+        *score += trit[k] * ((grad[k] > 0.0f) - (grad[k] < 0.0f));
+        const int event = tern__push_one(&push, push.sign ? 0 : tern__next_half(push.random, row_block, col + k, h), grad[k], &accum[k], &trit[k]);
+        events[0] += event == 1;
+        events[1] += event == 2;
+    }
+    tern__store_bytes(a.accum + at, n, accum);
+    tern__store4(TERN_F32, a.grad, at, n, wide, zeros);
+}
+
+/* A word of a row's unit. Returns how many of its trits change. */
+template <bool Base3>
+static __device__ int tern__flip_word(const tern_flip_args &a, const tern__push &push, const tern__shape &s, const tern__word &w, int wide, int *score, int *saturated)
+{
+    const int radix = Base3 ? 3 : 4;
+    uint32_t *const at = tern__word_of(&a.m, &s, w.row, w.unit), word = *at;
+    uint32_t left[4], after = 0, place = 1;
+    tern__halves h;
+    int events[2] = {0, 0};
+    h.block = -1;
+    for (int j = 0; j < 4; j++) left[j] = word >> 8 * j & 255;
+    for (int i = 0; i < (Base3 ? 20 : 16); i += 4, place *= radix) {
+        int8_t trit[4];
+        for (int j = 0; j < 4; j++) trit[j] = (int8_t)((int)(left[j] % radix) - 1);
+        if (i < w.inputs) tern__flip_four(a, push, w.row, w.col + i, (int)tern__min(4, w.inputs - i), wide, &h, trit, score, events);
+        for (int j = 0; j < 4; j++) {
+            left[j] /= radix;
+            after += place * (uint32_t)(trit[j] + 1) << 8 * j;
+        }
+    }
+    if (after != word) *at = after;
+    *saturated += events[1];
+    return events[0];
+}
+
+/* Without a step there is nothing but the gradient to clear. */
+static __device__ void tern__clear_word(const tern_flip_args &a, const tern__word &w, int wide)
+{
+    const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int i = 0; i < w.inputs; i += 4) tern__store4(TERN_F32, a.grad, w.row * a.m.cols + w.col + i, (int)tern__min(4, w.inputs - i), wide, zeros);
+}
+
+/* The ends of the block's grains: votes and counts. The tensor's own score and grain come later. */
+static __device__ void tern__flip_grains(const tern_flip_args &a, const tern__shape &s, int64_t panel, int64_t first, int64_t groups, const tern__flip_room *room, tern__flip_sums *sums)
+{
+    int8_t *exponents = (int8_t *)a.m.scales;
+    for (int i = (int)threadIdx.x; i < groups * TERN__ROWS; i += TERN__THREADS) {
+        const int64_t row = panel * TERN__ROWS + i % TERN__ROWS, at = tern__scale_index(&a.m, &s, row, first + i / TERN__ROWS);
+        if (row >= a.m.rows) continue;
+        if (a.m.grain == TERN_PER_TENSOR) atomicAdd(&sums->score, (unsigned long long)(long long)room->score[i]);
+        else {
+            if (a.scale_step && tern__vote(&a, room->score[i], &exponents[at], &a.votes[at])) atomicAdd(&sums->scales, 1ull);
+            if (room->flipped[i]) atomicAdd(&sums->grains, 1ull);
+        }
+    }
+    if (threadIdx.x == 0 && room->events[0]) atomicAdd(&sums->flips, (unsigned long long)room->events[0]);
+    if (threadIdx.x == 0 && room->events[1]) atomicAdd(&sums->saturated, (unsigned long long)room->events[1]);
+}
+
+template <bool Base3> static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__flip_panels(tern_flip_args a, tern__shape s, int64_t parts, int wide, tern__flip_sums *sums)
+{
+    TERN__SHARED(tern__flip_room, room);
+    const int64_t each = tern__min(s.groups, TERN__FLIP_GROUPS);
+    tern__push push;
+    const bool step = tern__push_of(&a, &push);
+    for (int64_t item = blockIdx.x; item < s.panels * parts; item += gridDim.x) {
+        const int64_t panel = item / parts, first = item % parts * each, groups = tern__min(each, s.groups - first);
+        const int begin = (int)(first * s.group_units), end = (int)tern__min(s.units, (first + groups) * s.group_units);
+        for (int i = (int)threadIdx.x; i < (int)(sizeof *room / sizeof(int)); i += TERN__THREADS) ((int *)room)[i] = 0;
+        __syncthreads();
+        for (int i = begin * TERN__ROWS + (int)threadIdx.x; i < end * TERN__ROWS; i += TERN__THREADS) {
+            const tern__word w = tern__word_at(&a.m, &s, panel, i);
+            const int grain = (int)(w.group - first) * TERN__ROWS + i % TERN__ROWS;
+            int score = 0, saturated = 0;
+            if (w.row >= a.m.rows) continue;
+            if (!step) {
+                tern__clear_word(a, w, wide);
+                continue;
+            }
+            const int flips = tern__flip_word<Base3>(a, push, s, w, wide, &score, &saturated);
+            if (a.scale_step && score) atomicAdd(&room->score[grain], score);
+            if (flips) room->flipped[grain] = 1;
+            if (flips) atomicAdd(&room->events[0], flips);
+            if (saturated) atomicAdd(&room->events[1], saturated);
+        }
+        __syncthreads();
+        if (step) tern__flip_grains(a, s, panel, first, groups, room, sums);
+        __syncthreads(); /* room may be written again */
+    }
+}
+
+static __global__ void tern__flip_end(tern_flip_args a, tern__flip_sums *sums, tern__blame blame)
+{
+    tern__push push;
+    const int step = tern__push_of(&a, &push), tensor = a.m.grain == TERN_PER_TENSOR;
+    if (step && tensor && a.scale_step) sums->scales += (unsigned long long)tern__vote(&a, (int64_t)sums->score, (int8_t *)a.m.scales, a.votes);
+    if (!tern__finite(*a.sum_abs)) tern__report(blame, (int64_t)a.step);
+    if (!a.counts) return;
+    a.counts->flips += (int64_t)sums->flips;
+    a.counts->grains += tensor ? sums->flips > 0 : (int64_t)sums->grains;
+    a.counts->saturated += (int64_t)sums->saturated;
+    a.counts->scales += (int64_t)sums->scales;
+    a.counts->updates += step;
+    a.counts->skipped += !step;
+}
+
+static tern_result tern__gpu_flip(tern_run *r, tern__gpu *d, const tern_flip_args *a)
+{
+    const tern__shape s = tern__shape_of(&a->m);
+    const int64_t parts = tern__ceil_div(s.groups, TERN__FLIP_GROUPS);
+    tern__flip_sums *sums = (tern__flip_sums *)d->work;
+    TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
+    TERN__CUDA(r, cudaMemsetAsync(sums, 0, sizeof *sums, d->stream), "clearing work memory");
+    TERN__LAUNCH((a->m.encoding == TERN_BASE3 ? tern__flip_panels<true> : tern__flip_panels<false>), tern__grid(d, tern__mul(s.panels, parts), 1), TERN__THREADS,
+                 sizeof(tern__flip_room), d->stream, *a, s, parts, tern__wide(a->grad, 4 * a->m.cols, 4 * s.group), sums);
+    TERN__LAUNCH(tern__flip_end, 1, 1, 0, d->stream, *a, sums, tern__blame_of(d, TERN__FAULT_FLIP));
+    return TERN_OK;
+}
+
+/* -- routing: a warp to a token -- */
+
+enum { TERN__ROUTE_THREADS = 128 };
+
+/* What the softmax of a token's logits is made of. */
+typedef struct tern__routed { float largest, sum; } tern__routed;
+
+static __device__ float tern__route_power(const float *x, int i, const tern__routed &s) { return tern__exp(x[i] - s.largest); }
+static __device__ float tern__route_share(const float *x, int i, const tern__routed &s) { return tern__route_power(x, i, s) / s.sum; }
+
+/* Whether a token's logits are finite; their softmax. */
+static __device__ bool tern__route_softmax_of(int count, const float *x, tern__routed *s)
+{
+    uint32_t size = 0, rank = 0;
+    for (int i = (int)(threadIdx.x % 32); i < count; i += 32) {
+        const uint32_t mine = tern__bits(tern__abs(x[i])), place = tern__to_rank(x[i]);
+        size = mine > size ? mine : size;
+        rank = place > rank ? place : rank;
+    }
+    size = tern__warp_most(size);
+    s->largest = tern__from_rank(tern__warp_most(rank));
+    s->sum = tern__warp_sum(count, [&](int i) { return tern__route_power(x, i, *s); });
+    return tern__finite(tern__float(size));
+}
+
+/* Zeros of either sign are equal. */
+static __device__ uint32_t tern__route_rank(float x) { return tern__to_rank(x == 0.0f ? 0.0f : x); }
+
+/* How many logits are of at least this rank. */
+static __device__ int tern__route_count(int count, const float *x, uint32_t rank)
+{
+    int n = 0;
+    for (int i = (int)(threadIdx.x % 32); i < count; i += 32) n += tern__route_rank(x[i]) >= rank;
+    return tern__warp_count(n);
+}
+
+/* The ids of the k largest, ascending: all above the k-th largest rank, found bit by bit, and the first of those that are equal. */
+static __device__ void tern__route_ids(int count, int k, const float *x, int32_t *ids)
+{
+    const int lane = (int)(threadIdx.x % 32);
+    uint32_t limit = 0;
+    int at = 0;
+    for (int bit = 31; bit >= 0; bit--)
+        if (tern__route_count(count, x, limit | 1u << bit) >= k) limit |= 1u << bit;
+    int equal = k - tern__route_count(count, x, limit + 1); /* ranks of finite numbers are not the largest word */
+    for (int from = 0; from < count; from += 32) {
+        const int i = from + lane;
+        const uint32_t rank = i < count ? tern__route_rank(x[i]) : 0, same = __ballot_sync(TERN__ALL_LANES, i < count && rank == limit);
+        const bool chosen = i < count && (rank > limit || (rank == limit && __popc(same & tern__lanes_below(lane)) < equal));
+        const uint32_t all = __ballot_sync(TERN__ALL_LANES, chosen);
+        if (chosen) ids[at + __popc(all & tern__lanes_below(lane))] = i;
+        at += __popc(all);
+        equal = (int)tern__max(0, equal - __popc(same));
+    }
+    __syncwarp();
+}
+
+static __device__ void tern__route_token_weights(const tern_route_args &a, const float *x, tern__routed s, const int32_t *ids, float *weights)
+{
+    const int k = a.k;
+    const bool selected = a.kind == TERN_ROUTE_SELECTED;
+    if (selected) s.sum = tern__warp_sum(k, [&](int i) { return tern__route_power(x, ids[i], s); });
+    const float sum = a.kind == TERN_ROUTE_RENORMALIZED ? tern__warp_sum(k, [&](int i) { return tern__route_share(x, ids[i], s); }) : 1.0f;
+    for (int i = (int)(threadIdx.x % 32); i < k; i += 32) weights[i] = tern__route_share(x, ids[i], s) / sum;
+}
+
+static __global__ void __launch_bounds__(TERN__ROUTE_THREADS, 4) tern__route_tokens(tern_route_args a, tern__blame blame)
+{
+    const int lane = (int)(threadIdx.x % 32), warps = TERN__ROUTE_THREADS / 32;
+    for (int64_t t = (int64_t)blockIdx.x * warps + threadIdx.x / 32; t < a.n; t += (int64_t)gridDim.x * warps) {
+        const float *x = a.logits + t * a.count;
+        int32_t *ids = a.ids + t * a.k;
+        float *weights = a.weights + t * a.k;
+        tern__routed s;
+        if (tern__route_softmax_of(a.count, x, &s)) {
+            tern__route_ids(a.count, a.k, x, ids);
+            tern__route_token_weights(a, x, s, ids, weights);
+            continue;
+        }
+        if (lane == 0) tern__report(blame, t);
+        for (int i = lane; i < a.k; i += 32) {
+            ids[i] = -1;
+            weights[i] = 0.0f;
+        }
+    }
+}
+
+static __global__ void __launch_bounds__(TERN__ROUTE_THREADS, 4) tern__route_tokens_back(tern_route_args a, float balance, tern__blame blame)
+{
+    const int lane = (int)(threadIdx.x % 32), warps = TERN__ROUTE_THREADS / 32;
+    for (int64_t t = (int64_t)blockIdx.x * warps + threadIdx.x / 32; t < a.n; t += (int64_t)gridDim.x * warps) {
+        const float *x = a.logits + t * a.count, *weights = a.weights + t * a.k, *dw = a.dweights + t * a.k;
+        const int32_t *ids = a.ids + t * a.k;
+        float *dx = a.dlogits + t * a.count;
+        tern__routed s;
+        const bool usable = tern__route_softmax_of(a.count, x, &s);
+        const float sum = tern__warp_sum(a.k, [&](int i) { return weights[i] * dw[i]; });
+        const auto pull = [&](int i) { return balance * (float)a.loads[i]; }; /* of the load-balance loss on a share */
+        if (!usable && lane == 0) tern__report(blame, t);
+        for (int i = lane; i < a.count; i += 32) dx[i] = usable && a.kind == TERN_ROUTE_ALL ? tern__route_share(x, i, s) * (0.0f - sum) : 0.0f;
+        __syncwarp();
+        for (int i = lane; i < a.k && usable; i += 32) dx[ids[i]] = weights[i] * (dw[i] - sum);
+        __syncwarp();
+        if (!usable || !a.loads) continue;
+        const float mean = tern__warp_sum(a.count, [&](int i) { return tern__route_share(x, i, s) * pull(i); });
+        for (int i = lane; i < a.count; i += 32) dx[i] = dx[i] + tern__route_share(x, i, s) * (pull(i) - mean);
+    }
+}
+
+static tern_result tern__gpu_route(tern_run *r, tern__gpu *d, const tern_route_args *a)
+{
+    const unsigned grid = tern__grid(d, a->n, TERN__ROUTE_THREADS / 32);
+    const tern__blame blame = tern__blame_of(d, TERN__FAULT_ROUTE);
+    (void)r;
+    if (a->dweights) TERN__LAUNCH(tern__route_tokens_back, grid, TERN__ROUTE_THREADS, 0, d->stream, *a, tern__balance_factor(a), blame);
+    else TERN__LAUNCH(tern__route_tokens, grid, TERN__ROUTE_THREADS, 0, d->stream, *a, blame);
+    return TERN_OK;
+}
+
+/* -- grouping: a block to an expert, in a shape that does not depend on the routing -- */
+
+static __device__ void tern__group_slot(const tern_group_args &a, int64_t at, int64_t slot)
+{
+    a.tokens[at] = slot < 0 ? -1 : (int32_t)(slot / a.k);
+    a.slots[at] = (int32_t)slot;
+    if (a.sorted) a.sorted[at] = slot < 0 ? 0.0f : a.weights[slot];
+}
+
+/* How many ids of the slots are `low` to `high`, in all threads. */
+static __device__ int tern__group_count(const int32_t *ids, int64_t slots, int32_t low, int32_t high, uint32_t *seen)
+{
+    int n = 0, all = 0;
+    for (int64_t i = threadIdx.x; i < slots; i += blockDim.x) n += ids[i] >= low && ids[i] <= high;
+    n = tern__warp_count(n);
+    if (threadIdx.x % 32 == 0) seen[threadIdx.x / 32] = (uint32_t)n;
+    __syncthreads();
+    for (int i = 0; i < TERN__WARPS; i++) all += (int)seen[i];
+    __syncthreads();
+    return all;
+}
+
+/* list: shared memory as for tern__find. */
+static __global__ void __launch_bounds__(TERN__THREADS) tern__group_experts(tern_group_args a)
+{
+    TERN__SHARED(int32_t, list);
+    const int span = 4 * TERN__THREADS, expert = (int)blockIdx.x;
+    uint32_t *votes = (uint32_t *)(list + span);
+    const int64_t slots = a.n * a.k;
+    const int load = tern__group_count(a.ids, slots, expert, expert, votes);
+    if (threadIdx.x == 0) a.loads[expert] = load;
+    for (int64_t t = threadIdx.x; a.dense && t < a.n; t += TERN__THREADS) {
+        int64_t slot = -1;
+        for (int64_t i = t * a.k; i < (t + 1) * a.k; i++)
+            if (a.ids[i] == expert) slot = i;
+        tern__group_slot(a, expert * a.n + t, slot);
+    }
+    if (a.dense) return;
+    int64_t at = tern__group_count(a.ids, slots, 0, expert - 1, votes);
+    for (int64_t from = 0; from < slots; from += span) {
+        const int found = tern__find(a.ids, from, slots, expert, votes, list);
+        for (int f = (int)threadIdx.x; f < found; f += TERN__THREADS) tern__group_slot(a, at + f, from + list[f]);
+        at += found;
+    }
+    for (int64_t i = at + threadIdx.x; expert == a.count - 1 && i < slots; i += TERN__THREADS) tern__group_slot(a, i, -1);
+}
+
+static tern_result tern__gpu_group(tern_run *r, tern__gpu *d, const tern_group_args *a)
+{
+    (void)r;
+    TERN__LAUNCH(tern__group_experts, (unsigned)a->count, TERN__THREADS, sizeof(int32_t) * (4 * TERN__THREADS + TERN__THREADS / 8), d->stream, *a);
+    return TERN_OK;
+}
+
+/* -- dots of rows -- */
+
+static __global__ void __launch_bounds__(1024) tern__row_dots(tern_row_dot_args a)
+{
+    TERN__SHARED(float, sums);
+    for (int64_t i = blockIdx.x; i < a.n; i += gridDim.x) {
+        const int32_t id = a.ids[i];
+        if (id < 0 || id >= a.rows) continue;
+        const float *x = a.a + id * a.cols, *y = a.b + i * a.cols;
+        const float sum = tern__block_sum(a.cols, [&](int64_t j) { return x[j] * y[j]; }, sums);
+        if (threadIdx.x == 0) a.y[a.to[i]] = sum;
+    }
+}
+
+static tern_result tern__gpu_row_dot(tern_run *r, tern__gpu *d, const tern_row_dot_args *a)
+{
+    TERN__TRY(tern__check_row(r, "row_dot", a->cols));
+    TERN__LAUNCH(tern__row_dots, tern__grid(d, a->n, 1), tern__row_threads(a->cols), tern__row_shared(a->cols), d->stream, *a);
+    return TERN_OK;
+}
+
+/* -- sums over the edges of a graph: a block to a row, a thread to four of its columns -- */
+
+/* Columns [i, i + n) of the row at an edge's other end. */
+static __device__ __forceinline__ void tern__edge_row(const tern_aggregate_args &a, uint32_t entry, int64_t i, int n, int wide, float x[4])
+{
+    const int64_t u = tern__edge_node(entry);
+    if (a.q) {
+        const uint32_t four = *(const uint32_t *)(const void *)(a.q + u * a.q_row + i); /* rows end at multiples of 16 */
+        for (int k = 0; k < 4; k++) x[k] = (float)(int8_t)(four >> 8 * k);
+    } else tern__load4(TERN_F32, a.x, u * a.cols + i, n, wide, x);
+}
+
+/* The sum over edges [first, first + count), in order; the rows of four edges are on their way at once. */
+static __device__ __forceinline__ void tern__edges_sum(const tern_aggregate_args &a, int64_t first, int count, int64_t i, int n, int wide, float sum[4])
+{
+    const uint32_t *entry = a.edges.entry + first;
+    for (int k = 0; k < 4; k++) sum[k] = 0.0f;
+    for (int e = 0; e < count; e += 4) {
+        float x[4][4] = {}, factor[4] = {};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (e + j >= count) continue;
+            factor[j] = tern__edge_factor(a.right, a.q ? a.scale : NULL, entry[e + j]);
+            tern__edge_row(a, entry[e + j], i, n, wide, x[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            for (int k = 0; k < 4; k++) sum[k] = e + j < count ? sum[k] + x[j][k] * factor[j] : sum[k];
+    }
+}
+
+/* A row of y from four(i, n, sum), which gives the sums of its columns; zero where one is not finite. */
+template <typename Four> static __device__ __forceinline__ void tern__aggregate_end_row(const tern_aggregate_args &a, int64_t row, int wide, uint32_t *seen, tern__blame blame, Four four)
+{
+    const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    uint32_t most = 0;
+    tern__each4_of_row(a.cols, [&](int64_t i, int n) {
+        float sum[4];
+        four(i, n, sum);
+        for (int k = 0; k < 4; k++) {
+            if (a.left) sum[k] = a.left[row] * sum[k];
+            const uint32_t bits = k < n ? tern__bits(tern__abs(sum[k])) : 0;
+            most = bits > most ? bits : most;
+        }
+        tern__store4(TERN_F32, a.y, row * a.cols + i, n, wide, sum);
+    });
+    if (tern__finite(tern__float(tern__block_max(most, seen)))) return;
+    if (threadIdx.x == 0) tern__report(blame, row);
+    tern__each4_of_row(a.cols, [&](int64_t i, int n) { tern__store4(TERN_F32, a.y, row * a.cols + i, n, wide, zeros); });
+}
+
+/* Rows that are not hubs. */
+static __global__ void __launch_bounds__(TERN__THREADS) tern__aggregate_rows(tern_aggregate_args a, int wide, tern__blame blame)
+{
+    TERN__SHARED(uint32_t, seen);
+    for (int64_t row = blockIdx.x; row < a.edges.rows; row += gridDim.x) {
+        const int64_t first = a.edges.start[row], count = a.edges.start[row + 1] - first;
+        if (count > TERN__EDGES) continue;
+        tern__aggregate_end_row(a, row, wide, seen, blame, [&](int64_t i, int n, float *sum) { tern__edges_sum(a, first, (int)count, i, n, wide, sum); });
+    }
+}
+
+/* Segments of hubs, a block to each: that of a hub is the last one whose first segment is not behind it. */
+static __global__ void __launch_bounds__(TERN__THREADS) tern__aggregate_parts(tern_aggregate_args a, int wide)
+{
+    for (int64_t part = blockIdx.x; part < a.edges.parts; part += gridDim.x) {
+        int64_t low = 0, high = a.edges.hubs - 1;
+        while (low < high) {
+            const int64_t middle = high - (high - low) / 2;
+            if (a.edges.part[middle] <= part) low = middle;
+            else high = middle - 1;
+        }
+        const int64_t row = a.edges.hub[low], first = a.edges.start[row] + (part - a.edges.part[low]) * TERN__EDGES;
+        const int count = (int)tern__min(TERN__EDGES, a.edges.start[row + 1] - first);
+        tern__each4_of_row(a.cols, [&](int64_t i, int n) {
+            float sum[4];
+            tern__edges_sum(a, first, count, i, n, wide, sum);
+            tern__store4(TERN_F32, a.part, part * a.cols + i, n, wide, sum);
+        });
+    }
+}
+
+/* Hubs, from their segments in order. */
+static __global__ void __launch_bounds__(TERN__THREADS) tern__aggregate_hubs_end(tern_aggregate_args a, int wide, tern__blame blame)
+{
+    TERN__SHARED(uint32_t, seen);
+    for (int64_t h = blockIdx.x; h < a.edges.hubs; h += gridDim.x) {
+        const int64_t row = a.edges.hub[h], parts = tern__ceil_div(a.edges.start[row + 1] - a.edges.start[row], TERN__EDGES), first = a.edges.part[h];
+        tern__aggregate_end_row(a, row, wide, seen, blame, [&](int64_t i, int n, float *sum) {
+            tern__load4(TERN_F32, a.part, first * a.cols + i, n, wide, sum);
+            for (int64_t s = 1; s < parts; s++) {
+                float x[4];
+                tern__load4(TERN_F32, a.part, (first + s) * a.cols + i, n, wide, x);
+                for (int k = 0; k < 4; k++) sum[k] = sum[k] + x[k];
+            }
+        });
+    }
+}
+
+static tern_result tern__gpu_aggregate(tern_run *r, tern__gpu *d, const tern_aggregate_args *a)
+{
+    const int threads = 32 * (int)tern__min(TERN__WARPS, tern__ceil_div(a->cols, 128)), wide = tern__wide(a->x, a->y, a->part, 4 * a->cols);
+    const size_t room = TERN__WARPS * sizeof(uint32_t);
+    const tern__blame blame = tern__blame_of(d, TERN__FAULT_AGGREGATE);
+    if (a->q) TERN__TRY(tern__check_aligned16(r, "aggregate: q", a->q));
+    TERN__LAUNCH(tern__aggregate_rows, tern__grid(d, a->edges.rows, 1), threads, room, d->stream, *a, wide, blame);
+    if (!a->edges.hubs) return TERN_OK;
+    TERN__LAUNCH(tern__aggregate_parts, tern__grid(d, a->edges.parts, 1), threads, 0, d->stream, *a, wide);
+    TERN__LAUNCH(tern__aggregate_hubs_end, tern__grid(d, a->edges.hubs, 1), threads, room, d->stream, *a, wide, blame);
+    return TERN_OK;
+}
+
+/* -- gates: a block to a token -- */
+
+static __global__ void __launch_bounds__(1024) tern__gate_tokens(tern_gate_args a, int wide, tern__blame blame)
+{
+    TERN__SHARED(float, sums);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const float *h = a.h + t * a.cols;
+        float *y = a.y + t * a.cols;
+        tern__gather_dense(h, a.cols, wide, y);
+        for (int64_t i = t; i < a.count * a.n; i += a.n) {
+            const float *key = a.key + i * a.cols;
+            const float gate = tern__sigmoid(tern__block_sum(a.cols, [&](int64_t j) { return h[j] * key[j]; }, sums));
+            if (threadIdx.x == 0) a.gate[i] = gate;
+            tern__each4_of_row(a.cols, [&](int64_t j, int n) {
+                float v[4], value[4];
+                tern__load4(TERN_F32, y, j, n, wide, v);
+                tern__load4(TERN_F32, a.value + i * a.cols, j, n, wide, value);
+                for (int k = 0; k < 4; k++) v[k] = v[k] + gate * value[k];
+                tern__store4(TERN_F32, y, j, n, wide, v);
+            });
+        }
+        __syncthreads(); /* others wrote the row */
+        if (tern__finite(tern__float(tern__block_absmax(a.cols, [&](int64_t j) { return y[j]; }, (uint32_t *)sums)))) continue;
+        if (threadIdx.x == 0) tern__report(blame, t);
+        tern__gather_dense(NULL, a.cols, wide, y);
+    }
+}
+
+static __global__ void __launch_bounds__(1024) tern__gate_tokens_back(tern_gate_args a, int wide)
+{
+    TERN__SHARED(float, sums);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const float *dy = a.dy + t * a.cols;
+        float *dh = a.dh + t * a.cols;
+        tern__gather_dense(dy, a.cols, wide, dh);
+        for (int64_t i = t; i < a.count * a.n; i += a.n) {
+            const float gate = a.gate[i], *value = a.value + i * a.cols;
+            const float slope = tern__block_sum(a.cols, [&](int64_t j) { return dy[j] * value[j]; }, sums) * (gate * (1.0f - gate));
+            tern__each4_of_row(a.cols, [&](int64_t j, int n) {
+                float v[4], h[4], key[4], dkey[4], out[4];
+                tern__load4(TERN_F32, dy, j, n, wide, v);
+                tern__load4(TERN_F32, a.h + t * a.cols, j, n, wide, h);
+                tern__load4(TERN_F32, a.key + i * a.cols, j, n, wide, key);
+                tern__load4(TERN_F32, dh, j, n, wide, out);
+                for (int k = 0; k < 4; k++) {
+                    v[k] = gate * v[k];
+                    dkey[k] = slope * h[k];
+                    out[k] = out[k] + slope * key[k];
+                }
+                tern__store4(TERN_F32, a.dvalue + i * a.cols, j, n, wide, v);
+                tern__store4(TERN_F32, a.dkey + i * a.cols, j, n, wide, dkey);
+                tern__store4(TERN_F32, dh, j, n, wide, out);
+            });
+        }
+    }
+}
+
+static tern_result tern__gpu_gate(tern_run *r, tern__gpu *d, const tern_gate_args *a)
+{
+    const unsigned grid = tern__grid(d, a->n, 1);
+    const int threads = tern__row_threads(a->cols), wide = tern__wide(a->h, a->key, a->value, a->y, a->dy, a->dh, a->dkey, a->dvalue, 4 * a->cols);
+    const size_t room = tern__row_shared(a->cols);
+    TERN__TRY(tern__check_row(r, "gate", a->cols));
+    if (a->dy) TERN__LAUNCH(tern__gate_tokens_back, grid, threads, room, d->stream, *a, wide);
+    else TERN__LAUNCH(tern__gate_tokens, grid, threads, room, d->stream, *a, wide, tern__blame_of(d, TERN__FAULT_GATE));
+    return TERN_OK;
+}
+
+/* -- codebooks: a block to a token, a warp to every eighth code -- */
+
+/* A canonical sum of up to 2^20 terms, by a warp; sums: shared memory for a float to each 1024 of them. */
+template <typename Term> static __device__ float tern__warp_long_sum(int64_t n, Term term, float *sums)
+{
+    const int blocks = (int)tern__ceil_div(n, TERN__BLOCK);
+    if (blocks == 1) return tern__warp_sum((int)n, [&](int i) { return term((int64_t)i); });
+    for (int b = 0; b < blocks; b++) {
+        const int64_t first = (int64_t)b * TERN__BLOCK;
+        const float sum = tern__warp_sum((int)tern__min(TERN__BLOCK, n - first), [&](int i) { return term(first + i); });
+        if (threadIdx.x % 32 == 0) sums[b] = sum;
+    }
+    __syncwarp();
+    const float total = tern__warp_sum(blocks, [&](int i) { return sums[i]; });
+    __syncwarp(); /* sums may be written again */
+    return total;
+}
+
+/* The least distance, and of equal ones the first id, is the smallest key: distances are not negative. */
+static __global__ void __launch_bounds__(TERN__THREADS) tern__nearest_codes(tern_nearest_args a, tern__blame blame)
+{
+    TERN__SHARED(tern__key, keys);
+    const int warp = (int)(threadIdx.x / 32);
+    float *sums = (float *)(keys + TERN__WARPS) + warp * tern__ceil_div(a.cols, TERN__BLOCK);
+    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
+        const float *x = a.x + t * a.cols;
+        tern__key best = (tern__key)0x7F7FFFFFu << 32; /* the largest float: beyond it nothing is nearest */
+        for (int64_t i = warp; i < a.rows; i += TERN__WARPS) {
+            const float *w = a.w + i * a.cols;
+            const float distance = tern__warp_long_sum(a.cols, [&](int64_t j) { const float apart = x[j] - w[j]; return apart * apart; }, sums);
+            const tern__key key = (tern__key)tern__bits(distance) << 32 | (tern__key)i;
+            best = key < best ? key : best;
+        }
+        if (threadIdx.x % 32 == 0) keys[warp] = best;
+        __syncthreads();
+        for (int i = 0; i < TERN__WARPS; i++) best = keys[i] < best ? keys[i] : best;
+        const bool found = best >> 32 < 0x7F7FFFFFu;
+        if (threadIdx.x == 0) {
+            a.ids[t] = found ? (int32_t)best : -1;
+            if (a.distance) a.distance[t] = found ? tern__float((uint32_t)(best >> 32)) : 0.0f;
+            if (!found) tern__report(blame, t);
+        }
+        __syncthreads(); /* keys may be written again */
+    }
+}
+
+static tern_result tern__gpu_nearest(tern_run *r, tern__gpu *d, const tern_nearest_args *a)
+{
+    TERN__TRY(tern__check_row(r, "nearest", a->cols));
+    TERN__LAUNCH(tern__nearest_codes, tern__grid(d, a->n, 1), TERN__THREADS, TERN__WARPS * (sizeof(tern__key) + tern__row_shared(a->cols)), d->stream, *a,
+                 tern__blame_of(d, TERN__FAULT_NEAREST));
     return TERN_OK;
 }
 
@@ -2668,15 +3450,6 @@ static tern_result tern__gpu_scale_grad(tern_run *r, tern__gpu *d, const tern_sc
         TERN__FAIL(r, TERN_E_UNSUPPORTED, "%s has no operation " #op, r->backend->name);          \
     }
 TERN__ABSENT(matmul_fixed)
-TERN__ABSENT(round_i8)
-TERN__ABSENT(dequantize)
-TERN__ABSENT(flip)
-TERN__ABSENT(route)
-TERN__ABSENT(group)
-TERN__ABSENT(row_dot)
-TERN__ABSENT(aggregate)
-TERN__ABSENT(gate)
-TERN__ABSENT(nearest)
 
 /* Every operation on its device, its launches checked; errors of before are told apart. */
 #define TERN__OP(op)                                                                              \

@@ -498,6 +498,7 @@ inline int __float2int_rn(float x) /* the ends of the range beyond it, 0 for NaN
 {
     return x >= 2147483648.0f ? INT32_MAX : x < -2147483648.0f ? INT32_MIN : x == x ? static_cast<int>(lrintf(x)) : 0;
 }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __dp4a(int a, int b, int c)
 {
     for (int i = 0; i < 32; i += 8) c += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);

@@ -64,32 +64,72 @@ static void test_cuda_quantize_int4()
     check_quantize(7, 130, TERN_PER_ROW, TERN_2BIT, true, false, true, TERN_ACT_INT4);
 }
 
-/* Every operation that meets bits says so. */
-static void test_cuda_no_bits()
+/* Bits through a layer and back: those of quantize, the product, and the gradient of the weights. */
+static void check_bits(const tern_matrix &shape, int64_t n, bool bad, bool pieces = false)
 {
-    const tern_matrix shape = test_shape(16, 64, TERN_PER_ROW, TERN_2BIT, TERN_F32);
     test_matrix w(shape);
-    mirror<float> x(64, test_uniform), y(16), dw(16 * 64);
-    quantized act(shape, 1);
-    tern_context *c = test_context[GPU];
-    tern_linear_args linear = {};
-    tern_matmul_args product = {};
-    tern_matmul_dw_args gradient = {};
-    linear.quantize.m = product.m = gradient.m = w.on(GPU);
-    linear.quantize.act = product.act = gradient.act = TERN_ACT_BIT;
-    linear.quantize.n = product.n = gradient.n = 1;
-    linear.quantize.x = x[GPU];
-    act.into(&linear.quantize, GPU);
-    act.into(&product, GPU);
-    linear.y = product.y = y[GPU];
-    gradient.dy = y[GPU];
-    gradient.dw = dw[GPU];
-    gradient.q = product.q;
-    gradient.scale = product.scale;
-    CHECK(test_failed_with(c, tern_quantize(c, &linear.quantize), TERN_E_UNSUPPORTED, "cuda: bit activations are not supported by quantize"));
-    CHECK(test_failed_with(c, tern_matmul(c, &product), TERN_E_UNSUPPORTED, "cuda: bit activations are not supported by matmul"));
-    CHECK(test_failed_with(c, tern_matmul_dw(c, &gradient), TERN_E_UNSUPPORTED, "cuda: bit activations are not supported by matmul_dw"));
-    CHECK(test_failed_with(c, tern__run_linear(c, &linear), TERN_E_UNSUPPORTED, "cuda: bit activations are not supported by linear"));
+    mirror<float> x(n * shape.cols, [] { return test_random() % 3 ? 0.0f : test_uniform(); }), bias(shape.rows, test_uniform), y(n * shape.rows);
+    mirror<float> dy(n * shape.rows, test_uniform), dw(shape.rows * shape.cols, test_uniform);
+    quantized act(shape, n);
+    if (bad) {
+        x[CPU][(n - 1) * shape.cols + shape.cols / 2] = -INFINITY;
+        x[CPU][n / 2 * shape.cols] = NAN;
+        x.send();
+    }
+    test_both([&](tern_context *c, int side) {
+        tern_linear_args a = {};
+        tern_matmul_dw_args g = {};
+        a.quantize.m = g.m = w.on(side);
+        a.quantize.act = g.act = TERN_ACT_BIT;
+        a.quantize.n = g.n = n;
+        a.quantize.x = x[side];
+        act.into(&a.quantize, side);
+        a.bias = bias[side];
+        a.y = y[side];
+        g.dy = dy[side];
+        g.q = a.quantize.q;
+        g.scale = a.quantize.scale;
+        g.dw = dw[side];
+        TERN__TRY(tern__run_linear(c, &a));
+        if (pieces && side == GPU) { /* once more, two tokens at a time */
+            const tern_matmul_args m = tern__linear_product(&a);
+            TERN__TRY(tern_copy(c, a.y, dy[side], sizeof(float) * (size_t)(n * shape.rows), TERN_ON_DEVICE));
+            TERN__TRY(tern__gpu_matmul_bits(&c->run, tern__gpu_of(&c->run), &m, 2 * act.s.stride));
+        }
+        return tern_matmul_dw(c, &g);
+    });
+    CHECK_SAME(act.q);
+    CHECK_SAME(act.scale);
+    CHECK_SAME(act.sum);
+    CHECK_SAME(y);
+    CHECK_SAME(dw);
+}
+
+static void test_cuda_bits()
+{
+    int i = 0;
+    test_fuse(false);
+    for (int64_t cols : {1, 15, 17, 31, 127, 300})
+        for (int32_t grain : {(int32_t)TERN_PER_ROW, (int32_t)TERN_PER_TENSOR, 33}) {
+            check_bits(test_shape(i % 2 ? 33 : 5, cols, grain, i % 3 ? TERN_BASE3 : TERN_2BIT, TERN_F32), i % 4 == 3 ? 19 : 3, i % 5 == 4, i % 3 == 1);
+            i++;
+        }
+}
+
+/* The shortest row of bits that has no room as int8. */
+static void test_cuda_bits_too_long()
+{
+    const tern_matrix shape = test_shape(1, 250000, 1, TERN_BASE3, TERN_F32);
+    tern_matmul_args a = {};
+    mirror<int8_t> some(64);
+    a.m = shape;
+    a.m.trits = a.m.scales = some[GPU];
+    a.act = TERN_ACT_BIT;
+    a.n = 1;
+    a.q = some[GPU];
+    a.scale = a.y = (float *)some[GPU];
+    a.sum = (const int32_t *)some[GPU];
+    CHECK(test_failed_with(test_context[GPU], tern_matmul(test_context[GPU], &a), TERN_E_UNSUPPORTED, "cuda: matmul: bits of rows of 5000000 bytes as int8; 4194304 is the most"));
 }
 
 static void test_cuda_quantize_bad_rows()
@@ -236,7 +276,8 @@ static void suite_cuda_trits()
 {
     RUN(test_cuda_quantize);
     RUN(test_cuda_quantize_int4);
-    RUN(test_cuda_no_bits);
+    RUN(test_cuda_bits);
+    RUN(test_cuda_bits_too_long);
     RUN(test_cuda_quantize_bad_rows);
     RUN(test_cuda_product_few_tokens);
     RUN(test_cuda_product_many_tokens);

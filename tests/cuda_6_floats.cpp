@@ -314,6 +314,24 @@ static void test_cuda_attention_backward()
     }
 }
 
+/* Without fused products the bits are the CPU's, whatever the machine could fuse. */
+static void test_cuda_attention_exact()
+{
+    test_fuse(true);
+    for (int i : {2, 3, 5}) {
+        attention_data d(attention_cases[i]);
+        d.both(false);
+        test_both([&](tern_context *context, int side) {
+            tern_attention_args a = d.args(side, true);
+            a.exact = 1;
+            return tern_attention(context, &a);
+        });
+        CHECK_SAME(d.dq);
+        CHECK_SAME(d.dk);
+        CHECK_SAME(d.dv);
+    }
+}
+
 /* The backward from the forward's p, of one sequence whose heads share all keys, with fused products. */
 static void test_cuda_attention_fused()
 {
@@ -378,6 +396,7 @@ static void suite_cuda_floats()
     RUN(test_cuda_matmul_gradients_fused);
     RUN(test_cuda_attention);
     RUN(test_cuda_attention_backward);
+    RUN(test_cuda_attention_exact);
     RUN(test_cuda_attention_fused);
     RUN(test_cuda_attention_many_heads);
     RUN(test_cuda_attention_too_long);

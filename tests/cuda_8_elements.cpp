@@ -410,6 +410,29 @@ static void test_cuda_sum()
         }
 }
 
+/* Of halves, whose block sums are floats; the first element may be off alignment. */
+static void test_cuda_sum_halves()
+{
+    for (int64_t n : {1, 17, 1025, 4097})
+        for (tern_type type : {TERN_BF16, TERN_F16})
+            for (int kind = TERN_SUM; kind <= TERN_SUM_SQUARES; kind++) {
+                mirror<uint16_t> x(n + 1);
+                mirror<float> y(1);
+                for (int64_t i = 0; i <= n; i++) tern__store_float(type, x[CPU], i, test_uniform());
+                x.send();
+                test_both([&](tern_context *c, int side) {
+                    tern_sum_args a = {};
+                    a.kind = (tern_sum_kind)kind;
+                    a.count = n;
+                    a.type = type;
+                    a.x = x[side] + n % 2;
+                    a.y = y[side];
+                    return tern_sum(c, &a);
+                });
+                CHECK_SAME(y);
+            }
+}
+
 /* -- optimizers -- */
 
 enum { OPTIMIZE_SGD = 1, OPTIMIZE_BF16 = 2, OPTIMIZE_CLIP = 4, OPTIMIZE_NO_MOMENTUM = 8, OPTIMIZE_BF16_MOMENTS = 16, OPTIMIZE_NEAREST = 32, OPTIMIZE_VARIANTS = 64 };
@@ -602,6 +625,7 @@ static void suite_cuda_elements()
     RUN(test_cuda_rope);
     RUN(test_cuda_loss);
     RUN(test_cuda_sum);
+    RUN(test_cuda_sum_halves);
     RUN(test_cuda_optimize);
     RUN(test_cuda_optimize_norms);
     RUN(test_cuda_scale_grad);

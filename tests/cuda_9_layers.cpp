@@ -283,6 +283,7 @@ struct network {
     int32_t *ids, *targets;
     float *h0, *qkv, *a, *prob, *o, *h1, *u, *g, *d, *h2, *logits, *losses, *norm2;
     float *dh2, *dg, *dh1, *da, *dqkv, *dh0;
+    int32_t exact = 0; /* attention's backward */
 
     void *get(size_t bytes)
     {
@@ -297,7 +298,7 @@ struct network {
         layer[ATTEND].gain = p[GAIN];
         layer[UP].bias = p[BIAS];
         layer[ATTEND].norm = layer[UP].norm = layer[HEAD].norm = TERN_NORM_RMS;
-        layer[UP].act = TERN_ACT_FLOAT;
+        layer[UP].act = tern__is_integer(p[UP]) ? TERN_ACT_INT4 : TERN_ACT_FLOAT;
         for (int i = ATTEND; i <= HEAD; i++) {
             size_t bytes = 0;
             layer[i].w = p[i];
@@ -349,6 +350,7 @@ struct network {
         t.q_stride = t.k_stride = t.v_stride = QKV;
         t.y = a; t.p = prob;
         t.dy = dy;
+        t.exact = exact;
         t.dq = dqkv; t.dk = dqkv + WIDTH; t.dv = dqkv + WIDTH + DIM;
         return tern_attention(c, &t);
     }
@@ -403,10 +405,9 @@ struct network {
         TERN__TRY(test_add(c, TOKENS * WIDTH, dh1, dh0, dh0));
         return tern_embedding_backward(c, &e, TOKENS, ids, dh0);
     }
-    tern_result step(uint32_t number, tern_optimizer optimizer, float clip)
+    tern_result step(uint32_t number, tern_optimizer optimizer, float clip, tern_step s = {})
     {
         const tern_model m = {p, PARAMS};
-        tern_step s = {};
         s.optimizer = optimizer;
         s.rate = 0.01f;
         s.decay = 0.1f;

@@ -11,7 +11,10 @@
 #include "cuda_6_floats.cpp"
 #include "cuda_7_int8.cpp"
 #include "cuda_8_elements.cpp"
+#include "cuda_8_training.cpp"
+#include "cuda_8_sparse.cpp"
 #include "cuda_9_layers.cpp"
+#include "cuda_9_rooms.cpp"
 #include "cuda_faults.cpp"
 
 int main(int argc, char **argv)
@@ -24,7 +27,10 @@ int main(int argc, char **argv)
     suite_cuda_floats();
     suite_cuda_int8();
     suite_cuda_elements();
+    suite_cuda_training();
+    suite_cuda_sparse();
     suite_cuda_layers();
+    suite_cuda_rooms();
     suite_cuda_faults();
     printf("%d passed, %d failed\n", test_passed, test_failed);
     return test_failed != 0;

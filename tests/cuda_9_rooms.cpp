@@ -1,0 +1,384 @@
+/* Tests of [CUDA-9] in ternary_cuda.cu: rooms 17, 18 and 20 of ternary.h on its table, forward, backward and steps. */
+
+/* -- a network without floats that last -- */
+
+enum { WITH_VOTES = TERN_FOR_FLIPS | 1 << TERN_VOTES };
+
+struct flipping_params {
+    both_params table{network::CLASSES, network::WIDTH, TERN_ABSMEAN, TERN_FOR_FLIPS, TERN_PER_ROW, TERN_BASE3};
+    both_params attend{network::QKV, network::WIDTH, TERN_ABSMEAN, WITH_VOTES, TERN_PER_TENSOR, TERN_2BIT, TERN_POW2};
+    both_params out{network::WIDTH, network::WIDTH, TERN_TWN, TERN_FOR_FLIPS};
+    both_params up{network::HIDDEN, network::WIDTH, TERN_ABSMEAN, WITH_VOTES, TERN_PER_ROW, TERN_2BIT, TERN_POW2};
+    both_params down{network::WIDTH, network::HIDDEN, TERN_ABSMEAN_SIGMA, TERN_FOR_FLIPS, 16, TERN_BASE3, TERN_F16};
+    both_params head{network::CLASSES, network::WIDTH, TERN_ABSMEAN, WITH_VOTES, 7, TERN_2BIT, TERN_POW2};
+    both_params gain{1, network::WIDTH, TERN_DENSE, TERN_FOR_ADAMW}, bias{1, network::HIDDEN, TERN_DENSE, TERN_FOR_ADAMW};
+    both_params *all[network::PARAMS] = {&table, &attend, &out, &up, &down, &head, &gain, &bias};
+    bool same() const
+    {
+        for (const both_params *p : all)
+            if (!p->same()) return false;
+        return true;
+    }
+};
+
+/* Whole trainings on both, of fused products too: every buffer of a checkpoint has the same bytes after each step. */
+static void test_cuda_flip_training()
+{
+    test_fuse(true);
+    for (tern_flip_rule rule : {TERN_FLIP_PROPORTIONAL, TERN_FLIP_SIGN}) {
+        flipping_params params;
+        network cpu(test_context[CPU], params.all), gpu(test_context[GPU], params.all);
+        mirror<int64_t> counts(sizeof(tern_flips) / sizeof(int64_t));
+        CHECK(params.same());
+        cpu.exact = gpu.exact = 1;
+        for (uint32_t step = 1; step <= 5; step++) {
+            test_both([&](tern_context *, int side) {
+                network &net = side == GPU ? gpu : cpu;
+                tern_step s = {};
+                s.flip = rule;
+                s.push = 8.0f;
+                s.sign_step = 7;
+                s.scale_step = 9;
+                s.flips = (tern_flips *)counts[side];
+                for (tern_linear &l : net.layer) l.seed = (uint64_t)step << 32 | (uint64_t)(&l - net.layer);
+                TERN__TRY(net.feed(step));
+                TERN__TRY(net.forward());
+                TERN__TRY(net.backward());
+                return net.step(step, TERN_ADAMW, 0.0f, s);
+            });
+            CHECK(same_floats(gpu.losses, cpu.losses, network::TOKENS));
+            CHECK(same_floats(gpu.dh0, cpu.dh0, network::TOKENS * network::WIDTH));
+            CHECK(params.same());
+        }
+        CHECK_SAME(counts);
+        const tern_flips *got = (const tern_flips *)counts[CPU];
+        CHECK(got->updates == 30 && got->skipped == 0 && got->flips > 0 && got->scales > 0);
+    }
+}
+
+/* -- parameters of a layer on both sides -- */
+
+struct side_params {
+    std::vector<both_params *> all;
+    ~side_params() { for (both_params *p : all) delete p; }
+    both_params *add(int64_t rows, int64_t cols, tern_rule rule, int32_t mask, int32_t grain, tern_type encoding)
+    {
+        const bool flips = mask == TERN_FOR_FLIPS && rule != TERN_DENSE;
+        all.push_back(new both_params(rows, cols, rule, flips ? mask : TERN_FOR_ADAMW, rule == TERN_DENSE ? 0 : grain, encoding));
+        for (tern_param &p : all.back()->at) snprintf(p.name, sizeof p.name, "p%zu", all.size());
+        return all.back();
+    }
+    bool same() const
+    {
+        for (const both_params *p : all)
+            if (!p->same()) return false;
+        return true;
+    }
+    tern_result step(tern_context *c, int side) const
+    {
+        std::vector<tern_param *> items;
+        for (both_params *p : all) items.push_back(&p->at[side]);
+        const tern_model m = {items.data(), (int32_t)items.size()};
+        tern_step s = {};
+        s.rate = 0.01f;
+        s.clip = 1.0f;
+        s.push = 8.0f;
+        s.step = 1;
+        return tern_model_step(c, &m, &s);
+    }
+};
+static tern_param *at(both_params *p, int side) { return p ? &p->at[side] : nullptr; }
+
+/* -- mixtures of experts -- */
+
+struct moe_case {
+    int32_t count, top_k, cols, width, gated, always, low; /* low: rank, negative for a ternary one */
+    tern_rule rule;
+    int32_t grain;
+    tern_type encoding;
+    tern_act act;
+    tern_map_fn fn;
+    tern_route_kind weights;
+    tern_norm_kind norm, inner;
+    tern_rule router;
+    int32_t mask;
+};
+static const moe_case moe_cases[] = {
+    {4, 2, 21, 13, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_ADD, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_ADAMW},
+    {3, 1, 17, 30, 0, 9, 0, TERN_ABSMEAN, 8, TERN_BASE3, TERN_ACT_INT8, TERN_MAP_RELU2, TERN_ROUTE_ALL, TERN_NORM_NONE, TERN_NORM_RMS, TERN_ABSMEAN, TERN_FOR_ADAMW},
+    {8, 8, 33, 16, 1, 40, 0, TERN_ABSMEAN, TERN_PER_TENSOR, TERN_2BIT, TERN_ACT_FLOAT, TERN_MAP_GELU, TERN_ROUTE_RENORMALIZED, TERN_NORM_RMS, TERN_NORM_RMS, TERN_DENSE, TERN_FOR_ADAMW},
+    {4, 2, 21, 18, 1, 0, 5, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_RMS, TERN_DENSE, TERN_FOR_ADAMW},
+    {6, 3, 19, 14, 0, 10, -4, TERN_ABSMEAN, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT8, TERN_MAP_GELU, TERN_ROUTE_ALL, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_ADAMW},
+    {5, 2, 40, 20, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT4, TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_ABSMEAN, TERN_FOR_FLIPS},
+};
+
+struct moe_pair {
+    side_params params;
+    std::vector<tern_expert> experts[2];
+    std::vector<tern_param *> low_a[2], low_b[2];
+    tern_expert always[2];
+    tern_moe m[2];
+    static void expert(const moe_case &t, side_params *p, int32_t width, tern_expert out[2])
+    {
+        both_params *gate = t.gated ? p->add(width, t.cols, t.rule, t.mask, t.grain, t.encoding) : nullptr;
+        both_params *up = p->add(width, t.cols, t.rule, t.mask, t.grain, t.encoding), *down = p->add(t.cols, width, t.rule, t.mask, t.grain, t.encoding);
+        for (int side = CPU; side <= GPU; side++) out[side] = {at(gate, side), at(up, side), at(down, side)};
+    }
+    explicit moe_pair(const moe_case &t)
+    {
+        both_params *router = params.add(t.count, t.cols, t.router, t.mask, t.grain, t.encoding);
+        both_params *gain = t.norm ? params.add(1, t.cols, TERN_DENSE, t.mask, 0, t.encoding) : nullptr;
+        tern_expert e[2];
+        for (int32_t i = 0; i < (t.low ? 1 : t.count); i++) {
+            expert(t, &params, t.width, e);
+            for (int side = CPU; side <= GPU; side++) experts[side].push_back(e[side]);
+        }
+        for (int32_t i = 0; t.low && i < t.count; i++) {
+            const tern_rule rule = t.low < 0 ? TERN_ABSMEAN : TERN_DENSE;
+            both_params *a = params.add(abs(t.low), t.cols, rule, t.mask, t.grain, t.encoding), *b = params.add(t.width, abs(t.low), rule, t.mask, t.grain, t.encoding);
+            for (int side = CPU; side <= GPU; side++) low_a[side].push_back(at(a, side)), low_b[side].push_back(at(b, side));
+        }
+        if (t.always) expert(t, &params, t.always, always);
+        for (int side = CPU; side <= GPU; side++) {
+            tern_moe *o = &m[side];
+            *o = {};
+            o->router.w = at(router, side);
+            o->router.norm = o->norm = t.norm;
+            o->router.act = o->act = t.act;
+            o->gain = at(gain, side);
+            o->experts = experts[side].data();
+            o->count = t.count;
+            o->top_k = t.top_k;
+            o->weights = t.weights;
+            o->fn = t.fn;
+            o->inner = t.inner;
+            o->always = t.always ? &always[side] : nullptr;
+            if (t.low) o->low_a = low_a[side].data(), o->low_b = low_b[side].data();
+            o->balance = 0.1f;
+            o->seed = 77;
+        }
+    }
+};
+
+static void test_moe(const moe_case &t, int64_t n, tern_dispatch dispatch)
+{
+    moe_pair p(t);
+    tern_need need[2] = {};
+    for (int side = CPU; side <= GPU; side++) {
+        p.m[side].dispatch = dispatch;
+        CHECK(tern_moe_need(test_context[side], &p.m[side], n, &need[side]) == TERN_OK && tern_reserve(test_context[side], need[side].scratch) == TERN_OK);
+    }
+    CHECK(need[CPU].saved == need[GPU].saved);
+    mirror<float> x(n * t.cols, test_uniform), y(n * t.cols), z(n * t.cols), dy(n * t.cols, test_uniform), dx(n * t.cols);
+    mirror<int8_t> saved((int64_t)need[GPU].saved);
+    if (n > 4) x[CPU][3 * t.cols + 1] = test_nan; /* a token that goes to no expert */
+    x.send();
+    test_both([&](tern_context *c, int side) {
+        TERN__TRY(tern_moe_forward(c, &p.m[side], n, x[side], y[side], nullptr));
+        return tern_moe_forward(c, &p.m[side], n, x[side], z[side], saved[side]);
+    });
+    CHECK_SAME(y);
+    CHECK_SAME(z);
+    if (n > 4) x[CPU][3 * t.cols + 1] = 0.5f;
+    x.send();
+    test_both([&](tern_context *c, int side) {
+        TERN__TRY(tern_moe_forward(c, &p.m[side], n, x[side], z[side], saved[side]));
+        TERN__TRY(tern_moe_backward(c, &p.m[side], n, x[side], saved[side], dy[side], dx[side]));
+        return p.params.step(c, side);
+    });
+    CHECK_SAME(z);
+    CHECK_SAME(dx);
+    CHECK(p.params.same());
+}
+
+static void test_cuda_moe()
+{
+    int i = 0;
+    test_fuse(false);
+    for (const moe_case &t : moe_cases)
+        for (tern_dispatch dispatch : {TERN_DISPATCH_DENSE, TERN_DISPATCH_SPARSE}) test_moe(t, i++ % 3 ? 19 : 1, dispatch);
+    test_moe(moe_cases[0], 70, TERN_DISPATCH_AUTO);
+}
+
+/* A dense dispatch as one graph, replayed for tokens that choose other experts. */
+static void test_cuda_moe_graph()
+{
+    const moe_case &t = moe_cases[0];
+    const int64_t n = 5;
+    moe_pair p(t);
+    tern_need need = {};
+    cudaStream_t stream = (cudaStream_t)tern_cuda_stream(test_context[GPU]);
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t ready = nullptr;
+    for (int side = CPU; side <= GPU; side++) {
+        p.m[side].dispatch = TERN_DISPATCH_DENSE;
+        CHECK(tern_moe_need(test_context[side], &p.m[side], n, &need) == TERN_OK && tern_reserve(test_context[side], need.scratch) == TERN_OK);
+    }
+    mirror<float> x(n * t.cols, test_uniform), y(n * t.cols);
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess);
+    CHECK_OK(tern_moe_forward(test_context[GPU], &p.m[GPU], n, x[GPU], y[GPU], nullptr));
+    CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess && cudaGraphInstantiate(&ready, graph, 0) == cudaSuccess);
+    for (int i = 0; i < 3; i++) {
+        for (int64_t j = 0; j < n * t.cols; j++) x[CPU][j] = test_uniform();
+        x.send();
+        CHECK(tern_moe_forward(test_context[CPU], &p.m[CPU], n, x[CPU], y[CPU], nullptr) == TERN_OK);
+        CHECK(cudaGraphLaunch(ready, stream) == cudaSuccess);
+        CHECK_OK(tern_sync(test_context[GPU]));
+        CHECK_SAME(y);
+    }
+    cudaGraphExecDestroy(ready);
+    cudaGraphDestroy(graph);
+}
+
+/* -- graphs -- */
+
+struct hop_case { tern_hop_order order; tern_graph_norm norm; tern_act act; tern_map_fn fn; int residual, lora; int32_t mask; };
+static const hop_case hop_cases[] = {
+    {TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_RELU, 1, 0, TERN_FOR_ADAMW},
+    {TERN_AGGREGATE_FIRST, TERN_GRAPH_MEAN, TERN_ACT_FLOAT, TERN_MAP_GELU, 0, 1, TERN_FOR_ADAMW},
+    {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_SILU, 1, 1, TERN_FOR_ADAMW},
+    {TERN_PROJECT_FIRST, TERN_GRAPH_MEAN, TERN_ACT_INT8, TERN_MAP_RELU2, 0, 0, TERN_FOR_FLIPS},
+};
+
+static void test_cuda_hop()
+{
+    const int64_t nodes = 40, cols = 21;
+    const graph_pair g(nodes, 150, {{0, 300}, {39, 700}});
+    test_fuse(false);
+    for (const hop_case &t : hop_cases) {
+        side_params params;
+        both_params *message = params.add(cols, cols, TERN_ABSMEAN, t.mask, TERN_PER_ROW, TERN_BASE3), *update = params.add(cols, cols, TERN_ABSMEAN, t.mask, 8, TERN_2BIT);
+        both_params *bias = params.add(1, cols, TERN_DENSE, t.mask, 0, TERN_2BIT);
+        both_params *a = t.lora ? params.add(3, cols, TERN_DENSE, t.mask, 0, TERN_2BIT) : nullptr, *b = t.lora ? params.add(cols, 3, TERN_DENSE, t.mask, 0, TERN_2BIT) : nullptr;
+        tern_hop hop[2] = {};
+        tern_need need[2] = {};
+        for (int side = CPU; side <= GPU; side++) {
+            tern_hop *l = &hop[side];
+            l->message.w = at(message, side);
+            l->update.w = at(update, side);
+            l->update.bias = at(bias, side);
+            l->message.norm = TERN_NORM_RMS;
+            l->order = t.order;
+            l->norm = t.norm;
+            l->act = t.act;
+            l->fn = t.fn;
+            l->residual = t.residual;
+            l->lora_a = at(a, side);
+            l->lora_b = at(b, side);
+            l->lora_scale = 0.5f;
+            CHECK(tern_hop_need(test_context[side], l, &g.at[side], &need[side]) == TERN_OK && tern_reserve(test_context[side], need[side].scratch) == TERN_OK);
+        }
+        mirror<float> h(nodes * cols, test_uniform), y(nodes * cols), z(nodes * cols), dy(nodes * cols, test_uniform), dh(nodes * cols);
+        mirror<int8_t> saved((int64_t)need[GPU].saved);
+        test_both([&](tern_context *c, int side) {
+            TERN__TRY(tern_hop_forward(c, &hop[side], &g.at[side], h[side], y[side], nullptr));
+            TERN__TRY(tern_hop_forward(c, &hop[side], &g.at[side], h[side], z[side], saved[side]));
+            TERN__TRY(tern_hop_backward(c, &hop[side], &g.at[side], h[side], saved[side], dy[side], dh[side]));
+            return params.step(c, side);
+        });
+        CHECK_SAME(y);
+        CHECK_SAME(z);
+        CHECK_SAME(dh);
+        CHECK(params.same());
+    }
+}
+
+static void test_cuda_ngram()
+{
+    const int64_t n = 19, cols = 21, width = 10;
+    side_params params;
+    both_params *table = params.add(31, width, TERN_ABSMEAN, TERN_FOR_ADAMW, TERN_PER_ROW, TERN_BASE3);
+    both_params *key = params.add(cols, width, TERN_ABSMEAN, TERN_FOR_ADAMW, TERN_PER_ROW, TERN_2BIT), *value = params.add(cols, width, TERN_ABSMEAN, TERN_FOR_ADAMW, 4, TERN_2BIT);
+    mirror<float> h(n * cols, test_uniform), y(n * cols), dy(n * cols, test_uniform), dh(n * cols);
+    mirror<int32_t> ids(2 * n);
+    std::vector<int32_t> tokens;
+    tern_ngram l[2] = {};
+    tern_need need[2] = {};
+    test_fuse(false);
+    for (int64_t i = 0; i < n; i++) tokens.push_back((int32_t)(test_random() % 9));
+    for (int side = CPU; side <= GPU; side++) {
+        l[side].table = at(table, side);
+        l[side].key.w = at(key, side);
+        l[side].value.w = at(value, side);
+        CHECK(tern_ngram_need(test_context[side], &l[side], n, &need[side]) == TERN_OK && tern_reserve(test_context[side], need[side].scratch) == TERN_OK);
+    }
+    CHECK(tern_ngram_ids(test_context[CPU], &l[CPU], n, 0, tokens.data(), ids[CPU]) == TERN_OK);
+    ids.send();
+    mirror<int8_t> saved((int64_t)need[GPU].saved);
+    test_both([&](tern_context *c, int side) {
+        TERN__TRY(tern_ngram_forward(c, &l[side], n, ids[side], h[side], y[side], saved[side]));
+        TERN__TRY(tern_ngram_backward(c, &l[side], n, ids[side], h[side], saved[side], dy[side], dh[side]));
+        return params.step(c, side);
+    });
+    CHECK_SAME(y);
+    CHECK_SAME(dh);
+    CHECK(params.same());
+}
+
+static void test_cuda_vq()
+{
+    const int64_t n = 19, cols = 21;
+    for (tern_rule rule : {TERN_DENSE, TERN_ABSMEAN}) {
+        side_params params;
+        both_params *codes = params.add(13, cols, rule, TERN_FOR_ADAMW, TERN_PER_ROW, TERN_2BIT);
+        mirror<float> x(n * cols, test_uniform), y(n * cols), distance(n), dy(n * cols, test_uniform), dx(n * cols);
+        mirror<int32_t> ids(n);
+        std::vector<int64_t> used[2] = {std::vector<int64_t>(13), std::vector<int64_t>(13)};
+        test_both([&](tern_context *c, int side) {
+            const tern_vq l = {at(codes, side), 0.25f};
+            tern_need need = {};
+            int64_t revived = 0;
+            TERN__TRY(tern_vq_need(c, &l, n, &need));
+            TERN__TRY(tern_reserve(c, need.scratch));
+            TERN__TRY(tern_vq_forward(c, &l, n, x[side], ids[side], y[side], distance[side]));
+            TERN__TRY(tern_vq_backward(c, &l, n, x[side], ids[side], y[side], 0.1f, dy[side], dx[side]));
+            TERN__TRY(params.step(c, side));
+            TERN__TRY(tern_vq_count(c, &l, n, ids[side], used[side].data()));
+            return tern_vq_revive(c, &l, n, x[side], used[side].data(), 5, 1, &revived);
+        });
+        CHECK_SAME(ids);
+        CHECK_SAME(y);
+        CHECK_SAME(distance);
+        CHECK_SAME(dx);
+        CHECK(params.same() && used[CPU] == used[GPU]);
+    }
+}
+
+static void test_cuda_ple()
+{
+    const int64_t n = 9, cols = 33, width = 17;
+    side_params params;
+    both_params *gate = params.add(width, cols, TERN_ABSMEAN, TERN_FOR_ADAMW, TERN_PER_ROW, TERN_2BIT), *project = params.add(cols, width, TERN_ABSMEAN, TERN_FOR_ADAMW, 8, TERN_BASE3);
+    both_params *gain = params.add(1, cols, TERN_DENSE, TERN_FOR_ADAMW, 0, TERN_2BIT);
+    mirror<float> x(n * cols, test_uniform), rows(n * width, test_uniform), y(n * cols), dy(n * cols, test_uniform), dx(n * cols), drows(n * width);
+    mirror<int8_t> saved(n * 2048);
+    test_fuse(false);
+    test_both([&](tern_context *c, int side) {
+        tern_ple l = {};
+        tern_need need = {};
+        l.gate.w = at(gate, side);
+        l.project.w = at(project, side);
+        l.gain = at(gain, side);
+        TERN__TRY(tern_ple_need(c, &l, n, &need));
+        if (need.saved > saved.count) abort();
+        TERN__TRY(tern_reserve(c, need.scratch));
+        TERN__TRY(tern_ple_forward(c, &l, n, x[side], rows[side], y[side], saved[side]));
+        TERN__TRY(tern_ple_backward(c, &l, n, x[side], rows[side], saved[side], dy[side], dx[side], drows[side]));
+        return params.step(c, side);
+    });
+    CHECK_SAME(y);
+    CHECK_SAME(dx);
+    CHECK_SAME(drows);
+    CHECK(params.same());
+}
+
+static void suite_cuda_rooms()
+{
+    RUN(test_cuda_flip_training);
+    RUN(test_cuda_moe);
+    RUN(test_cuda_moe_graph);
+    RUN(test_cuda_hop);
+    RUN(test_cuda_ngram);
+    RUN(test_cuda_vq);
+    RUN(test_cuda_ple);
+}
