@@ -284,6 +284,28 @@ static void test_kernels_tile_unit(void)
         TERN__TILE_STORE(0, hard, 64);
         TERN__TILE_RELEASE();
         CHECK(memcmp(soft, hard, sizeof soft) == 0, "%d rows, %d quads", rows, step);
+        if (!kernels_of(TERN_ISA_AMX_INT8)->pairs) continue;
+        for (i = 0; i < (int)sizeof bytes; i += 2) { /* denormals among them, as factors and as products */
+            const uint16_t half = tern__to_bf16(test_float() * (i % 14 ? 1.0f : i % 4 ? 1e-38f : 1e-20f));
+            memcpy((uint8_t *)bytes + i, &half, 2);
+        }
+        amx_config(&config);
+        amx_zero(0);
+        amx_load(4, bytes[1], 64);
+        amx_load(6, bytes[2], 64);
+        amx_pairs(0, 4, 6);
+        amx_pairs(0, 4, 6);
+        amx_store(0, soft, 64);
+        amx_release();
+        TERN__TILE_CONFIG(&config);
+        TERN__TILE_ZERO(0);
+        TERN__TILE_ONCE(4, bytes[1], 64);
+        TERN__TILE_LOAD(6, bytes[2], 64);
+        TERN__TILE_PAIRS(0, 4, 6);
+        TERN__TILE_PAIRS(0, 4, 6);
+        TERN__TILE_STORE(0, hard, 64);
+        TERN__TILE_RELEASE();
+        CHECK(memcmp(soft, hard, sizeof soft) == 0, "%d rows, %d pairs", rows, step);
     }
 }
 #endif

@@ -111,6 +111,9 @@ static inline float amx_bf16(const uint8_t *word, int half)
 static inline void amx_pairs(int c, int a, int b)
 {
     int m, n, k;
+#if defined(__x86_64__) || defined(__i386__)
+    __asm__ volatile("vzeroupper"); /* gcc's code comes here with upper halves in use, and then each fmaf takes a hundred times as long */
+#endif
     amx_check(c);
     amx_check(a);
     amx_check(b);
