@@ -2,7 +2,9 @@
    Mutations that test_kernels_bits saw: high nibbles shifted by 3; a chunk's words counted by 2-bit units in base 3;
    the unit behind an odd last one read; idle nibbles counted by their units; a last group of full length. The scalar sum_above
    with a NaN taken as not above a negative bound was seen by its test and by test_ternarize_spare.
- */
+   test_kernels_pairs (with TEST_AMX) saw: ties away from zero; truncation; a NaN rounded as a number; halves of a word exchanged;
+   a partner of the last odd term; rows that are missing left as they were; sums begun at zero always; c never added to; tiles
+   not released. */
 
 /* The tier's kernels, or NULL where it is not here. */
 static const tern__kernels *kernels_of(tern_isa isa)

@@ -1,6 +1,8 @@
 /* Room 14, backends: every operation of the table. Forward results are the scalar single-thread result bit
    for bit on every tier, for any number of threads and any split of the batch, with hashes that hold on
-   every machine; gradients stand beside float64 references. */
+   every machine; gradients stand beside float64 references.
+   Mutations that test_bf16_products saw (with TEST_AMX): ties away from zero; truncation; scales left out; scales of groups taken
+   from the first one; scales of rows rounded by themselves; the first 32 scales for all terms. */
 #include <math.h>
 #include <stddef.h>
 
