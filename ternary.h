@@ -119,6 +119,9 @@ OPTIONS (define before the implementation; public layouts never depend on them)
     TERNARY_NO_MOE            no mixture of experts
     TERNARY_NO_GRAPH          no graphs, memory of n-grams or vector quantization
     TERNARY_NO_FILES          no model files
+    TERNARY_USE_CBLAS         float products of training (matmul_dx, matmul_dw, dense with fused) by the cblas_sgemm that you
+                              link (32-bit int; cblas.h not in this file). Their bits then depend on that library, and on
+                              its threads where it says so: it brings its own, and the context's do not take part
     TERNARY_ACCEPT_FAST_MATH  compile under fast-math, without the promise of equal bits
 
 MEMORY
@@ -167,7 +170,9 @@ NUMERICS AND DETERMINISM
     2048. No contraction, no libm; exp, log, tanh, sine and cosine are the library's own polynomials.
     So the forward pass gives the same bits from every tier, compiler and architecture, GPUs included. Gradients are
     fused where the tier can: training repeats exactly on a given tier, for any thread count; of parameters with an
-    accumulator they are exact integer products, the same everywhere. Signs and payloads of
+    accumulator they are exact integer products, the same everywhere. A tern_linear whose gradients are TERN_BF16 permits
+    factors rounded to bf16 in its backward, which AMX multiplies many times faster (machines with AMX-BF16 have other
+    bits there than those without); the forward is the same. Signs and payloads of
     NaN are not part of the promise, nor is clang's -ffp-contract=fast, which no code can see or undo.
 
 FORMATS
@@ -470,11 +475,15 @@ typedef struct tern_matmul_fixed_args {
     int32_t *y;
 } tern_matmul_fixed_args;
 
-/* dx [n, cols] = dy [n, rows] * W. */
-typedef struct tern_matmul_dx_args { tern_matrix m; int64_t n; const float *dy; float *dx; } tern_matmul_dx_args;
+/* dx [n, cols] = dy [n, rows] * W. factors: F32 (default); BF16 permits what follows to backends that have products of bf16 (of
+   the CPU's the tier amx-int8, where there is AMX-BF16 too), and changes nothing elsewhere: factors are rounded to bf16, to
+   nearest even, and what is below 2^-126 counts as 0. Sums are float32. Trits, int8 and bits are exact in bf16, and dy is
+   rounded after it was multiplied with the scale of its row of W (dx) or of its token (dw): one rounding, by 2^-8 at most.
+   Where dx has several groups in a row, trit * scale is rounded besides; in dw and dense, floats of both sides are. */
+typedef struct tern_matmul_dx_args { tern_matrix m; int64_t n; const float *dy; float *dx; tern_type factors; } tern_matmul_dx_args;
 
 /* Adds dy^T * activations into dw [rows, cols], and the column sums of dy into dbias (either may be
-   NULL). Activations as in matmul: q with scale, or x. */
+   NULL). Activations as in matmul: q with scale, or x. factors: as in matmul_dx. */
 typedef struct tern_matmul_dw_args {
     tern_matrix m; /* trits and scales are not read */
     tern_act act;  /* of q */
@@ -483,10 +492,11 @@ typedef struct tern_matmul_dw_args {
     const int8_t *q; const float *scale;
     const float *x;
     float *dw, *dbias;
+    tern_type factors;
 } tern_matmul_dw_args;
 
 /* c [m, n] = a [m, k] * b [k, n] + bias[n] in float32, with strides of a and b in elements, not negative; c_row >= n.
-   add: adds into c. fused: may fuse multiply and add (faster; the bits then depend on the tier). */
+   add: adds into c. fused: may fuse multiply and add (faster; the bits then depend on the tier). factors: as in matmul_dx. */
 typedef struct tern_dense_args {
     int64_t m, n, k;
     const float *a; int64_t a_row, a_col;
@@ -494,6 +504,7 @@ typedef struct tern_dense_args {
     const float *bias;
     float *c; int64_t c_row;
     int32_t add, fused;
+    tern_type factors;
 } tern_dense_args;
 
 /* c [m, n] int32 = a [m, k] * b [k, n] int8, -128 included. Strides in elements, as in dense. Exact:
@@ -954,6 +965,7 @@ typedef struct tern_linear {
     float lora_scale;            /* ... y += (x~ A^T) B^T * lora_scale (Hu et al. 2021) */
     float arenas;                /* eps of y += eps x~ shadow^T, from 0; ramp it to exactly 0 before w is frozen */
     uint64_t seed;               /* of the stochastic rounding in a backward with TERN_ACCUM: another for each, e.g. step << 32 | layer */
+    tern_type gradients;         /* F32 (default), or BF16: permits factors of BF16 (tern_matmul_dx_args) in the products of w's backward */
 } tern_linear;
 /* x~: the normalised (and rotated) activations in float. With LoRA or arenas and without a norm, a row with NaN gives
    a row with NaN besides the fault that is reported. */
@@ -1370,6 +1382,19 @@ static int32_t tern__cpu_has_tiles(unsigned leaf7_edx, unsigned xcr0)
     (void)leaf7_edx;
     (void)xcr0;
     return 0;
+#endif
+}
+#endif
+
+#ifdef TERN__WITH_AMX_INT8
+/* Whether a tile unit has products of bf16 too: leaf 7, EDX. */
+static int32_t tern__cpu_has_pairs(void)
+{
+#ifdef TERN__TILE_UNIT
+    return TERN__TILE_BF16;
+#else
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
 #endif
 }
 #endif
@@ -2207,6 +2232,14 @@ typedef struct tern__tile {
     int32_t rows, first, add;
 } tern__tile;
 
+/* Float products of factors that are rounded to bf16: two terms lie in one word, the first in its low half. */
+typedef struct tern__pairs {
+    /* Up to 16 rows of a, each term times its scale: to [len / 32, rounded up][16][16 words], zeros where there is nothing. */
+    void (*pack_a)(int64_t rows, int64_t len, const float *a, int64_t a_row, int64_t a_col, const float *scale, float *to);
+    void (*pack_b)(int64_t len, const float *b, float *to); /* up to 32 terms of b [len][32]: to [16][32 words], the same */
+    void (*tiles)(const tern__tile *t); /* as tile, of such words and any number of rows; p has memory for a multiple of 16 */
+} tern__pairs;
+
 /* Some edges of one row: y = the sum over them, in order from +0, of x[u] * factor, or float(q[u]) * factor, with the
    signed factor of tern__edge_factor; product and sum are rounded separately. Behind them lie `left` entries in all. */
 typedef struct tern__neighbours {
@@ -2254,6 +2287,7 @@ typedef struct tern__kernels {
     void (*aggregate)(const tern__neighbours *a); /* see tern__neighbours */
     int32_t tokens; /* that a dot call should get: many share what is decoded once, few keep their activations in L1 */
     int32_t rows;   /* of a float tile */
+    const tern__pairs *pairs; /* or NULL */
 } tern__kernels;
 
 /* Canonical sum of any number of floats (algorithm: blocks of 1024, then the same rule over the block
@@ -3609,16 +3643,16 @@ static void tern__aggregate_scalar(const tern__neighbours *a)
 #endif
 
 /* A tier's table: kernels of suffix X, but for what some tiers have of their own. */
-#define TERN__KERNELS(X, FUSED, DOT_2BIT, DOT_BASE3, DOT_I8, DOT_BITS, TOKENS, TILE_ROWS)                \
+#define TERN__KERNELS(X, FUSED, DOT_2BIT, DOT_BASE3, DOT_I8, DOT_BITS, TOKENS, TILE_ROWS, PAIRS)         \
     tern__negate_##X, tern__hadamard_##X, tern__dot_2bit_##DOT_2BIT, tern__dot_base3_##DOT_BASE3,          \
     tern__emit_##X, tern__tile_##X, FUSED,                                                               \
     tern__columns_##X, tern__pack_a_##X, tern__scaled_##X, tern__trits_##X,                              \
     tern__sum_##X, tern__sum_above_##X, tern__absmax_##X, tern__round_##X,                               \
     tern__dot_i8_##DOT_I8, tern__floats_##X, tern__dot_bits_##DOT_BITS,                                  \
     tern__widen_##X, tern__ternarize_##X, tern__optimize_##X,                                \
-    tern__round_up_##X, tern__push_##X, tern__aggregate_##X, TOKENS, TILE_ROWS
+    tern__round_up_##X, tern__push_##X, tern__aggregate_##X, TOKENS, TILE_ROWS, PAIRS
 
-static const tern__kernels tern__kernels_scalar = {TERN__KERNELS(scalar, tern__tile_scalar, scalar, scalar, scalar, scalar, 64, TERN__ROWS_SCALAR)};
+static const tern__kernels tern__kernels_scalar = {TERN__KERNELS(scalar, tern__tile_scalar, scalar, scalar, scalar, scalar, 64, TERN__ROWS_SCALAR, NULL)};
 
 /* ------------------------------------------------------------------------------------------------
    [TERN-11] Kernels, x86
@@ -4992,7 +5026,7 @@ TERN__X86_MADDUBS(sse41, TERN__SSE41, 4, __m128i, _mm_)
 TERN__X86_WORDS(sse41, TERN__SSE41, 4, __m128i, _mm_)
 TERN__X86_DOT(sse41, sse41, TERN__SSE41, 4, __m128, __m128i, _mm_, 2, 4, TERN__QUADS)
 
-static const tern__kernels tern__kernels_sse41 = {TERN__KERNELS(sse41, tern__tile_sse41, sse41, sse41, sse41, sse41, 64, 6)};
+static const tern__kernels tern__kernels_sse41 = {TERN__KERNELS(sse41, tern__tile_sse41, sse41, sse41, sse41, sse41, 64, 6, NULL)};
 #endif /* TERN__WITH_SSE41 */
 
 #if defined(TERN__WITH_AVX2) || defined(TERN__WITH_AVX_VNNI)
@@ -5079,7 +5113,7 @@ TERN__X86_MADDUBS(avx2, TERN__AVX2, 8, __m256i, _mm256_)
 TERN__X86_WORDS(avx2, TERN__AVX2, 8, __m256i, _mm256_)
 TERN__X86_DOT(avx2, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 2, 4, TERN__QUADS)
 
-static const tern__kernels tern__kernels_avx2 = {TERN__KERNELS(avx2, tern__tile_fused_avx2, avx2, avx2, avx2, avx2, 64, 6)};
+static const tern__kernels tern__kernels_avx2 = {TERN__KERNELS(avx2, tern__tile_fused_avx2, avx2, avx2, avx2, avx2, 64, 6, NULL)};
 #endif /* TERN__WITH_AVX2 */
 
 #ifdef TERN__WITH_AVX_VNNI
@@ -5101,7 +5135,7 @@ static void tern__dot_i8_avx_vnni(const tern__dot *d, int64_t acc_row, int32_t a
     tern__dot_codes(d, &quads, acc_row, add);
 }
 
-static const tern__kernels tern__kernels_avx_vnni = {TERN__KERNELS(avx2, tern__tile_fused_avx2, avx_vnni, avx_vnni, avx_vnni, avx2, 64, 6)};
+static const tern__kernels tern__kernels_avx_vnni = {TERN__KERNELS(avx2, tern__tile_fused_avx2, avx_vnni, avx_vnni, avx_vnni, avx2, 64, 6, NULL)};
 #endif /* TERN__WITH_AVX_VNNI */
 
 #ifdef TERN__WITH_AVX512_VNNI
@@ -5383,7 +5417,7 @@ static void tern__dot_i8_avx512(const tern__dot *d, int64_t acc_row, int32_t add
     tern__dot_codes(d, &quads, acc_row, add);
 }
 
-static const tern__kernels tern__kernels_avx512_vnni = {TERN__KERNELS(avx512, tern__tile_fused_avx512, avx512, avx512, avx512, avx512, 64, 14)};
+static const tern__kernels tern__kernels_avx512_vnni = {TERN__KERNELS(avx512, tern__tile_fused_avx512, avx512, avx512, avx512, avx512, 64, 14, NULL)};
 
 #ifdef TERN__WITH_AVX512_VBMI
 /* -- AVX-512 with VBMI and VPOPCNTDQ, which comes with it: the base-3 dot and that of bits alone differ -- */
@@ -5446,7 +5480,7 @@ static void tern__dot_bits_avx512_vbmi(const tern__dot *d, tern_type encoding)
     tern__dot_bits(d, encoding, &way);
 }
 
-static const tern__kernels tern__kernels_avx512_vbmi = {TERN__KERNELS(avx512, tern__tile_fused_avx512, avx512, avx512_vbmi, avx512, avx512_vbmi, 64, 14)};
+static const tern__kernels tern__kernels_avx512_vbmi = {TERN__KERNELS(avx512, tern__tile_fused_avx512, avx512, avx512_vbmi, avx512, avx512_vbmi, 64, 14, NULL)};
 #endif /* TERN__WITH_AVX512_VBMI */
 #undef TERN__CASE
 #endif /* TERN__WITH_AVX512_VNNI */
@@ -5468,6 +5502,9 @@ static const tern__kernels tern__kernels_avx512_vbmi = {TERN__KERNELS(avx512, te
     __asm__ volatile("{tilestored %%tmm" #tile ", (%0,%1,1)|tilestored [%0+%1*1], tmm" #tile "}" : : "r"(to), "r"((int64_t)(stride)) : "memory")
 #define TERN__TILE_DOT(c, a, b) /* c += a * b, a signed, b unsigned */ \
     __asm__ volatile("{tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #c "|tdpbsud tmm" #c ", tmm" #a ", tmm" #b "}" : : : "memory")
+#define TERN__TILE_PAIRS(c, a, b) /* the same of bf16, in float32 (AMX-BF16) */ \
+    __asm__ volatile("{tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c "|tdpbf16ps tmm" #c ", tmm" #a ", tmm" #b "}" : : : "memory")
+#define TERN__TILE_ZERO(tile) __asm__ volatile("{tilezero %%tmm" #tile "|tilezero tmm" #tile "}" : : : "memory")
 #endif
 
 typedef struct tern__tile_config {
@@ -5632,7 +5669,117 @@ static void tern__dot_base3_amx(const tern__dot *d)
     else tern__dot_base3_avx512_vbmi(d);
 }
 
-static const tern__kernels tern__kernels_amx_int8 = {TERN__KERNELS(avx512, tern__tile_fused_avx512, amx, amx, avx512, avx512_vbmi, TERN__TOKENS, 14)};
+/* -- pairs of bf16 -- */
+
+/* Rounded to nearest even in the high halves; the low ones are not cleared. NaN stays NaN. */
+TERN__AVX512_INLINE __m512i tern__nearest_amx(__m512 x)
+{
+    const __m512i u = (__m512i)x, odd = _mm512_srli_epi32(u, 16) & _mm512_set1_epi32(1);
+    const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_mask_or_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
+}
+TERN__AVX512_INLINE __m512i tern__pair_amx(__m512 first, __m512 second)
+{
+    return _mm512_srli_epi32(tern__nearest_amx(first), 16) | (tern__nearest_amx(second) & _mm512_set1_epi32((int32_t)0xffff0000));
+}
+
+static TERN__AVX512 void tern__pack_b_amx(int64_t len, const float *b, float *to)
+{
+    for (int64_t j = 0; j < 32; j += 2, b += 64)
+        for (int64_t h = 0; h < 32; h += 16, to += 16) {
+            const __m512 first = j < len ? _mm512_loadu_ps(b + h) : _mm512_setzero_ps(), second = j + 1 < len ? _mm512_loadu_ps(b + 32 + h) : _mm512_setzero_ps();
+            tern__store_int_avx512(to, tern__pair_amx(first, second));
+        }
+}
+
+/* 32 terms that lie in rows, and in columns: those are paired first and then turned. */
+TERN__AVX512_INLINE void tern__pack_rows_amx(int64_t rows, int64_t len, const float *a, int64_t a_row, const float *scale, uint16_t *to)
+{
+    for (int64_t i = 0; i < rows; i++, a += a_row)
+        for (int64_t j = 0; j < 32; j += 16, to += 16) {
+            const __m512 x = _mm512_mul_ps(tern__load_avx512(a + j, len - j), tern__load_avx512(scale + j, len - j));
+            tern__store_i16_avx512(to, _mm512_srli_epi32(tern__nearest_amx(x), 16));
+        }
+    memset(to, 0, (size_t)(16 - rows) * 64);
+}
+TERN__AVX512_INLINE void tern__pack_columns_amx(int64_t rows, int64_t len, const float *a, int64_t a_col, const float *scale, float *to)
+{
+    float pair[16 * 16] TERN__ALIGN64;
+    for (int64_t j = 0; j < 32; j += 2, a += 2 * a_col) {
+        const __m512 first = j < len ? _mm512_mul_ps(tern__load_avx512(a, rows), _mm512_set1_ps(scale[j])) : _mm512_setzero_ps();
+        const __m512 second = j + 1 < len ? _mm512_mul_ps(tern__load_avx512(a + a_col, rows), _mm512_set1_ps(scale[j + 1])) : _mm512_setzero_ps();
+        tern__store_int_avx512(pair + j * 8, tern__pair_amx(first, second));
+    }
+    tern__columns_avx512(16, 16, pair, 16, to, 16);
+}
+static TERN__AVX512 void tern__pack_a_amx(int64_t rows, int64_t len, const float *a, int64_t a_row, int64_t a_col, const float *scale, float *to)
+{
+    for (; len > 0; len -= 32, a += 32 * a_col, scale += 32, to += 256) {
+        const int64_t some = tern__min(len, 32);
+        float column[32 * 16];
+        if (a_col == 1) tern__pack_rows_amx(rows, some, a, a_row, scale, (uint16_t *)(void *)to);
+        else if (a_row == 1) tern__pack_columns_amx(rows, some, a, a_col, scale, to);
+        else {
+            for (int64_t j = 0; j < some; j++)
+                for (int64_t i = 0; i < rows; i++) column[j * 16 + i] = a[i * a_row + j * a_col];
+            tern__pack_columns_amx(rows, some, column, 16, scale, to);
+        }
+    }
+}
+
+/* R times 16 rows from row i on, beside 32 lanes: sums in tiles 0 to 3, a in 4 and 5, b in 6 and 7. */
+static inline __attribute__((always_inline)) void tern__pair_rows_amx(const int R, const tern__tile *t, int64_t i, int64_t steps)
+{
+    const float *a = t->a + i * steps * 16, *b = t->b;
+    float *p = t->p + i * 32;
+    if (t->first) {
+        TERN__TILE_ZERO(0);
+        TERN__TILE_ZERO(1);
+        if (R > 1) TERN__TILE_ZERO(2);
+        if (R > 1) TERN__TILE_ZERO(3);
+    } else {
+        TERN__TILE_LOAD(0, p, 128);
+        TERN__TILE_LOAD(1, p + 16, 128);
+        if (R > 1) TERN__TILE_LOAD(2, p + 512, 128);
+        if (R > 1) TERN__TILE_LOAD(3, p + 528, 128);
+    }
+    for (int64_t left = steps; left > 0; left--, a += 256, b += 512) {
+        TERN__TILE_ONCE(4, a, 64);
+        TERN__TILE_LOAD(6, b, 128);
+        TERN__TILE_PAIRS(0, 4, 6);
+        TERN__TILE_LOAD(7, b + 16, 128);
+        TERN__TILE_PAIRS(1, 4, 7);
+        if (R > 1) TERN__TILE_ONCE(5, a + steps * 256, 64);
+        if (R > 1) TERN__TILE_PAIRS(2, 5, 6);
+        if (R > 1) TERN__TILE_PAIRS(3, 5, 7);
+    }
+    TERN__TILE_STORE(0, p, 128);
+    TERN__TILE_STORE(1, p + 16, 128);
+    if (R > 1) TERN__TILE_STORE(2, p + 512, 128);
+    if (R > 1) TERN__TILE_STORE(3, p + 528, 128);
+}
+
+static TERN__AVX512 void tern__pair_tiles_amx(const tern__tile *t)
+{
+    const int64_t steps = tern__ceil_div(t->k, 32);
+    tern__configure_amx(16, 16);
+    for (int64_t i = 0, rows; i < t->rows; i += rows) {
+        rows = tern__min(t->rows - i, 32);
+        if (rows > 16) tern__pair_rows_amx(2, t, i, steps);
+        else tern__pair_rows_amx(1, t, i, steps);
+        for (int64_t r = i; t->c && r < i + rows; r++)
+            for (int64_t h = 0; h < 32; h += 16) {
+                const __m512 sum = _mm512_load_ps(t->p + r * 32 + h);
+                float *c = t->c + r * t->c_row + h;
+                _mm512_storeu_ps(c, t->add ? _mm512_add_ps(_mm512_loadu_ps(c), sum) : sum);
+            }
+    }
+    TERN__TILE_RELEASE();
+}
+static const tern__pairs tern__pairs_amx = {tern__pack_a_amx, tern__pack_b_amx, tern__pair_tiles_amx};
+
+static const tern__kernels tern__kernels_amx_int8 = {TERN__KERNELS(avx512, tern__tile_fused_avx512, amx, amx, avx512, avx512_vbmi, TERN__TOKENS, 14, NULL)};
+static const tern__kernels tern__kernels_amx_bf16 = {TERN__KERNELS(avx512, tern__tile_fused_avx512, amx, amx, avx512, avx512_vbmi, TERN__TOKENS, 14, &tern__pairs_amx)};
 #endif /* TERN__WITH_AMX_INT8 */
 
 #ifndef __clang__
@@ -5954,6 +6101,7 @@ typedef struct tern__gemm {
     float *c; int64_t c_row;
     int64_t block; /* rows that are packed at once: how much threads get, never how sums run */
     int32_t add, fused;
+    const tern__pairs *pairs; /* NULL: of floats */
 } tern__gemm;
 
 static void tern__fill_floats(const tern__kernels *k, const float *from, int64_t row, int64_t col, int64_t len, int64_t lanes, float *b)
@@ -5974,8 +6122,10 @@ static void tern__fill_bits(const int8_t *bits, int64_t stride, int64_t first, c
         for (l = 0; l < lanes; l++) b[l] = tern__bit_of(bits, first + l) ? scale[j] : 0.0f;
 }
 
-/* Inputs [in_group, in_group + lanes) of a group, panel by panel; k0 is a multiple of 16. */
-static void tern__fill_weights(const tern__kernels *k, const tern_matrix *m, const tern__shape *s, int64_t k0, int64_t len, int64_t group, int64_t in_group, int64_t lanes, float *b)
+/* Inputs [in_group, in_group + lanes) of a group, panel by panel; k0 is a multiple of 16. scale: of the rows (up to 16 that
+   serve every panel), or NULL for their own. */
+static void tern__fill_weights(const tern__kernels *k, const tern_matrix *m, const tern__shape *s, int64_t k0, int64_t len, int64_t group, int64_t in_group, int64_t lanes,
+                               const float *scale, float *b)
 {
     const int64_t first = in_group / s->unit * s->unit, end = in_group + lanes;
     int8_t t[TERN__ROWS][64];
@@ -5985,12 +6135,13 @@ static void tern__fill_weights(const tern__kernels *k, const tern_matrix *m, con
         const uint8_t *unit = (const uint8_t *)m->trits + panel * s->panel_bytes + (group * s->group_units + first / s->unit) * TERN__UNIT;
         float buffer[TERN__ROWS];
         k->trits(m->encoding == TERN_BASE3, tern__ceil_div(end - first, s->unit), unit, t[0]);
-        k->scaled(tern__min(TERN__ROWS, len - j), lanes, t[0] + (in_group - first), 64, tern__panel_scales(m, s, panel, group, buffer), b + j * TERN__LANES);
+        k->scaled(tern__min(TERN__ROWS, len - j), lanes, t[0] + (in_group - first), 64, scale ? scale : tern__panel_scales(m, s, panel, group, buffer), b + j * TERN__LANES);
     }
 }
 
-/* Rows [k0, k0 + len) and columns [n0, n0 + lanes) of the right operand; the other lanes are zero. */
-static void tern__gemm_fill(const tern__kernels *k, const tern__gemm *g, const tern__shape *s, int64_t k0, int64_t len, int64_t n0, int64_t lanes, float *b)
+/* Rows [k0, k0 + len) and columns [n0, n0 + lanes) of the right operand; the other lanes are zero. scale: of these rows, which
+   QUANTIZED and BITS need; for WEIGHTS as in tern__fill_weights. */
+static void tern__gemm_fill(const tern__kernels *k, const tern__gemm *g, const tern__shape *s, int64_t k0, int64_t len, int64_t n0, int64_t lanes, const float *scale, float *b)
 {
     int64_t l, run;
     if (lanes < TERN__LANES) memset(b, 0, sizeof(float) * (size_t)(len * TERN__LANES));
@@ -5999,11 +6150,38 @@ static void tern__gemm_fill(const tern__kernels *k, const tern__gemm *g, const t
         for (l = 0; l < lanes; l += run) {
             const int64_t group = (n0 + l) / s->group, in_group = n0 + l - group * s->group;
             run = tern__min(lanes - l, s->group - in_group);
-            if (g->operand == TERN__B_WEIGHTS) tern__fill_weights(k, g->w, s, k0, len, group, in_group, run, b + l);
+            if (g->operand == TERN__B_WEIGHTS) tern__fill_weights(k, g->w, s, k0, len, group, in_group, run, scale, b + l);
             else if (g->operand == TERN__B_BITS)
-                tern__fill_bits(g->q + k0 * s->stride + group * tern__bit_words(s->group_units, s->unit) * 4, s->stride, in_group, g->scale + k0, len, run, b + l);
-            else k->scaled(len, run, g->q + k0 * s->stride + group * s->group_units * s->unit + in_group, s->stride, g->scale + k0, b + l);
+                tern__fill_bits(g->q + k0 * s->stride + group * tern__bit_words(s->group_units, s->unit) * 4, s->stride, in_group, scale, len, run, b + l);
+            else k->scaled(len, run, g->q + k0 * s->stride + group * s->group_units * s->unit + in_group, s->stride, scale, b + l);
         }
+}
+
+/* Products of pairs take the scales of a right operand on the other side, where they are rounded with their term: what remains
+   is exact in bf16. So [len] scales of terms from k0 on; not of weights in groups, which have several. */
+static int32_t tern__scales_apart(const tern__gemm *g, const tern__shape *s) { return g->operand != TERN__B_FLOATS && (g->operand != TERN__B_WEIGHTS || s->groups == 1); }
+static void tern__gemm_scales(const tern__gemm *g, const tern__shape *s, int64_t k0, int64_t len, float *scale)
+{
+    const int32_t apart = tern__scales_apart(g, s);
+    float buffer[TERN__ROWS];
+    int64_t j, i;
+    for (j = 0; j < len; j += TERN__ROWS) {
+        const float *own = !apart ? NULL : g->operand == TERN__B_WEIGHTS ? tern__panel_scales(g->w, s, (k0 + j) / TERN__ROWS, 0, buffer) : g->scale + k0 + j;
+        for (i = j; i < tern__min(j + TERN__ROWS, len); i++) scale[i] = own ? own[i - j] : 1.0f;
+    }
+}
+
+/* As tern__gemm_fill, into pairs: 32 terms at a time, whose floats stay in L1. */
+static void tern__gemm_fill_pairs(const tern__kernels *k, const tern__gemm *g, const tern__shape *s, int64_t k0, int64_t len, int64_t n0, int64_t lanes, float *to)
+{
+    float b[TERN__LANES * TERN__LANES], one[TERN__LANES];
+    int64_t j;
+    for (j = 0; j < TERN__LANES; j++) one[j] = 1.0f;
+    for (j = 0; j < len; j += TERN__LANES) {
+        const int64_t some = tern__min(TERN__LANES, len - j);
+        tern__gemm_fill(k, g, s, k0 + j, some, n0, lanes, tern__scales_apart(g, s) ? one : NULL, b);
+        g->pairs->pack_b(some, b, to + j * (TERN__LANES / 2));
+    }
 }
 
 /* A finished row of a block: c = sum, or c + sum. Constant trip counts, so that compilers vectorise at -O2. */
@@ -6023,14 +6201,20 @@ static void tern__gemm_store(const float *sum, int32_t add, int64_t lanes, float
 static int64_t tern__tile_at(const tern__kernels *k, int64_t row, int64_t len) { return row * len + row / k->rows * TERN__SPOILED; }
 
 /* Terms [at, at + len) of rows [m0, m0 + rows), packed by tiles in w->a. */
-static void tern__gemm_pack(const tern__kernels *k, const tern__gemm *g, int64_t m0, int64_t rows, int64_t at, int64_t len, tern__work *w)
+static void tern__gemm_pack(const tern__kernels *k, const tern__gemm *g, const tern__shape *s, int64_t m0, int64_t rows, int64_t at, int64_t len, tern__work *w)
 {
     const int64_t step = g->a_col == 1 ? len : 32; /* terms: lines of a column-major block are not left half read */
+    const int64_t tall = g->pairs ? (int64_t)TERN__ROWS : k->rows;
+    float scale[2 * TERN__K_BLOCK];
     int64_t i, j;
+    if (g->pairs) tern__gemm_scales(g, s, at, len, scale);
     for (j = 0; j < len; j += step)
-        for (i = 0; i < rows; i += k->rows)
-            k->pack_a(tern__min(k->rows, rows - i), tern__min(step, len - j), g->a + (m0 + i) * g->a_row + (at + j) * g->a_col, g->a_row, g->a_col,
-                      w->a + tern__tile_at(k, i, len) + j * k->rows);
+        for (i = 0; i < rows; i += tall) {
+            const float *a = g->a + (m0 + i) * g->a_row + (at + j) * g->a_col;
+            const int64_t some = tern__min(tall, rows - i), terms = tern__min(step, len - j);
+            if (g->pairs) g->pairs->pack_a(some, terms, a, g->a_row, g->a_col, scale + j, w->a + i * (tern__ceil_div(len, 32) * 16) + j * 8);
+            else k->pack_a(some, terms, a, g->a_row, g->a_col, w->a + tern__tile_at(k, i, len) + j * k->rows);
+        }
 }
 
 /* The same terms of the strip of b in w->b. Finished segments go from `part` to c, or by way of `whole` where c has less
@@ -6040,6 +6224,7 @@ static void tern__gemm_strip(const tern__kernels *k, const tern__gemm *g, int64_
 {
     const int64_t end = at + len, lanes = tern__min(TERN__LANES, g->n - n0);
     const int32_t finish = end == g->k || end % TERN__SEGMENT == 0;
+    const int64_t tall = g->pairs ? rows : k->rows;
     int64_t i, r, l;
     tern__tile t;
     t.k = len;
@@ -6047,13 +6232,13 @@ static void tern__gemm_strip(const tern__kernels *k, const tern__gemm *g, int64_
     t.first = at % TERN__SEGMENT == 0;
     t.add = at >= TERN__SEGMENT || (!whole && g->add);
     t.c_row = whole ? (int64_t)TERN__LANES : g->c_row;
-    for (i = 0; i < rows; i += k->rows) {
+    for (i = 0; i < rows; i += tall) {
         float *c = g->c + (m0 + i) * g->c_row + n0;
         t.a = w->a + tern__tile_at(k, i, len);
         t.p = part + i * TERN__LANES;
         t.c = !finish ? NULL : whole ? whole + i * TERN__LANES : c;
-        t.rows = (int32_t)tern__min(k->rows, rows - i);
-        (g->fused ? k->tile_fused : k->tile)(&t);
+        t.rows = (int32_t)tern__min(tall, rows - i);
+        (g->pairs ? g->pairs->tiles : g->fused ? k->tile_fused : k->tile)(&t);
         if (end < g->k) continue;
         for (r = 0; r < t.rows; r++, c += g->c_row) {
             if (whole) tern__gemm_store(whole + (i + r) * TERN__LANES, g->add, lanes, c);
@@ -6067,16 +6252,18 @@ static void tern__gemm_strip(const tern__kernels *k, const tern__gemm *g, int64_
 static void tern__gemm_block(const tern__kernels *k, const tern__gemm *g, int64_t m0, int64_t rows, int64_t s0, int64_t strips, tern__work *w)
 {
     const int32_t deep = g->add && g->k > TERN__SEGMENT;
+    const int64_t wide = g->pairs ? 2 : 1; /* terms in a word */
     int64_t at, len, i;
     tern__shape s;
     if (g->operand != TERN__B_FLOATS) s = tern__shape_of(g->w);
     for (at = 0; at < g->k; at += len) {
         const int64_t left = tern__min(TERN__SEGMENT - at % TERN__SEGMENT, g->k - at); /* blocks of like size, in panels of w */
-        len = tern__min(left, tern__ceil_div(tern__ceil_div(left, tern__ceil_div(left, TERN__K_BLOCK)), TERN__ROWS) * TERN__ROWS);
-        tern__gemm_pack(k, g, m0, rows, at, len, w);
+        len = tern__min(left, tern__ceil_div(tern__ceil_div(left, tern__ceil_div(left, wide * TERN__K_BLOCK)), wide * TERN__ROWS) * (wide * TERN__ROWS));
+        tern__gemm_pack(k, g, &s, m0, rows, at, len, w);
         for (i = 0; i < strips; i++) {
             const int64_t n0 = (s0 + i) * TERN__LANES, lanes = tern__min(TERN__LANES, g->n - n0);
-            tern__gemm_fill(k, g, &s, at, len, n0, lanes, w->b);
+            if (g->pairs) tern__gemm_fill_pairs(k, g, &s, at, len, n0, lanes, w->b);
+            else tern__gemm_fill(k, g, &s, at, len, n0, lanes, g->scale ? g->scale + at : NULL, w->b);
             tern__gemm_strip(k, g, m0, rows, n0, at, len, w, w->sum[i], deep ? w->sum[TERN__STRIPS / 2 + i] : lanes < TERN__LANES ? w->sum[TERN__STRIPS - 1] : NULL);
         }
     }
@@ -6094,11 +6281,9 @@ static void tern__gemm_range(const tern__kernels *k, const tern__gemm *g, int64_
     }
 }
 
-/* The memory of a task, which `bad` tells. */
-static tern__work *tern__work_of(const tern__job *job, const int64_t *bad)
-{
-    return (tern__work *)(((uintptr_t)job->state + 63) / 64 * 64) + (bad - job->bad);
-}
+/* The memory of the first task, and of that which `bad` tells. */
+static tern__work *tern__first_work(void *state) { return (tern__work *)(((uintptr_t)state + 63) / 64 * 64); }
+static tern__work *tern__work_of(const tern__job *job, const int64_t *bad) { return tern__first_work(job->state) + (bad - job->bad); }
 
 static void tern__gemm_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
@@ -6108,15 +6293,69 @@ static void tern__gemm_body(tern__job *job, int64_t begin, int64_t end, int64_t 
 /* Blocks of like size, low ones where there would be too few for the workers. */
 static int64_t tern__gemm_items(tern__gemm *g, const tern__kernels *k, int64_t workers)
 {
-    const int64_t strips = tern__ceil_div(g->n, TERN__LANES);
-    int64_t blocks = tern__ceil_div(g->m, TERN__M_BLOCK);
+    const int64_t strips = tern__ceil_div(g->n, TERN__LANES), tall = g->pairs ? 2 * (int64_t)TERN__ROWS : k->rows;
+    int64_t blocks = tern__ceil_div(g->m, TERN__M_BLOCK / tall * tall);
     while (workers > 1 && blocks * strips < 2 * workers && blocks * 96 < g->m) blocks++;
-    g->block = tern__ceil_div(tern__ceil_div(g->m, blocks), k->rows) * k->rows;
+    g->block = tern__ceil_div(tern__ceil_div(g->m, blocks), tall) * tall;
     return tern__mul(tern__ceil_div(g->m, g->block), strips);
 }
 
+#ifdef TERNARY_USE_CBLAS
+#ifdef __cplusplus
+extern "C"
+#endif
+void cblas_sgemm(int order, int turn_a, int turn_b, int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc);
+enum { TERN__BLAS_ROWS = 101, TERN__BLAS_PLAIN = 111, TERN__BLAS_TURNED = 112 };
+
+/* How BLAS reads [rows, cols] with these strides, and its leading dimension; 0 where it cannot. */
+static int tern__blas_side(int64_t rows, int64_t cols, int64_t row, int64_t col, int *lead)
+{
+    const int32_t plain = col == 1 && row >= cols;
+    if ((plain ? row : col) > INT32_MAX || !(plain || (row == 1 && col >= rows))) return 0;
+    *lead = (int)(plain ? row : col);
+    return plain ? TERN__BLAS_PLAIN : TERN__BLAS_TURNED;
+}
+
+/* The product by BLAS, what is no float block by block; false where it is not for BLAS. */
+static int32_t tern__gemm_blas(const tern__kernels *k, const tern__gemm *g, tern__work *w)
+{
+    const int64_t most = (int64_t)(sizeof w->sum / sizeof(float)) / TERN__K_BLOCK / TERN__LANES * TERN__LANES; /* columns of a block */
+    int turn_a, turn_b, lda = 0, ldb = 0;
+    int64_t at, len, n0, cols, l, j;
+    float *const block = w->sum[0];
+    tern__shape s;
+    turn_a = tern__blas_side(g->m, g->k, g->a_row, g->a_col, &lda);
+    turn_b = g->operand == TERN__B_FLOATS ? tern__blas_side(g->k, g->n, g->b_row, g->b_col, &ldb) : TERN__BLAS_PLAIN;
+    if (!turn_a || !turn_b || tern__max(tern__max(g->m, g->n), tern__max(g->k, g->c_row)) > INT32_MAX) return 0;
+    if (g->operand == TERN__B_FLOATS)
+        cblas_sgemm(TERN__BLAS_ROWS, turn_a, turn_b, (int)g->m, (int)g->n, (int)g->k, 1.0f, g->a, lda, g->b, ldb, g->add ? 1.0f : 0.0f, g->c, (int)g->c_row);
+    else s = tern__shape_of(g->w);
+    for (n0 = 0; g->operand != TERN__B_FLOATS && n0 < g->n; n0 += cols)
+        for (cols = tern__min(most, g->n - n0), at = 0; at < g->k; at += len) {
+            len = tern__min(TERN__K_BLOCK, g->k - at);
+            for (l = 0; l < cols; l += TERN__LANES) {
+                tern__gemm_fill(k, g, &s, at, len, n0 + l, tern__min(TERN__LANES, cols - l), g->scale ? g->scale + at : NULL, w->b);
+                for (j = 0; j < len; j++) memcpy(block + j * most + l, w->b + j * TERN__LANES, sizeof(float) * TERN__LANES);
+            }
+            cblas_sgemm(TERN__BLAS_ROWS, turn_a, TERN__BLAS_PLAIN, (int)g->m, (int)cols, (int)len, 1.0f, g->a + at * g->a_col, lda, block, (int)most,
+                        g->add || at ? 1.0f : 0.0f, g->c + n0, (int)g->c_row);
+        }
+    for (j = 0; g->bias && j < g->m; j++)
+        for (l = 0; l < g->n; l++) g->c[j * g->c_row + l] = g->c[j * g->c_row + l] + g->bias[l];
+    return 1;
+}
+#endif
+
 static void tern__gemm_run(tern_run *run, tern__gemm *g)
 {
+#ifdef TERNARY_USE_CBLAS
+    if (g->fused && !g->pairs) {
+        const tern__fp_mode mode = tern__fp_enter();
+        const int32_t done = tern__gemm_blas((const tern__kernels *)run->backend->data, g, tern__first_work(run->state));
+        tern__fp_leave(mode);
+        if (done) return;
+    }
+#endif
     const int64_t items = tern__gemm_items(g, (const tern__kernels *)run->backend->data, run->parallel.workers);
     tern__for(run, tern__gemm_body, g, items, tern__mul(tern__min(g->m, g->block) * 8, g->k));
 }
@@ -6136,6 +6375,12 @@ static tern__gemm tern__gemm_of(int64_t m, int64_t n, int64_t k, const float *a,
     g.a = a; g.a_row = a_row; g.a_col = a_col;
     g.c = c; g.c_row = c_row;
     return g;
+}
+
+/* Pairs where the caller permits them and the tier has them. */
+static const tern__pairs *tern__pairs_of(const tern_run *run, tern_type factors)
+{
+    return factors == TERN_BF16 ? ((const tern__kernels *)run->backend->data)->pairs : NULL;
 }
 
 /* A float activation row with NaN or Inf counts as zero: its outputs become the bias. */
@@ -6216,6 +6461,7 @@ static tern_result tern__cpu_dense(tern_run *run, const tern_dense_args *a)
     g.bias = a->bias;
     g.add = a->add;
     g.fused = a->fused;
+    g.pairs = tern__pairs_of(run, a->factors);
     tern__gemm_run(run, &g);
     return TERN_OK;
 }
@@ -6392,6 +6638,7 @@ static tern_result tern__cpu_matmul_dx(tern_run *run, const tern_matmul_dx_args 
     g.operand = TERN__B_WEIGHTS;
     g.w = &a->m;
     g.fused = 1;
+    g.pairs = tern__pairs_of(run, a->factors);
     tern__gemm_run(run, &g);
     return TERN_OK;
 }
@@ -6415,6 +6662,7 @@ static tern_result tern__cpu_matmul_dw(tern_run *run, const tern_matmul_dw_args 
         g.b = a->x; g.b_row = a->m.cols; g.b_col = 1;
         g.add = 1;
         g.fused = 1;
+        g.pairs = tern__pairs_of(run, a->factors);
         tern__gemm_run(run, &g);
     }
     if (a->dbias) tern__for(run, tern__bias_body, a, a->m.rows, tern__mul(a->n, 5));
@@ -7797,7 +8045,8 @@ TERN__TABLE(avx512_vbmi, "avx512-vbmi")
 #endif
 #ifdef TERN__WITH_AMX_INT8
 TERN__TABLE(amx_int8, "amx-int8")
-#define tern__table_amx_int8 &tern__backend_amx_int8
+TERN__TABLE(amx_bf16, "amx-int8") /* the same tier, where the machine has both */
+#define tern__table_amx_int8 (tern__cpu_has_pairs() ? &tern__backend_amx_bf16 : &tern__backend_amx_int8)
 #else
 #define tern__table_amx_int8 NULL
 #endif
@@ -8066,11 +8315,18 @@ static tern_result tern__check_matmul_fixed(tern_run *r, const tern_matmul_fixed
     return TERN_OK;
 }
 
+static tern_result tern__check_factors(tern_run *r, const char *op, tern_type type)
+{
+    TERN__REQUIRE(r, type == TERN_TYPE_DEFAULT || type == TERN_F32 || type == TERN_BF16, TERN_E_ARGUMENT, "%s: factors of type %d, not TERN_F32 or TERN_BF16", op, (int64_t)(int32_t)type);
+    return TERN_OK;
+}
+
 static tern_result tern__check_matmul_dx(tern_run *r, const tern_matmul_dx_args *a)
 {
     TERN__TRY(tern__check_packed(r, "matmul_dx", &a->m));
     TERN__TRY(tern__check_count(r, "matmul_dx", "n", a->n, a->m.rows));
     TERN__TRY(tern__check_count(r, "matmul_dx", "n", a->n, a->m.cols));
+    TERN__TRY(tern__check_factors(r, "matmul_dx", a->factors));
     TERN__NEED("matmul_dx", dy);
     TERN__NEED("matmul_dx", dx);
     return TERN_OK;
@@ -8081,6 +8337,7 @@ static tern_result tern__check_matmul_dw(tern_run *r, const tern_matmul_dw_args 
     TERN__TRY(tern__check_matrix(r, "matmul_dw", &a->m));
     TERN__TRY(tern__check_count(r, "matmul_dw", "n", a->n, a->m.rows));
     TERN__TRY(tern__check_count(r, "matmul_dw", "n", a->n, tern__shape_of(&a->m).stride));
+    TERN__TRY(tern__check_factors(r, "matmul_dw", a->factors));
     TERN__NEED("matmul_dw", dy);
     TERN__MAY("matmul_dw", dw);
     TERN__MAY("matmul_dw", dbias);
@@ -8099,6 +8356,7 @@ static tern_result tern__check_dense(tern_run *r, const tern_dense_args *a)
     TERN__TRY(tern__check_count(r, "dense", "m", a->m, tern__add(a->a_row, a->c_row)));
     TERN__TRY(tern__check_count(r, "dense", "n", a->n, a->b_col));
     TERN__TRY(tern__check_count(r, "dense", "k", a->k, tern__add(a->a_col, a->b_row)));
+    TERN__TRY(tern__check_factors(r, "dense", a->factors));
     TERN__NEED("dense", a);
     TERN__NEED("dense", b);
     TERN__MAY("dense", bias);
@@ -9550,6 +9808,7 @@ static tern_result tern__check_linear(tern_context *c, const tern_linear *l, int
     TERN__REQUIRE(r, (l->norm == TERN_NORM_NONE || l->norm == TERN_NORM_RMS) && (int32_t)l->act >= TERN_ACT_INT8 && l->act <= TERN_ACT_BIT &&
                   l->eps >= 0 && tern__finite(l->eps), TERN_E_ARGUMENT,
                   "%s: norm %d, act %d or eps is out of range", l->w->name, (int64_t)(int32_t)l->norm, (int64_t)(int32_t)l->act);
+    TERN__TRY(tern__check_factors(r, l->w->name, l->gradients));
     TERN__REQUIRE(r, l->act != TERN_ACT_BIT || (l->norm == TERN_NORM_NONE && !l->w->rotate), TERN_E_ARGUMENT, "%s: bits take neither norm nor rotation", l->w->name);
     if (l->bias) {
         TERN__TRY(tern__check_ready(c, l->bias));
@@ -9757,6 +10016,7 @@ static tern_result tern__times_shadow(tern_context *c, const tern_linear *l, int
             d.b_row = p->cols; d.b_col = 1;
             d.c_row = p->cols;
             d.add = d.fused = 1;
+            d.factors = l->gradients;
         } else {
             d.n = rows;
             d.c = out + row;
@@ -10013,6 +10273,7 @@ static tern_result tern__linear_dw(tern_context *c, const tern_linear *l, int64_
     a.q = kept->q;
     a.scale = kept->scale;
     a.x = input;
+    a.factors = l->gradients;
     return a.dw || a.dbias ? tern_matmul_dw(c, &a) : TERN_OK;
 }
 
@@ -10028,12 +10289,14 @@ static tern_result tern__linear_dx(tern_context *c, const tern_linear *l, int64_
         d.bias = NULL;
         d.c_row = l->w->cols;
         d.fused = 1;
+        d.factors = l->gradients;
         return tern_dense(c, &d);
     }
     a.m = tern_param_matrix(l->w);
     a.n = n;
     a.dy = dy;
     a.dx = dx;
+    a.factors = l->gradients;
     return tern_matmul_dx(c, &a);
 }
 

@@ -1314,6 +1314,18 @@ static void call_blas_dense(void *arg)
     cblas_sgemm(BLAS_ROW_MAJOR, BLAS_PLAIN, BLAS_TRANSPOSED, n, rows, cols, 1.0f, b->dense.a, cols, b->dense.b, cols, 0.0f, b->dense.c, rows);
 }
 
+/* dX and dW in bf16; their limit is that of floats. */
+static void bench_backward_bf16(backward *b, const setup *s, const char *shape, double macs)
+{
+    b->c = s->c;
+    b->dx.factors = b->dw.factors = TERN_BF16;
+    measure(MACS, "matmul_dx bf16", shape, s, FMA, macs, call_dx, b);
+    measure(MACS, "matmul_dw bf16", shape, s, FMA, macs, call_dw, b);
+    b->dx.factors = b->dw.factors = TERN_F32;
+}
+
+static int has_pairs(const setup *s) { return ((const tern__kernels *)tern_cpu_backend(s->isa)->data)->pairs != NULL; }
+
 static void bench_backward(int64_t rows, int64_t cols, int64_t n)
 {
     product p = product_open(rows, cols, TERN_PER_ROW, TERN_2BIT, n);
@@ -1341,6 +1353,7 @@ static void bench_backward(int64_t rows, int64_t cols, int64_t n)
         b.c = setups[i].c;
         measure(MACS, "matmul_dx", shape, &setups[i], FMA, macs, call_dx, &b);
         measure(MACS, "matmul_dw int8", shape, &setups[i], FMA, macs, call_dw, &b);
+        if (has_pairs(&setups[i])) bench_backward_bf16(&b, &setups[i], shape, macs);
         b.dense.fused = 1;
         measure(MACS, "dense fused", shape, &setups[i], FMA, macs, call_dense, &b);
         b.dense.fused = 0;
@@ -1806,12 +1819,18 @@ static void target_share(const char *text, const char *part, const char *whole, 
     else printf("  %-66s %4.0f%%   not measured\n", text, 100 * aim);
 }
 
-/* The best tier's rate over OpenBLAS's for the same product. */
+/* The best tier's rate over OpenBLAS's for the same product, and for that of its floats. */
 static void target_peer(const char *text, const char *op, const char *place)
 {
     const result *ours = find_result(op, place, best->name), *theirs = find_result(op, place, "OpenBLAS");
     if (ours && theirs) print_target(text, 0.95, theirs->time / ours->time);
     else printf("  %-66s %4.0f%%   not measured\n", text, 95.0);
+}
+static void target_peer_bf16(const char *text, const char *op, const char *floats, const char *place)
+{
+    const result *ours = find_result(op, place, best->name), *theirs = find_result(floats, place, "OpenBLAS");
+    if (ours && theirs) print_target(text, 3.5, theirs->time / ours->time);
+    else printf("  %-66s %4.0f%%   %s\n", text, 350.0, has_pairs(best) ? "not measured" : "no amx-bf16 here");
 }
 
 static void targets_table(void)
@@ -1842,6 +1861,8 @@ static void targets_table(void)
     target_peer("dW of the same, int8 activations", "matmul_dw int8", "2560x2560 N=2048");
     target_peer("dX of 4096x14336 x 512 tokens", "matmul_dx", "4096x14336 N=512");
     target_peer("dW of the same", "matmul_dw int8", "4096x14336 N=512");
+    target_peer_bf16("dX of 2560x2560 x 2048 tokens in bf16, of OpenBLAS in float", "matmul_dx bf16", "matmul_dx", "2560x2560 N=2048");
+    target_peer_bf16("dW of the same", "matmul_dw bf16", "matmul_dw int8", "2560x2560 N=2048");
 }
 
 static void legend(void)
@@ -1915,6 +1936,7 @@ int main(int argc, char **argv)
     }
     title("Float products: the backward and dense layers");
     for (i = 0; i < (q ? 1 : 5); i++) bench_backward(q ? 256 : layers[i][0], q ? 256 : layers[i][1], q ? 64 : layers[i][2]);
+    if (!option.csv && !has_pairs(best)) printf("  dX / dW in bf16: no amx-bf16 here\n");
     title("Int8 products");
     bench_int8(q ? 256 : 1024);
     title("Attention");

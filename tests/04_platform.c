@@ -103,6 +103,10 @@ static void test_platform_asks_for_tiles(void)
     }
     platform_expect(NULL, TERN_ISA_BEST, TERN_ISA_AMX_INT8);
     CHECK(amx_asked > 0, "not asked");
+    amx_int8_alone = 1;
+    CHECK(tern_cpu_backend(TERN_ISA_AMX_INT8) && !((const tern__kernels *)tern_cpu_backend(TERN_ISA_AMX_INT8)->data)->pairs, "pairs without AMX-BF16");
+    amx_int8_alone = 0;
+    CHECK(((const tern__kernels *)tern_cpu_backend(TERN_ISA_AMX_INT8)->data)->pairs != NULL, "no pairs");
     amx_refused = 1;
     CHECK(!tern_cpu_backend(TERN_ISA_AMX_INT8), "used in spite of the refusal");
     platform_expect(NULL, TERN_ISA_AMX_INT8, TERN_ISA_AMX_INT8);

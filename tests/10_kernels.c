@@ -1,7 +1,10 @@
 /* [TERN-10] Kernels: the scalar ones against their definition, every other tier against the scalar ones.
    Mutations that test_kernels_bits saw: high nibbles shifted by 3; a chunk's words counted by 2-bit units in base 3;
    the unit behind an odd last one read; idle nibbles counted by their units; a last group of full length. The scalar sum_above
-   with a NaN taken as not above a negative bound was seen by its test and by test_ternarize_spare. */
+   with a NaN taken as not above a negative bound was seen by its test and by test_ternarize_spare.
+   test_kernels_pairs (with TEST_AMX) saw: ties away from zero; truncation; a NaN rounded as a number; halves of a word exchanged;
+   a partner of the last odd term; rows that are missing left as they were; sums begun at zero always; c never added to; tiles
+   not released. */
 
 /* The tier's kernels, or NULL where it is not here. */
 static const tern__kernels *kernels_of(tern_isa isa)
@@ -283,6 +286,28 @@ static void test_kernels_tile_unit(void)
         TERN__TILE_STORE(0, hard, 64);
         TERN__TILE_RELEASE();
         CHECK(memcmp(soft, hard, sizeof soft) == 0, "%d rows, %d quads", rows, step);
+        if (!kernels_of(TERN_ISA_AMX_INT8)->pairs) continue;
+        for (i = 0; i < (int)sizeof bytes; i += 2) { /* denormals among them, as factors and as products */
+            const uint16_t half = tern__to_bf16(test_float() * (i % 14 ? 1.0f : i % 4 ? 1e-38f : 1e-20f));
+            memcpy((uint8_t *)bytes + i, &half, 2);
+        }
+        amx_config(&config);
+        amx_zero(0);
+        amx_load(4, bytes[1], 64);
+        amx_load(6, bytes[2], 64);
+        amx_pairs(0, 4, 6);
+        amx_pairs(0, 4, 6);
+        amx_store(0, soft, 64);
+        amx_release();
+        TERN__TILE_CONFIG(&config);
+        TERN__TILE_ZERO(0);
+        TERN__TILE_ONCE(4, bytes[1], 64);
+        TERN__TILE_LOAD(6, bytes[2], 64);
+        TERN__TILE_PAIRS(0, 4, 6);
+        TERN__TILE_PAIRS(0, 4, 6);
+        TERN__TILE_STORE(0, hard, 64);
+        TERN__TILE_RELEASE();
+        CHECK(memcmp(soft, hard, sizeof soft) == 0, "%d rows, %d pairs", rows, step);
     }
 }
 #endif
@@ -646,6 +671,97 @@ static void test_kernels_operands(void)
                 for (i = 0; i < 16; i++)
                     CHECK(memcmp(want_t + i * 64, got_t + i * 64, (size_t)(units * inputs)) == 0, "%s: row %d of %d units, base %d", tier, (int)i, (int)units, base3 ? 3 : 2));
         }
+}
+
+/* -- pairs of bf16 -- */
+
+enum { KERNELS_PAIR_ROWS = 80, KERNELS_PAIR_TERMS = 2 * TERN__K_BLOCK };
+static float kernels_pair_a[KERNELS_PAIR_ROWS * KERNELS_PAIR_TERMS / 2] TERN__ALIGN64, kernels_pair_b[KERNELS_PAIR_TERMS * TERN__LANES / 2] TERN__ALIGN64,
+    kernels_pair_p[KERNELS_PAIR_ROWS * TERN__LANES] TERN__ALIGN64;
+
+static uint16_t kernels_half(const float *words, int64_t i)
+{
+    uint16_t half;
+    memcpy(&half, (const unsigned char *)words + 2 * i, 2);
+    return half;
+}
+
+static int kernels_same_bf16(uint16_t got, float x)
+{
+    if (x != x) return (got & 0x7FFF) > 0x7F80;
+    return x == 0.0f ? (got & 0x7FFF) == 0 : got == tern__to_bf16(x);
+}
+
+/* Both sides as they are packed, each half a value by tern__to_bf16 or zero; then tiles beside float64 of these halves. */
+static void kernels_compare_pairs(const tern__pairs *k, int64_t m, int64_t n, int64_t a_row, int64_t a_col, int special, int32_t first, int32_t to_c, int32_t add)
+{
+    static const uint32_t specials[] = {0x7FC00000u, 0x7F800001u, 0xFF800000u, 0x3F808000u, 0x3F818000u, 0xBF808001u, 0x3F807FFFu, 0x00012345u, 0x7FFFFFFFu, 0x80000000u};
+    const int64_t steps = (n + 31) / 32, size = (m - 1) * a_row + (n - 1) * a_col + 1, padded = (m + 15) / 16 * 16;
+    float *a = test_floats(size), *b = test_floats(n * TERN__LANES), *scale = test_floats(n), *start = test_floats(padded * TERN__LANES), *c = test_floats(m * 37), *before = test_floats(m * 37);
+    int64_t i, j, l, wrong = 0;
+    tern__tile t;
+    for (i = 0; special && i < size; i += 3) memcpy(&a[i], &specials[i / 3 % 10], 4);
+    for (i = 0; special && i < n * TERN__LANES; i += 5) memcpy(&b[i], &specials[i / 5 % 10], 4);
+    for (j = 0; j < n; j++) if (special || j % 3) scale[j] = 1.0f;
+    memset(kernels_pair_a, 0xEE, sizeof kernels_pair_a);
+    memset(kernels_pair_b, 0xEE, sizeof kernels_pair_b);
+    for (i = 0; i < m; i += 16) k->pack_a(tern__min(16, m - i), n, a + i * a_row, a_row, a_col, scale, kernels_pair_a + i * steps * 16);
+    for (j = 0; j < n; j += 32) k->pack_b(tern__min(32, n - j), b + j * TERN__LANES, kernels_pair_b + j * 16);
+    for (i = 0; i < padded; i++)
+        for (j = 0; j < 32 * steps; j++)
+            wrong += !kernels_same_bf16(kernels_half(kernels_pair_a, (i / 16 * steps + j / 32) * 512 + i % 16 * 32 + j % 32), i < m && j < n ? a[i * a_row + j * a_col] * scale[j] : 0.0f);
+    CHECK(wrong == 0, "%d of a, %d x %d, strides %d and %d, special %d", (int)wrong, (int)m, (int)n, (int)a_row, (int)a_col, special);
+    for (wrong = 0, j = 0; j < 32 * steps; j++)
+        for (l = 0; l < TERN__LANES; l++)
+            wrong += !kernels_same_bf16(kernels_half(kernels_pair_b, (j / 2 * 32 + l) * 2 + j % 2), j < n ? b[j * TERN__LANES + l] : 0.0f);
+    CHECK(wrong == 0, "%d of b, %d terms, special %d", (int)wrong, (int)n, special);
+    memcpy(kernels_pair_p, start, sizeof(float) * (size_t)(padded * TERN__LANES));
+    memcpy(before, c, sizeof(float) * (size_t)(m * 37));
+    t.k = n; t.a = kernels_pair_a; t.b = kernels_pair_b;
+    t.p = kernels_pair_p;
+    t.c = to_c ? c : NULL; t.c_row = 37;
+    t.rows = (int32_t)m; t.first = first; t.add = add;
+    if (!special) k->tiles(&t);
+    for (i = 0; !special && i < m; i++)
+        for (l = 0; l < 37; l++) {
+            const double from = !to_c ? 0.0 : add ? (double)before[i * 37 + l] : 0.0;
+            double sum = l < 32 && !first ? (double)start[i * 32 + l] : 0.0, bound = fabs(sum) + fabs(from);
+            for (j = 0; l < 32 && j < n; j++) {
+                const double product = (double)tern__from_bf16(tern__to_bf16(a[i * a_row + j * a_col] * scale[j])) * (double)tern__from_bf16(tern__to_bf16(b[j * 32 + l]));
+                sum += product;
+                bound += fabs(product);
+            }
+            if (l < 32)
+                CHECK(fabs((double)(to_c ? c[i * 37 + l] : kernels_pair_p[i * 32 + l]) - sum - from) <= bound * (double)(20 + steps) * 6e-8,
+                      "%d x %d, first %d, c %d, add %d: [%d][%d]", (int)m, (int)n, (int)first, (int)to_c, (int)add, (int)i, (int)l);
+            if (l >= 32 || !to_c) CHECK(memcmp(&c[i * 37 + l], &before[i * 37 + l], 4) == 0, "c was written: [%d][%d]", (int)i, (int)l);
+        }
+#ifdef TEST_AMX
+    CHECK(!amx.configured, "tiles are still in use");
+#endif
+    free(a); free(b); free(scale); free(start); free(c); free(before);
+}
+
+static void kernels_pairs(const tern__pairs *k)
+{
+    const int64_t rows[] = {1, 15, 16, 17, 33, 80}, terms[] = {1, 2, 15, 31, 32, 33, 127, KERNELS_PAIR_TERMS};
+    int m, n, variant;
+    for (m = 0; m < 6; m++)
+        for (n = 0; n < 8; n++)
+            for (variant = 0; variant < 3; variant++) {
+                const int64_t i = rows[m], j = terms[n];
+                const int special = (m + n + variant) % 4 == 0, first = (m + n) % 2, to_c = (m / 2 + n + variant) % 2, add = (n / 2 + variant) % 2;
+                if (i * j > 17 * KERNELS_PAIR_TERMS) continue;
+                kernels_compare_pairs(k, i, j, variant ? 1 : j, variant ? i + variant - 1 : 1, special, first, to_c, add);
+                kernels_compare_pairs(k, i, j, 3 * j + 2, 3, special, !first, !to_c, add);
+            }
+}
+
+static void test_kernels_pairs(void)
+{
+    int ran = 0;
+    KERNELS_EACH_TIER((void)tier; if (k->pairs) kernels_pairs(k->pairs); ran += k->pairs != NULL);
+    if (!ran) printf("  skipped: no amx-bf16 here\n");
 }
 
 /* One rounding or two: a fused tile is within the rounding of the products. */
@@ -1030,6 +1146,7 @@ static void suite_kernels(void)
     RUN_ALONE(test_kernels_tile);
     RUN_ALONE(test_kernels_columns);
     RUN_ALONE(test_kernels_operands);
+    RUN_ALONE(test_kernels_pairs);
     RUN_ALONE(test_kernels_tile_fused_is_close);
     RUN_ALONE(test_kernels_floats);
     RUN_ALONE(test_kernels_sum);

@@ -1,6 +1,8 @@
 /* Room 14, backends: every operation of the table. Forward results are the scalar single-thread result bit
    for bit on every tier, for any number of threads and any split of the batch, with hashes that hold on
-   every machine; gradients stand beside float64 references. */
+   every machine; gradients stand beside float64 references.
+   Mutations that test_bf16_products saw (with TEST_AMX): ties away from zero; truncation; scales left out; scales of groups taken
+   from the first one; scales of rows rounded by themselves; the first 32 scales for all terms. */
 #include <math.h>
 #include <stddef.h>
 
@@ -1484,6 +1486,137 @@ static void matmul_gradients(tern_context *c, record *r)
 }
 static void test_matmul_gradients(void) { same_for_threads(matmul_gradients); }
 
+/* -- factors of bf16: where the tier has them, float64 of the factors as they are rounded; elsewhere the bits of float -- */
+
+static int has_pairs(const tern_context *c) { return ((const tern__kernels *)c->run.backend->data)->pairs != NULL; }
+
+static double bf16(const tern_context *c, float x) { return has_pairs(c) ? (double)tern__from_bf16(tern__to_bf16(x)) : (double)x; }
+
+/* Of `terms` products whose sizes add up to `size`: beside the sum of what was multiplied, which float sums stray from, and
+   beside that of the unrounded, where `roundings` factors of each are off by 2^-8 at most. */
+typedef struct factored { double sum, true_sum, size; } factored;
+static void factored_add(factored *f, double product, double unrounded)
+{
+    f->sum += product;
+    f->true_sum += unrounded;
+    f->size += fabs(unrounded);
+}
+static void check_factored(const char *what, float got, const factored *f, int64_t terms, int roundings)
+{
+    const double sums = f->size * (double)(40 + terms) * 6e-8;
+    CHECK(fabs((double)got - f->sum) <= sums, "%s: %g, not %g", what, (double)got, f->sum);
+    CHECK(fabs((double)got - f->true_sum) <= sums + f->size * roundings / 255.0, "%s: %g, not about %g", what, (double)got, f->true_sum);
+}
+
+static void bf16_products_of(tern_context *c, record *r, int64_t n, int64_t rows, int64_t cols, int variant)
+{
+    const tern_act act = (tern_act)(variant % 4);
+    const tern_matrix m = hold_matrix(c, rows, cols, every_grain[variant % 5], variant & 1 ? TERN_2BIT : TERN_BASE3, every_scale_type[variant / 2 % 4]);
+    const tern__shape s = tern__shape_of(&m);
+    const float *x = act == TERN_ACT_BIT ? hold_sparse(n * cols, 2) : hold_floats(n * cols), *before = hold_floats(rows * cols);
+    const tern_quantize_args q = hold_activations(c, act == TERN_ACT_FLOAT ? TERN_ACT_INT8 : act, &m, n, x, act == TERN_ACT_BIT ? TERN_NORM_NONE : TERN_NORM_RMS, NULL);
+    tern_unpack_args u = TERN_ZERO;
+    tern_matmul_dx_args dx = TERN_ZERO;
+    tern_matmul_dw_args dw = TERN_ZERO;
+    float buffer[TERN__ROWS], *scales = hold_output(rows), *other;
+    int64_t t, row, col;
+    for (row = 0; row < rows; row++) scales[row] = tern__panel_scales(&m, &s, row / TERN__ROWS, 0, buffer)[row % TERN__ROWS];
+    u.m = m;
+    u.count = rows;
+    u.trits = (int8_t *)hold((size_t)(rows * cols));
+    u.values = hold_output(rows * cols);
+    CHECK_OK(c, tern_unpack(c, &u));
+    dx.m = dw.m = m;
+    dx.n = dw.n = n;
+    dx.dy = dw.dy = hold_floats(n * rows);
+    dx.dx = hold_output(n * cols);
+    dw.dw = hold_copy(before, rows * cols);
+    dw.act = q.act;
+    dx.factors = dw.factors = TERN_BF16;
+    if (act != TERN_ACT_FLOAT) { dw.q = q.q; dw.scale = q.scale; } else dw.x = x;
+    CHECK_OK(c, tern_matmul_dx(c, &dx));
+    CHECK_OK(c, tern_matmul_dw(c, &dw));
+    for (t = 0; t < n; t++)
+        for (col = 0; col < cols; col++) {
+            factored f = {0.0, 0.0, 0.0};
+            for (row = 0; row < rows; row++) {
+                const float dy = dx.dy[t * rows + row], w = u.values[row * cols + col];
+                factored_add(&f, s.groups > 1 ? bf16(c, dy) * bf16(c, w) : bf16(c, dy * scales[row]) * u.trits[row * cols + col], (double)dy * (double)w);
+            }
+            check_factored("dx", dx.dx[t * cols + col], &f, rows, s.groups > 1 ? 2 : 1);
+        }
+    for (row = 0; row < rows; row++)
+        for (col = 0; col < cols; col++) {
+            factored f = {0.0, 0.0, 0.0};
+            factored_add(&f, before[row * cols + col], before[row * cols + col]);
+            for (t = 0; t < n; t++) {
+                const float dy = dw.dy[t * rows + row], scale = q.scale[t];
+                const double code = act == TERN_ACT_BIT ? (double)(x[t * cols + col] != 0.0f) : (double)q.q[t * s.stride + place_of(&m, col)];
+                if (act == TERN_ACT_FLOAT) factored_add(&f, bf16(c, dy) * bf16(c, x[t * cols + col]), (double)dy * (double)x[t * cols + col]);
+                else factored_add(&f, bf16(c, dy * scale) * code, (double)dy * (double)scale * code);
+            }
+            check_factored("dw", dw.dw[row * cols + col], &f, n, act == TERN_ACT_FLOAT ? 2 : 1);
+        }
+    record_words(r, dx.dx, n * cols);
+    record_words(r, dw.dw, rows * cols);
+    other = hold_copy(dx.dx, n * cols);
+    dx.factors = dw.factors = TERN_F32;
+    CHECK_OK(c, tern_matmul_dx(c, &dx));
+    if (n > 1) CHECK((memcmp(other, dx.dx, (size_t)(n * cols) * 4) != 0) == has_pairs(c), "dx of %d x %d x %d: factors are those of the other type", (int)n, (int)rows, (int)cols);
+    other = hold_copy(dw.dw, rows * cols);
+    dw.dw = (float *)memcpy(hold_output(rows * cols), before, (size_t)(rows * cols) * 4);
+    CHECK_OK(c, tern_matmul_dw(c, &dw));
+    if (n > 1) CHECK((memcmp(other, dw.dw, (size_t)(rows * cols) * 4) != 0) == has_pairs(c), "dw of %d x %d x %d: factors are those of the other type", (int)n, (int)rows, (int)cols);
+    release();
+}
+
+/* Around a tile, a block of rows, the 512 terms of a block and the 2048 of a segment. */
+static void bf16_products(tern_context *c, record *r)
+{
+    static const int64_t shapes[][3] = {{1, 1, 1}, {3, 17, 35}, {70, 40, 130}, {340, 33, 50}, {20, 600, 40}, {2, 2100, 20}, {2100, 3, 36}}; /* n, rows, cols */
+    int i, variant;
+    for (i = 0; i < 7; i++)
+        for (variant = 0; variant < (i < 2 ? 20 : 3); variant++) bf16_products_of(c, r, shapes[i][0], shapes[i][1], shapes[i][2], variant + 7 * i);
+}
+static void test_bf16_products(void) { same_for_threads(bf16_products); }
+
+static void bf16_dense_products(tern_context *c, record *r)
+{
+    static const int64_t shapes[][3] = {{1, 1, 1}, {17, 33, 70}, {70, 40, 530}, {330, 5, 40}, {3, 31, 2100}}; /* m, n, k */
+    int i, variant;
+    for (i = 0; i < 5; i++)
+        for (variant = 0; variant < 5; variant++) {
+            const int64_t m = shapes[i][0], n = shapes[i][1], k = shapes[i][2];
+            tern_dense_args a = dense_of(m, n, k, variant & 1, variant & 2);
+            const float *before = hold_copy(a.c, m * a.c_row);
+            int64_t row, col, j;
+            if (variant == 4) { /* neither side is contiguous */
+                a.a = hold_floats(m * 3 * k);
+                a.a_row = 3 * k; a.a_col = 3;
+                a.b = hold_floats(k * 2 * n);
+                a.b_row = 2 * n; a.b_col = 2;
+            }
+            a.add = variant % 3 == 1;
+            a.factors = TERN_BF16;
+            CHECK_OK(c, tern_dense(c, &a));
+            for (row = 0; row < m; row++)
+                for (col = 0; col < a.c_row; col++) {
+                    factored f = {0.0, 0.0, 0.0};
+                    const double from = col >= n || a.add ? (double)before[row * a.c_row + col] : 0.0;
+                    factored_add(&f, from, from);
+                    for (j = 0; col < n && j < k; j++) {
+                        const float x = a.a[row * a.a_row + j * a.a_col], y = a.b[j * a.b_row + col * a.b_col];
+                        factored_add(&f, bf16(c, x) * bf16(c, y), (double)x * (double)y);
+                    }
+                    if (col < n) factored_add(&f, a.bias[col], a.bias[col]);
+                    check_factored("dense", a.c[row * a.c_row + col], &f, k, 2);
+                }
+            record_words(r, a.c, m * a.c_row);
+            release();
+        }
+}
+static void test_bf16_dense_products(void) { same_for_threads(bf16_dense_products); }
+
 static double norm_literal(const tern_norm_args *a, const double *x, const double *gain, int64_t t)
 {
     double squares = 0.0, total = 0.0;
@@ -1891,6 +2024,7 @@ static const wrong wrongs[] = {
     WRONG(matmul, q, TO_NULL, 0, TERN_E_ARGUMENT, "x is NULL") RANGED32(matmul, act, TERN_ACT_FLOAT) RANGED32(matmul, act, 4) RANGED32(matmul, act, -1)
     PACKED(matmul_fixed) COUNTED(matmul_fixed, n) NEEDED_BYTES(matmul_fixed, x) ALIGNED(matmul_fixed, bias) NEEDED(matmul_fixed, y)
     RANGED32(matmul_fixed, m.scale_type, TERN_F32) RANGED32(matmul_fixed, m.scale_type, TERN_F16) RANGED32(matmul_fixed, point, 32) RANGED32(matmul_fixed, point, -32)
+    RANGED32(matmul_dx, factors, TERN_F16) RANGED32(matmul_dw, factors, TERN_I8) RANGED32(dense, factors, -1)
     PACKED(matmul_dx) COUNTED(matmul_dx, n) NEEDED(matmul_dx, dy) NEEDED(matmul_dx, dx)
     MATRIX(matmul_dw) COUNTED(matmul_dw, n) NEEDED(matmul_dw, dy) ALIGNED(matmul_dw, dw) ALIGNED(matmul_dw, dbias) NEEDED(matmul_dw, scale)
     WRONG(matmul_dw, q, TO_NULL, 0, TERN_E_ARGUMENT, "x is NULL") RANGED32(matmul_dw, act, TERN_ACT_FLOAT) RANGED32(matmul_dw, act, 4)
@@ -2098,6 +2232,8 @@ static void suite_backends(void)
     RUN(test_row_splits);
     RUN(test_activation_faults);
     RUN(test_matmul_gradients);
+    RUN(test_bf16_products);
+    RUN(test_bf16_dense_products);
     RUN(test_norm_gradients);
     RUN(test_attention_gradients);
     RUN(test_large_attention_gradients);

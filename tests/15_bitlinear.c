@@ -760,6 +760,53 @@ static void linear_backwards(tern_context *c, record *r)
 }
 static void test_linear_backward(void) { same_for_threads(linear_backwards); }
 
+static void linear_gradients(tern_context *c, layer *o, int64_t n, const float *x, const float *dy, tern_type type, float *y, float *dx, float *dw)
+{
+    void *saved = hold(o->need.saved + 1);
+    o->l.gradients = type;
+    memset(grad_of(&o->w), 0, (size_t)(o->w.rows * o->w.cols) * 4);
+    CHECK_OK(c, tern_linear_forward(c, &o->l, n, x, y, saved));
+    CHECK_OK(c, tern_linear_backward(c, &o->l, n, x, saved, dy, dx));
+    memcpy(dw, grad_of(&o->w), (size_t)(o->w.rows * o->w.cols) * 4);
+}
+
+/* The permission is passed on to both products and changes no forward; the last layer's dx is that of arenas alone. */
+static void linear_bf16_gradients(tern_context *c, record *r)
+{
+    const int64_t n = 5, rows = 7, cols = 21;
+    int variant, type;
+    int64_t i;
+    for (variant = 0; variant <= VARIANTS; variant++) {
+        const int arenas = variant == VARIANTS;
+        const float *x = layer_input(n * cols, arenas ? 0 : variant), *dy = hold_floats(n * rows);
+        float *y[2], *dx[2], *dw[2];
+        layer o;
+        layer_open(c, &o, rows, cols, variant & 1 ? 8 : TERN_PER_ROW, arenas ? 0 : variant, n);
+        if (arenas) {
+            o.l.arenas = 0.5f;
+            memset(o.w.buffer[TERN_SCALES].data, 0, (size_t)o.w.buffer[TERN_SCALES].count * 4);
+            CHECK_OK(c, tern_linear_need(c, &o.l, n, &o.need));
+            CHECK_OK(c, tern_reserve(c, o.need.scratch));
+        }
+        for (type = 0; type < 2; type++) {
+            y[type] = hold_output(n * rows);
+            dx[type] = hold_output(n * cols);
+            dw[type] = hold_output(rows * cols);
+            linear_gradients(c, &o, n, x, dy, type ? TERN_BF16 : TERN_F32, y[type], dx[type], dw[type]);
+        }
+        CHECK(memcmp(y[0], y[1], (size_t)(n * rows) * 4) == 0, "variant %d: another forward", variant);
+        CHECK((memcmp(dx[0], dx[1], (size_t)(n * cols) * 4) != 0) == has_pairs(c), "variant %d: dx has factors of the other type", variant);
+        CHECK((memcmp(dw[0], dw[1], (size_t)(rows * cols) * 4) != 0) == has_pairs(c), "variant %d: dw has factors of the other type", variant);
+        for (i = 0; i < n * cols; i++) CHECK(fabsf(dx[0][i] - dx[1][i]) < 0.05f, "variant %d: dx %g, not %g", variant, (double)dx[1][i], (double)dx[0][i]);
+        for (i = 0; i < rows * cols; i++) CHECK(fabsf(dw[0][i] - dw[1][i]) < 0.05f, "variant %d: dw %g, not %g", variant, (double)dw[1][i], (double)dw[0][i]);
+        record_words(r, dx[1], n * cols);
+        record_words(r, dw[1], rows * cols);
+        layer_close(c, &o);
+        release();
+    }
+}
+static void test_linear_bf16_gradients(void) { same_for_threads(linear_bf16_gradients); }
+
 /* -- options: rotation, LoRA, dead zone, arenas -- */
 
 static double *hold_dense(const tern_param *p) { return hold_doubles((const float *)p->buffer[TERN_SHADOW].data, p->rows * p->cols); }
@@ -1371,6 +1418,7 @@ static void test_linear_refusals(void)
     bad = o.l; bad.act = (tern_act)-1; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "act -1");
     bad = o.l; bad.act = (tern_act)7; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "act 7");
     bad = o.l; bad.norm = (tern_norm_kind)5; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "norm 5");
+    bad = o.l; bad.gradients = TERN_F16; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "w: factors of type 3");
     bad = o.l; bad.eps = -1.0f; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "eps");
     CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, 0, x, y, NULL), TERN_E_SHAPE, "w: n = 0");
     CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, INT64_MAX / 4, x, y, NULL), TERN_E_OVERFLOW, "overflows");
@@ -1594,6 +1642,7 @@ static void suite_bitlinear(void)
     RUN(test_linear_forward);
     RUN(test_linear_fused);
     RUN(test_linear_backward);
+    RUN(test_linear_bf16_gradients);
     RUN(test_linear_options);
     RUN(test_linear_option_forwards);
     RUN(test_param_rotated);

@@ -4,6 +4,7 @@
 #ifndef TEST_AMX_H
 #define TEST_AMX_H
 
+#include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -54,6 +55,12 @@ static inline void amx_load(int tile, const void *from, int64_t stride)
     for (i = 0; i < amx.rows[tile]; i++) memcpy(amx.tile[tile][i], (const uint8_t *)from + i * stride, (size_t)amx.bytes[tile]);
 }
 
+static inline void amx_zero(int tile)
+{
+    amx_check(tile);
+    memset(amx.tile[tile], 0, sizeof amx.tile[tile]);
+}
+
 static inline void amx_store(int tile, void *to, int64_t stride)
 {
     int i;
@@ -80,8 +87,56 @@ static inline void amx_dot(int c, int a, int b)
         }
 }
 
+/* Two bf16 of a word, and sums, where denormals are zeros (to nearest even otherwise). */
+static inline float amx_flush(float x)
+{
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    if ((u & 0x7F800000u) == 0) u &= 0x80000000u;
+    memcpy(&x, &u, 4);
+    return x;
+}
+static inline float amx_bf16(const uint8_t *word, int half)
+{
+    uint32_t u;
+    float x;
+    memcpy(&u, word, 4);
+    u = half ? u & 0xFFFF0000u : u << 16;
+    memcpy(&x, &u, 4);
+    return amx_flush(x);
+}
+
+/* tdpbf16ps: for each c[m][n] the products of the words' low halves are summed over k from 0 on, those of the high halves apart,
+   by FMA; the second sum is added to the first, and both to c. */
+static inline void amx_pairs(int c, int a, int b)
+{
+    int m, n, k;
+#if defined(__x86_64__) || defined(__i386__)
+    __asm__ volatile("vzeroupper"); /* gcc's code comes here with upper halves in use, and then each fmaf takes a hundred times as long */
+#endif
+    amx_check(c);
+    amx_check(a);
+    amx_check(b);
+    AMX_FAULTS_UNLESS(c != a && c != b && a != b);
+    AMX_FAULTS_UNLESS(amx.bytes[a] % 4 == 0 && amx.bytes[b] % 4 == 0 && amx.bytes[c] % 4 == 0);
+    AMX_FAULTS_UNLESS(amx.rows[c] == amx.rows[a] && amx.bytes[c] == amx.bytes[b] && amx.bytes[a] == 4 * amx.rows[b]);
+    for (m = 0; m < amx.rows[c]; m++)
+        for (n = 0; n < amx.bytes[c]; n += 4) {
+            float sum[2] = {0.0f, 0.0f}, old;
+            for (k = 0; k < 2 * amx.rows[b]; k++)
+                sum[k % 2] = amx_flush(fmaf(amx_bf16(&amx.tile[a][m][k / 2 * 4], k % 2), amx_bf16(&amx.tile[b][k / 2][n], k % 2), sum[k % 2]));
+            memcpy(&old, &amx.tile[c][m][n], 4);
+            old = amx_flush(amx_flush(old) + amx_flush(sum[0] + sum[1]));
+            memcpy(&amx.tile[c][m][n], &old, 4);
+        }
+}
+
 #ifdef TEST_AMX
 static int amx_asked, amx_refused; /* for permission */
+static int amx_int8_alone;         /* a machine without AMX-BF16 */
+#define TERN__TILE_BF16 (!amx_int8_alone)
+#define TERN__TILE_PAIRS(c, a, b) amx_pairs(c, a, b)
+#define TERN__TILE_ZERO(tile) amx_zero(tile)
 #define TERN__TILE_UNIT (amx_asked++, !amx_refused)
 #define TERN__TILE_CONFIG(from) amx_config(from)
 #define TERN__TILE_RELEASE() amx_release()
