@@ -1092,7 +1092,8 @@ typedef struct tern_hop {
 } tern_hop;
 /* Asks for a hop whose parameters are allocated, and a graph. */
 TERN_API tern_result tern_hop_need(tern_context *c, const tern_hop *l, const tern_graph *g, tern_need *out);
-/* h [nodes, cols] -> y [nodes, rows], apart. saved: need.saved bytes, aligned to 4 (on a GPU: 16), or NULL for inference. */
+/* h [nodes, cols] -> y [nodes, rows], apart. saved: need.saved bytes, aligned to 4 (on a GPU: 16), or NULL for inference, which
+   on a CPU takes nodes in blocks that stay in cache: what is stored for all nodes is what they send, unless that is h. */
 TERN_API tern_result tern_hop_forward(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, float *y, void *saved);
 /* Adds into the TERN_GRAD of all parameters where present; dh [nodes, cols] (or NULL) is overwritten. As tern_linear_backward;
    rounding to int8 passes the gradient through. */
@@ -4142,7 +4143,8 @@ static TARGET void tern__hadamard_##X(int64_t p, float factor, float *x)        
 }
 
 #ifndef TERNARY_NO_GRAPH
-/* The factors of some edges, once for all their columns, and without a call inside a loop over vectors. */
+/* The factors of some edges, once for all their columns. Not one by one in the loops over vectors: a function that is not
+   inlined there has instructions of the base set, and each change from wide registers to those costs hundreds of cycles. */
 static void tern__edge_factors(const tern__neighbours *a, float *factor)
 {
     int64_t i;
