@@ -565,6 +565,7 @@ typedef struct tern_row_dot_args { int64_t rows, cols, n; const float *a, *b; co
    [start[v], start[v + 1]), the other node in the low 31 bits, the top bit set where the edge counts -1. */
 typedef struct tern_adjacency {
     int64_t rows, sources, count; /* edges end at [0, rows) and begin at [0, sources) */
+    int64_t first;                /* 0; of some rows of a graph on the CPU the number of the first, from which on start, hub and part are the graph's */
     int64_t hubs, parts;          /* rows of more than 256 edges, and how many segments of 256 all of them have */
     int64_t *start;               /* [rows + 1] */
     uint32_t *entry;              /* [count] */
@@ -796,6 +797,7 @@ typedef struct tern_run {
     void *state;      /* the backend's own */
     tern_error error; /* text of the last failure */
     tern_error fault; /* first data fault since tern_sync */
+    int64_t row;      /* what the numbers of rows in faults begin with, for layers that take some rows at once */
 } tern_run;
 
 struct tern_backend {
@@ -812,6 +814,7 @@ struct tern_backend {
     TERN_OPS(TERN__ENTRY)
     TERN_FUSED(TERN__ENTRY)
 #undef TERN__ENTRY
+    int64_t cache; /* bytes for each worker that stay in cache between operations: a tern_hop takes so many rows at once. 0: all */
 };
 
 /* The CPU's table for a tier, or NULL where this machine or build lacks it. TERN_ISA_BEST: the best. */
@@ -1121,7 +1124,8 @@ typedef struct tern_hop {
 } tern_hop;
 /* Asks for a hop whose parameters are allocated, and a graph. */
 TERN_API tern_result tern_hop_need(tern_context *c, const tern_hop *l, const tern_graph *g, tern_need *out);
-/* h [nodes, cols] -> y [nodes, rows], apart. saved: need.saved bytes, aligned to 4 (on a GPU: 16), or NULL for inference. */
+/* h [nodes, cols] -> y [nodes, rows], apart. saved: need.saved bytes, aligned to 4 (on a GPU: 16), or NULL for inference, which
+   on a CPU takes nodes in blocks that stay in cache: what is stored for all nodes is what they send, unless that is h. */
 TERN_API tern_result tern_hop_forward(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, float *y, void *saved);
 /* Adds into the TERN_GRAD of all parameters where present; dh [nodes, cols] (or NULL) is overwritten. As tern_linear_backward;
    rounding to int8 passes the gradient through. */
@@ -1707,7 +1711,7 @@ static void tern__set_fault(tern_run *r, tern__fault fault, int64_t index)
 #define TERN__TEXT(name, text) text,
     static const char *const texts[] = {TERN__FAULTS(TERN__TEXT)};
 #undef TERN__TEXT
-    if (r->fault.code == TERN_OK) tern__set_error(&r->fault, TERN_E_DATA, texts[fault], index);
+    if (r->fault.code == TERN_OK) tern__set_error(&r->fault, TERN_E_DATA, texts[fault], r->row + index);
 }
 
 #define TERN__FAIL(run, ...) return tern__set_error(&(run)->error, __VA_ARGS__)
@@ -2240,10 +2244,12 @@ typedef struct tern__pairs {
     void (*tiles)(const tern__tile *t); /* as tile, of such words and any number of rows; p has memory for a multiple of 16 */
 } tern__pairs;
 
-/* Some edges of one row: y = the sum over them, in order from +0, of x[u] * factor, or float(q[u]) * factor, with the
-   signed factor of tern__edge_factor; product and sum are rounded separately. Behind them lie `left` entries in all. */
+/* Some edges of one row, at most TERN__EDGES: y = whole * the sum over them, in order from +0, of x[u] * factor, or float(q[u])
+   * factor, with the signed factor of tern__edge_factor; products and sums are rounded separately. From the first of them on
+   there are `left` entries in all. */
 typedef struct tern__neighbours {
     int64_t n, left, cols;
+    float whole;
     const uint32_t *entry;
     const float *right, *scale;  /* or NULL */
     const float *x;
@@ -3612,7 +3618,8 @@ static void tern__hadamard_scalar(int64_t p, float factor, float *x)
 }
 
 #ifndef TERNARY_NO_GRAPH
-enum { TERN__EDGES = 256, TERN__AHEAD_EDGES = 16 }; /* edges whose sum is one; how far ahead rows are asked for */
+/* Edges whose sum is one; how far ahead rows, and factors, are asked for. */
+enum { TERN__EDGES = 256, TERN__AHEAD_EDGES = 16, TERN__AHEAD_FACTORS = 32 };
 
 TERN__ANYWHERE int64_t tern__edge_node(uint32_t entry) { return (int64_t)(entry & 0x7FFFFFFFu); }
 
@@ -3634,6 +3641,7 @@ static void tern__aggregate_scalar(const tern__neighbours *a)
         if (a->q) for (j = 0; j < a->cols; j++) a->y[j] = a->y[j] + (float)a->q[at + j] * f;
         else for (j = 0; j < a->cols; j++) a->y[j] = a->y[j] + a->x[at + j] * f;
     }
+    for (j = 0; j < a->cols; j++) a->y[j] = a->whole * a->y[j];
 }
 #else
 #define tern__aggregate_scalar NULL
@@ -4257,31 +4265,50 @@ static TARGET void tern__hadamard_##X(int64_t p, float factor, float *x)        
             }                                                                                            \
 }
 
+#ifndef TERNARY_NO_GRAPH
+/* The factors of some edges, once for all their columns. Not one by one in the loops over vectors: a function that is not
+   inlined there has instructions of the base set, and each change from wide registers to those costs hundreds of cycles. */
+static void tern__edge_factors(const tern__neighbours *a, float *factor)
+{
+    int64_t i;
+    for (i = 0; i < a->n; i++) {
+        if ((a->right || a->scale) && i + TERN__AHEAD_FACTORS < a->left) {
+            const int64_t u = tern__edge_node(a->entry[i + TERN__AHEAD_FACTORS]);
+            if (a->right) __builtin_prefetch(a->right + u);
+            if (a->scale) __builtin_prefetch(a->scale + u);
+        }
+        factor[i] = tern__edge_factor(a->right, a->scale, a->entry[i]);
+    }
+}
+#endif
+
 /* Sums over edges: up to 8 vectors of columns stay in registers for all edges; rows of edges to come are asked for. */
 #define TERN__X86_AGGREGATE(X, TARGET, W, V, MM)                                                         \
-static inline __attribute__((always_inline)) TARGET void tern__aggregate_block_##X(const int N, int64_t lanes, const tern__neighbours *a, int64_t col) \
+static inline __attribute__((always_inline)) TARGET void tern__aggregate_block_##X(const int N, int64_t lanes, const tern__neighbours *a, const float *factor, int64_t col) \
 {                                                                                                        \
     const uintptr_t base = a->q ? (uintptr_t)(a->q + col) : (uintptr_t)(a->x + col), width = a->q ? 1 : 4; \
     V sum[8];                                                                                            \
     TERN__UNROLL for (int v = 0; v < N; v++) sum[v] = MM##setzero_ps();                                  \
     for (int64_t i = 0; i < a->n; i++) {                                                                 \
-        const int64_t at = tern__edge_node(a->entry[i]) * a->row + col;                                  \
-        const V f = MM##set1_ps(tern__edge_factor(a->right, a->scale, a->entry[i]));                     \
+        const int64_t at = (int64_t)(a->entry[i] & 0x7FFFFFFFu) * a->row + col;                          \
+        const V f = MM##set1_ps(factor[i]);                                                              \
         if (i + TERN__AHEAD_EDGES < a->left) {                                                           \
-            const uintptr_t next = base + (uintptr_t)(tern__edge_node(a->entry[i + TERN__AHEAD_EDGES]) * a->row) * width; \
+            const uintptr_t next = base + (uintptr_t)(a->entry[i + TERN__AHEAD_EDGES] & 0x7FFFFFFFu) * (uintptr_t)a->row * width; \
             for (uintptr_t b = 0; b < (uintptr_t)(N * W) * width; b += 64) __builtin_prefetch((const void *)(next + b)); \
         }                                                                                                \
         if (a->q) TERN__UNROLL for (int v = 0; v < N; v++) sum[v] = sum[v] + MM##cvtepi32_ps(tern__i8_##X(a->q + at + v * W)) * f; \
         else TERN__UNROLL for (int v = 0; v < N; v++) sum[v] = sum[v] + tern__load_##X(a->x + at + v * W, lanes - v * W) * f; \
     }                                                                                                    \
-    TERN__UNROLL for (int v = 0; v < N; v++) tern__store_##X(a->y + col + v * W, sum[v], lanes - v * W); \
+    TERN__UNROLL for (int v = 0; v < N; v++) tern__store_##X(a->y + col + v * W, sum[v] * MM##set1_ps(a->whole), lanes - v * W); \
 }                                                                                                        \
 static TARGET void tern__aggregate_##X(const tern__neighbours *a)                                        \
 {                                                                                                        \
+    float factor[TERN__EDGES];                                                                           \
     int64_t col = 0;                                                                                     \
-    for (; a->cols - col >= 8 * W; col += 8 * W) tern__aggregate_block_##X(8, 8 * W, a, col);            \
-    for (; a->cols - col >= 2 * W; col += 2 * W) tern__aggregate_block_##X(2, 2 * W, a, col);            \
-    for (; a->cols > col; col += W) tern__aggregate_block_##X(1, a->cols - col, a, col);                 \
+    tern__edge_factors(a, factor);                                                                       \
+    for (; a->cols - col >= 8 * W; col += 8 * W) tern__aggregate_block_##X(8, 8 * W, a, factor, col);    \
+    for (; a->cols - col >= 2 * W; col += 2 * W) tern__aggregate_block_##X(2, 2 * W, a, factor, col);    \
+    for (; a->cols > col; col += W) tern__aggregate_block_##X(1, a->cols - col, a, factor, col);         \
 }
 
 /* The float tile: R rows of p by 2 W lanes stay in registers for all of k; the 32 lanes take 16/W passes. MADD says
@@ -6897,36 +6924,39 @@ static tern_result tern__cpu_row_dot(tern_run *run, const tern_row_dot_args *a)
 /* -- sums over the edges of a graph -- */
 #ifndef TERNARY_NO_GRAPH
 
-/* Work is shared out by places: row v begins at start[v] + v, and each of its edges is one more, so that a task has as much
+/* Work is shared out by places: row v begins at start[v] - start[0] + v, and each of its edges is one more, so that a task has as much
    to do as any other whatever the rows are like. The segment of a hub belongs to the task that has its first place. */
+static int64_t tern__place_of(const tern_adjacency *e, int64_t row) { return e->start[row] - e->start[0] + row; }
+
 static int64_t tern__first_row(const tern_adjacency *e, int64_t place)
 {
     int64_t low = 0, high = e->rows;
     while (low < high) {
         const int64_t middle = low + (high - low) / 2;
-        if (e->start[middle] + middle < place) low = middle + 1;
+        if (tern__place_of(e, middle) < place) low = middle + 1;
         else high = middle;
     }
     return low;
 }
 
-/* The first segment of a hub among those of all hubs. */
-static int64_t tern__first_part(const tern_adjacency *e, int64_t row)
+/* The first hub that is this row or behind it. */
+static int64_t tern__first_hub(const tern_adjacency *e, int64_t row)
 {
-    int64_t low = 0, high = e->hubs - 1;
+    int64_t low = 0, high = e->hubs;
     while (low < high) {
         const int64_t middle = low + (high - low) / 2;
-        if (e->hub[middle] < row) low = middle + 1;
+        if (e->hub[middle] - e->first < row) low = middle + 1;
         else high = middle;
     }
-    return e->part[low];
+    return low;
 }
 
-static void tern__aggregate_some(const tern__kernels *k, const tern_aggregate_args *a, int64_t first, int64_t n, float *y)
+static void tern__aggregate_some(const tern__kernels *k, const tern_aggregate_args *a, int64_t first, int64_t n, float whole, float *y)
 {
     tern__neighbours s;
+    s.whole = whole;
     s.n = n;
-    s.left = a->edges.count - first;
+    s.left = a->edges.start[0] + a->edges.count - first;
     s.cols = a->cols;
     s.entry = a->edges.entry + first;
     s.right = a->right;
@@ -6941,8 +6971,6 @@ static void tern__aggregate_some(const tern__kernels *k, const tern_aggregate_ar
 static void tern__aggregate_end(const tern__kernels *k, const tern_aggregate_args *a, int64_t row, int64_t *bad)
 {
     float *y = a->y + row * a->cols;
-    int64_t j;
-    if (a->left) for (j = 0; j < a->cols; j++) y[j] = a->left[row] * y[j];
     if (tern__finite(tern__float(k->absmax(a->cols, y, NULL)))) return;
     memset(y, 0, sizeof(float) * (size_t)a->cols);
     *bad = tern__min(*bad, row);
@@ -6952,24 +6980,24 @@ static void tern__aggregate_end(const tern__kernels *k, const tern_aggregate_arg
 static void tern__aggregate_row(tern__job *job, int64_t row, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_aggregate_args *a = (const tern_aggregate_args *)job->arg;
-    const int64_t first = a->edges.start[row], n = a->edges.start[row + 1] - first, place = first + row;
+    const int64_t first = a->edges.start[row], n = a->edges.start[row + 1] - first, place = tern__place_of(&a->edges, row);
     int64_t s, part;
     if (n <= TERN__EDGES) {
         if (place < begin) return;
-        tern__aggregate_some(job->k, a, first, n, a->y + row * a->cols);
+        tern__aggregate_some(job->k, a, first, n, a->left ? a->left[row] : 1.0f, a->y + row * a->cols);
         tern__aggregate_end(job->k, a, row, bad);
         return;
     }
-    part = tern__first_part(&a->edges, row);
+    part = a->edges.part[tern__first_hub(&a->edges, row)] - a->edges.part[0];
     for (s = begin > place ? tern__ceil_div(begin - place, TERN__EDGES) : 0; s * TERN__EDGES < n && place + s * TERN__EDGES < end; s++)
-        tern__aggregate_some(job->k, a, first + s * TERN__EDGES, tern__min(TERN__EDGES, n - s * TERN__EDGES), a->part + (part + s) * a->cols);
+        tern__aggregate_some(job->k, a, first + s * TERN__EDGES, tern__min(TERN__EDGES, n - s * TERN__EDGES), 1.0f, a->part + (part + s) * a->cols);
 }
 
 static void tern__aggregate_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_adjacency *e = &((const tern_aggregate_args *)job->arg)->edges;
     int64_t row = tern__first_row(e, begin);
-    for (row -= row > 0; row < e->rows && e->start[row] + row < end; row++) tern__aggregate_row(job, row, begin, end, bad);
+    for (row -= row > 0; row < e->rows && tern__place_of(e, row) < end; row++) tern__aggregate_row(job, row, begin, end, bad);
 }
 
 /* The segments of hubs [begin, end), in order. */
@@ -6978,12 +7006,13 @@ static void tern__aggregate_hubs(tern__job *job, int64_t begin, int64_t end, int
     const tern_aggregate_args *a = (const tern_aggregate_args *)job->arg;
     int64_t h, s, j;
     for (h = begin; h < end; h++) {
-        const int64_t row = a->edges.hub[h], parts = tern__ceil_div(a->edges.start[row + 1] - a->edges.start[row], TERN__EDGES);
-        const float *part = a->part + a->edges.part[h] * a->cols;
+        const int64_t row = a->edges.hub[h] - a->edges.first, parts = tern__ceil_div(a->edges.start[row + 1] - a->edges.start[row], TERN__EDGES);
+        const float *part = a->part + (a->edges.part[h] - a->edges.part[0]) * a->cols;
         float *y = a->y + row * a->cols;
         memcpy(y, part, sizeof(float) * (size_t)a->cols);
         for (s = 1; s < parts; s++)
             for (j = 0; j < a->cols; j++) y[j] = y[j] + part[s * a->cols + j];
+        for (j = 0; a->left && j < a->cols; j++) y[j] = a->left[row] * y[j];
         tern__aggregate_end(job->k, a, row, bad);
     }
 }
@@ -8005,11 +8034,14 @@ static tern_result tern__cpu_copy(tern_run *r, void *dst, const void *src, size_
 }
 static tern_result tern__cpu_sync(tern_run *r) { (void)r; return TERN_OK; }
 
+#ifndef TERN__CACHE /* the tests set less, so that small shapes go in parts too */
+#define TERN__CACHE 524288
+#endif
 #define TERN__OP(op) tern__cpu_##op,
 #define TERN__TABLE(suffix, text)                                                              \
     static const tern_backend tern__backend_##suffix = {                                       \
         text, &tern__kernels_##suffix, 0, tern__cpu_open, tern__cpu_close, tern__cpu_alloc,       \
-        tern__cpu_free, tern__cpu_copy, tern__cpu_sync, TERN_OPS(TERN__OP) TERN_FUSED(TERN__OP) \
+        tern__cpu_free, tern__cpu_copy, tern__cpu_sync, TERN_OPS(TERN__OP) TERN_FUSED(TERN__OP) TERN__CACHE \
     };
 TERN__TABLE(scalar, "scalar")
 #define tern__table_scalar &tern__backend_scalar
@@ -8462,7 +8494,7 @@ static tern_result tern__check_aggregate(tern_run *r, const tern_aggregate_args 
     TERN__TRY(tern__check_count(r, "aggregate", "cols", a->cols, 1));
     TERN__TRY(tern__check_count(r, "aggregate", "rows", e->rows, a->cols));
     TERN__TRY(tern__check_count(r, "aggregate", "sources", e->sources, tern__max(a->cols, a->q ? a->q_row : 0)));
-    TERN__REQUIRE(r, e->count >= 0 && e->hubs >= 0 && e->parts >= e->hubs && tern__fits(tern__mul(e->count, 4)) && tern__fits(tern__mul(tern__mul(e->parts, a->cols), 4)),
+    TERN__REQUIRE(r, e->count >= 0 && e->first >= 0 && e->hubs >= 0 && e->parts >= e->hubs && tern__fits(tern__mul(e->count, 4)) && tern__fits(tern__mul(tern__mul(e->parts, a->cols), 4)),
                   TERN_E_SHAPE, "aggregate: %d edges, %d hubs and %d parts", e->count, e->hubs, e->parts);
     TERN__TRY(tern__check_pointer(r, "aggregate", "edges.start", e->start, 8));
     if (e->count) TERN__TRY(tern__check_pointer(r, "aggregate", "edges.entry", e->entry, 4));
@@ -11617,7 +11649,8 @@ TERN_API tern_result tern_ple_backward(tern_context *c, const tern_ple *l, int64
    [TERN-18] Graph
    What enters: edges that nobody has checked, features of nodes, a hop's parameters. What leaves: rows of edges
    by target and by source, features one hop on, and gradients. A message is never stored for an edge: rows are
-   projected before they are summed, or sums after it. The backward is the same sum on the graph turned round.
+   projected before they are summed, or sums after it; where nothing is kept, block by block of nodes, so that sums and what
+   is made of them stay in cache. The backward is the same sum on the graph turned round.
    Beside it: rows of a table named by the last tokens, and the nearest rows of a codebook.
    ------------------------------------------------------------------------------------------------ */
 #ifndef TERNARY_NO_GRAPH
@@ -11938,7 +11971,20 @@ typedef struct tern__hop_work {
     float *sent, *up, *part; int8_t *q; float *scale; int32_t *sum; /* scratch: P h, B A h; segments of hubs; quantized rows */
     float *dz, *dm, *drows, *dlow, *dup, *dh;            /* and of the backward */
     int64_t saved_bytes, scratch_bytes, nested;
+    int64_t block;                                       /* rows at once */
 } tern__hop_work;
+
+/* All rows where the layers keep something for each, or the backend wants it; else so many that stay in cache, and are worth
+   a product with the weights (the tests set less). */
+#ifndef TERN__HOP_ROWS
+#define TERN__HOP_ROWS 256
+#endif
+static int64_t tern__hop_block(const tern_context *c, const tern_hop *l, const tern_graph *g, int32_t kept)
+{
+    const tern__hop_shape s = tern__hop_shape_of(l);
+    const int64_t bytes = tern__mul(c->run.backend->cache, c->run.parallel.run ? c->run.parallel.workers : 1);
+    return kept || bytes == 0 ? g->nodes : tern__min(g->nodes, tern__max(TERN__HOP_ROWS, bytes / (4 * (s.in + s.sent + s.out))));
+}
 
 static void tern__hop_saved(const tern_hop *l, int64_t n, void *base, tern__hop_work *w)
 {
@@ -11967,23 +12013,24 @@ static int64_t tern__hop_nested(const tern_hop *l, int64_t n)
     return most;
 }
 
-/* All memory of a forward or backward, from base on (NULL: sizes alone), with `saved` first where the caller has none. */
-static void tern__hop_memory(const tern_hop *l, const tern_graph *g, int32_t backward, void *saved, void *base, tern__hop_work *w)
+/* All memory of a forward or backward, from base on (NULL: sizes alone). Without kept what the layers keep is scratch too. */
+static void tern__hop_memory(const tern_context *c, const tern_hop *l, const tern_graph *g, int32_t backward, int32_t kept, void *saved, void *base, tern__hop_work *w)
 {
     const tern__hop_shape s = tern__hop_shape_of(l);
     const tern_matrix rows = tern__hop_rows(l);
-    const int64_t n = g->nodes;
+    const int64_t all = g->nodes, n = tern__hop_block(c, l, g, kept);
     tern__layout p = {(unsigned char *)base, 0};
     memset(w, 0, sizeof *w);
+    w->block = n;
     tern__hop_saved(l, n, saved, w);
-    if (!saved) tern__hop_saved(l, n, tern__piece(&p, w->saved_bytes, 1), w);
+    if (!kept) tern__hop_saved(l, n, tern__piece(&p, w->saved_bytes, 1), w);
     w->part = tern__piece_of_floats(&p, tern__max(g->in.parts, g->out.parts), rows.cols);
     if (!backward) {
-        if (l->message.w && l->order == TERN_PROJECT_FIRST) w->sent = tern__piece_of_floats(&p, n, s.sent);
+        if (l->message.w && l->order == TERN_PROJECT_FIRST) w->sent = tern__piece_of_floats(&p, l->act == TERN_ACT_INT8 ? n : all, s.sent);
         if (l->act == TERN_ACT_INT8) {
-            w->q = (int8_t *)tern__piece(&p, n, tern__shape_of(&rows).stride);
-            w->scale = tern__piece_of_floats(&p, n, 1);
-            w->sum = tern__piece_of_ids(&p, n);
+            w->q = (int8_t *)tern__piece(&p, all, tern__shape_of(&rows).stride);
+            w->scale = tern__piece_of_floats(&p, all, 1);
+            w->sum = tern__piece_of_ids(&p, all);
         }
         if (l->lora_a) w->up = tern__piece_of_floats(&p, n, s.out);
     } else {
@@ -12000,28 +12047,39 @@ static void tern__hop_memory(const tern_hop *l, const tern_graph *g, int32_t bac
     w->nested = tern__hop_nested(l, n);
 }
 
+/* Scratch of a forward that keeps nothing, of one that does, or of a backward. */
+static int64_t tern__hop_scratch(const tern_context *c, const tern_hop *l, const tern_graph *g, int32_t backward, int32_t kept)
+{
+    tern__hop_work w;
+    tern__hop_memory(c, l, g, backward, kept, NULL, NULL, &w);
+    return tern__add(w.scratch_bytes, w.nested);
+}
+
 TERN_API tern_result tern_hop_need(tern_context *c, const tern_hop *l, const tern_graph *g, tern_need *out)
 {
-    tern__hop_work forward, backward;
+    tern__hop_work w;
     int64_t scratch;
     TERN__TRY(tern__check_hop(c, l, g));
     TERN__REQUIRE(&c->run, out, TERN_E_ARGUMENT, "hop: out is NULL");
-    tern__hop_memory(l, g, 0, NULL, NULL, &forward);
-    tern__hop_memory(l, g, 1, NULL, NULL, &backward);
-    scratch = tern__add(tern__max(forward.scratch_bytes, backward.scratch_bytes), forward.nested);
-    TERN__REQUIRE(&c->run, tern__fits(scratch), TERN_E_OVERFLOW, "hop: the scratch of %d nodes overflows", g->nodes);
-    out->saved = (size_t)forward.saved_bytes;
+    memset(&w, 0, sizeof w);
+    tern__hop_saved(l, g->nodes, NULL, &w);
+    scratch = tern__max(tern__hop_scratch(c, l, g, 0, 0), tern__hop_scratch(c, l, g, 0, 1));
+#ifndef TERNARY_NO_TRAINING
+    scratch = tern__max(scratch, tern__hop_scratch(c, l, g, 1, 1));
+#endif
+    TERN__REQUIRE(&c->run, tern__fits(scratch) && tern__fits(w.saved_bytes), TERN_E_OVERFLOW, "hop: the scratch of %d nodes overflows", g->nodes);
+    out->saved = (size_t)w.saved_bytes;
     out->scratch = (size_t)scratch;
     return TERN_OK;
 }
 
 /* Layers inside this one take their scratch behind its own, until scratch_base is what it was. */
-static tern_result tern__hop_enter(tern_context *c, const tern_hop *l, const tern_graph *g, int32_t backward, void *saved, tern__hop_work *w)
+static tern_result tern__hop_enter(tern_context *c, const tern_hop *l, const tern_graph *g, int32_t backward, int32_t kept, void *saved, tern__hop_work *w)
 {
     tern_need need = TERN_ZERO;
     TERN__TRY(tern_hop_need(c, l, g, &need));
-    TERN__TRY(tern__begin_scratch(c, "hop", g->nodes, need.scratch));
-    tern__hop_memory(l, g, backward, saved, c->scratch + c->scratch_base, w);
+    TERN__TRY(tern__begin_scratch(c, "hop", g->nodes, (size_t)tern__hop_scratch(c, l, g, backward, kept)));
+    tern__hop_memory(c, l, g, backward, kept, saved, c->scratch + c->scratch_base, w);
     c->scratch_base += (size_t)w->scratch_bytes;
     return TERN_OK;
 }
@@ -12042,46 +12100,105 @@ static tern_aggregate_args tern__hop_sum(const tern_hop *l, const tern_graph *g,
     return a;
 }
 
-static tern_result tern__hop_gather(tern_context *c, const tern_hop *l, const tern_graph *g, const float *x, const tern__hop_work *w, float *y)
+/* Rows [v, v + n) as int8; what an edge multiplies by, besides its sign, goes into their scales. */
+static tern_result tern__hop_quantize(tern_context *c, const tern_hop *l, const tern_graph *g, int64_t v, int64_t n, const float *x, const tern__hop_work *w)
 {
-    tern_aggregate_args a = tern__hop_sum(l, g, 0, w, y);
-    a.x = x;
-    if (l->act == TERN_ACT_INT8) {
-        tern_quantize_args q;
-        memset(&q, 0, sizeof q);
-        q.m = tern__hop_rows(l);
-        q.n = g->nodes;
-        q.x = x;
-        q.q = w->q; q.scale = w->scale; q.sum = w->sum;
-        TERN__TRY(tern_quantize(c, &q));
-        a.q = w->q;
-        a.scale = w->scale;
-        a.q_row = tern__shape_of(&q.m).stride;
-    }
-    return tern_aggregate(c, &a);
+    tern_quantize_args q;
+    tern_map_args m;
+    memset(&q, 0, sizeof q);
+    q.m = tern__hop_rows(l);
+    q.n = n;
+    q.x = x;
+    q.q = w->q + v * tern__shape_of(&q.m).stride;
+    q.scale = w->scale + v;
+    q.sum = w->sum + v;
+    TERN__TRY(tern_quantize(c, &q));
+    if (l->norm != TERN_GRAPH_SYMMETRIC) return TERN_OK;
+    memset(&m, 0, sizeof m);
+    m.fn = TERN_MAP_MUL;
+    m.count = n;
+    m.a = m.y = q.scale;
+    m.b = g->from + v;
+    return tern_map(c, &m);
 }
 
-static tern_result tern__hop_run(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, float *y, const tern__hop_work *w)
+/* What is sent, of all nodes: P h or h, in float or as int8. */
+static tern_result tern__hop_send(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, const tern__hop_work *w, const float **x)
 {
-    const int64_t n = g->nodes, count = n * tern__hop_shape_of(l).out;
-    float *z = w->z ? w->z : y, *m = w->m ? w->m : z;
-    if (!l->message.w) TERN__TRY(tern__hop_gather(c, l, g, h, w, m));
-    else if (l->order == TERN_PROJECT_FIRST) {
-        TERN__TRY(tern_linear_forward(c, &l->message, n, h, w->sent, w->message));
-        TERN__TRY(tern__hop_gather(c, l, g, w->sent, w, m));
-    } else {
-        TERN__TRY(tern__hop_gather(c, l, g, h, w, w->g));
-        TERN__TRY(tern_linear_forward(c, &l->message, n, w->g, m, w->message));
+    const tern__hop_shape s = tern__hop_shape_of(l);
+    int64_t v;
+    *x = w->sent ? w->sent : h;
+    if (!w->sent) return l->act == TERN_ACT_INT8 ? tern__hop_quantize(c, l, g, 0, g->nodes, h, w) : TERN_OK;
+    for (v = 0; v < g->nodes; v += w->block) {
+        const int64_t n = tern__min(w->block, g->nodes - v);
+        float *sent = w->sent + (l->act == TERN_ACT_INT8 ? 0 : v * s.sent);
+        c->run.row = v;
+        TERN__TRY(tern_linear_forward(c, &l->message, n, h + v * s.in, sent, w->message));
+        if (l->act == TERN_ACT_INT8) TERN__TRY(tern__hop_quantize(c, l, g, v, n, sent, w));
     }
+    return TERN_OK;
+}
+
+/* Rows [v, v + n) of those that edges end at. Only the CPU, whose memory this is, has others than all. */
+static tern_adjacency tern__some_rows(const tern_adjacency *all, int64_t v, int64_t n)
+{
+    tern_adjacency some = *all;
+    int64_t hub, end;
+    if (n == all->rows) return some;
+    hub = tern__first_hub(all, v);
+    end = tern__first_hub(all, v + n);
+    some.first = v;
+    some.rows = n;
+    some.start += v;
+    some.count = some.start[n] - some.start[0];
+    some.hubs = end - hub;
+    some.parts = some.hubs ? (end < all->hubs ? all->part[end] : all->parts) - all->part[hub] : 0;
+    some.hub += hub;
+    some.part += hub;
+    return some;
+}
+
+/* y of nodes [v, v + n), from what all of them send. */
+static tern_result tern__hop_receive(tern_context *c, const tern_hop *l, const tern_graph *g, int64_t v, int64_t n, const float *x, const float *h, float *y, const tern__hop_work *w)
+{
+    const tern_matrix rows = tern__hop_rows(l);
+    const int64_t count = n * tern__hop_shape_of(l).out;
+    float *z = w->z ? w->z : y, *m = w->m ? w->m : z;
+    tern_aggregate_args a = tern__hop_sum(l, g, 0, w, w->g ? w->g : m);
+    a.edges = tern__some_rows(&g->in, v, n);
+    if (a.left) a.left += v;
+    a.x = x;
+    if (l->act == TERN_ACT_INT8) {
+        a.right = NULL;
+        a.q = w->q;
+        a.scale = w->scale;
+        a.q_row = tern__shape_of(&rows).stride;
+    }
+    TERN__TRY(tern_aggregate(c, &a));
+    if (w->g) TERN__TRY(tern_linear_forward(c, &l->message, n, w->g, m, w->message));
     if (l->update.w) TERN__TRY(tern_linear_forward(c, &l->update, n, m, z, w->update));
     if (l->fn != TERN_MAP_ADD) TERN__TRY(tern__apply(c, l->fn, count, z, NULL, y));
     if (l->lora_a) {
-        const tern_linear a = tern__hop_low(l->lora_a), b = tern__hop_low(l->lora_b);
-        TERN__TRY(tern_linear_forward(c, &a, n, h, w->low, w->a));
-        TERN__TRY(tern_linear_forward(c, &b, n, w->low, w->up, w->b));
+        const tern_linear low = tern__hop_low(l->lora_a), up = tern__hop_low(l->lora_b);
+        TERN__TRY(tern_linear_forward(c, &low, n, h, w->low, w->a));
+        TERN__TRY(tern_linear_forward(c, &up, n, w->low, w->up, w->b));
         TERN__TRY(tern__add_scaled(c, count, y, l->lora_scale, w->up, y));
     }
     return l->residual ? tern__apply(c, TERN_MAP_ADD, count, y, h, y) : TERN_OK;
+}
+
+/* Nodes in blocks: what lies between operations stays in cache, and is never there for all nodes. */
+static tern_result tern__hop_run(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, float *y, const tern__hop_work *w)
+{
+    const tern__hop_shape s = tern__hop_shape_of(l);
+    const float *x;
+    int64_t v;
+    TERN__TRY(tern__hop_send(c, l, g, h, w, &x));
+    for (v = 0; v < g->nodes; v += w->block) {
+        c->run.row = v;
+        TERN__TRY(tern__hop_receive(c, l, g, v, tern__min(w->block, g->nodes - v), x, h + v * s.in, y + v * s.out, w));
+    }
+    return TERN_OK;
 }
 
 TERN_API tern_result tern_hop_forward(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, float *y, void *saved)
@@ -12092,8 +12209,9 @@ TERN_API tern_result tern_hop_forward(tern_context *c, const tern_hop *l, const 
     TERN__TRY(tern__check_pointer(&c->run, "hop", "h", h, 4));
     TERN__TRY(tern__check_pointer(&c->run, "hop", "y", y, 4));
     if (saved) TERN__TRY(tern__check_pointer(&c->run, "hop", "saved", saved, 4));
-    TERN__TRY(tern__hop_enter(c, l, g, 0, saved, &w));
+    TERN__TRY(tern__hop_enter(c, l, g, 0, saved != NULL, saved, &w));
     result = tern__hop_run(c, l, g, h, y, &w);
+    c->run.row = 0;
     c->scratch_base -= (size_t)w.scratch_bytes;
     return result;
 }
@@ -12159,7 +12277,7 @@ TERN_API tern_result tern_hop_backward(tern_context *c, const tern_hop *l, const
     all[0] = l->message; all[1] = l->update;
     all[2] = tern__hop_low(l->lora_a); all[3] = tern__hop_low(l->lora_b);
     for (i = 0; i < 4; i++) if (all[i].w) TERN__TRY(tern__check_gradients(c, &all[i]));
-    TERN__TRY(tern__hop_enter(c, l, g, 1, (void *)(uintptr_t)saved, &w));
+    TERN__TRY(tern__hop_enter(c, l, g, 1, 1, (void *)(uintptr_t)saved, &w));
     result = tern__hop_back(c, l, g, h, dy, &w, dh);
     c->scratch_base -= (size_t)w.scratch_bytes;
     return result;

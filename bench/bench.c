@@ -417,7 +417,7 @@ static void find_ways(void)
 /* -- the table -- */
 
 enum { MAX_RESULTS = 2048 };
-typedef struct result { const char *op; char shape[32]; const char *tier; int threads; double fraction, time; } result;
+typedef struct result { const char *op; char shape[32]; const char *tier; int threads; double fraction, time, work; } result;
 static result results[MAX_RESULTS]; /* for the targets at the end */
 static int result_count;
 static const char *pending_title;
@@ -430,7 +430,7 @@ static int wanted(const char *op, const char *shape, const char *tier)
     return !f || strstr(op, f) || strstr(shape, f) || strstr(tier, f);
 }
 
-typedef enum { BYTES, MACS, LATENCY } metric;
+typedef enum { BYTES, MACS, EDGES, LATENCY } metric;
 
 static void print_title(void)
 {
@@ -442,8 +442,9 @@ static void print_title(void)
 
 static void print_row(metric m, const char *op, const char *shape, const setup *s, limit l, double work, double time, double rate)
 {
-    const char *unit = m == BYTES ? "GB/s" : m == MACS ? "GMAC/s" : "us";
-    const double value = m == LATENCY ? 1e6 * time : 1e-9 * work / time;
+    static const char *const units[] = {"GB/s", "GMAC/s", "Me/s", "us"};
+    const char *unit = units[m];
+    const double value = m == LATENCY ? 1e6 * time : (m == EDGES ? 1e-6 : 1e-9) * work / time;
     const double most = m == LATENCY && rate > 0 ? 1e-3 * work / rate : rate;
     const double fraction = rate > 0 ? 1e-9 * work / time / rate : 0;
     if (result_count < MAX_RESULTS) {
@@ -454,6 +455,7 @@ static void print_row(metric m, const char *op, const char *shape, const setup *
         r->threads = s->threads;
         r->fraction = fraction;
         r->time = time;
+        r->work = work;
     }
     if (option.csv) {
         printf("%s,%s,%s,%d,%s vs %s,%.6g,", op, shape, s->name, s->threads, unit, limit_name(l, s), value);
@@ -1733,6 +1735,203 @@ static void bench_training(int64_t width, int64_t n)
     tern_free(plain, t);
 }
 
+/* -- graphs: sums along the edges of a power-law graph, and whole hops -- */
+
+typedef struct web {
+    tern_context *c;
+    tern_graph g;
+    tern_hop hop;
+    tern_param message;
+    tern_aggregate_args sum;
+    tern_quantize_args rows;   /* of what is summed */
+    tern_map_args map;
+    float *h, *sent, *y;       /* [nodes, width] */
+} web;
+
+/* Both ends of an edge are drawn so that node i has a share of i^(-2/3): of 2^20 nodes the first ends 1% of all edges. Numbers
+   are scattered. hub: all edges end at node 0 and begin at the others. */
+static void web_graph(web *b, int64_t nodes, int64_t edges, int hub)
+{
+    int32_t *from = (int32_t *)memory((size_t)edges * 4), *to = (int32_t *)memory((size_t)edges * 4);
+    int8_t *sign = (int8_t *)memory((size_t)edges);
+    tern_edges e;
+    int64_t i;
+    memset(&e, 0, sizeof e);
+    for (i = 0; i < 2 * edges; i++) {
+        const double u = (double)random24() / 16777216.0;
+        (i % 2 ? to : from)[i / 2] = (int32_t)((uint64_t)(u * u * u * (double)nodes) * 2654435761u % (uint64_t)nodes);
+    }
+    for (i = 0; hub && i < edges; i++) { from[i] = (int32_t)(1 + i * 7919 % (nodes - 1)); to[i] = 0; }
+    for (i = 0; i < edges; i++) sign[i] = random24() % 4 ? 1 : -1;
+    e.nodes = nodes; e.count = edges;
+    e.from = from; e.to = to; e.sign = sign;
+    must(plain, tern_graph_build(plain, &e, &b->g));
+    tern_free(plain, from);
+    tern_free(plain, to);
+    tern_free(plain, sign);
+}
+
+static void web_features(web *b, int64_t width)
+{
+    const int64_t n = b->g.nodes;
+    int64_t groups;
+    memset(&b->rows, 0, sizeof b->rows);
+    memset(&b->sum, 0, sizeof b->sum);
+    b->h = random_floats(n * width);
+    b->sent = (float *)memory((size_t)(n * width) * 4);
+    b->y = (float *)memory((size_t)(n * width) * 4);
+    b->sum.edges = b->g.in;
+    b->sum.cols = width;
+    b->sum.left = b->g.to;
+    b->sum.right = b->g.from;
+    b->sum.part = (float *)memory((size_t)(b->g.in.parts * width) * 4 + 4);
+    b->rows.m.rows = 1;
+    b->rows.m.cols = width;
+    must(plain, tern_activation_shape(plain, &b->rows.m, &b->sum.q_row, &groups));
+    b->rows.n = n;
+    b->rows.q = (int8_t *)memory((size_t)(n * b->sum.q_row));
+    b->rows.scale = (float *)memory((size_t)n * 4);
+    b->rows.sum = (int32_t *)memory((size_t)n * 4);
+    b->sum.scale = b->rows.scale;
+}
+
+static void web_forget(web *b)
+{
+    tern_free(plain, b->h);
+    tern_free(plain, b->sent);
+    tern_free(plain, b->y);
+    tern_free(plain, b->sum.part);
+    tern_free(plain, b->rows.q);
+    tern_free(plain, b->rows.scale);
+    tern_free(plain, b->rows.sum);
+}
+
+/* y = the sums of the rows of x, quantized first or as they are. */
+static void web_sum(web *b, const float *x, float *y)
+{
+    b->rows.x = b->sum.x = x;
+    b->sum.q = b->hop.act == TERN_ACT_INT8 ? b->rows.q : NULL;
+    b->sum.y = y;
+    if (b->sum.q) must(b->c, tern_quantize(b->c, &b->rows));
+    must(b->c, tern_aggregate(b->c, &b->sum));
+}
+
+static void call_aggregate(void *arg) { web *b = (web *)arg; must(b->c, tern_aggregate(b->c, &b->sum)); }
+static void call_hop(void *arg) { web *b = (web *)arg; must(b->c, tern_hop_forward(b->c, &b->hop, &b->g, b->h, b->y, NULL)); }
+static void call_hop_parts(void *arg)
+{
+    web *b = (web *)arg;
+    const int first = b->hop.order == TERN_PROJECT_FIRST;
+    if (first) must(b->c, tern_linear_forward(b->c, &b->hop.message, b->g.nodes, b->h, b->sent, NULL));
+    web_sum(b, first ? b->sent : b->h, b->y);
+    if (!first) must(b->c, tern_linear_forward(b->c, &b->hop.message, b->g.nodes, b->y, b->sent, NULL));
+    b->map.a = first ? b->y : b->sent;
+    must(b->c, tern_map(b->c, &b->map));
+}
+
+/* The best tier with one and with two threads, in contexts of its own: scratch of a million nodes is given back. */
+static setup web_open(web *b, int threads)
+{
+    tern_context_desc d = TERN_ZERO;
+    setup s = *best;
+    if (threads > 1) d.parallel = workers;
+    s.threads = threads;
+    must(NULL, tern_open(&s.c, &d, NULL));
+    b->c = s.c;
+    return s;
+}
+
+/* A row for the time of the last one, counted otherwise. */
+static void measured_as(metric m, const char *op, const setup *s, limit l, double work)
+{
+    const result last = results[result_count - 1];
+    print_row(m, op, last.shape, s, l, work, last.time, l == NONE ? 0 : 1e-9 * last.work / last.time / last.fraction);
+}
+
+static void bench_sums(web *b, const char *shape)
+{
+    static const char *const names[2][3] = {{"aggregate float", "aggregate float, unique", "aggregate float, edges"},
+                                            {"aggregate int8", "aggregate int8, unique", "aggregate int8, edges"}};
+    const double edges = (double)b->g.edges, nodes = (double)b->g.nodes, cols = (double)b->sum.cols;
+    int i;
+    b->rows.x = b->sum.x = b->h;
+    b->sum.y = b->y;
+    must(plain, tern_quantize(plain, &b->rows));
+    for (i = 0; i < 4; i++) {
+        const int narrow = i / 2;
+        const double row = narrow ? cols : 4 * cols, rest = 4 * edges + 4 * nodes * cols;
+        setup s = web_open(b, 1 + i % 2);
+        b->sum.q = narrow ? b->rows.q : NULL;
+        if (measure(BYTES, names[narrow][0], shape, &s, DRAM, edges * row + rest, call_aggregate, b) > 0) {
+            measured_as(BYTES, names[narrow][1], &s, DRAM, nodes * row + rest);
+            measured_as(EDGES, names[narrow][2], &s, NONE, edges);
+        }
+        tern_close(s.c);
+    }
+}
+
+static void bench_hop(web *b, const char *shape, tern_act act, tern_hop_order order)
+{
+    static const char *const names[2][2][2] = {{{"hop int8 project first", "  its layers"}, {"hop int8 sum first", "  its layers"}},
+                                               {{"hop float project first", "  its layers"}, {"hop float sum first", "  its layers"}}};
+    int i;
+    b->hop.act = act;
+    b->hop.order = order;
+    for (i = 0; i < 4; i++) {
+        const int apart = i % 2;
+        setup s = web_open(b, 1 + i / 2);
+        tern_need need;
+        if (apart) must(s.c, tern_linear_need(s.c, &b->hop.message, b->g.nodes, &need));
+        else must(s.c, tern_hop_need(s.c, &b->hop, &b->g, &need));
+        must(s.c, tern_reserve(s.c, need.scratch));
+        measure(EDGES, names[act][order][apart], shape, &s, NONE, (double)b->g.edges, apart ? call_hop_parts : call_hop, b);
+        tern_close(s.c);
+    }
+}
+
+/* A hop of ternary weights with int8 activations, symmetric and with a ReLU. */
+static void web_hop(web *b, int64_t width)
+{
+    float *w = random_floats(width * width);
+    memset(&b->hop, 0, sizeof b->hop);
+    memset(&b->message, 0, sizeof b->message);
+    snprintf(b->message.name, sizeof b->message.name, "message");
+    b->message.rows = b->message.cols = width;
+    b->message.grain = TERN_PER_ROW;
+    must(plain, tern_param_alloc(plain, &b->message, TERN_FOR_INFERENCE));
+    must(plain, tern_param_set(plain, &b->message, TERN_F32, w));
+    tern_free(plain, w);
+    b->hop.message.w = &b->message;
+    b->hop.norm = TERN_GRAPH_SYMMETRIC;
+    b->hop.fn = TERN_MAP_RELU;
+    b->map.fn = TERN_MAP_RELU;
+    b->map.count = b->g.nodes * width;
+    b->map.y = b->sent;
+}
+
+/* hops: 0 sums alone, 1 one kind of hop, 2 all kinds. */
+static void bench_graph(int64_t nodes, int64_t edges, int64_t width, int hub, int hops)
+{
+    char shape[32];
+    web b;
+    snprintf(shape, sizeof shape, "%s %.4gM D=%ld", hub ? "hub" : "graph", 1e-6 * (double)edges, (long)width);
+    if (!wanted("aggregate float, aggregate int8, hop int8, hop float, its layers", shape, best->name)) return;
+    memset(&b, 0, sizeof b);
+    web_graph(&b, nodes, edges, hub);
+    web_features(&b, width);
+    web_hop(&b, width);
+    if (hops != 1) bench_sums(&b, shape);
+    if (hops) bench_hop(&b, shape, TERN_ACT_INT8, TERN_AGGREGATE_FIRST);
+    if (hops == 2) {
+        bench_hop(&b, shape, TERN_ACT_INT8, TERN_PROJECT_FIRST);
+        bench_hop(&b, shape, TERN_ACT_FLOAT, TERN_AGGREGATE_FIRST);
+        bench_hop(&b, shape, TERN_ACT_FLOAT, TERN_PROJECT_FIRST);
+    }
+    tern_param_free(plain, &b.message, -1);
+    web_forget(&b);
+    tern_graph_free(plain, &b.g);
+}
+
 /* -- small operations: what a call costs -- */
 
 typedef struct small { tern_context *c; tern_map_args map; tern_norm_args norm; } small;
@@ -1872,9 +2071,12 @@ static void legend(void)
            "  GB/s     1e9 bytes a second: packed weights and scales of a matrix from DRAM; elsewhere all bytes read and written\n"
            "  GMAC/s   1e9 multiply-adds a second, one for each weight and token; attention: of the visible pairs\n"
            "  us       microseconds a call; the limit is the time its bytes take from L1\n"
+           "  Me/s     1e6 edges a second\n"
            "  group    scales in f16 (log: in the log lattice), one for each 128 inputs of a row; row: one f32 scale for each row\n"
            "  matmul   activations quantized beforehand; linear: the whole layer, with its int8 quantizer; float act: float activations\n"
            "  DRAM     weights rotate through %lu MiB; L2, L1: the best read loop found over 1 MiB, 16 KiB\n"
+           "  graph    edges and columns of a power-law graph; bytes: the rows of all edges (unique: each row once), the edges, the sums\n"
+           "  hub      a node where all edges end; layers: a hop's layers one after the other, each over all nodes\n"
            "  N        tokens; thr: threads; xN: float lanes; h4x64: heads of 64\n",
            option.quick ? ", quick run" : "", option.quick ? 2 : 5, (unsigned long)(stream.bytes / MIB));
     if (blas)
@@ -1890,7 +2092,7 @@ static int usage(void)
 
 int main(int argc, char **argv)
 {
-    static const int64_t sgemm_tokens[] = {1, 8, 128, 512};
+    static const int64_t sgemm_tokens[] = {1, 8, 128, 512}, fewer_edges[] = {1000000, 2500000, 5000000};
     static const int64_t layers[][3] = {{1024, 1024, 512}, {768, 768, 768}, {2560, 2560, 2048}, {4096, 14336, 512}, {128, 512, 768}}; /* rows, cols, tokens */
     const int64_t big[2] = {4096, 1024}, hot_rows[2] = {2560, 1024}, hot_cols[2] = {1600, 640}, batch[2] = {2560, 320};
     const int64_t peer_size[2] = {2560, 256}; /* ggml's blocks are of 256 */
@@ -1947,6 +2149,10 @@ int main(int argc, char **argv)
     bench_adamw(q ? 1 << 16 : 1 << 20);
     title("A training step");
     bench_training(q ? 128 : 512, q ? 256 : 4096);
+    title("Graphs: 2^20 nodes");
+    for (i = 0; i < (q ? 1 : 2); i++) bench_graph(q ? 1 << 12 : 1 << 20, q ? 40000 : 10000000, i ? 256 : 64, 0, 2);
+    for (i = 0; i < (q ? 0 : 3); i++) bench_graph(1 << 20, fewer_edges[i], 64, 0, 1);
+    for (i = 0; i < 2; i++) bench_graph(q ? 1 << 12 : 1 << 20, q ? 4000 : 100000, i ? 256 : 64, 1, 0);
     title("Small operations");
     bench_small(128);
     if (!option.csv) targets_table();

@@ -3,7 +3,11 @@
    everything against float64, with central differences. Mutations
    that the tests were seen to see: left, right or a sign forgotten, a segment of a hub left out, norms not exchanged backward
    or of the wrong end, the graph not turned round, LoRA, its scale or the residual left out of dh, fn left out of the backward;
-   of gates their slope or dy, of n-grams the value's gradient or the period, of codes the last of equal ones, either sign. */
+   of gates their slope or dy, of n-grams the value's gradient or the period, of codes the last of equal ones, either sign.
+   Of graphs: edges of sign 0 kept, signs lost both ways or turned round, a loop of sign -1, twice or not seen, duplicates let
+   through or rows not closed up, degrees of the wrong end; of sums the finite check or its zeros, the last columns, a factor of int8 rows, the factor
+   of the whole, of hubs or not; of blocks their left, hubs, parts, first row, places, rows of h, of P h or in faults; of n-grams
+   the order of tokens, its number, what is unknown; distances to a shadow. */
 
 /* -- building -- */
 
@@ -55,6 +59,10 @@ static void test_graph_build(void)
     CHECK_OK(t.c, tern_graph_build(t.c, &e, &g));
     check_rows(&g.in, "0: +3 -1 +2 +0; 1: -0 -4 +1; 2: +0 +2; 3: +0 +3; 4: -1 +4; ", "both ways");
     check_rows(&g.out, "0: +0 -1 +2 +3; 1: -0 +1 -4; 2: +0 +2; 3: +0 +3; 4: -1 +4; ", "both ways, out");
+    tern_graph_free(t.c, &g);
+    e.duplicates = TERN_DUPLICATES_ADD;
+    CHECK_OK(t.c, tern_graph_build(t.c, &e, &g));
+    check_rows(&g.in, "0: +3 -1 +2 -1 +0; 1: -0 -0 -4 +1; 2: +0 +2; 3: +0 +3; 4: -1 +4; ", "a loop once");
     tern_graph_free(t.c, &g);
     e = edges_of(5, 5, rows, NULL, NULL);
     e.start = start;
@@ -390,6 +398,63 @@ static void hop_forward(tern_context *c, record *r)
 }
 static void test_hop_forward(void) { same_everywhere(hop_forward, UINT64_C(0xAAB1D3F0E0024EA7)); }
 
+/* Blocks with several hubs, one and none: nodes 0, 3 to 5 and the last. */
+static void hub_edges(hop_kit *k)
+{
+    enum { EDGES = 3000 };
+    int32_t *from = hold_ids(EDGES, HOP_NODES), *to = hold_ids(EDGES, HOP_NODES);
+    int64_t i;
+    for (i = 200; i < EDGES; i++) to[i] = i < 500 ? 0 : i >= 2300 ? HOP_NODES - 1 : i % 7 < 4 ? 3 : i % 7 < 6 ? 4 : 5;
+    tern_graph_free(k->c, &k->w.g);
+    k->w.e = edges_of(HOP_NODES, EDGES, from, to, NULL);
+    CHECK_OK(k->c, tern_graph_build(k->c, &k->w.e, &k->w.g));
+    CHECK(k->w.g.in.hubs == 5 && k->w.g.in.parts == 2 + 5 + 3 + 2 + 3, "%d hubs of %d parts", (int)k->w.g.in.hubs, (int)k->w.g.in.parts);
+}
+
+/* What goes through in blocks, because nothing is kept, has the bits of what goes through as one; rows in faults are the graph's. */
+static void hop_blocks(tern_context *c, record *r)
+{
+    int i;
+    for (i = 0; i < HOPS; i++) {
+        hop_kit *k = hop_open(c, &hops[i], TERN_FOR_ADAMW);
+        float *h = hold_floats(HOP_NODES * k->in), *y = hold_output(HOP_NODES * k->out), *want = hold_output(HOP_NODES * k->out);
+        void *saved;
+        hub_edges(k);
+        saved = hop_reserve(k);
+        CHECK((c->run.parallel.workers > 2 || tern__hop_block(c, &k->l, &k->w.g, 0) < HOP_NODES) && tern__hop_block(c, &k->l, &k->w.g, 1) == HOP_NODES, "hop %d: blocks of %d", i, (int)tern__hop_block(c, &k->l, &k->w.g, 0));
+        CHECK_OK(c, tern_hop_forward(c, &k->l, &k->w.g, h, want, saved));
+        CHECK_OK(c, tern_hop_forward(c, &k->l, &k->w.g, h, y, NULL));
+        CHECK(memcmp(y, want, (size_t)(HOP_NODES * k->out) * 4) == 0, "hop %d differs in blocks", i);
+        record_words(r, y, HOP_NODES * k->out);
+        CHECK_OK(c, tern_sync(c));
+        if (hops[i].sent && hops[i].order == TERN_PROJECT_FIRST && hops[i].inside == TERN_ACT_INT8) {
+            h[11 * k->in + 2] = NAN;
+            CHECK_OK(c, tern_hop_forward(c, &k->l, &k->w.g, h, y, NULL));
+            CHECK_FAILS(c, tern_sync(c), TERN_E_DATA, "11");
+        }
+        if (!hops[i].sent && hops[i].act == TERN_ACT_FLOAT) {
+            const float was = h[0];
+            int32_t *to = (int32_t *)(uintptr_t)k->w.e.to, *from = (int32_t *)(uintptr_t)k->w.e.from;
+            int64_t j;
+            for (j = 0; j < k->w.e.count; j++) { if (from[j] == 0) from[j] = 1; if (to[j] == 7) to[j] = 8; }
+            from[0] = 0;
+            to[0] = 7;
+            h[0] = NAN;
+            tern_graph_free(c, &k->w.g);
+            CHECK_OK(c, tern_graph_build(c, &k->w.e, &k->w.g));
+            k->l.residual = 0;
+            k->l.lora_a = k->l.lora_b = NULL;
+            CHECK_OK(c, tern_hop_forward(c, &k->l, &k->w.g, h, y, NULL));
+            CHECK_FAILS(c, tern_sync(c), TERN_E_DATA, "aggregate: the sum of row 7 is not finite");
+            h[0] = was;
+        }
+        CHECK(c->run.row == 0, "faults would be counted from %d", (int)c->run.row);
+        hop_close(k);
+        release();
+    }
+}
+static void test_hop_blocks(void) { same_everywhere(hop_blocks, UINT64_C(0x07FD6D25F98B44DE)); }
+
 #ifndef TERNARY_NO_TRAINING
 
 /* The hop in doubles, with the matrices that its layers stand for. */
@@ -658,6 +723,7 @@ static void test_ngram_ids(void)
     test_context t = test_open(TERN_ISA_BEST, 1);
     gram_kit *k = gram_open(t.c, TERN_ABSMEAN, TERN_ACT_INT8);
     tern_need need = TERN_ZERO;
+    uint64_t hash;
     int32_t ids[24], again[24], i, counts[4] = {0, 0, 0, 0}, *many = hold_ids(20000, 1 << 20), *rows = hold_ids(40000, 1);
     k->table.rows = 1 << 30; /* as many as no two should share one */
     CHECK_OK(t.c, tern_ngram_ids(t.c, &k->l, 12, 0, tokens, ids));
@@ -667,6 +733,8 @@ static void test_ngram_ids(void)
     for (i = 0; i < 12; i++) CHECK(ids[i] != ids[12 + i] && ids[i] >= 0 && ids[i] < 1 << 30, "two and three share a row");
     CHECK_OK(t.c, tern_ngram_ids(t.c, &k->l, 12, 3, tokens, again));
     CHECK(again[0] == ids[0] && again[3] == ids[0] && again[4] == ids[4] && again[15] == ids[12] && again[16] == ids[13] && again[17] == ids[17] && again[9] != ids[9], "sequences of three");
+    hash = test_hash_floats(TEST_HASH, (const float *)ids, 24);
+    CHECK(hash == UINT64_C(0xDA4F372EF58A5119), "the hash is 0x%016llX: rows of tables that were trained have other names", (unsigned long long)hash);
     k->l.seed = 8;
     CHECK_OK(t.c, tern_ngram_ids(t.c, &k->l, 12, 0, tokens, again));
     CHECK(again[1] != ids[1] && again[14] != ids[14], "the seed counts");
@@ -888,6 +956,220 @@ static void test_vq_revive(void)
 }
 #endif
 
+#if !defined(TERNARY_NO_TRAINING) && !defined(TERNARY_NO_MOE) && !defined(TERNARY_NO_FILES)
+
+/* -- a small model of all that is in this room and the one before: each token's vector becomes a code, which has a row of its
+      own beside it; then a hop, the memory of n-grams, a mixture of experts with a residual, and a head -- */
+
+enum { SMALL_TOKENS = 24, SMALL_WIDTH = 16, SMALL_IDS = 10, SMALL_CODES = 8, SMALL_ROWS = 40, SMALL_EXPERTS = 3, SMALL_INNER = 24, SMALL_PARAMS = 18 };
+enum { SMALL_HOP, SMALL_GRAM, SMALL_MOE, SMALL_HEAD, SMALL_LAYERS };
+typedef struct small_model {
+    tern_param p[SMALL_PARAMS], *items[SMALL_PARAMS];
+    tern_model m;
+    tern_embedding tokens, nodes;
+    tern_vq vq;
+    tern_hop hop;
+    tern_ngram gram;
+    tern_expert expert[SMALL_EXPERTS];
+    tern_moe moe;
+    tern_linear head;
+    tern_graph g;
+    int32_t *ids, *targets, *grams, *codes;
+    void *saved[SMALL_LAYERS];
+    float *x, *code, *y, *h, *wide, *mixed, *last, *logits, *dy, *dx, *losses;
+} small_model;
+
+static tern_param *small_param(tern_context *c, small_model *o, const char *name, int64_t rows, int64_t cols, int32_t mask)
+{
+    tern_param *p = &o->p[o->m.count];
+    float *w = hold_floats(rows * cols);
+    int64_t i;
+    *p = param_of(name, rows, cols, TERN_ABSMEAN, TERN_PER_ROW);
+    for (i = 0; i < rows * cols; i++) w[i] = w[i] * 1.7f / sqrtf((float)cols);
+    CHECK_OK(c, tern_param_alloc(c, p, mask));
+    CHECK_OK(c, tern_param_set(c, p, TERN_F32, w));
+    return o->items[o->m.count++] = p;
+}
+
+static void small_layers(tern_context *c, small_model *o, int32_t mask)
+{
+    static const char *const names[SMALL_EXPERTS][3] = {{"gate.0", "up.0", "down.0"}, {"gate.1", "up.1", "down.1"}, {"gate.2", "up.2", "down.2"}};
+    int i;
+    o->m.items = o->items;
+    o->tokens.w = small_param(c, o, "tokens", SMALL_IDS, SMALL_WIDTH, mask);
+    o->vq.codes = small_param(c, o, "codes", SMALL_CODES, SMALL_WIDTH, mask);
+    o->vq.commitment = 0.25f;
+    o->nodes.w = small_param(c, o, "nodes", SMALL_CODES, SMALL_WIDTH, mask);
+    o->hop.message.w = small_param(c, o, "message", SMALL_WIDTH, SMALL_WIDTH, mask);
+    o->hop.message.norm = TERN_NORM_RMS;
+    o->hop.norm = TERN_GRAPH_SYMMETRIC;
+    o->hop.fn = TERN_MAP_RELU;
+    o->hop.residual = 1;
+    o->gram.table = small_param(c, o, "table", SMALL_ROWS, SMALL_WIDTH, mask);
+    o->gram.key.w = small_param(c, o, "key", SMALL_WIDTH, SMALL_WIDTH, mask);
+    o->gram.value.w = small_param(c, o, "value", SMALL_WIDTH, SMALL_WIDTH, mask);
+    o->moe.router.w = small_param(c, o, "router", SMALL_EXPERTS, SMALL_WIDTH, mask);
+    for (i = 0; i < SMALL_EXPERTS; i++) {
+        o->expert[i].gate = small_param(c, o, names[i][0], SMALL_INNER, SMALL_WIDTH, mask);
+        o->expert[i].up = small_param(c, o, names[i][1], SMALL_INNER, SMALL_WIDTH, mask);
+        o->expert[i].down = small_param(c, o, names[i][2], SMALL_WIDTH, SMALL_INNER, mask);
+    }
+    o->moe.experts = o->expert;
+    o->moe.count = SMALL_EXPERTS;
+    o->moe.top_k = 2;
+    o->moe.norm = TERN_NORM_RMS;
+    o->moe.balance = 0.01f;
+    o->head.w = small_param(c, o, "head", SMALL_IDS, SMALL_WIDTH, mask);
+    o->head.norm = TERN_NORM_RMS;
+    CHECK(o->m.count == SMALL_PARAMS, "%d parameters", (int)o->m.count);
+}
+
+static small_model *small_open(tern_context *c, int32_t mask)
+{
+    small_model *o = (small_model *)memset(hold(sizeof *o), 0, sizeof *o);
+    const int64_t wide = SMALL_TOKENS * SMALL_WIDTH;
+    int32_t from[SMALL_TOKENS], to[SMALL_TOKENS], i;
+    tern_edges e;
+    tern_need need[SMALL_LAYERS];
+    test_seed = 7;
+    small_layers(c, o, mask);
+    for (i = 0; i < SMALL_TOKENS; i++) { from[i] = i; to[i] = i % 5 ? (i + 1) % SMALL_TOKENS : i * 7 % SMALL_TOKENS; }
+    e = edges_of(SMALL_TOKENS, SMALL_TOKENS, from, to, NULL);
+    e.both_ways = e.loops = 1;
+    e.duplicates = TERN_DUPLICATES_FIRST;
+    CHECK_OK(c, tern_graph_build(c, &e, &o->g));
+    o->ids = hold_ids(SMALL_TOKENS, SMALL_IDS);
+    o->targets = hold_ids(SMALL_TOKENS, SMALL_IDS);
+    o->grams = hold_ids(2 * SMALL_TOKENS, 1);
+    o->codes = hold_ids(SMALL_TOKENS, 1);
+    CHECK_OK(c, tern_ngram_ids(c, &o->gram, SMALL_TOKENS, 12, o->ids, o->grams));
+    o->x = hold_output(wide); o->code = hold_output(wide); o->y = hold_output(wide); o->h = hold_output(wide);
+    o->wide = hold_output(wide); o->mixed = hold_output(wide); o->last = hold_output(wide);
+    o->dy = hold_output(wide); o->dx = hold_output(wide);
+    o->logits = hold_output(SMALL_TOKENS * SMALL_IDS); o->losses = hold_output(SMALL_TOKENS);
+    CHECK_OK(c, tern_hop_need(c, &o->hop, &o->g, &need[SMALL_HOP]));
+    CHECK_OK(c, tern_ngram_need(c, &o->gram, SMALL_TOKENS, &need[SMALL_GRAM]));
+    CHECK_OK(c, tern_moe_need(c, &o->moe, SMALL_TOKENS, &need[SMALL_MOE]));
+    CHECK_OK(c, tern_linear_need(c, &o->head, SMALL_TOKENS, &need[SMALL_HEAD]));
+    for (i = 0; i < SMALL_LAYERS; i++) {
+        o->saved[i] = hold(need[i].saved);
+        CHECK_OK(c, tern_reserve(c, need[i].scratch));
+    }
+    return o;
+}
+
+static void small_close(tern_context *c, small_model *o)
+{
+    int i;
+    for (i = 0; i < o->m.count; i++) tern_param_free(c, o->items[i], -1);
+    tern_graph_free(c, &o->g);
+}
+
+static void small_add(tern_context *c, const float *a, const float *b, float *y)
+{
+    tern_map_args m = TERN_ZERO;
+    m.fn = TERN_MAP_ADD;
+    m.count = SMALL_TOKENS * SMALL_WIDTH;
+    m.alpha = 1.0f;
+    m.a = a; m.b = b; m.y = y;
+    CHECK_OK(c, tern_map(c, &m));
+}
+
+static double small_forward(tern_context *c, small_model *o)
+{
+    tern_loss_args loss = TERN_ZERO;
+    double sum = 0;
+    int i;
+    CHECK_OK(c, tern_embedding_forward(c, &o->tokens, SMALL_TOKENS, o->ids, o->x));
+    CHECK_OK(c, tern_vq_forward(c, &o->vq, SMALL_TOKENS, o->x, o->codes, o->code, NULL));
+    CHECK_OK(c, tern_embedding_forward(c, &o->nodes, SMALL_TOKENS, o->codes, o->y));
+    small_add(c, o->y, o->code, o->y);
+    CHECK_OK(c, tern_hop_forward(c, &o->hop, &o->g, o->y, o->h, o->saved[SMALL_HOP]));
+    CHECK_OK(c, tern_ngram_forward(c, &o->gram, SMALL_TOKENS, o->grams, o->h, o->wide, o->saved[SMALL_GRAM]));
+    CHECK_OK(c, tern_moe_forward(c, &o->moe, SMALL_TOKENS, o->wide, o->mixed, o->saved[SMALL_MOE]));
+    small_add(c, o->wide, o->mixed, o->last);
+    CHECK_OK(c, tern_linear_forward(c, &o->head, SMALL_TOKENS, o->last, o->logits, o->saved[SMALL_HEAD]));
+    loss.n = SMALL_TOKENS;
+    loss.classes = SMALL_IDS;
+    loss.logits = loss.dlogits = o->logits;
+    loss.targets = o->targets;
+    loss.losses = o->losses;
+    loss.scale = 1.0f / SMALL_TOKENS;
+    CHECK_OK(c, tern_loss(c, &loss));
+    for (i = 0; i < SMALL_TOKENS; i++) sum += (double)o->losses[i];
+    return sum / SMALL_TOKENS;
+}
+
+static void small_backward(tern_context *c, small_model *o, uint32_t step)
+{
+    const uint64_t seed = (uint64_t)step << 32;
+    o->hop.message.seed = seed; o->gram.key.seed = seed | 1; o->gram.value.seed = seed | 2;
+    o->moe.seed = seed | 3; o->moe.router.seed = seed | 4; o->head.seed = seed | 5;
+    CHECK_OK(c, tern_linear_backward(c, &o->head, SMALL_TOKENS, o->last, o->saved[SMALL_HEAD], o->logits, o->dy));
+    CHECK_OK(c, tern_moe_backward(c, &o->moe, SMALL_TOKENS, o->wide, o->saved[SMALL_MOE], o->dy, o->dx));
+    small_add(c, o->dx, o->dy, o->dy);
+    CHECK_OK(c, tern_ngram_backward(c, &o->gram, SMALL_TOKENS, o->grams, o->h, o->saved[SMALL_GRAM], o->dy, o->dx));
+    CHECK_OK(c, tern_hop_backward(c, &o->hop, &o->g, o->y, o->saved[SMALL_HOP], o->dx, o->dy));
+    CHECK_OK(c, tern_embedding_backward(c, &o->nodes, SMALL_TOKENS, o->codes, o->dy));
+    CHECK_OK(c, tern_vq_backward(c, &o->vq, SMALL_TOKENS, o->x, o->codes, o->code, 1.0f / SMALL_TOKENS, o->dy, o->dx));
+    CHECK_OK(c, tern_embedding_backward(c, &o->tokens, SMALL_TOKENS, o->ids, o->dx));
+}
+
+static double small_train(tern_context *c, small_model *o, uint32_t first, uint32_t last)
+{
+    uint32_t step;
+    for (step = first; step <= last; step++) {
+        tern_step s = TERN_ZERO;
+        small_forward(c, o);
+        small_backward(c, o, step);
+        s.rate = 0.02f;
+        s.seed = 99;
+        s.step = step;
+        s.push = 4.0f * (1.0f - (float)(step - 1) / 16.0f);
+        CHECK_OK(c, tern_model_step(c, &o->m, &s));
+    }
+    return small_forward(c, o);
+}
+
+static int small_write(void *user, const void *data, size_t bytes) { record_bytes((record *)user, data, (int64_t)bytes); return 0; }
+
+static void small_save(tern_context *c, const small_model *o, record *f)
+{
+    tern_sink s;
+    s.write = small_write;
+    s.user = f;
+    CHECK_OK(c, tern_model_save(c, &o->m, TERN_FOR_TRAINING, &s));
+}
+
+/* Twelve steps, and five, a file, and seven more, end in the same file; the loss falls. */
+static void small_life(tern_context *c, record *r, int32_t mask)
+{
+    record half = {NULL, 0, 0}, again = {NULL, 0, 0};
+    small_model *o = small_open(c, mask), *b = small_open(c, mask);
+    const double before = small_forward(c, o);
+    double after;
+    int i;
+    small_train(c, o, 1, 5);
+    small_save(c, o, &half);
+    after = small_train(c, o, 6, 12);
+    small_save(c, o, r);
+    CHECK(after < 0.9 * before, "the loss went from %.3f to %.3f", before, after);
+    for (i = 0; i < SMALL_PARAMS; i++) memset(b->p[i].buffer[TERN_TRITS].data, 0x55, b->p[i].buffer[TERN_TRITS].count);
+    CHECK_OK(c, tern_model_load(c, &b->m, half.data, half.size));
+    small_train(c, b, 6, 12);
+    small_save(c, b, &again);
+    CHECK(again.size == r->size && memcmp(again.data, r->data, r->size) == 0, "the model that was reloaded ends elsewhere");
+    free(half.data);
+    free(again.data);
+    small_close(c, o);
+    small_close(c, b);
+}
+static void small_with_shadows(tern_context *c, record *r) { small_life(c, r, TERN_FOR_ADAMW); }
+static void small_with_accumulators(tern_context *c, record *r) { small_life(c, r, TERN_FOR_FLIPS); }
+static void test_small_model(void) { same_for_threads(small_with_shadows); }
+static void test_small_model_in_integers(void) { same_everywhere(small_with_accumulators, UINT64_C(0x06BC3DCD4D0EF6C4)); }
+#endif
+
 static void suite_graph(void)
 {
     RUN_ALONE(test_graph_build);
@@ -895,6 +1177,7 @@ static void suite_graph(void)
     RUN(test_graph_aggregate);
     RUN_ALONE(test_graph_faults);
     RUN(test_hop_forward);
+    RUN(test_hop_blocks);
 #ifndef TERNARY_NO_TRAINING
     RUN_ALONE(test_hop_gradients);
     RUN(test_hop_backward);
@@ -908,5 +1191,9 @@ static void suite_graph(void)
 #ifndef TERNARY_NO_TRAINING
     RUN_ALONE(test_ngram_gradients);
     RUN_ALONE(test_vq_revive);
+#endif
+#if !defined(TERNARY_NO_TRAINING) && !defined(TERNARY_NO_MOE) && !defined(TERNARY_NO_FILES)
+    RUN(test_small_model);
+    RUN(test_small_model_in_integers);
 #endif
 }

@@ -3,6 +3,8 @@
 #define TERNARY_IMPLEMENTATION
 #define TERN__TASK_COST 1000
 #define TERN__INTEGER_PART 2048
+#define TERN__CACHE 300
+#define TERN__HOP_ROWS 3
 #include "amx.h"
 #include "../ternary.h"
 #include "test.h"
