@@ -13,9 +13,10 @@
    BitLinear with an RMSNorm without gain before it, int8 activations and one scale per row. Other recipes are
    options, from the rule that makes a trit of a weight to the rounding of the shadow weights; --float
    trains the same network with float weights, and --true-ternary without any: trits, an int8 accumulator for each
-   and scales that stay are all that lasts, and the trained bits are the same on every machine. Everything is
-   computed by the operations of ternary.h on memory of its backend: --cuda trains and talks on the first GPU, and
-   the CPU then finds the same bits in the file.
+   and scales that stay are all that lasts, and the trained bits are the same on every machine. --experts makes each
+   block's MLP a mixture of experts, of which a router chooses a few for every byte. Everything is computed by the
+   operations of ternary.h on memory of its backend: --cuda trains and talks on the first GPU, and the CPU then finds
+   the same bits in the file.
 
    Ctrl-C ends the training after the step that runs and keeps its state; the same command with --resume FILE
    goes on from there, with the bits of a training that was never interrupted. */
@@ -44,7 +45,7 @@ static void die(const char *format, ...)
 
 static void *host_alloc(int64_t count, size_t bytes)
 {
-    void *p = calloc((size_t)count, bytes);
+    void *p = calloc((size_t)count + 1, bytes);
     if (!p) die("no memory for %lld x %zu bytes", (long long)count, bytes);
     return p;
 }
@@ -59,12 +60,13 @@ static double seconds(void)
 /* -- options -- */
 
 typedef struct options {
-    const char *text, *out, *resume;
+    const char *text, *out, *resume, *beside;
     int64_t threads, cuda, stop, generate;
     int64_t layers, heads, width, context, batch, accumulate, steps, seed, schedule;
+    int64_t experts, top_k, expert_width, shared; /* of each block; no experts: an MLP */
     int64_t rule, ends, grain, scales, activations, rotate, shadows, nearest, moments; /* the recipe; rule: TERN_DENSE for float weights */
     int64_t true_ternary, flips;
-    double rate, decay, tequila, arenas, noise, rho, push; /* from layers to here: what a training depends on */
+    double rate, decay, balance, tequila, arenas, noise, rho, push; /* from layers to here: what a training depends on */
 } options;
 
 /* The table of the first GPU; NULL in a program without ternary_cuda.o. */
@@ -80,8 +82,14 @@ static const tern_backend *gpu(void)
 static const char usage[] =
     "usage: language_model [options]\n"
     "  --text PATH      what to learn (default: ternary.h)\n"
-    "  --out DIR        where loss.svg and model.gguf go (default: build)\n"
+    "  --out DIR        where loss.svg, loss.csv and model.gguf go (default: build)\n"
+    "  --beside FILE    the loss.csv of another training, to be drawn into loss.svg too\n"
     "  --layers N  --heads N  --width N  --context N  --batch N  --steps N\n"
+    "  --experts E      a mixture of E experts for each block's MLP, and\n"
+    "  --top-k K        how many of them see a byte (default: 2)\n"
+    "  --expert-width F (default: 4 * width / K, so that those which see a byte are as large as the MLP)\n"
+    "  --shared         one expert more, which sees every byte\n"
+    "  --balance B      weight of the loss that evens their loads (default: 0.01)\n"
     "  --accumulate N   batches whose gradients make a step (default: 1)\n"
     "  --lr RATE  --decay D    peak learning rate; weight decay (default: 0.05)\n"
     "  --schedule NAME  cosine (default), wsd (warm-up, stable, decay over the last fifth) or linear\n"
@@ -120,14 +128,16 @@ static int is_number(const char *word, double *out)
 
 static options parse(int count, char **words)
 {
-    enum { BY_RULE = -2 }; /* a grain, scales, a schedule */
+    enum { BY_RULE = -2 }; /* a grain, scales, a schedule, the balance */
     options o = {.text = "ternary.h", .out = "build", .generate = 400, .layers = 4, .heads = 4, .width = 128, .context = 64, .batch = 12,
                  .accumulate = 1, .steps = 600, .seed = 1, .schedule = BY_RULE, .rule = TERN_ABSMEAN, .grain = BY_RULE,
-                 .scales = BY_RULE, .activations = TERN_ACT_INT8, .shadows = TERN_BF16, .moments = TERN_F32, .decay = 0.05, .push = 3};
+                 .scales = BY_RULE, .activations = TERN_ACT_INT8, .shadows = TERN_BF16, .moments = TERN_F32, .decay = 0.05, .balance = BY_RULE,
+                 .push = 3};
     const struct { const char *name; int64_t *option, value; } flags[] = {
         {"--cuda", &o.cuda, 1}, {"--float", &o.rule, TERN_DENSE}, {"--float-ends", &o.ends, 1}, {"--float-shadows", &o.shadows, TERN_F32},
-        {"--rotate", &o.rotate, 1}, {"--true-ternary", &o.true_ternary, 1}};
-    const struct { const char *name, **option; } strings[] = {{"--text", &o.text}, {"--out", &o.out}, {"--resume", &o.resume}};
+        {"--rotate", &o.rotate, 1}, {"--true-ternary", &o.true_ternary, 1}, {"--shared", &o.shared, 1}};
+    const struct { const char *name, **option; } strings[] = {
+        {"--text", &o.text}, {"--out", &o.out}, {"--resume", &o.resume}, {"--beside", &o.beside}};
     const struct { const char *name; int64_t *option; const char *word; int64_t value; } choices[] = {
         {"--schedule", &o.schedule, "cosine", TERN_COSINE},           {"--schedule", &o.schedule, "wsd", TERN_WSD},
         {"--rule", &o.rule, "absmean", TERN_ABSMEAN},                 {"--rule", &o.rule, "sigma", TERN_ABSMEAN_SIGMA},
@@ -146,10 +156,11 @@ static options parse(int count, char **words)
         {"--layers", &o.layers, 1, 128},     {"--heads", &o.heads, 1, 256},   {"--width", &o.width, 2, 16384},
         {"--context", &o.context, 2, 65536}, {"--batch", &o.batch, 1, 4096},  {"--steps", &o.steps, 10, 100000000},
         {"--accumulate", &o.accumulate, 1, 4096}, {"--stop", &o.stop, 1, 100000000}, {"--grain", &o.grain, 1, 65536},
-        {"--seed", &o.seed, 0, INT64_C(1) << 53}, {"--threads", &o.threads, 0, 64}, {"--generate", &o.generate, 0, 1 << 30}};
+        {"--seed", &o.seed, 0, INT64_C(1) << 53}, {"--threads", &o.threads, 0, 64}, {"--generate", &o.generate, 0, 1 << 30},
+        {"--experts", &o.experts, 1, 1024},  {"--top-k", &o.top_k, 1, 1024},  {"--expert-width", &o.expert_width, 1, 65536}};
     const struct { const char *name; double *option; } numbers[] = { /* ranges: the library's */
         {"--lr", &o.rate}, {"--decay", &o.decay}, {"--tequila", &o.tequila}, {"--arenas", &o.arenas}, {"--noise", &o.noise}, {"--rho", &o.rho},
-        {"--push", &o.push}};
+        {"--push", &o.push}, {"--balance", &o.balance}};
 #define EACH(list) for (k = 0; k < (int)(sizeof list / sizeof list[0]); k++) if (!strcmp(name, list[k].name))
     int i, k;
     for (i = 1; i < count; i++) {
@@ -181,6 +192,14 @@ static options parse(int count, char **words)
 #undef EACH
     if (o.true_ternary && (o.rate != 0 || o.noise != 0 || o.rho != 0 || o.nearest || o.shadows != TERN_BF16 || o.moments != TERN_F32))
         die("--true-ternary has no shadows and no optimizer, and so no --lr, --noise, --rho, --shadows, --rounding and --moments");
+    if (!o.experts && (o.top_k || o.expert_width || o.shared || o.balance != BY_RULE))
+        die("--top-k, --expert-width, --shared and --balance are of a mixture; --experts N says of how many");
+    if (o.experts && o.arenas != 0) die("--arenas: experts cannot add shadow weights to theirs");
+    if (o.experts && !o.top_k) o.top_k = 2;
+    if (o.experts && !o.expert_width && 4 * o.width % o.top_k)
+        die("--top-k %lld does not divide an MLP of %lld; give --expert-width", (long long)o.top_k, 4 * (long long)o.width);
+    if (o.experts && !o.expert_width) o.expert_width = 4 * o.width / o.top_k;
+    if (o.balance == BY_RULE) o.balance = o.experts ? 0.01 : 0;
     if (o.schedule == BY_RULE) o.schedule = o.true_ternary ? TERN_LINEAR : TERN_COSINE;
     if (o.scales == BY_RULE) o.scales = o.true_ternary ? TERN_LOG : TERN_F32;
     if (o.grain == BY_RULE) o.grain = o.rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW;
@@ -226,7 +245,7 @@ static uint64_t random_bits(uint64_t *state)
 /* -- the model: a context, parameters, and room for the activations of a batch -- */
 
 enum { BYTES = 256, EMBEDDING = 0, HEAD = 1, FIRST_BLOCK = 2 };
-enum { QK, V, O, UP, DOWN, LINEARS }; /* the linear layers of a block */
+enum { QK, V, O, UP, DOWN, LINEARS, ROUTER = UP, EXPERTS }; /* the linear layers of a block; of a mixture, from EXPERTS on, up and down of each */
 
 /* What a block's forward leaves for its backward. */
 typedef struct block {
@@ -242,6 +261,7 @@ typedef struct lm {
     float arenas;         /* of this step */
     uint64_t rounding;    /* a seed for every backward, of true-ternary training */
     tern_param *params, *biases, *alphas, **items; /* weights; of each the bias of its dead zone and the learned scales */
+    tern_expert *experts; /* [layers, experts and the shared one] */
     tern_model model;
     void *memory;         /* of the backend; everything below but the last line is cut from it */
     size_t used;
@@ -252,6 +272,7 @@ typedef struct lm {
     float *dx, *dv, *dqk, *dwide;
     block *blocks;
     int32_t *host_ids; float *host_losses, *host_logits;
+    int64_t *loads, counted; double *entropy; /* tokens by [layers, experts], of how many; sums of the routers' entropies [layers] */
 } lm;
 
 static void ok(const lm *m, tern_result result)
@@ -259,12 +280,15 @@ static void ok(const lm *m, tern_result result)
     if (result != TERN_OK) die("%s", m->c ? tern_last_error(m->c)->text : tern_result_text(result));
 }
 
-static int64_t param_of(int64_t layer, int which) { return FIRST_BLOCK + layer * LINEARS + which; }
-static int64_t param_count(const options *o) { return param_of(o->layers, 0); }
+static int64_t expert_count(const options *o) { return o->experts + o->shared; }
+static int64_t param_of(const options *o, int64_t layer, int64_t which)
+{
+    return FIRST_BLOCK + layer * (o->experts ? EXPERTS + 2 * expert_count(o) : LINEARS) + which;
+}
+static int64_t param_count(const options *o) { return param_of(o, o->layers, 0); }
 static int is_float(const options *o, int64_t param) { return o->rule == TERN_DENSE || (o->ends && param < FIRST_BLOCK); }
 static int is_plain(const options *o, int64_t param) { return param == EMBEDDING || (o->ends && param < FIRST_BLOCK); } /* the recipe is for the others */
 
-/* The bias of a dead zone belongs to its weights while they train, and is an ordinary one after that. */
 static tern_linear linear(const lm *m, int64_t param)
 {
     tern_linear l = TERN_ZERO;
@@ -273,10 +297,26 @@ static tern_linear linear(const lm *m, int64_t param)
     l.act = (tern_act)m->o.activations;
     l.arenas = is_plain(&m->o, param) ? 0 : m->arenas;
     l.seed = m->rounding + (uint64_t)param;
-    if (!m->training && m->o.tequila != 0 && !is_plain(&m->o, param)) l.bias = &m->biases[param];
     return l;
 }
 
+/* Of a single chosen one the share among the chosen is always 1; the router then learns by its share among all. */
+static tern_moe mixture(const lm *m, int64_t layer)
+{
+    tern_moe x = TERN_ZERO;
+    x.router = linear(m, param_of(&m->o, layer, ROUTER));
+    x.experts = m->experts + layer * expert_count(&m->o);
+    x.always = m->o.shared ? x.experts + m->o.experts : NULL;
+    x.count = (int32_t)m->o.experts;
+    x.top_k = (int32_t)m->o.top_k;
+    x.weights = m->o.top_k == 1 ? TERN_ROUTE_ALL : TERN_ROUTE_SELECTED;
+    x.fn = TERN_MAP_RELU2;
+    x.norm = x.inner = TERN_NORM_RMS;
+    x.act = (tern_act)m->o.activations;
+    x.balance = (float)(m->o.balance / (double)m->o.accumulate);
+    x.seed = m->rounding;
+    return x;
+}
 
 /* The next `count` floats of the model's memory; while there is none yet, only counts. */
 static float *cut(lm *m, int64_t count)
@@ -295,9 +335,19 @@ static void *cut_saved(lm *m, int64_t param, int64_t n)
     return m->training ? cut(m, (int64_t)(need.saved + 3) / 4) : NULL;
 }
 
+/* Without training too: it tells who was chosen. */
+static void *cut_mixture(lm *m, int64_t layer, int64_t n)
+{
+    const tern_moe x = mixture(m, layer);
+    tern_need need;
+    ok(m, tern_moe_need(m->c, &x, n, &need));
+    ok(m, tern_reserve(m->c, need.scratch));
+    return cut(m, (int64_t)(need.saved + 3) / 4);
+}
+
 static void lay_out(lm *m)
 {
-    const int64_t n = m->o.batch * m->o.context, w = m->o.width;
+    const int64_t n = m->o.batch * m->o.context, w = m->o.width, wide = m->o.experts ? 0 : 4 * w; /* experts have their own room */
     int64_t i;
     int k;
     m->used = 0;
@@ -314,9 +364,10 @@ static void lay_out(lm *m)
         b->p = cut(m, n * m->o.heads * m->o.context);
         b->mixed = cut(m, n * w);
         b->mid = cut(m, n * w);
-        b->up = cut(m, n * 4 * w);
-        b->hidden = cut(m, n * 4 * w);
-        for (k = 0; k < LINEARS; k++) b->saved[k] = cut_saved(m, param_of(i, k), n);
+        b->up = cut(m, n * wide);
+        b->hidden = cut(m, n * wide);
+        for (k = 0; k < (m->o.experts ? ROUTER : LINEARS); k++) b->saved[k] = cut_saved(m, param_of(&m->o, i, k), n);
+        if (m->o.experts) b->saved[ROUTER] = cut_mixture(m, i, n);
     }
     m->branch = cut(m, n * w);
     m->x = cut(m, n * w);
@@ -327,15 +378,16 @@ static void lay_out(lm *m)
     m->dx = cut(m, n * w);
     m->dv = cut(m, n * w);
     m->dqk = cut(m, n * 2 * w);
-    m->dwide = cut(m, n * 4 * w);
+    m->dwide = cut(m, n * wide);
 }
 
-static void add_weights(lm *m, const char *name, int64_t layer, int64_t rows, int64_t cols)
+/* name: with places for the layer and an expert, as far as there are any. */
+static tern_param *add_weights(lm *m, const char *name, int64_t layer, int64_t expert, int64_t rows, int64_t cols)
 {
     const options *o = &m->o;
     const int32_t dense = is_float(o, m->model.count), training = o->true_ternary && !dense ? TERN_FOR_FLIPS : TERN_FOR_ADAMW;
     tern_param *p = m->items[m->model.count] = &m->params[m->model.count];
-    snprintf(p->name, sizeof p->name, name, (int)layer);
+    snprintf(p->name, sizeof p->name, name, (int)layer, (int)expert);
     p->rows = rows;
     p->cols = cols;
     p->rule = dense ? TERN_DENSE : (tern_rule)o->rule;
@@ -349,6 +401,24 @@ static void add_weights(lm *m, const char *name, int64_t layer, int64_t rows, in
     p->buffer[TERN_MOMENT1].type = p->buffer[TERN_MOMENT2].type = (tern_type)o->moments;
     ok(m, tern_param_alloc(m->c, p, m->training ? training : dense ? 1 << TERN_SHADOW : TERN_FOR_INFERENCE));
     m->model.count++;
+    return p;
+}
+
+static void add_mlp(lm *m, int64_t layer)
+{
+    const int64_t w = m->o.width;
+    int64_t i;
+    if (!m->o.experts) {
+        add_weights(m, "block.%d.up", layer, 0, 4 * w, w);
+        add_weights(m, "block.%d.down", layer, 0, w, 4 * w);
+        return;
+    }
+    add_weights(m, "block.%d.router", layer, 0, m->o.experts, w);
+    for (i = 0; i < expert_count(&m->o); i++) {
+        tern_expert *e = &m->experts[layer * expert_count(&m->o) + i];
+        e->up = add_weights(m, "block.%d.expert.%d.up", layer, i, m->o.expert_width, w);
+        e->down = add_weights(m, "block.%d.expert.%d.down", layer, i, w, m->o.expert_width);
+    }
 }
 
 /* A vector that belongs to weights. */
@@ -373,7 +443,6 @@ static void add_vectors(lm *m)
         tern_param *w = &m->params[i];
         if (is_plain(&m->o, i)) continue;
         add_vector(m, &m->biases[i], w, "bias", w->rows, mask);
-        if (!m->training) continue;
         w->dead = &m->biases[i];
         w->lambda = (float)m->o.tequila;
     }
@@ -405,19 +474,21 @@ static lm *lm_open(const options *o, tern_isa isa, int64_t threads, int training
     m->biases = (tern_param *)host_alloc(params, sizeof *m->biases);
     m->alphas = (tern_param *)host_alloc(params, sizeof *m->alphas);
     m->items = (tern_param **)host_alloc(3 * params, sizeof *m->items);
+    m->experts = (tern_expert *)host_alloc(o->layers * expert_count(o), sizeof *m->experts);
+    m->loads = (int64_t *)host_alloc(o->layers * o->experts, sizeof *m->loads);
+    m->entropy = (double *)host_alloc(o->layers, sizeof *m->entropy);
     m->blocks = (block *)host_alloc(o->layers, sizeof *m->blocks);
     m->host_ids = (int32_t *)host_alloc(2 * o->batch * o->context, sizeof *m->host_ids);
     m->host_losses = (float *)host_alloc(o->batch * o->context, sizeof *m->host_losses);
     m->host_logits = (float *)host_alloc(o->context * BYTES, sizeof *m->host_logits);
     m->model.items = m->items;
-    add_weights(m, "embedding", 0, BYTES, w);
-    add_weights(m, "head", 0, BYTES, w);
+    add_weights(m, "embedding", 0, 0, BYTES, w);
+    add_weights(m, "head", 0, 0, BYTES, w);
     for (i = 0; i < o->layers; i++) {
-        add_weights(m, "block.%d.qk", i, 2 * w, w);
-        add_weights(m, "block.%d.v", i, w, w);
-        add_weights(m, "block.%d.o", i, w, w);
-        add_weights(m, "block.%d.up", i, 4 * w, w);
-        add_weights(m, "block.%d.down", i, w, 4 * w);
+        add_weights(m, "block.%d.qk", i, 0, 2 * w, w);
+        add_weights(m, "block.%d.v", i, 0, w, w);
+        add_weights(m, "block.%d.o", i, 0, w, w);
+        add_mlp(m, i);
     }
     add_vectors(m);
     if (training && o->true_ternary) ok(m, tern_model_strict(m->c, &m->model)); /* no float that is trained */
@@ -439,6 +510,9 @@ static void lm_close(lm *m)
     free(m->host_losses);
     free(m->host_ids);
     free(m->blocks);
+    free(m->entropy);
+    free(m->loads);
+    free(m->experts);
     free(m->items);
     free(m->alphas);
     free(m->biases);
@@ -458,9 +532,12 @@ static float inverse_root(double x)
 /* Every weight from N(0, 1/inputs). */
 static void lm_initialise(lm *m)
 {
-    const int64_t w4 = 4 * m->o.width, largest = m->o.width * (w4 > BYTES ? w4 : BYTES);
-    float *w = (float *)tern_alloc(m->c, (size_t)largest * sizeof *w);
+    int64_t largest = 0;
+    float *w;
     int32_t i;
+    for (i = 0; i < param_count(&m->o); i++)
+        if (m->params[i].rows * m->params[i].cols > largest) largest = m->params[i].rows * m->params[i].cols;
+    w = (float *)tern_alloc(m->c, (size_t)largest * sizeof *w);
     if (!w) die("no memory for the initial weights");
     for (i = 0; i < param_count(&m->o); i++) {
         tern_param *p = &m->params[i];
@@ -521,7 +598,39 @@ static tern_attention_args attention(const lm *m, const block *b, int64_t batch,
 
 static float branch_weight(const lm *m) { return inverse_root(2 * (double)m->o.layers); }
 
-/* mid = x + s o(attention(rope(norm(qk(x))), v(x)));  y = mid + s down(relu2(up(mid)))
+/* The mean of k experts, each a stranger to the others, is smaller than one of them by the root of k. */
+static float mlp_weight(const lm *m) { return branch_weight(m) / (m->o.experts ? inverse_root((double)m->o.top_k) : 1); }
+
+/* y = down(relu2(up(x))), or what a mixture makes of x. */
+static void mlp_forward(lm *m, int64_t layer, int64_t n, const float *x, float *y)
+{
+    const options *o = &m->o;
+    block *b = &m->blocks[layer];
+    if (o->experts) {
+        const tern_moe moe = mixture(m, layer);
+        ok(m, tern_moe_forward(m->c, &moe, n, x, y, b->saved[ROUTER]));
+        return;
+    }
+    linear_forward(m, param_of(o, layer, UP), n, x, b->up, b->saved[UP]);
+    ok(m, tern_map(m->c, &(tern_map_args){.fn = TERN_MAP_RELU2, .count = n * 4 * o->width, .a = b->up, .y = b->hidden}));
+    linear_forward(m, param_of(o, layer, DOWN), n, b->hidden, y, b->saved[DOWN]);
+}
+
+static void mlp_backward(lm *m, int64_t layer, int64_t n, const float *x, const float *dy, float *dx)
+{
+    const options *o = &m->o;
+    const block *b = &m->blocks[layer];
+    if (o->experts) {
+        const tern_moe moe = mixture(m, layer);
+        ok(m, tern_moe_backward(m->c, &moe, n, x, b->saved[ROUTER], dy, dx));
+        return;
+    }
+    linear_backward(m, param_of(o, layer, DOWN), n, b->hidden, b->saved[DOWN], dy, m->dwide);
+    ok(m, tern_map(m->c, &(tern_map_args){.fn = TERN_MAP_RELU2, .count = n * 4 * o->width, .a = b->up, .dy = m->dwide, .da = m->dwide}));
+    linear_backward(m, param_of(o, layer, UP), n, x, b->saved[UP], m->dwide, dx);
+}
+
+/* mid = x + s o(attention(rope(norm(qk(x))), v(x)));  y = mid + s' mlp(mid)
    Keys and values of earlier tokens stay in `turned` and `v`: with start > 0 they are the cache. */
 static void block_forward(lm *m, int64_t layer, int64_t batch, int64_t start, int64_t count, float *y)
 {
@@ -531,18 +640,16 @@ static void block_forward(lm *m, int64_t layer, int64_t batch, int64_t start, in
     tern_norm_args norm = head_norm(m, n, b);
     tern_rope_args rope = rotation(m, n, start, count, turned);
     tern_attention_args attend = attention(m, b, batch, start, count);
-    linear_forward(m, param_of(layer, QK), n, b->x, b->qk, b->saved[QK]);
-    linear_forward(m, param_of(layer, V), n, b->x, b->v + start * w, b->saved[V]);
+    linear_forward(m, param_of(&m->o, layer, QK), n, b->x, b->qk, b->saved[QK]);
+    linear_forward(m, param_of(&m->o, layer, V), n, b->x, b->v + start * w, b->saved[V]);
     norm.y = turned;
     ok(m, tern_norm(m->c, &norm));
     ok(m, tern_rope(m->c, &rope));
     ok(m, tern_attention(m->c, &attend));
-    linear_forward(m, param_of(layer, O), n, b->mixed, m->branch, b->saved[O]);
+    linear_forward(m, param_of(&m->o, layer, O), n, b->mixed, m->branch, b->saved[O]);
     add(m, n * w, b->x, branch_weight(m), m->branch, b->mid);
-    linear_forward(m, param_of(layer, UP), n, b->mid, b->up, b->saved[UP]);
-    ok(m, tern_map(m->c, &(tern_map_args){.fn = TERN_MAP_RELU2, .count = n * 4 * w, .a = b->up, .y = b->hidden}));
-    linear_forward(m, param_of(layer, DOWN), n, b->hidden, m->branch, b->saved[DOWN]);
-    add(m, n * w, b->mid, branch_weight(m), m->branch, y);
+    mlp_forward(m, layer, n, b->mid, m->branch);
+    add(m, n * w, b->mid, mlp_weight(m), m->branch, y);
 }
 
 /* The same lines from the last to the first; m->dx holds dy on entry and dx on return. */
@@ -553,13 +660,11 @@ static void block_backward(lm *m, int64_t layer, int64_t batch)
     tern_norm_args norm = head_norm(m, n, b);
     tern_rope_args rope = rotation(m, n, 0, m->o.context, m->dqk);
     tern_attention_args attend = attention(m, b, batch, 0, m->o.context);
+    scale(m, n * w, mlp_weight(m), m->dx, m->branch);
+    mlp_backward(m, layer, n, b->mid, m->branch, m->dv);
+    add(m, n * w, m->dx, 1, m->dv, m->dx);
     scale(m, n * w, branch_weight(m), m->dx, m->branch);
-    linear_backward(m, param_of(layer, DOWN), n, b->hidden, b->saved[DOWN], m->branch, m->dwide);
-    ok(m, tern_map(m->c, &(tern_map_args){.fn = TERN_MAP_RELU2, .count = n * 4 * w, .a = b->up, .dy = m->dwide, .da = m->dwide}));
-    linear_backward(m, param_of(layer, UP), n, b->mid, b->saved[UP], m->dwide, m->branch);
-    add(m, n * w, m->dx, 1, m->branch, m->dx);
-    scale(m, n * w, branch_weight(m), m->dx, m->branch);
-    linear_backward(m, param_of(layer, O), n, b->mixed, b->saved[O], m->branch, m->branch);
+    linear_backward(m, param_of(&m->o, layer, O), n, b->mixed, b->saved[O], m->branch, m->branch);
     attend.dy = m->branch;
     attend.dq = m->dqk;
     attend.dk = m->dqk + w;
@@ -569,9 +674,9 @@ static void block_backward(lm *m, int64_t layer, int64_t batch)
     ok(m, tern_rope(m->c, &rope));
     norm.dy = norm.dx = m->dqk;
     ok(m, tern_norm(m->c, &norm));
-    linear_backward(m, param_of(layer, V), n, b->x, b->saved[V], m->dv, m->dv);
+    linear_backward(m, param_of(&m->o, layer, V), n, b->x, b->saved[V], m->dv, m->dv);
     add(m, n * w, m->dx, 1, m->dv, m->dx);
-    linear_backward(m, param_of(layer, QK), n, b->x, b->saved[QK], m->dqk, m->branch);
+    linear_backward(m, param_of(&m->o, layer, QK), n, b->x, b->saved[QK], m->dqk, m->branch);
     add(m, n * w, m->dx, 1, m->branch, m->dx);
 }
 
@@ -629,15 +734,62 @@ static double lm_loss(lm *m, int64_t batch, int gradient)
     return sum;
 }
 
+/* Counts, besides what was counted since m->counted was 0, the tokens of each expert in the last forward. */
+static void count_loads(lm *m, int64_t n)
+{
+    const int64_t experts = m->o.experts;
+    tern_moe_report report;
+    int64_t i;
+    if (m->counted == 0) {
+        memset(m->loads, 0, (size_t)(m->o.layers * experts) * sizeof *m->loads);
+        memset(m->entropy, 0, (size_t)m->o.layers * sizeof *m->entropy);
+    }
+    m->counted += n;
+    for (i = 0; i < m->o.layers; i++) {
+        const tern_moe moe = mixture(m, i);
+        ok(m, tern_moe_stats(m->c, &moe, n, m->blocks[i].saved[ROUTER], m->loads + i * experts, &report));
+        m->entropy[i] += (double)n * report.entropy;
+    }
+}
+
+/* ln x of 0 < x <= 1, without libm: halves, and the series of 2 atanh((x - 1) / (x + 1)). */
+static double natural_log(double x)
+{
+    double y = 0, z, power;
+    int i;
+    for (; x < 0.5; x *= 2) y -= 0.69314718055994531;
+    for (z = power = (x - 1) / (x + 1), i = 1; i < 40; i += 2, power *= z * z) y += 2 * power / i;
+    return y;
+}
+
+/* Of what was counted in a block: the least and the most load, where 1 is an even share, and the entropy of the loads in nats. */
+typedef struct spread { double least, most, entropy; } spread;
+
+static spread spread_of(const lm *m, int64_t layer)
+{
+    const double even = (double)(m->counted * m->o.top_k) / (double)m->o.experts;
+    spread s = {(double)m->o.experts, 0, 0};
+    int64_t i;
+    for (i = 0; i < m->o.experts; i++) {
+        const double load = (double)m->loads[layer * m->o.experts + i] / even, part = load / (double)m->o.experts;
+        if (load < s.least) s.least = load;
+        if (load > s.most) s.most = load;
+        if (part > 0) s.entropy -= part * natural_log(part);
+    }
+    return s;
+}
+
 /* Mean loss, in nats per byte, over `windows` of the validation text's disjoint windows, evenly spread. */
 static double lm_validate(lm *m, const text *t, int64_t windows)
 {
     double sum = 0;
     int64_t at, i, batch;
+    m->counted = 0;
     for (at = 0; at < windows; at += batch) {
         batch = windows - at < m->o.batch ? windows - at : m->o.batch;
         for (i = 0; i < batch; i++) set_window(m, i, t->bytes + t->train + (at + i) * t->windows / windows * m->o.context);
         sum += lm_loss(m, batch, 0);
+        if (m->o.experts) count_loads(m, batch * m->o.context);
     }
     return sum / (double)(windows * m->o.context);
 }
@@ -645,7 +797,7 @@ static double lm_validate(lm *m, const text *t, int64_t windows)
 /* -- training -- */
 
 enum { POINTS = 400, VALIDATIONS = 10, GLANCE = 120 }; /* GLANCE: windows of every validation but the last */
-typedef struct curve { double train[POINTS], validation[VALIDATIONS + 1]; int64_t in_point[POINTS], points, steps; } curve;
+typedef struct curve { char name[80]; double train[POINTS], validation[VALIDATIONS + 1]; int64_t in_point[POINTS], points, steps; } curve;
 
 /* Where a training is after a step. */
 typedef struct place {
@@ -815,10 +967,27 @@ static void on_signals(void (*handler)(int))
     sigaction(SIGTERM, &a, NULL);
 }
 
+/* Of the experts of all blocks in the last batch. */
+static void print_loads(lm *m)
+{
+    spread all = {(double)m->o.experts, 0, 0};
+    int64_t i;
+    m->counted = 0;
+    count_loads(m, m->o.batch * m->o.context);
+    for (i = 0; i < m->o.layers; i++) {
+        const spread s = spread_of(m, i);
+        if (s.least < all.least) all.least = s.least;
+        if (s.most > all.most) all.most = s.most;
+        all.entropy += s.entropy / (double)m->o.layers;
+    }
+    printf("loads %.2f to %.2f, entropy %.2f   ", all.least, all.most, all.entropy);
+}
+
 /* One line that changes in place on a terminal, a line now and then elsewhere. */
-static void progress(const options *o, const place *at, int64_t done, double elapsed)
+static void progress(lm *m, const place *at, int64_t done, double elapsed)
 {
     static double shown = -1;
+    const options *o = &m->o;
     const int64_t step = at->step;
     const int terminal = isatty(STDOUT_FILENO), sparse = step % (o->steps / 20 + 1) == 0 || step == o->steps;
     const double left = elapsed / (double)done * (double)(o->steps - step);
@@ -826,9 +995,17 @@ static void progress(const options *o, const place *at, int64_t done, double ela
     shown = elapsed;
     printf("%sstep %lld of %lld   loss %.3f   ", terminal ? "\r" : "", (long long)step, (long long)o->steps, at->smooth);
     if (o->true_ternary) printf("%.0f flips/step   ", at->flipped);
+    if (o->experts) print_loads(m);
     printf("%.0f tokens/s   %d:%02d left%s", (double)(done * o->accumulate * o->batch * o->context) / elapsed, (int)left / 60, (int)left % 60,
            terminal ? "\033[K" : "\n");
     fflush(stdout);
+}
+
+static void name_curve(const options *o, char *name, size_t size)
+{
+    const int used = snprintf(name, size, "%s weights", o->rule == TERN_DENSE ? "float" : o->true_ternary ? "true-ternary" : "ternary");
+    if (!o->experts) return;
+    snprintf(name + used, size - (size_t)used, ", %lld of %lld experts%s", (long long)o->top_k, (long long)o->experts, o->shared ? " and one" : "");
 }
 
 /* From where it is to the last step, or to one at which it is stopped. */
@@ -841,6 +1018,7 @@ static void train(lm *m, const text *t, place *at)
     int64_t k;
     if (at->step == 0) {
         at->random = (uint64_t)m->o.seed;
+        name_curve(&m->o, c->name, sizeof c->name);
         c->steps = steps;
         c->points = steps < POINTS ? steps : POINTS;
         c->validation[0] = lm_validate(m, t, glance);
@@ -851,7 +1029,7 @@ static void train(lm *m, const text *t, place *at)
         k = (at->step - 1) * c->points / steps;
         c->train[k] += (loss - c->train[k]) / (double)++c->in_point[k];
         at->smooth = follow(at->smooth, loss, at->step);
-        progress(&m->o, at, at->step - begun, seconds() - start - paused);
+        progress(m, at, at->step - begun, seconds() - start - paused);
         k = at->step * VALIDATIONS / steps;
         if (k > (at->step - 1) * VALIDATIONS / steps) {
             const double now = seconds();
@@ -863,7 +1041,42 @@ static void train(lm *m, const text *t, place *at)
     if (isatty(STDOUT_FILENO)) printf("\n");
 }
 
-/* -- the loss curve as SVG -- */
+/* -- the loss curve, as a table and as SVG -- */
+
+static double train_at(const curve *c, int64_t i) { return ((double)i + 0.5) * (double)c->steps / (double)c->points; } /* a step */
+static double validation_at(const curve *c, int64_t i) { return (double)i * (double)c->steps / VALIDATIONS; }
+
+static void write_curve(const options *o, const curve *c)
+{
+    FILE *f = create(o, "loss.csv");
+    int64_t i;
+    fprintf(f, "# %s\ncurve,step,loss\n", c->name);
+    for (i = 0; i < c->points; i++) fprintf(f, "training,%.1f,%.4f\n", train_at(c, i), c->train[i]);
+    for (i = 0; i <= VALIDATIONS; i++) fprintf(f, "validation,%.1f,%.4f\n", validation_at(c, i), c->validation[i]);
+    if (fclose(f)) die("cannot write %s/loss.csv", o->out);
+}
+
+/* What write_curve wrote; its first line names it. */
+static curve read_curve(const char *path)
+{
+    FILE *f = fopen(path, "rb");
+    curve c;
+    char line[160];
+    double step = 0, loss = 0;
+    int64_t validations = 0;
+    memset(&c, 0, sizeof c);
+    if (!f || !fgets(line, sizeof line, f) || sscanf(line, "# %79[-A-Za-z0-9 ,.]", c.name) != 1) die("%s is not the loss.csv of a training", path);
+    while (fgets(line, sizeof line, f)) {
+        const int train = sscanf(line, "training,%lf,%lf", &step, &loss) == 2, validation = sscanf(line, "validation,%lf,%lf", &step, &loss) == 2;
+        if (!(step >= 0 && step < 1e9 && loss >= 0 && loss < 1e3) || c.points + train > POINTS || validations + validation > VALIDATIONS + 1) break;
+        if (train) c.train[c.points++] = loss;
+        if (validation) c.validation[validations++] = loss;
+    }
+    c.steps = (int64_t)step;
+    if (!feof(f) || c.points == 0 || c.steps == 0 || validations != VALIDATIONS + 1) die("%s is not the loss.csv of a training", path);
+    fclose(f);
+    return c;
+}
 
 enum { WIDTH = 760, HEIGHT = 440, LEFT = 64, RIGHT = 24, TOP = 56, BOTTOM = 56 };
 
@@ -879,16 +1092,23 @@ static double tick(double range, int most)
 
 typedef struct axes { double low, high, steps; } axes;
 
-static axes axes_of(const curve *c)
+static void take_in(axes *a, const curve *c)
 {
-    axes a = {c->validation[0], c->validation[0], (double)c->steps};
-    double unit;
     int64_t i;
+    if (a->steps < (double)c->steps) a->steps = (double)c->steps;
     for (i = 0; i < c->points + VALIDATIONS + 1; i++) {
         const double loss = i < c->points ? c->train[i] : c->validation[i - c->points];
-        if (loss < a.low) a.low = loss;
-        if (loss > a.high) a.high = loss;
+        if (loss < a->low) a->low = loss;
+        if (loss > a->high) a->high = loss;
     }
+}
+
+static axes axes_of(const curve *c, const curve *beside)
+{
+    axes a = {c->validation[0], c->validation[0], 0};
+    double unit;
+    take_in(&a, c);
+    if (beside) take_in(&a, beside);
     unit = tick(a.high - a.low, 8);
     a.low = (double)(int64_t)(a.low / unit) * unit;
     a.high = (double)((int64_t)(a.high / unit) + 1) * unit;
@@ -913,33 +1133,54 @@ static void draw_axes(FILE *f, const axes *a)
     fprintf(f, "<text transform=\"translate(18 %d) rotate(-90)\" text-anchor=\"middle\">loss in nats per byte</text>\n", (TOP + HEIGHT - BOTTOM) / 2);
 }
 
-static const char *kind_of(const options *o) { return o->rule == TERN_DENSE ? "float" : o->true_ternary ? "true-ternary" : "ternary"; }
-
-static void draw_curve(const options *o, const curve *c)
+/* `other`: drawn as the curve beside the one that this picture is of. */
+static void draw_curve(FILE *f, const axes *a, const curve *c, const char *other)
 {
-    const axes a = axes_of(c);
-    FILE *f = create(o, "loss.svg");
     int64_t i;
-    fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" font-family=\"system-ui, sans-serif\" font-size=\"12\">\n"
-               "<style>text{fill:#444}.grid{stroke:#e6e6e6}.axis{stroke:#888;fill:none}.train{stroke:#9bbfe0;fill:none;stroke-width:1.5}"
-               ".validation{stroke:#c0392b;fill:none;stroke-width:2}.dot{fill:#c0392b}</style>\n"
-               "<rect width=\"%d\" height=\"%d\" rx=\"8\" fill=\"#fff\"/>\n", WIDTH, HEIGHT, WIDTH, HEIGHT);
-    fprintf(f, "<text x=\"%d\" y=\"32\" font-size=\"17\" style=\"fill:#111\">Byte-level language model with %s weights: %.3f nats after %lld steps</text>\n",
-            LEFT, kind_of(o), c->validation[VALIDATIONS], (long long)c->steps);
-    draw_axes(f, &a);
-    fprintf(f, "<path class=\"train\" d=\"");
-    for (i = 0; i < c->points; i++)
-        fprintf(f, "%c%.1f %.1f", i ? 'L' : 'M', x_of(&a, ((double)i + 0.5) * a.steps / (double)c->points), y_of(&a, c->train[i]));
-    fprintf(f, "\"/>\n<path class=\"validation\" d=\"");
-    for (i = 0; i <= VALIDATIONS; i++)
-        fprintf(f, "%c%.1f %.1f", i ? 'L' : 'M', x_of(&a, (double)i * a.steps / VALIDATIONS), y_of(&a, c->validation[i]));
+    fprintf(f, "<path class=\"train%s\" d=\"", other);
+    for (i = 0; i < c->points; i++) fprintf(f, "%c%.1f %.1f", i ? 'L' : 'M', x_of(a, train_at(c, i)), y_of(a, c->train[i]));
+    fprintf(f, "\"/>\n<path class=\"validation%s\" d=\"", other);
+    for (i = 0; i <= VALIDATIONS; i++) fprintf(f, "%c%.1f %.1f", i ? 'L' : 'M', x_of(a, validation_at(c, i)), y_of(a, c->validation[i]));
     fprintf(f, "\"/>\n");
     for (i = 0; i <= VALIDATIONS; i++)
-        fprintf(f, "<circle class=\"dot\" r=\"3.5\" cx=\"%.1f\" cy=\"%.1f\"/>\n", x_of(&a, (double)i * a.steps / VALIDATIONS), y_of(&a, c->validation[i]));
-    fprintf(f, "<path class=\"train\" d=\"M%d 76h28\"/><text x=\"%d\" y=\"80\">training, mean of %lld windows a step</text>\n"
-               "<path class=\"validation\" d=\"M%d 96h28\"/><text x=\"%d\" y=\"100\">validation, last tenth of the text "
-               "(%d windows; at the end all)</text>\n</svg>\n",
-            WIDTH - 470, WIDTH - 434, (long long)(o->batch * o->accumulate), WIDTH - 470, WIDTH - 434, GLANCE);
+        fprintf(f, "<circle class=\"dot%s\" r=\"3.5\" cx=\"%.1f\" cy=\"%.1f\"/>\n", other, x_of(a, validation_at(c, i)), y_of(a, c->validation[i]));
+}
+
+/* A line of the legend. */
+static void draw_key(FILE *f, int line, const char *class, const char *label)
+{
+    fprintf(f, "<path class=\"%s\" d=\"M%d %dh28\"/><text x=\"%d\" y=\"%d\">%s</text>\n", class, WIDTH - 470, 76 + 20 * line, WIDTH - 434, 80 + 20 * line, label);
+}
+
+/* beside: of another training, or NULL. */
+static void draw(const options *o, const curve *c, const curve *beside)
+{
+    const axes a = axes_of(c, beside);
+    FILE *f = create(o, "loss.svg");
+    char label[160];
+    fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" font-family=\"system-ui, sans-serif\" font-size=\"12\">\n"
+               "<style>text{fill:#444}.grid{stroke:#e6e6e6}.axis{stroke:#888;fill:none}.train{stroke:#9bbfe0;fill:none;stroke-width:1.5}"
+               ".validation{stroke:#c0392b;fill:none;stroke-width:2}.dot{fill:#c0392b}", WIDTH, HEIGHT);
+    if (beside) fprintf(f, ".train.other{stroke:#d8d8d8}.validation.other{stroke:#555;stroke-dasharray:6 4}.dot.other{fill:#555}");
+    fprintf(f, "</style>\n<rect width=\"%d\" height=\"%d\" rx=\"8\" fill=\"#fff\"/>\n", WIDTH, HEIGHT);
+    fprintf(f, "<text x=\"%d\" y=\"32\" font-size=\"%d\" style=\"fill:#111\">Byte-level language model with %s: %.3f nats", LEFT, o->experts ? 15 : 17,
+            c->name, c->validation[VALIDATIONS]);
+    if (!o->experts) fprintf(f, " after %lld steps", (long long)c->steps);
+    fprintf(f, "</text>\n");
+    draw_axes(f, &a);
+    if (beside) draw_curve(f, &a, beside, " other");
+    draw_curve(f, &a, c, "");
+    snprintf(label, sizeof label, "training, mean of %lld windows a step", (long long)(o->batch * o->accumulate));
+    draw_key(f, 0, "train", label);
+    snprintf(label, sizeof label, "validation, last tenth of the text (%d windows; at the end all)", GLANCE);
+    draw_key(f, 1, "validation", label);
+    if (beside) {
+        snprintf(label, sizeof label, "training with %s", beside->name);
+        draw_key(f, 2, "train other", label);
+        snprintf(label, sizeof label, "validation with %s: %.3f nats after %lld steps", beside->name, beside->validation[VALIDATIONS], (long long)beside->steps);
+        draw_key(f, 3, "validation other", label);
+    }
+    fprintf(f, "</svg>\n");
     if (fclose(f)) die("cannot write %s/loss.svg", o->out);
 }
 
@@ -1152,6 +1393,21 @@ static void print_sizes(const tern_audit *trained, const tern_audit *packed, con
            (long long)(at->flips.updates + at->flips.skipped));
 }
 
+/* Who was chosen in a validation. */
+static void print_experts(const lm *m, int64_t parameters)
+{
+    const options *o = &m->o;
+    int64_t i;
+    printf("experts          %lld of width %lld in each block, %lld%s for a byte, for which %lld parameters work\n", (long long)o->experts,
+           (long long)o->expert_width, (long long)o->top_k, o->shared ? " and one more" : "",
+           (long long)(parameters - o->layers * (o->experts - o->top_k) * 2 * o->expert_width * o->width));
+    for (i = 0; i < o->layers; i++) {
+        const spread s = spread_of(m, i);
+        printf("block %-3lld        loads from %.3f to %.3f of an even share, their entropy %.3f of %.3f, that of a byte's choice %.3f\n", (long long)i,
+               s.least, s.most, s.entropy, 0 - natural_log(1 / (double)o->experts), m->entropy[i] / (double)m->counted);
+    }
+}
+
 /* Drops what only training needs, learned scales among it, and saves the rest. */
 static void freeze(lm *m, const char *path, tern_audit *trained, tern_audit *packed)
 {
@@ -1183,6 +1439,7 @@ int main(int count, char **words)
     const options o = parse(count, words);
     const text t = read_text(&o);
     lm *m = lm_open(&o, TERN_ISA_BEST, o.threads, 1);
+    const curve beside = o.beside ? read_curve(o.beside) : (curve){.points = 0};
     tern_audit trained, packed, running;
     char path[1024];
     place at;
@@ -1205,7 +1462,8 @@ int main(int count, char **words)
         print_resume(&o, &at, count, words);
         return stopped ? 128 + stopped : 0;
     }
-    draw_curve(&o, &at.c);
+    write_curve(&o, &at.c);
+    draw(&o, &at.c, o.beside ? &beside : NULL);
     snprintf(path, sizeof path, "%s/model.gguf", o.out);
     freeze(m, path, &trained, &packed);
     lm_close(m);
@@ -1216,9 +1474,9 @@ int main(int count, char **words)
     loss = lm_validate(m, &t, t.windows);
     printf("Wrote %s/loss.svg and %s. The file says:\n\n", o.out, path);
     talk(m, o.generate);
-    lm_close(m);
-
     print_sizes(&trained, &packed, &running, &at);
+    if (o.experts) print_experts(m, trained.weights);
+    lm_close(m);
     same = memcmp(&loss, &at.c.validation[VALIDATIONS], sizeof loss) == 0;
     printf("validation loss  %.4f nats per byte in training (%a), %.4f reloaded (%a): %s\n\n", at.c.validation[VALIDATIONS], at.c.validation[VALIDATIONS],
            loss, loss, same ? "equal" : "DIFFERENT");

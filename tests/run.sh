@@ -84,7 +84,7 @@ language_model_resumes() {
     tiny="$out/language_model --text README.md --layers 1 --heads 2 --width 32 --context 16 --batch 3 --accumulate 2 --schedule wsd --generate 10"
     $tiny --steps 20 --out $out/whole && $tiny --steps 20 --stop 10 --out $out/parts &&
     $tiny --steps 20 --out $out/parts --resume $out/parts/training.state || return 1
-    for file in model.gguf loss.svg; do cmp $out/whole/$file $out/parts/$file || return 1; done
+    for file in model.gguf loss.svg loss.csv; do cmp $out/whole/$file $out/parts/$file || return 1; done
     ! $tiny --steps 21 --out $out/parts --resume $out/parts/training.state && ! $tiny --steps 20 --out $out/parts --resume README.md || return 1
 
     $tiny --steps 100000 --out $out/signal > $out/signal/log &
@@ -116,6 +116,46 @@ language_model_recipes() (
     for recipe in "$most --rule lsq --scales f16" "$most --rho 0.9 --grain 16 --float-ends"; do
         $tiny $recipe --out $out/recipe && $tiny $recipe --stop 5 --out $out/recipes &&
         $tiny $recipe --out $out/recipes --resume $out/recipes/training.state && cmp $out/recipe/model.gguf $out/recipes/model.gguf || exit 1
+    done
+)
+
+# Mixtures of experts: on every tier the file has the bits of the training; steps in two parts are those in one, on any number of
+# threads; true-ternary training has the same state on any tier; progress and table tell the loads; what experts cannot do is
+# refused by its name. Seen to fail: with the loads of all blocks in one place, with a balance that is left out, with the dead
+# zone's bias in training alone, with a shared expert left out of the backward's parameters, with a rounding that goes on from run to run.
+language_model_experts() (
+    mkdir -p $out/experts $out/expert_parts
+    tiny="$out/language_model --text README.md --layers 2 --heads 2 --width 32 --context 16 --batch 3 --accumulate 2 --steps 12 --generate 10 --experts 6"
+    scalar="env TERNARY_ISA=scalar $tiny"
+    $tiny --out $out/experts > $out/experts/log && cat $out/experts/log && # its table compares the tiers
+    grep '^experts          6 of width 64 in each block, 2 for a byte, for which 41344 parameters work' $out/experts/log &&
+    [ "$(grep -c '^step .* loads [0-9.]* to [0-9.]*, entropy [0-9.]*   ' $out/experts/log)" = 12 ] &&
+    [ "$(grep -c '^block . *loads from [0-9.]* to [0-9.]* of an even share, their entropy 1[.][67][0-9]* of 1.792,' $out/experts/log)" = 2 ] || exit 1
+    for recipe in "--float --top-k 1" "--float-ends --tequila 1e-2 --rule lsq --expert-width 24 --top-k 3" "--true-ternary --shared"; do
+        echo "experts $recipe"
+        $scalar $recipe --out $out/experts && $scalar $recipe --stop 5 --out $out/expert_parts &&
+        $scalar $recipe --threads 2 --out $out/expert_parts --resume $out/expert_parts/training.state || exit 1
+        for file in model.gguf loss.svg loss.csv; do cmp $out/experts/$file $out/expert_parts/$file || exit 1; done
+    done
+    $tiny --true-ternary --shared --stop 5 --out $out/experts && cmp $out/experts/training.state $out/expert_parts/training.state || exit 1
+    $tiny --balance 0 --out $out/experts > /dev/null && cp $out/experts/model.gguf $out/expert_parts && $tiny --out $out/experts > /dev/null &&
+    ! cmp -s $out/experts/model.gguf $out/expert_parts/model.gguf || exit 1
+    refused() { text=$1; shift; ! $tiny --out $out/experts "$@" > $out/refused 2>&1 && grep "$text" $out/refused; }
+    refused 'expert.0.up: what experts share is not rotated' --rotate && refused 'experts cannot add shadow weights' --arenas 0.1 &&
+    refused 'moe: k = 8 of 6 experts' --top-k 8 && refused 'does not divide an MLP of 128; give --expert-width' --top-k 3 || exit 1
+    ! $out/language_model --top-k 2 --out $out/experts > $out/refused 2>&1 && grep 'of a mixture; --experts N says of how many' $out/refused
+)
+
+# A picture has the curve of another training beside its own; what is no loss.csv is refused before anything is trained.
+language_model_beside() (
+    mkdir -p $out/beside
+    tiny="$out/language_model --text README.md --layers 1 --heads 2 --width 32 --context 16 --batch 3 --generate 10 --out $out/beside"
+    $tiny --steps 20 --true-ternary && mv $out/beside/loss.csv $out/beside/other && ! grep other $out/beside/loss.svg &&
+    $tiny --steps 10 --beside $out/beside/other && grep 'validation with true-ternary weights: [0-9.]* nats after 20 steps' $out/beside/loss.svg &&
+    [ "$(grep -c 'class="dot other"' $out/beside/loss.svg)" = 11 ] && [ "$(grep -c '^training,' $out/beside/loss.csv)" = 10 ] || exit 1
+    sed '$d' $out/beside/other > $out/beside/cut
+    for file in README.md $out/beside/cut $out/beside/none; do
+        ! $tiny --steps 10 --beside $file > $out/refused 2>&1 && grep 'is not the loss.csv of a training' $out/refused && ! grep '^step' $out/refused || exit 1
     done
 )
 
@@ -219,7 +259,8 @@ language_model_cuda_runs() {
     g++ -std=c++17 -O1 -ffp-contract=off -include tests/cuda.h -I. -x c++ -c ternary_cuda.cu -o $out/ternary_cuda.o &&
     compile -DUSE_CUDA examples/language_model.c $out/ternary_cuda.o -o $out/language_model_cuda -lstdc++ &&
     head -c 1000 LICENSE > $out/text &&
-    $out/language_model_cuda --cuda --text $out/text --out $out --layers 1 --heads 2 --width 16 --context 8 --batch 2 --steps 10 --generate 4
+    tiny="$out/language_model_cuda --cuda --text $out/text --out $out --layers 1 --heads 2 --width 16 --context 8 --batch 2 --steps 10 --generate 4" && $tiny &&
+    ! $tiny --experts 2 > $out/refused 2>&1 && grep 'cuda has no operation route' $out/refused
 }
 bench_cuda_runs() {
     command -v g++ > /dev/null || { echo "skipped: no g++ for the CUDA emulator"; return 0; }
@@ -269,6 +310,8 @@ check "examples/language_model.c --cuda says what is missing" language_model_wit
 check "examples/language_model.c --cuda on the emulator: the CPU finds its bits" language_model_cuda_runs
 check "examples/language_model.c stops and goes on with the same bits" language_model_resumes
 check "examples/language_model.c trains, saves and reloads every recipe" language_model_recipes
+check "examples/language_model.c --experts trains, saves, reloads and goes on, and shows the loads" language_model_experts
+check "examples/language_model.c --beside draws another training's curve" language_model_beside
 check "examples/language_model.c --true-ternary trains the same bits everywhere" language_model_true_ternary
 check "examples/image_classifier.c --true-ternary stops on one tier and goes on on another with the same bits" image_classifier_true_ternary
 check "examples/npc_brain.c learns, and lives a recorded life again" npc_brain_lives
