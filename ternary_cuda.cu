@@ -2860,7 +2860,7 @@ static tern_result tern__gpu_dequantize(tern_run *r, tern__gpu *d, const tern_de
 /* -- flips: a thread takes a row's word of a unit, a block some groups of a panel -- */
 
 /* What a step of a matrix adds to its counts, and the score of the tensor's scale. */
-typedef struct tern__flip_sums { unsigned long long flips, grains, saturated, scales, score; } tern__flip_sums;
+typedef struct tern__flip_sums { unsigned long long flips, grains, saturated, scales, ends, score; } tern__flip_sums;
 
 enum { TERN__FLIP_GROUPS = 32 }; /* of a block, at most: grains whose score and flips lie in shared memory */
 typedef struct tern__flip_room { int score[TERN__FLIP_GROUPS * TERN__ROWS], flipped[TERN__FLIP_GROUPS * TERN__ROWS], events[2]; } tern__flip_room;
@@ -2934,13 +2934,13 @@ static __device__ void tern__clear_word(const tern_flip_args &a, const tern__wor
 /* The ends of the block's grains: votes and counts. The tensor's own score and grain come later. */
 static __device__ void tern__flip_grains(const tern_flip_args &a, const tern__shape &s, int64_t panel, int64_t first, int64_t groups, const tern__flip_room *room, tern__flip_sums *sums)
 {
-    int8_t *exponents = (int8_t *)a.m.scales;
     for (int i = (int)threadIdx.x; i < groups * TERN__ROWS; i += TERN__THREADS) {
         const int64_t row = panel * TERN__ROWS + i % TERN__ROWS, at = tern__scale_index(&a.m, &s, row, first + i / TERN__ROWS);
         if (row >= a.m.rows) continue;
         if (a.m.grain == TERN_PER_TENSOR) atomicAdd(&sums->score, (unsigned long long)(long long)room->score[i]);
         else {
-            if (a.scale_step && tern__vote(&a, room->score[i], &exponents[at], &a.votes[at])) atomicAdd(&sums->scales, 1ull);
+            const int vote = a.scale_step ? tern__vote(&a, room->score[i], at) : 0;
+            if (vote) atomicAdd(vote == 1 ? &sums->scales : &sums->ends, 1ull);
             if (room->flipped[i]) atomicAdd(&sums->grains, 1ull);
         }
     }
@@ -2984,13 +2984,18 @@ static __global__ void tern__flip_end(tern_flip_args a, tern__flip_sums *sums, t
 {
     tern__push push;
     const int step = tern__push_of(&a, &push), tensor = a.m.grain == TERN_PER_TENSOR;
-    if (step && tensor && a.scale_step) sums->scales += (unsigned long long)tern__vote(&a, (int64_t)sums->score, (int8_t *)a.m.scales, a.votes);
+    if (step && tensor && a.scale_step) {
+        const int vote = tern__vote(&a, (int64_t)sums->score, 0);
+        sums->scales += vote == 1;
+        sums->ends += vote == 2;
+    }
     if (!tern__finite(*a.sum_abs)) tern__report(blame, (int64_t)a.step);
     if (!a.counts) return;
     a.counts->flips += (int64_t)sums->flips;
     a.counts->grains += tensor ? sums->flips > 0 : (int64_t)sums->grains;
     a.counts->saturated += (int64_t)sums->saturated;
     a.counts->scales += (int64_t)sums->scales;
+    a.counts->ends += (int64_t)sums->ends;
     a.counts->updates += step;
     a.counts->skipped += !step;
 }

@@ -289,7 +289,7 @@ static void test_total(int64_t n, tern_sum_kind kind, int add)
     const float sum = test_sum(kind, n, x[CPU]);
     const tern__gpu *d = tern__gpu_of(&test_context[GPU]->run);
     y[CPU][0] = add ? y[CPU][0] + sum : sum;
-    tern__gpu_total(d, kind, n, x[GPU], d->work, y[GPU], add);
+    tern__gpu_total(d, kind, n, TERN_F32, x[GPU], d->work, y[GPU], add);
     CHECK_SAME(y);
 }
 
