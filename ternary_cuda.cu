@@ -3548,7 +3548,7 @@ static tern_result tern__gpu_open(tern_run *r)
 #define TERN__OP(op) tern__cuda_##op,
 #define TERN__TABLE(device)                                                                                               \
     {"cuda", &tern__gpu_index[(device) + 2], 128, tern__gpu_open, tern__gpu_close, tern__gpu_alloc, tern__gpu_free, tern__gpu_copy, \
-     tern__gpu_sync, TERN_OPS(TERN__OP) TERN_FUSED(TERN__OP)}
+     tern__gpu_sync, TERN_OPS(TERN__OP) TERN_FUSED(TERN__OP) 0}
 static const int tern__gpu_index[TERN__GPUS + 2] = {-2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 static const tern_backend tern__gpu_table[TERN__GPUS + 2] = {
     TERN__TABLE(-2), TERN__TABLE(-1), TERN__TABLE(0), TERN__TABLE(1), TERN__TABLE(2), TERN__TABLE(3), TERN__TABLE(4), TERN__TABLE(5), TERN__TABLE(6),
