@@ -122,7 +122,7 @@ language_model_recipes() (
 # Mixtures of experts: on every tier the file has the bits of the training; steps in two parts are those in one, on any number of
 # threads; true-ternary training has the same state on any tier; progress and table tell the loads; what experts cannot do is
 # refused by its name. Seen to fail: with the loads of all blocks in one place, with a balance that is left out, with the dead
-# zone's bias in training alone, with a shared expert left out of the backward's parameters, with a rounding that goes on from run to run.
+# zone's bias or the shared expert in training alone, with a rounding that counts the calls of a process.
 language_model_experts() (
     mkdir -p $out/experts $out/expert_parts
     tiny="$out/language_model --text README.md --layers 2 --heads 2 --width 32 --context 16 --batch 3 --accumulate 2 --steps 12 --generate 10 --experts 6"
