@@ -3155,7 +3155,7 @@ static __device__ int tern__group_count(const int32_t *ids, int64_t slots, int32
 }
 
 /* list: shared memory as for tern__find. */
-static __global__ void __launch_bounds__(TERN__THREADS) tern__group_experts(tern_group_args a)
+static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__group_experts(tern_group_args a)
 {
     TERN__SHARED(int32_t, list);
     const int span = 4 * TERN__THREADS, expert = (int)blockIdx.x;
@@ -3259,7 +3259,7 @@ template <typename Four> static __device__ __forceinline__ void tern__aggregate_
 }
 
 /* Rows that are not hubs. */
-static __global__ void __launch_bounds__(TERN__THREADS) tern__aggregate_rows(tern_aggregate_args a, int wide, tern__blame blame)
+static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__aggregate_rows(tern_aggregate_args a, int wide, tern__blame blame)
 {
     TERN__SHARED(uint32_t, seen);
     for (int64_t row = blockIdx.x; row < a.edges.rows; row += gridDim.x) {
@@ -3270,7 +3270,7 @@ static __global__ void __launch_bounds__(TERN__THREADS) tern__aggregate_rows(ter
 }
 
 /* Segments of hubs, a block to each: that of a hub is the last one whose first segment is not behind it. */
-static __global__ void __launch_bounds__(TERN__THREADS) tern__aggregate_parts(tern_aggregate_args a, int wide)
+static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__aggregate_parts(tern_aggregate_args a, int wide)
 {
     for (int64_t part = blockIdx.x; part < a.edges.parts; part += gridDim.x) {
         int64_t low = 0, high = a.edges.hubs - 1;
@@ -3290,7 +3290,7 @@ static __global__ void __launch_bounds__(TERN__THREADS) tern__aggregate_parts(te
 }
 
 /* Hubs, from their segments in order. */
-static __global__ void __launch_bounds__(TERN__THREADS) tern__aggregate_hubs_end(tern_aggregate_args a, int wide, tern__blame blame)
+static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__aggregate_hubs_end(tern_aggregate_args a, int wide, tern__blame blame)
 {
     TERN__SHARED(uint32_t, seen);
     for (int64_t h = blockIdx.x; h < a.edges.hubs; h += gridDim.x) {

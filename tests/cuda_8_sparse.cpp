@@ -1,7 +1,4 @@
-/* Tests of [CUDA-8] in ternary_cuda.cu that concern mixtures of experts, graphs and codebooks. Mutations that they see: of equal
-   logits the last taken, one more or one fewer, zeros of two signs as unequal, weights from another softmax, a token's
-   slots out of order, the last places not cleared, loads of one expert off, hubs summed in another order or from the
-   segment of another, an edge's sign or factor left out, a row that is not finite not cleared, of equal distances the last. */
+/* Tests of [CUDA-8] in ternary_cuda.cu that concern mixtures of experts, graphs and codebooks. */
 
 /* -- routing -- */
 

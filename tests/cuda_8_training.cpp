@@ -1,7 +1,4 @@
-/* Tests of [CUDA-8] in ternary_cuda.cu that concern true-ternary training: rounding, flips, and what ternarize leaves for them.
-   Mutations that they see: the row's factor before the largest, another block of random halves, a tensor's scale written by
-   every row or by none, the sum of dequantize not added, votes by the trits after the step or not at all, flips of a grain
-   counted twice, a step that is skipped without clearing its gradient, the accumulator of another column. */
+/* Tests of [CUDA-8] in ternary_cuda.cu that concern true-ternary training: rounding, flips, and what ternarize leaves for them. */
 
 /* -- stochastic rounding -- */
 
