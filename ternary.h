@@ -528,7 +528,8 @@ typedef struct tern_scatter_args { int64_t rows, cols, n; const int32_t *ids; co
 
 /* Routing of n tokens over `count` experts (at most 1024) by logits [n, count]: ids [n, k] of the k largest, ascending (of
    equal logits the lower id's goes first), and their weights [n, k]. A row with NaN or Inf is a data fault: ids -1,
-   weights 0. Backward (dweights [n, k] set; logits, ids, weights as they were): dlogits, zero for such rows. With loads
+   weights 0. Backward (dweights [n, k] set; logits, ids, weights as they were): dlogits, zero for such rows, and for those
+   with an id out of range. With loads
    [count], the tokens of each expert, they are also those of the load-balance loss balance * count * sum over experts of
    f P: f = loads/(n k), taken as constant, P the mean over n tokens of the softmax (Fedus et al. 2021). Sums are canonical. */
 typedef enum {
@@ -558,8 +559,9 @@ typedef struct tern_group_args {
     int32_t *loads, *tokens, *slots; float *sorted;
 } tern_group_args;
 
-/* y[to[i]] = the canonical sum of a[ids[i]] * b[i] over a row, a [rows, cols], b [n, cols]. Ids out of range are skipped. */
-typedef struct tern_row_dot_args { int64_t rows, cols, n; const float *a, *b; const int32_t *ids, *to; float *y; } tern_row_dot_args;
+/* y[to[i]] = the canonical sum of a[ids[i]] * b[i] over a row, a [rows, cols], b [n, cols], y [count]. Where an id or a place
+   is out of range nothing is written. */
+typedef struct tern_row_dot_args { int64_t rows, cols, n, count; const float *a, *b; const int32_t *ids, *to; float *y; } tern_row_dot_args;
 
 /* The edges that end at each of `rows` nodes (or begin there), as tern_graph_build leaves them: those of row v are entry
    [start[v], start[v + 1]), the other node in the low 31 bits, the top bit set where the edge counts -1. */
@@ -1525,7 +1527,7 @@ struct tern_pool {
     void *arg;
 };
 
-static int32_t tern__load(int32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static int32_t tern__acquire(int32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 
 static void tern__pause(void)
 {
@@ -1545,10 +1547,10 @@ TERN__THREAD_MAIN(tern__pool_thread, arg)
     tern_pool *p = (tern_pool *)arg;
     int32_t seen = 0, spin;
     for (;;) {
-        for (spin = 0; spin < 4000 && tern__load(&p->job) == seen; spin++) tern__pause();
+        for (spin = 0; spin < 4000 && tern__acquire(&p->job) == seen; spin++) tern__pause();
         tern__lock(&p->mutex);
-        while (tern__load(&p->job) == seen && !p->stop) tern__wait(&p->wake, &p->mutex);
-        seen = tern__load(&p->job);
+        while (tern__acquire(&p->job) == seen && !p->stop) tern__wait(&p->wake, &p->mutex);
+        seen = tern__acquire(&p->job);
         if (p->stop) { tern__unlock(&p->mutex); return TERN__THREAD_END; }
         tern__unlock(&p->mutex);
         tern__pool_work(p);
@@ -1574,10 +1576,10 @@ static void tern__pool_run(void *user, tern_task task, void *arg, int32_t count)
     tern__wake_all(&p->wake);
     tern__unlock(&p->mutex);
     tern__pool_work(p);
-    for (spin = 0; spin < 4000 && tern__load(&p->pending) != 0; spin++) tern__pause();
-    if (tern__load(&p->pending) == 0) return;
+    for (spin = 0; spin < 4000 && tern__acquire(&p->pending) != 0; spin++) tern__pause();
+    if (tern__acquire(&p->pending) == 0) return;
     tern__lock(&p->mutex);
-    while (tern__load(&p->pending) != 0) tern__wait(&p->done, &p->mutex);
+    while (tern__acquire(&p->pending) != 0) tern__wait(&p->done, &p->mutex);
     tern__unlock(&p->mutex);
 }
 
@@ -2101,6 +2103,26 @@ TERN__ANYWHERE float tern__log(float x)
 TERN__ANYWHERE float tern__sigmoid(float x) { return 1.0f / (1.0f + tern__exp(0.0f - x)); }
 TERN__ANYWHERE float tern__tanh(float x) { return 1.0f - 2.0f / (tern__exp(2.0f * x) + 1.0f); }
 
+/* max(x, 0) by a mask: a branch on random signs is slow. NaN stays NaN, whatever the sign a machine gives it. */
+TERN__ANYWHERE float tern__relu(float x) { return tern__float(tern__bits(x) & (0u - (uint32_t)!(x <= 0.0f))); }
+TERN__ANYWHERE float tern__where_positive(float x, float y) { return x > 0.0f ? y : 0.0f; }
+
+/* gelu(x) = x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3) (Hendrycks and Gimpel 2016). */
+TERN__ANYWHERE float tern__gelu_tanh(float x) { return tern__tanh(0.79788456f * (x + 0.044715f * (x * x * x))); }
+
+/* Each function of x = a and z = b, beside what da and (of two operands) db get for dy: one list for every backend and tier.
+   S: the suffix of a tier's functions of vectors, nothing for floats. */
+#define TERN__MAPS(X, S)                                                                                               \
+    X(S, ADD,   x + alpha * z,           dy,                            alpha * dy)                                    \
+    X(S, MUL,   x * z,                   dy * z,                        dy * x)                                        \
+    X(S, SCALE, alpha * x,               alpha * dy,                    dy)                                            \
+    X(S, RELU,  tern__relu##S(x),        tern__where_positive##S(x, dy), dy)                                           \
+    X(S, RELU2, tern__relu##S(x) * tern__relu##S(x), 2.0f * tern__relu##S(x) * dy, dy)                                 \
+    X(S, SILU,  x * tern__sigmoid##S(x), dy * (tern__sigmoid##S(x) * (1.0f + x * (1.0f - tern__sigmoid##S(x)))), dy)   \
+    X(S, GELU,  0.5f * x * (1.0f + tern__gelu_tanh##S(x)),                                                             \
+             dy * (0.5f * (1.0f + tern__gelu_tanh##S(x)) + 0.5f * x * (1.0f - tern__gelu_tanh##S(x) * tern__gelu_tanh##S(x)) * \
+                   (0.79788456f * (1.0f + 0.134145f * (x * x)))), dy)
+
 /* Sine and cosine by quarter turns; the reduction is good to float accuracy for |x| < 8192. */
 TERN__ANYWHERE void tern__sincos(float x, float *sine, float *cosine)
 {
@@ -2291,6 +2313,7 @@ typedef struct tern__kernels {
     void (*round_up)(const tern__random *r, uint64_t block, int64_t n, const float *x, const float *gain, float row, float inverse, int8_t *q);
     void (*push)(const tern__push *p, uint64_t block, int64_t skip, int64_t n, float *grad, int8_t *accum, int8_t *trit, int32_t *events); /* see tern__push */
     void (*aggregate)(const tern__neighbours *a); /* see tern__neighbours */
+    void (*map)(const tern_map_args *a, int64_t begin, int64_t end); /* of these elements */
     int32_t tokens; /* that a dot call should get: many share what is decoded once, few keep their activations in L1 */
     int32_t rows;   /* of a float tile */
     const tern__pairs *pairs; /* or NULL */
@@ -3650,6 +3673,33 @@ static void tern__aggregate_scalar(const tern__neighbours *a)
 #define tern__aggregate_avx512 NULL
 #endif
 
+/* Elements [begin, end) of a map, W at a time: the kernel of every tier. What is NULL is not used. */
+#define TERN__MAP_CASE(S, FN, Y, DA, DB)                                                                 \
+    case TERN_MAP_##FN:                                                                                  \
+        for (i = begin; i < end; i += width) {                                                           \
+            const vector x = tern__load##S(xs + i, end - i), z = tern__load##S(zs + i, end - i);         \
+            (void)x; (void)z;                                                                            \
+            if (a->dy) {                                                                                 \
+                const vector dy = tern__load##S(a->dy + i, end - i), dx = DA, dz = DB;                   \
+                if (a->da) tern__store##S(a->da + i, dx, end - i);                                       \
+                if (db) tern__store##S(db + i, dz, end - i);                                             \
+            } else tern__store##S(a->y + i, Y, end - i);                                                 \
+        }                                                                                                \
+        break;
+#define TERN__MAP_KERNEL(NAME, S, TARGET, W, V)                                                          \
+static TARGET void NAME(const tern_map_args *a, int64_t begin, int64_t end)                               \
+{                                                                                                        \
+    typedef V vector;                                                                                    \
+    const float *xs = a->a ? a->a : a->dy, *zs = a->b ? a->b : xs, alpha = a->alpha;                     \
+    float *db = a->fn == TERN_MAP_ADD || a->fn == TERN_MAP_MUL ? a->db : NULL;                           \
+    const int64_t width = W;                                                                             \
+    int64_t i;                                                                                           \
+    switch (a->fn) { TERN__MAPS(TERN__MAP_CASE, S) }                                                     \
+}
+static float tern__load(const float *p, int64_t n) { (void)n; return *p; }
+static void tern__store(float *p, float v, int64_t n) { (void)n; *p = v; }
+TERN__MAP_KERNEL(tern__map_scalar, , , 1, float)
+
 /* A tier's table: kernels of suffix X, but for what some tiers have of their own. */
 #define TERN__KERNELS(X, FUSED, DOT_2BIT, DOT_BASE3, DOT_I8, DOT_BITS, TOKENS, TILE_ROWS, PAIRS)         \
     tern__negate_##X, tern__hadamard_##X, tern__dot_2bit_##DOT_2BIT, tern__dot_base3_##DOT_BASE3,          \
@@ -3658,7 +3708,7 @@ static void tern__aggregate_scalar(const tern__neighbours *a)
     tern__sum_##X, tern__sum_above_##X, tern__absmax_##X, tern__round_##X,                               \
     tern__dot_i8_##DOT_I8, tern__floats_##X, tern__dot_bits_##DOT_BITS,                                  \
     tern__widen_##X, tern__ternarize_##X, tern__optimize_##X,                                \
-    tern__round_up_##X, tern__push_##X, tern__aggregate_##X, TOKENS, TILE_ROWS, PAIRS
+    tern__round_up_##X, tern__push_##X, tern__aggregate_##X, tern__map_##X, TOKENS, TILE_ROWS, PAIRS
 
 static const tern__kernels tern__kernels_scalar = {TERN__KERNELS(scalar, tern__tile_scalar, scalar, scalar, scalar, scalar, 64, TERN__ROWS_SCALAR, NULL)};
 
@@ -4281,6 +4331,31 @@ static void tern__edge_factors(const tern__neighbours *a, float *factor)
     }
 }
 #endif
+
+/* The functions of TERN__MAPS on vectors, operation by operation those of floats. */
+#define TERN__X86_MAP(X, TARGET, W, V, I, MM)                                                            \
+static inline __attribute__((always_inline)) TARGET V tern__relu_##X(V x) { return (V)((I)x & ~(I)(x <= MM##setzero_ps())); } \
+static inline __attribute__((always_inline)) TARGET V tern__where_positive_##X(V x, V y) { return (V)((I)y & (I)(x > MM##setzero_ps())); } \
+static inline __attribute__((always_inline)) TARGET V tern__exp_##X(V x)                                 \
+{                                                                                                        \
+    const I below = (I)(x < MM##set1_ps(88.7f)), in = below & ~(I)(x < MM##set1_ps(-87.0f)), nan = (I)(x != x); \
+    const V v = (V)((I)x & in), n = (v * 1.44269504f + 12582912.0f) - 12582912.0f;                       \
+    const I top = (I)(n == MM##set1_ps(128.0f)), half = MM##slli_epi32(MM##add_epi32(MM##add_epi32(MM##cvtps_epi32(n), top), MM##set1_epi32(127)), 23); \
+    V r = v - n * 0.693359375f, p;                                                                       \
+    r = r - n * -2.12194440e-4f;                                                                         \
+    p = 1.9841270e-4f * r + 1.3888889e-3f;                                                               \
+    p = p * r + 8.3333333e-3f;                                                                           \
+    p = p * r + 4.1666667e-2f;                                                                           \
+    p = p * r + 0.16666667f;                                                                             \
+    p = p * r + 0.5f;                                                                                    \
+    p = p * r * r + r + 1.0f;                                                                            \
+    p = p * (V)MM##add_epi32((I)MM##set1_ps(1.0f), top & MM##set1_epi32(1 << 23)) * (V)half; /* at 128 twice its half */ \
+    return (V)(((I)p & in) | ((I)x & nan) | (MM##set1_epi32(0x7F800000) & ~below & ~nan));               \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET V tern__sigmoid_##X(V x) { return 1.0f / (1.0f + tern__exp_##X(0.0f - x)); } \
+static inline __attribute__((always_inline)) TARGET V tern__tanh_##X(V x) { return 1.0f - 2.0f / (tern__exp_##X(2.0f * x) + 1.0f); } \
+static inline __attribute__((always_inline)) TARGET V tern__gelu_tanh_##X(V x) { return tern__tanh_##X(0.79788456f * (x + 0.044715f * (x * x * x))); } \
+TERN__MAP_KERNEL(tern__map_##X, _##X, TARGET, W, V)
 
 /* Sums over edges: up to 8 vectors of columns stay in registers for all edges; rows of edges to come are asked for. */
 #define TERN__X86_AGGREGATE(X, TARGET, W, V, MM)                                                         \
@@ -5032,6 +5107,7 @@ TERN__X86_FLIPS(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 #endif
 TERN__SSE41_INLINE __m128 tern__swap_sse41(__m128 v, int h) { return h == 1 ? _mm_shuffle_ps(v, v, 0xB1) : _mm_shuffle_ps(v, v, 0x4E); }
 TERN__X86_HADAMARD(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
+TERN__X86_MAP(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 #ifndef TERNARY_NO_GRAPH
 TERN__X86_AGGREGATE(sse41, TERN__SSE41, 4, __m128, _mm_)
 #endif
@@ -5114,6 +5190,7 @@ TERN__AVX2_INLINE __m256 tern__swap_avx2(__m256 v, int h)
     return h == 1 ? _mm256_permute_ps(v, 0xB1) : h == 2 ? _mm256_permute_ps(v, 0x4E) : _mm256_permute2f128_ps(v, v, 1);
 }
 TERN__X86_HADAMARD(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
+TERN__X86_MAP(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
 #ifndef TERNARY_NO_GRAPH
 TERN__X86_AGGREGATE(avx2, TERN__AVX2, 8, __m256, _mm256_)
 #endif
@@ -5220,6 +5297,7 @@ TERN__AVX512_INLINE __m512 tern__swap_avx512(__m512 v, int h)
          : h == 4 ? _mm512_shuffle_f32x4(v, v, 0xB1) : _mm512_shuffle_f32x4(v, v, 0x4E);
 }
 TERN__X86_HADAMARD(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
+TERN__X86_MAP(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
 #ifndef TERNARY_NO_GRAPH
 TERN__X86_AGGREGATE(avx512, TERN__AVX512, 16, __m512, _mm512_)
 #endif
@@ -6739,14 +6817,17 @@ static tern_result tern__cpu_gather(tern_run *run, const tern_gather_args *a)
 static void tern__scatter_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_scatter_args *a = (const tern_scatter_args *)job->arg;
-    int64_t i, j;
+    tern_map_args m;
+    int64_t i;
     (void)bad;
+    memset(&m, 0, sizeof m);
+    m.fn = TERN_MAP_ADD;
     for (i = 0; i < a->n; i++) {
-        float *dw;
         if (a->ids[i] < 0 || a->ids[i] >= a->rows) continue;
-        dw = a->dw + a->ids[i] * a->cols;
-        if (a->weight) for (j = begin; j < end; j++) dw[j] = dw[j] + a->weight[i] * a->dy[i * a->cols + j];
-        else for (j = begin; j < end; j++) dw[j] = dw[j] + a->dy[i * a->cols + j];
+        m.alpha = a->weight ? a->weight[i] : 1.0f;
+        m.a = m.y = a->dw + a->ids[i] * a->cols;
+        m.b = a->dy + i * a->cols;
+        job->k->map(&m, begin, end);
     }
 }
 
@@ -6856,7 +6937,8 @@ static void tern__route_body(tern__job *job, int64_t begin, int64_t end, int64_t
         const float *x = a->logits + t * a->count;
         float *weights = a->weights + t * a->k, *dx = a->dweights ? a->dlogits + t * a->count : NULL;
         int32_t *ids = a->ids + t * a->k;
-        const int32_t usable = tern__finite(tern__float(job->k->absmax(a->count, x, NULL)));
+        int32_t usable = tern__finite(tern__float(job->k->absmax(a->count, x, NULL)));
+        for (i = 0; dx && i < a->k; i++) usable &= ids[i] >= 0 && ids[i] < a->count;
         if (dx) memset(dx, 0, sizeof(float) * (size_t)a->count);
         if (!usable) *bad = tern__min(*bad, t);
         if (!usable && !dx) for (i = 0; i < a->k; i++) { ids[i] = -1; weights[i] = 0.0f; }
@@ -6907,7 +6989,7 @@ static void tern__row_dot_body(tern__job *job, int64_t begin, int64_t end, int64
     int64_t i;
     (void)bad;
     for (i = begin; i < end; i++)
-        if (a->ids[i] >= 0 && a->ids[i] < a->rows) a->y[a->to[i]] = tern__sum_pairs(job->k, 0, a->cols, a->a + a->ids[i] * a->cols, a->b + i * a->cols);
+        if (a->ids[i] >= 0 && a->ids[i] < a->rows && a->to[i] >= 0 && a->to[i] < a->count) a->y[a->to[i]] = tern__sum_pairs(job->k, 0, a->cols, a->a + a->ids[i] * a->cols, a->b + i * a->cols);
 }
 
 static tern_result tern__cpu_row_dot(tern_run *run, const tern_row_dot_args *a)
@@ -7114,8 +7196,8 @@ static void tern__fill_body(tern__job *job, int64_t begin, int64_t end, int64_t 
     const tern_fill_args *a = (const tern_fill_args *)job->arg;
     int64_t i;
     (void)bad;
-    for (i = begin; i < end; i++)
-        a->x[i] = a->deviation == 0.0f ? 0.0f : a->deviation * tern__normal(a->seed, (uint64_t)i, a->stream);
+    if (a->deviation == 0.0f) memset(a->x + begin, 0, sizeof(float) * (size_t)(end - begin));
+    else for (i = begin; i < end; i++) a->x[i] = a->deviation * tern__normal(a->seed, (uint64_t)i, a->stream);
 }
 
 static tern_result tern__cpu_fill(tern_run *run, const tern_fill_args *a)
@@ -7148,52 +7230,15 @@ static tern_result tern__cpu_cast(tern_run *run, const tern_cast_args *a)
     return TERN_OK;
 }
 
-/* max(x, 0) by a mask: a branch on random signs is slow. NaN stays NaN, whatever the sign a machine gives it. */
-TERN__ANYWHERE float tern__relu(float x) { return tern__float(tern__bits(x) & (0u - (uint32_t)!(x <= 0.0f))); }
-
-/* gelu(x) = x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3) (Hendrycks and Gimpel 2016). */
-TERN__ANYWHERE float tern__gelu_tanh(float x) { return tern__tanh(0.79788456f * (x + 0.044715f * (x * x * x))); }
-
-/* Each function of x = a and z = b, beside what da and db get for dy: one list for every backend. */
-#define TERN__MAPS(X)                                                                                                  \
-    X(ADD,   x + alpha * z,        dy,                        alpha * dy)                                              \
-    X(MUL,   x * z,                dy * z,                    dy * x)                                                  \
-    X(SCALE, alpha * x,            alpha * dy,                0.0f)                                                    \
-    X(RELU,  tern__relu(x),        x > 0.0f ? dy : 0.0f,      0.0f)                                                    \
-    X(RELU2, tern__relu(x) * tern__relu(x), 2.0f * tern__relu(x) * dy, 0.0f)                                           \
-    X(SILU,  x * tern__sigmoid(x), dy * (tern__sigmoid(x) * (1.0f + x * (1.0f - tern__sigmoid(x)))), 0.0f)             \
-    X(GELU,  0.5f * x * (1.0f + tern__gelu_tanh(x)),                                                                   \
-             dy * (0.5f * (1.0f + tern__gelu_tanh(x)) + 0.5f * x * (1.0f - tern__gelu_tanh(x) * tern__gelu_tanh(x)) *  \
-                   (0.79788456f * (1.0f + 0.134145f * (x * x)))), 0.0f)
-
 static void tern__map_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
-    const tern_map_args *a = (const tern_map_args *)job->arg;
-    const float *xs = a->a ? a->a : a->dy, *zs = a->b ? a->b : xs, alpha = a->alpha; /* what is NULL is not used */
-    float *db = a->fn == TERN_MAP_ADD || a->fn == TERN_MAP_MUL ? a->db : NULL;
-    int64_t i;
     (void)bad;
-    switch (a->fn) {
-#define TERN__MAP(FN, Y, DA, DB)                             \
-    case TERN_MAP_##FN:                                      \
-        for (i = begin; i < end; i++) {                      \
-            const float x = xs[i], z = zs[i];                \
-            (void)x; (void)z;                                \
-            if (a->dy) {                                     \
-                const float dy = a->dy[i], dz = DB;          \
-                if (a->da) a->da[i] = DA;                    \
-                if (db) db[i] = dz;                          \
-            } else a->y[i] = Y;                              \
-        }                                                    \
-        break;
-    TERN__MAPS(TERN__MAP)
-#undef TERN__MAP
-    }
+    job->k->map((const tern_map_args *)job->arg, begin, end);
 }
 
 static tern_result tern__cpu_map(tern_run *run, const tern_map_args *a)
 {
-    tern__for(run, tern__map_body, a, a->count, a->fn >= TERN_MAP_SILU ? 100 : 8);
+    tern__for(run, tern__map_body, a, a->count, a->fn >= TERN_MAP_SILU ? 20 : 5);
     return TERN_OK;
 }
 
@@ -8480,6 +8525,7 @@ static tern_result tern__check_row_dot(tern_run *r, const tern_row_dot_args *a)
     TERN__TRY(tern__check_count(r, "row_dot", "cols", a->cols, 1));
     TERN__TRY(tern__check_count(r, "row_dot", "rows", a->rows, a->cols));
     TERN__TRY(tern__check_count(r, "row_dot", "n", a->n, a->cols));
+    TERN__TRY(tern__check_count(r, "row_dot", "count", a->count, 1));
     TERN__NEED("row_dot", a);
     TERN__NEED("row_dot", b);
     TERN__NEED("row_dot", ids);
@@ -10724,6 +10770,21 @@ static tern_result tern__check_alike(tern_context *c, const tern_param *p, const
     return TERN_OK;
 }
 
+/* Whether all that is checked of `like` holds of p too: a mixture has hundreds of parameters, which are checked in every call. */
+static int32_t tern__is_twin(const tern_param *p, const tern_param *like)
+{
+    int32_t i, same;
+    if (!p || !like) return p == like;
+    same = memchr(p->name, 0, sizeof p->name) && p->rows == like->rows && p->cols == like->cols && p->rule == like->rule && p->grain == like->grain &&
+           !p->alpha && !like->alpha && !p->dead && !like->dead && p->rho == like->rho && p->noise == like->noise && p->zone == like->zone &&
+           p->rotate == like->rotate && p->sync == like->sync && p->theta == like->theta;
+    for (i = 0; same && i < TERN_BUFFERS; i++) {
+        const tern_buffer *a = &p->buffer[i], *b = &like->buffer[i];
+        same = a->type == b->type && a->count == b->count && !a->data == !b->data && (((uintptr_t)a->data ^ (uintptr_t)b->data) & 63) == 0;
+    }
+    return same;
+}
+
 /* A parameter that reads the shared activations of x. */
 static tern_result tern__check_reader(tern_context *c, const tern_moe *m, tern_param *w, int64_t n)
 {
@@ -10743,6 +10804,7 @@ static tern_result tern__check_expert(tern_context *c, const tern_moe *m, const 
     const tern_expert *like = m->experts;
     const int32_t always = e == m->always;
     tern_linear down;
+    if (!always && index && tern__is_twin(e->up, like->up) && tern__is_twin(e->gate, like->gate) && tern__is_twin(e->down, like->down)) return TERN_OK;
     TERN__TRY(tern__check_alike(c, e->up, like->up, "up", index, always));
     TERN__REQUIRE(&c->run, !e->gate == !like->gate || always, TERN_E_MISSING, "moe: expert %d and the first differ in having a gate", index);
     if (e->gate) TERN__TRY(tern__check_alike(c, e->gate, e == like || !like->gate ? e->up : like->gate, "gate", index, always));
@@ -10760,6 +10822,7 @@ static tern_result tern__check_expert(tern_context *c, const tern_moe *m, const 
 static tern_result tern__check_low(tern_context *c, const tern_moe *m, int64_t index, int64_t n)
 {
     tern_linear b;
+    if (index && tern__is_twin(m->low_a[index], m->low_a[0]) && tern__is_twin(m->low_b[index], m->low_b[0])) return TERN_OK;
     TERN__TRY(tern__check_alike(c, m->low_a[index], m->low_a[0], "low_a", index, 0));
     TERN__TRY(tern__check_alike(c, m->low_b[index], m->low_b[0], "low_b", index, 0));
     TERN__REQUIRE(&c->run, m->low_b[index]->rows == m->experts->up->rows && m->low_b[index]->cols == m->low_a[index]->rows, TERN_E_SHAPE,
@@ -10899,6 +10962,7 @@ static void tern__moe_memory(const tern_moe *m, int64_t n, int32_t dense, int32_
         w->hidden = tern__piece_of_floats(&p, n, width);
     }
     if (backward) {
+        w->loads = tern__piece_of_ids(&p, m->count); /* counted again: `saved` is read alone */
         w->dweights = tern__piece_of_floats(&p, n, m->top_k);
         w->dlogits = tern__piece_of_floats(&p, n, m->count);
         w->dx = tern__piece_of_floats(&p, n, cols);
@@ -11231,12 +11295,13 @@ static tern_result tern__moe_hidden_back(tern_context *c, const tern_moe *m, con
 }
 
 /* dweights[slot] = <d[token], out of its row>, both of so many columns. */
-static tern_result tern__moe_weights_back(tern_context *c, int64_t n, int64_t cols, const float *d, const float *out, const tern__moe_turn *t, const tern__moe_work *w)
+static tern_result tern__moe_weights_back(tern_context *c, const tern_moe *m, int64_t n, int64_t cols, const float *d, const float *out, const tern__moe_turn *t, const tern__moe_work *w)
 {
     tern_row_dot_args a;
     a.rows = n;
     a.cols = cols;
     a.n = t->n;
+    a.count = n * m->top_k;
     a.a = d;
     a.b = out;
     a.ids = w->tokens + t->at;
@@ -11256,7 +11321,7 @@ static tern_result tern__moe_experts_back(tern_context *c, const tern_moe *m, in
         TERN__TRY(tern__moe_gather(c, m, n, all, t->n, tokens, w, &rows));
         TERN__TRY(tern__moe_hidden(c, m, e, t->n, &rows, w, w->h));
         TERN__TRY(tern_linear_forward(c, &down, t->n, w->h, w->out, w->again));
-        TERN__TRY(tern__moe_weights_back(c, n, cols, dy, w->out, t, w));
+        TERN__TRY(tern__moe_weights_back(c, m, n, cols, dy, w->out, t, w));
         TERN__TRY(tern__gather_rows_of(c, n, cols, dy, t->n, tokens, w->sorted + t->at, w->dout));
         TERN__TRY(tern_linear_backward(c, &down, t->n, w->h, w->again, w->dout, w->dh));
         TERN__TRY(tern__moe_hidden_back(c, m, e, n, t->n, &rows, tokens, w->dh, w));
@@ -11276,7 +11341,7 @@ static tern_result tern__moe_lows_back(tern_context *c, const tern_moe *m, int64
         TERN__TRY(tern__gather_rows_of(c, n, width, w->hidden, t->n, tokens, NULL, w->h));
         TERN__TRY(tern__moe_low(c, m, t->expert, t->n, &rows, NULL, w, w->again));
         TERN__TRY(tern__apply(c, TERN_MAP_MUL, t->n * width, w->h, w->up, w->fn));
-        TERN__TRY(tern__moe_weights_back(c, n, width, w->dsum, w->fn, t, w));
+        TERN__TRY(tern__moe_weights_back(c, m, n, width, w->dsum, w->fn, t, w));
         TERN__TRY(tern__gather_rows_of(c, n, width, w->dsum, t->n, tokens, w->sorted + t->at, w->dout));
         TERN__TRY(tern__apply_back(c, TERN_MAP_MUL, t->n * width, w->h, w->up, w->dout, w->dh, w->dup));
         TERN__TRY(tern__scatter_rows_of(c, n, width, w->dh, t->n, tokens, NULL, w->dhidden));

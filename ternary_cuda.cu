@@ -2312,7 +2312,7 @@ static tern_result tern__gpu_cast(tern_run *r, tern__gpu *d, const tern_cast_arg
 static __device__ __forceinline__ void tern__map4(tern_map_fn fn, float alpha, const float xs[4], const float zs[4], float y[4])
 {
     switch (fn) {
-#define TERN__MAP(FN, Y, DA, DB)                                           \
+#define TERN__MAP(S, FN, Y, DA, DB)                                        \
     case TERN_MAP_##FN:                                                    \
         for (int k = 0; k < 4; k++) {                                      \
             const float x = xs[k], z = zs[k];                              \
@@ -2320,7 +2320,7 @@ static __device__ __forceinline__ void tern__map4(tern_map_fn fn, float alpha, c
             y[k] = Y;                                                      \
         }                                                                  \
         break;
-    TERN__MAPS(TERN__MAP)
+    TERN__MAPS(TERN__MAP, )
 #undef TERN__MAP
     }
 }
@@ -2328,7 +2328,7 @@ static __device__ __forceinline__ void tern__map4_back(tern_map_fn fn, float alp
                                                        float da[4], float db[4])
 {
     switch (fn) {
-#define TERN__MAP(FN, Y, DA, DB)                                           \
+#define TERN__MAP(S, FN, Y, DA, DB)                                        \
     case TERN_MAP_##FN:                                                    \
         for (int k = 0; k < 4; k++) {                                      \
             const float x = xs[k], z = zs[k], dy = dys[k];                 \
@@ -2337,7 +2337,7 @@ static __device__ __forceinline__ void tern__map4_back(tern_map_fn fn, float alp
             db[k] = DB;                                                    \
         }                                                                  \
         break;
-    TERN__MAPS(TERN__MAP)
+    TERN__MAPS(TERN__MAP, )
 #undef TERN__MAP
     }
 }

@@ -1735,6 +1735,265 @@ static void bench_training(int64_t width, int64_t n)
     tern_free(plain, t);
 }
 
+/* -- mixtures of experts -- */
+
+/* Layers of the same shape, one after the other in the stream with all their experts and routers, as those of a model
+   are met. Their trits are one expert's: how fast they are does not depend on it. */
+typedef struct mixture {
+    tern_context *c;
+    tern_moe m;
+    tern_param router, up, down;      /* of which all others are copies */
+    tern_param *w;                    /* [layers][count][3], with ... */
+    tern_expert *experts;             /* [layers][count] */
+    tern_param *routers;              /* [layers] */
+    float *x, *y, *h, *logits, *weights; /* h: gate, up and their product */
+    int32_t *ids;
+    int64_t n, tokens, cols, width;   /* of a call; to choose from */
+    size_t expert_bytes, router_bytes;
+    int layers, layer, token, expert;
+} mixture;
+
+static size_t param_bytes(const tern_param *p)
+{
+    size_t trits = 0, scales = 0;
+    const tern_matrix m = tern_param_matrix(p);
+    if (p->rule == TERN_DENSE) return (size_t)(p->rows * p->cols) * 4;
+    must(plain, tern_matrix_bytes(plain, &m, &trits, &scales));
+    return whole_lines(trits) + whole_lines(scales);
+}
+
+/* p with its values copied to `at`, where the next is to lie. */
+static uint8_t *param_copy(const tern_param *from, uint8_t *at, tern_param *to)
+{
+    static const int kinds[] = {TERN_TRITS, TERN_SCALES, TERN_SHADOW};
+    int i;
+    *to = *from;
+    for (i = from->rule == TERN_DENSE ? 2 : 0; i < (from->rule == TERN_DENSE ? 3 : 2); i++) {
+        tern_buffer *b = &to->buffer[kinds[i]];
+        const size_t bytes = b->count * (b->type == TERN_F32 ? 4 : 1);
+        memcpy(at, b->data, bytes);
+        b->data = at;
+        at += whole_lines(bytes);
+    }
+    return at;
+}
+
+static void mixture_param(tern_param *p, int64_t rows, int64_t cols, tern_rule rule)
+{
+    float *w = random_floats(rows * cols);
+    memset(p, 0, sizeof *p);
+    snprintf(p->name, sizeof p->name, "w");
+    p->rows = rows;
+    p->cols = cols;
+    p->rule = rule;
+    p->grain = rule == TERN_DENSE ? 0 : TERN_PER_ROW;
+    must(plain, tern_param_alloc(plain, p, TERN_FOR_INFERENCE));
+    must(plain, tern_param_set(plain, p, TERN_F32, w));
+    tern_free(plain, w);
+}
+
+static mixture mixture_open(int32_t count, int32_t top_k, int64_t cols, int64_t width, tern_rule router, int64_t n)
+{
+    mixture t;
+    uint8_t *at = stream.base;
+    int i, j;
+    memset(&t, 0, sizeof t);
+    t.cols = cols;
+    t.width = width;
+    t.n = n;
+    t.tokens = n + 255;
+    mixture_param(&t.router, count, cols, router);
+    mixture_param(&t.up, width, cols, TERN_ABSMEAN);
+    mixture_param(&t.down, cols, width, TERN_ABSMEAN);
+    t.router_bytes = param_bytes(&t.router);
+    t.expert_bytes = 2 * param_bytes(&t.up) + param_bytes(&t.down);
+    t.layers = (int)(stream.bytes / ((size_t)count * t.expert_bytes + t.router_bytes));
+    t.w = (tern_param *)memory((size_t)(3 * count * t.layers) * sizeof *t.w);
+    t.experts = (tern_expert *)memory((size_t)(count * t.layers) * sizeof *t.experts);
+    t.routers = (tern_param *)memory((size_t)t.layers * sizeof *t.routers);
+    for (i = 0; i < t.layers; i++) {
+        for (j = i * count; j < (i + 1) * count; j++) {
+            tern_param *p = t.w + 3 * j;
+            at = param_copy(&t.up, at, p);
+            at = param_copy(&t.up, at, p + 1);
+            at = param_copy(&t.down, at, p + 2);
+            t.experts[j].gate = p;
+            t.experts[j].up = p + 1;
+            t.experts[j].down = p + 2;
+        }
+        at = param_copy(&t.router, at, t.routers + i);
+    }
+    stream.block = 64;
+    t.x = random_floats(t.tokens * cols);
+    t.y = (float *)memory((size_t)(n * cols) * 4);
+    t.h = (float *)memory((size_t)(3 * (n * width + cols)) * 4);
+    t.logits = (float *)memory((size_t)(n * count) * 4);
+    t.weights = (float *)memory((size_t)(n * top_k) * 4);
+    t.ids = (int32_t *)memory((size_t)(n * top_k) * 4);
+    t.m.count = count;
+    t.m.top_k = top_k;
+    t.m.norm = t.m.router.norm = TERN_NORM_RMS;
+    return t;
+}
+
+static void mixture_close(mixture *t)
+{
+    void *const all[] = {t->w, t->experts, t->routers, t->x, t->y, t->h, t->logits, t->weights, t->ids};
+    size_t i;
+    for (i = 0; i < sizeof all / sizeof *all; i++) tern_free(plain, all[i]);
+    tern_param_free(plain, &t->router, TERN_FOR_INFERENCE);
+    tern_param_free(plain, &t->up, TERN_FOR_INFERENCE);
+    tern_param_free(plain, &t->down, TERN_FOR_INFERENCE);
+}
+
+/* The next layer, and the tokens it gets. */
+static const float *mixture_next(mixture *t)
+{
+    t->layer = (t->layer + 1) % t->layers;
+    t->token = (t->token + 1) % 256;
+    t->m.experts = t->experts + t->layer * t->m.count;
+    t->m.router.w = t->routers + t->layer;
+    return t->x + t->token * t->cols;
+}
+
+static void mixture_use(mixture *t, const setup *s, tern_dispatch dispatch)
+{
+    tern_need need;
+    t->c = s->c;
+    t->m.dispatch = dispatch;
+    mixture_next(t);
+    must(t->c, tern_moe_need(t->c, &t->m, t->n, &need));
+    must(t->c, tern_reserve(t->c, need.scratch));
+}
+
+static void call_mixture(void *arg)
+{
+    mixture *t = (mixture *)arg;
+    const float *x = mixture_next(t);
+    must(t->c, tern_moe_forward(t->c, &t->m, t->n, x, t->y, NULL));
+}
+
+static void call_layer(mixture *t, tern_param *w, tern_norm_kind norm, int64_t n, const float *x, float *y)
+{
+    tern_linear l = TERN_ZERO;
+    l.w = w;
+    l.norm = norm;
+    must(t->c, tern_linear_forward(t->c, &l, n, x, y, NULL));
+}
+
+static void call_element(mixture *t, tern_map_fn fn, int64_t count, float alpha, const float *a, const float *b, float *y)
+{
+    tern_map_args m = TERN_ZERO;
+    m.fn = fn;
+    m.count = count;
+    m.alpha = alpha;
+    m.a = a;
+    m.b = b;
+    m.y = y;
+    must(t->c, tern_map(t->c, &m));
+}
+
+/* The same layer by layer: each token through each of its experts. */
+static void call_unfused(void *arg)
+{
+    mixture *t = (mixture *)arg;
+    const float *x = mixture_next(t);
+    float *gate = t->h, *up = t->h + t->width, *out = up + t->width;
+    tern_route_args route = TERN_ZERO;
+    int64_t i, k;
+    route.n = t->n;
+    route.count = t->m.count;
+    route.k = t->m.top_k;
+    route.logits = t->logits;
+    route.ids = t->ids;
+    route.weights = t->weights;
+    must(t->c, tern_linear_forward(t->c, &t->m.router, t->n, x, t->logits, NULL));
+    must(t->c, tern_route(t->c, &route));
+    memset(t->y, 0, (size_t)(t->n * t->cols) * 4);
+    for (i = 0; i < t->n; i++)
+        for (k = 0; k < t->m.top_k; k++) {
+            const tern_expert *e = t->m.experts + t->ids[i * t->m.top_k + k];
+            call_layer(t, e->gate, TERN_NORM_RMS, 1, x + i * t->cols, gate);
+            call_layer(t, e->up, TERN_NORM_RMS, 1, x + i * t->cols, up);
+            call_element(t, TERN_MAP_SILU, t->width, 0, gate, NULL, gate);
+            call_element(t, TERN_MAP_MUL, t->width, 0, gate, up, gate);
+            call_layer(t, e->down, TERN_NORM_NONE, 1, gate, out);
+            call_element(t, TERN_MAP_ADD, t->cols, t->weights[i * t->m.top_k + k], t->y + i * t->cols, out, t->y + i * t->cols);
+        }
+}
+
+/* The three products of one expert after the other, as many tokens to each as it has in the mean. */
+static void call_expert(void *arg)
+{
+    mixture *t = (mixture *)arg;
+    const int64_t mean = (t->n * t->m.top_k + t->m.count - 1) / t->m.count;
+    const tern_expert *e = t->experts + t->expert;
+    t->expert = (t->expert + 1) % (t->m.count * t->layers);
+    call_layer(t, e->gate, TERN_NORM_NONE, mean, t->x, t->h);
+    call_layer(t, e->up, TERN_NORM_NONE, mean, t->x, t->h + mean * t->width);
+    call_layer(t, e->down, TERN_NORM_NONE, mean, t->h, t->y);
+}
+
+/* One token: the bytes of what it chose and of the router. More: of the products of experts alone, at the mean of their tokens. */
+static void bench_mixture(int32_t count, int32_t top_k, int64_t cols, int64_t width, int64_t n)
+{
+    mixture t = mixture_open(count, top_k, cols, width, TERN_DENSE, n);
+    const double macs = 3.0 * (double)(cols * width);
+    const char *shape = shape_text("%dx%ldx%ld top-%d N=%ld", count, (long)cols, (long)width, top_k, (long)n);
+    char name[48];
+    int i;
+    snprintf(name, sizeof name, "%s", shape);
+    for (i = 0; i < setup_count; i++) {
+        const setup *s = &setups[i];
+        if (s->isa != best->isa && s->isa != TERN_ISA_AVX2) continue;
+        mixture_use(&t, s, TERN_DISPATCH_AUTO);
+        if (n == 1) {
+            const double bytes = (double)(t.router_bytes + (size_t)top_k * t.expert_bytes);
+            measure(BYTES, "moe", name, s, DRAM, bytes, call_mixture, &t);
+            measure(BYTES, "moe unfused", name, s, DRAM, bytes, call_unfused, &t);
+        } else {
+            const int64_t mean = (n * top_k + count - 1) / count;
+            fastest_peer.rate = measure(MACS, "experts, mean tokens", name, s, INT8, macs * (double)mean, call_expert, &t);
+            fastest_peer.name = "experts";
+            measure(MACS, "moe", name, s, fastest_peer.rate > 0 ? PEER : NONE, macs * (double)(n * top_k), call_mixture, &t);
+            measure(MACS, "moe unfused", name, s, fastest_peer.rate > 0 ? PEER : NONE, macs * (double)(n * top_k), call_unfused, &t);
+        }
+    }
+    mixture_close(&t);
+}
+
+/* The same selected of ever more experts, with a ternary router, which reads little of its own. */
+static void bench_totals(int64_t cols, int64_t width, int64_t n)
+{
+    static const int32_t counts[] = {8, 32, 128, 512};
+    int i;
+    for (i = 0; i < 4; i++) {
+        mixture t = mixture_open(counts[i], 4, cols, width, TERN_ABSMEAN, n);
+        char name[48];
+        snprintf(name, sizeof name, "%s", shape_text("%dx%ldx%ld top-4 N=%ld", counts[i], (long)cols, (long)width, (long)n));
+        mixture_use(&t, best, TERN_DISPATCH_AUTO);
+        measure(LATENCY, "moe of more experts", name, best, DRAM, n == 1 ? (double)(t.router_bytes + 4 * t.expert_bytes) : 0, call_mixture, &t);
+        mixture_close(&t);
+    }
+}
+
+/* Where dense dispatch would be faster: an AUTO that is measured. */
+static void bench_dispatch(int32_t count, int32_t top_k, int64_t cols, int64_t width)
+{
+    static const int64_t tokens[] = {1, 8, 32, 128, 512};
+    int i;
+    for (i = 0; i < (option.quick ? 2 : 5); i++) {
+        mixture t = mixture_open(count, top_k, cols, width, TERN_DENSE, tokens[i]);
+        char name[48];
+        snprintf(name, sizeof name, "%s", shape_text("%dx%ldx%ld top-%d N=%ld", count, (long)cols, (long)width, top_k, (long)tokens[i]));
+        mixture_use(&t, best, TERN_DISPATCH_DENSE);
+        measure(LATENCY, "moe dense", name, best, NONE, 0, call_mixture, &t);
+        mixture_use(&t, best, TERN_DISPATCH_SPARSE);
+        measure(LATENCY, "moe sparse", name, best, NONE, 0, call_mixture, &t);
+        mixture_close(&t);
+    }
+}
+
 /* -- graphs: sums along the edges of a power-law graph, and whole hops -- */
 
 typedef struct web {
@@ -2092,7 +2351,7 @@ static int usage(void)
 
 int main(int argc, char **argv)
 {
-    static const int64_t sgemm_tokens[] = {1, 8, 128, 512}, fewer_edges[] = {1000000, 2500000, 5000000};
+    static const int64_t sgemm_tokens[] = {1, 8, 128, 512}, mixture_tokens[] = {1, 8, 64, 512}, fewer_edges[] = {1000000, 2500000, 5000000};
     static const int64_t layers[][3] = {{1024, 1024, 512}, {768, 768, 768}, {2560, 2560, 2048}, {4096, 14336, 512}, {128, 512, 768}}; /* rows, cols, tokens */
     const int64_t big[2] = {4096, 1024}, hot_rows[2] = {2560, 1024}, hot_cols[2] = {1600, 640}, batch[2] = {2560, 320};
     const int64_t peer_size[2] = {2560, 256}; /* ggml's blocks are of 256 */
@@ -2149,6 +2408,11 @@ int main(int argc, char **argv)
     bench_adamw(q ? 1 << 16 : 1 << 20);
     title("A training step");
     bench_training(q ? 128 : 512, q ? 256 : 4096);
+    title("Mixture of experts");
+    for (i = 0; i < 4; i++) bench_mixture(q ? 8 : 32, 4, q ? 256 : 1024, q ? 128 : 512, mixture_tokens[i]);
+    for (i = 0; i < (q ? 0 : 4); i++) bench_mixture(128, 8, 2048, 768, mixture_tokens[i]);
+    for (i = 0; i < 2; i++) bench_totals(q ? 128 : 1024, q ? 64 : 512, i ? 64 : 1);
+    bench_dispatch(q ? 8 : 32, 4, q ? 256 : 1024, q ? 128 : 512);
     title("Graphs: 2^20 nodes");
     for (i = 0; i < (q ? 1 : 2); i++) bench_graph(q ? 1 << 12 : 1 << 20, q ? 40000 : 10000000, i ? 256 : 64, 0, 2);
     for (i = 0; i < (q ? 0 : 3); i++) bench_graph(1 << 20, fewer_edges[i], 64, 0, 1);

@@ -1964,7 +1964,7 @@ static void make_good(void)
     good_route.n = 2; good_route.count = 5; good_route.k = 2; good_route.logits = arena_take(16); good_route.ids = ids; good_route.weights = y;
     good_group.n = 2; good_group.count = 5; good_group.k = 2; good_group.ids = ids; good_group.weights = x;
     good_group.loads = (int32_t *)(void *)z; good_group.tokens = good_group.loads + 8; good_group.slots = good_group.loads + 16; good_group.sorted = y;
-    good_row_dot.rows = 3; good_row_dot.cols = 5; good_row_dot.n = 2; good_row_dot.a = x; good_row_dot.b = y; good_row_dot.ids = good_row_dot.to = ids; good_row_dot.y = z;
+    good_row_dot.rows = 3; good_row_dot.cols = 5; good_row_dot.n = 2; good_row_dot.count = 2; good_row_dot.a = x; good_row_dot.b = y; good_row_dot.ids = good_row_dot.to = ids; good_row_dot.y = z;
     good_aggregate.edges.rows = 3; good_aggregate.edges.sources = 2; good_aggregate.edges.count = 1; good_aggregate.edges.hubs = good_aggregate.edges.parts = 1;
     good_aggregate.edges.start = edge_start; good_aggregate.edges.entry = (uint32_t *)(void *)ids; good_aggregate.edges.hub = ids; good_aggregate.edges.part = edge_start;
     good_aggregate.cols = 5; good_aggregate.x = x; good_aggregate.part = y; good_aggregate.y = z;
@@ -2086,7 +2086,7 @@ static const wrong wrongs[] = {
     WRONG(route, n, TO_INT64, 429496730, TERN_E_OVERFLOW, "route: n = 429496730 x 5") RANGED_FLOAT(route, balance, NAN) RANGED_FLOAT(route, balance, INFINITY)
     COUNTED(group, n) NEEDED(group, ids) NEEDED(group, weights) NEEDED(group, loads) NEEDED(group, tokens) NEEDED(group, slots) ALIGNED(group, sorted)
     WRONG(group, count, TO_INT32, -1, TERN_E_SHAPE, "group: -1 experts") WRONG(group, k, TO_INT32, 6, TERN_E_SHAPE, "group: k = 6 of 5 experts")
-    COUNTED(row_dot, rows) COUNTED(row_dot, cols) COUNTED(row_dot, n) NEEDED(row_dot, a) NEEDED(row_dot, b) NEEDED(row_dot, ids) NEEDED(row_dot, to) NEEDED(row_dot, y)
+    COUNTED(row_dot, rows) COUNTED(row_dot, cols) COUNTED(row_dot, n) COUNTED(row_dot, count) NEEDED(row_dot, a) NEEDED(row_dot, b) NEEDED(row_dot, ids) NEEDED(row_dot, to) NEEDED(row_dot, y)
     ALIGNED(gather, weight) ALIGNED(scatter, weight)
     COUNTED(gate, n) COUNTED(gate, count) COUNTED(gate, cols) NEEDED(gate, h) NEEDED(gate, key) NEEDED(gate, value) NEEDED(gate, gate) NEEDED(gate, y)
     COUNTED(nearest, n) COUNTED(nearest, rows) COUNTED(nearest, cols) NEEDED(nearest, x) NEEDED(nearest, w) NEEDED(nearest, ids) ALIGNED(nearest, distance)

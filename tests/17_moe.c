@@ -302,6 +302,70 @@ static void test_moe_route_faults(void)
     test_close(&t);
 }
 
+/* What a caller got wrong is left out: an id that was not chosen, a place that is not there. */
+static void test_moe_out_of_range(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_route_args a = TERN_ZERO;
+    tern_row_dot_args d = TERN_ZERO;
+    float logits[6] = {1, 2, 3, 3, 2, 1}, weights[4] = {0.5f, 0.5f, 0.5f, 0.5f}, dweights[4] = {1, 2, 3, 4}, dlogits[8], x[4] = {1, 2, 3, 4}, y[4];
+    int32_t ids[4] = {0, 3, 0, 1}, to[3] = {1, 2, -1}, rows[3] = {0, 1, 0}, i;
+    for (i = 0; i < 8; i++) dlogits[i] = -7;
+    for (i = 0; i < 4; i++) y[i] = -7;
+    a.n = 2;
+    a.count = 3;
+    a.k = 2;
+    a.logits = logits;
+    a.ids = ids;
+    a.weights = weights;
+    a.dweights = dweights;
+    a.dlogits = dlogits;
+    CHECK_OK(t.c, tern_route(t.c, &a));
+    CHECK_FAILS(t.c, tern_sync(t.c), TERN_E_DATA, "row 0");
+    for (i = 0; i < 3; i++) CHECK(dlogits[i] == 0.0f, "dlogits[%d] is %g", (int)i, dlogits[i]);
+    CHECK(dlogits[3] != 0.0f && dlogits[6] == -7 && dlogits[7] == -7, "the row after it: %g, behind: %g", dlogits[3], dlogits[6]);
+    d.rows = d.cols = d.count = 2;
+    d.n = 3;
+    d.a = x;
+    d.b = logits;
+    d.ids = rows;
+    d.to = to;
+    d.y = y + 1;
+    CHECK_OK(t.c, tern_row_dot(t.c, &d));
+    CHECK(y[0] == -7 && y[1] == -7 && y[2] == 5 && y[3] == -7, "%g %g %g %g", y[0], y[1], y[2], y[3]);
+    d.count = 0;
+    CHECK_FAILS(t.c, tern_row_dot(t.c, &d), TERN_E_SHAPE, "count = 0");
+    test_close(&t);
+}
+
+/* Maps where vectors end and where the exponential does: the same bits from every tier. */
+static void map_edges(tern_context *c, record *r)
+{
+    static const int64_t sizes[] = {1, 15, 16, 17, 127, 4097};
+    static const float edges[] = {0.0f, -0.0f, 87.0f, -87.0f, -87.00001f, 87.00001f, 88.37f, -88.37f, 88.38f, -88.38f, 88.69999f, -88.69999f, 88.7f, -88.7f, 44.0f, -44.0f, 44.35f,
+                                  43.5f, -43.5f, 1e-40f, -1e-40f, 1e4f, -1e4f, 1e9f, -1e9f};
+    enum { EDGES = sizeof edges / sizeof *edges };
+    int fn, s;
+    for (fn = TERN_MAP_ADD; fn <= TERN_MAP_GELU; fn++)
+        for (s = 0; s < 6; s++) {
+            const int64_t n = sizes[s];
+            tern_map_args a = map_of((tern_map_fn)fn, n);
+            float *x = (float *)(uintptr_t)a.a;
+            int64_t i;
+            for (i = 0; i < n; i++) if (i % 3 == s % 3) x[i] = edges[(i + 5 * s) % EDGES];
+            CHECK_OK(c, tern_map(c, &a));
+            record_words(r, a.y, n);
+            a.dy = hold_floats(n);
+            a.da = hold_output(n);
+            if (fn == TERN_MAP_ADD || fn == TERN_MAP_MUL) a.db = hold_output(n);
+            CHECK_OK(c, tern_map(c, &a));
+            record_words(r, a.da, n);
+            if (a.db) record_words(r, a.db, n);
+            release();
+        }
+}
+static void test_moe_maps(void) { same_everywhere(map_edges, UINT64_C(0x770D56A45CBA61F4)); }
+
 static void test_moe_group(void)
 {
     static const int32_t ids[10] = {1, 3, 0, 3, -1, 9, 3, 0, 1, 3};
@@ -383,6 +447,7 @@ static void weighted_rows(tern_context *c, record *r)
         d.ids = ids;
         d.to = to;
         d.y = hold_zeros(n);
+        d.count = n;
         CHECK_OK(c, tern_row_dot(c, &d));
         for (t = 0; t < n; t++) {
             double sum = 0;
@@ -1119,6 +1184,34 @@ static void test_moe_sync_in_part(void)
     test_close(&t);
 }
 
+/* The backward only reads `saved`: loads there are not used, nor set right. */
+static void test_moe_saved_is_const(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    const int64_t n = 12, bytes = kits[0].count * kits[0].cols * 4;
+    kit *k = kit_open(t.c, &kits[0]);
+    const float *x = moe_input(k, n);
+    float *y = hold_output(n * kits[0].cols), *grad = (float *)k->router.buffer[TERN_GRAD].data, *want = (float *)hold((size_t)bytes);
+    void *saved = kit_reserve(k, n);
+    tern__moe_work w;
+    int32_t i;
+    memset(&w, 0, sizeof w);
+    tern__moe_saved(&k->m, n, saved, &w);
+    k->m.balance = 1.0f;
+    CHECK_OK(t.c, tern_moe_forward(t.c, &k->m, n, x, y, saved));
+    memset(grad, 0, (size_t)bytes);
+    CHECK_OK(t.c, tern_moe_backward(t.c, &k->m, n, x, saved, y, NULL));
+    memcpy(want, grad, (size_t)bytes);
+    memset(grad, 0, (size_t)bytes);
+    for (i = 0; i < k->m.count; i++) w.loads[i] = 100 + i;
+    CHECK_OK(t.c, tern_moe_backward(t.c, &k->m, n, x, saved, y, NULL));
+    CHECK(memcmp(want, grad, (size_t)bytes) == 0, "the loads of `saved` were used");
+    for (i = 0; i < k->m.count; i++) CHECK(w.loads[i] == 100 + i, "loads[%d] became %d", (int)i, (int)w.loads[i]);
+    kit_close(k);
+    release();
+    test_close(&t);
+}
+
 /* Experts with accumulators: noise by seed and name, no more scratch than was asked for, nothing changed by a refusal. */
 static void test_moe_integer(void)
 {
@@ -1433,6 +1526,8 @@ static void suite_moe(void)
     RUN(test_moe_route);
     RUN(test_moe_route_backward);
     RUN(test_moe_route_faults);
+    RUN(test_moe_out_of_range);
+    RUN(test_moe_maps);
     RUN(test_moe_group);
     RUN(test_moe_weighted_rows);
     RUN(test_moe_forward);
@@ -1447,6 +1542,7 @@ static void suite_moe(void)
     RUN(test_moe_sync);
     RUN(test_moe_sync_refusals);
     RUN(test_moe_sync_in_part);
+    RUN(test_moe_saved_is_const);
     RUN(test_moe_integer);
     RUN(test_moe_from_dense);
     RUN(test_ple);
