@@ -3192,11 +3192,11 @@ static __global__ void __launch_bounds__(1024) tern__row_dots(tern_row_dot_args 
 {
     TERN__SHARED(float, sums);
     for (int64_t i = blockIdx.x; i < a.n; i += gridDim.x) {
-        const int32_t id = a.ids[i];
-        if (id < 0 || id >= a.rows) continue;
+        const int32_t id = a.ids[i], to = a.to[i];
+        if (id < 0 || id >= a.rows || to < 0 || to >= a.count) continue;
         const float *x = a.a + id * a.cols, *y = a.b + i * a.cols;
         const float sum = tern__block_sum(a.cols, [&](int64_t j) { return x[j] * y[j]; }, sums);
-        if (threadIdx.x == 0) a.y[a.to[i]] = sum;
+        if (threadIdx.x == 0) a.y[to] = sum;
     }
 }
 

@@ -109,12 +109,14 @@ static void test_cuda_row_dot()
         mirror<float> a(rows * cols, test_uniform), b(n * cols, test_uniform), y(n, test_uniform);
         mirror<int32_t> ids(n, [&] { return (int32_t)(test_random() % (uint32_t)(rows + 2)) - 1; }), to(n);
         for (int64_t i = 0; i < n; i++) to[CPU][i] = (int32_t)(n - 1 - i);
+        to[CPU][1] = -1;
+        to[CPU][2] = (int32_t)n;
         to.send();
         test_both([&](tern_context *c, int side) {
             tern_row_dot_args d = {};
             d.rows = rows;
             d.cols = cols;
-            d.n = n;
+            d.n = d.count = n;
             d.a = a[side];
             d.b = b[side];
             d.ids = ids[side];
@@ -278,7 +280,7 @@ static void test_cuda_sparse_limits()
     tern_row_dot_args dot = {};
     tern_gate_args gate = {};
     tern_nearest_args nearest = {};
-    dot.rows = dot.n = gate.n = gate.count = nearest.n = nearest.rows = 1;
+    dot.rows = dot.n = dot.count = gate.n = gate.count = nearest.n = nearest.rows = 1;
     dot.cols = gate.cols = nearest.cols = TERN__LONGEST_ROW + 1;
     dot.a = dot.b = gate.h = gate.key = gate.value = dot.y = gate.gate = gate.y = x[GPU];
     nearest.x = nearest.w = x[GPU];
