@@ -2314,6 +2314,8 @@ typedef struct tern__kernels {
     void (*push)(const tern__push *p, uint64_t block, int64_t skip, int64_t n, float *grad, int8_t *accum, int8_t *trit, int32_t *events); /* see tern__push */
     void (*aggregate)(const tern__neighbours *a); /* see tern__neighbours */
     void (*map)(const tern_map_args *a, int64_t begin, int64_t end); /* of these elements */
+    float (*largest)(int64_t n, const float *x); /* x[0] where that is NaN, and past other NaN */
+    void (*exps)(int64_t n, const float *x, float scale, float shift, float *y); /* y = exp(x * scale - shift); y may be x */
     int32_t tokens; /* that a dot call should get: many share what is decoded once, few keep their activations in L1 */
     int32_t rows;   /* of a float tile */
     const tern__pairs *pairs; /* or NULL */
@@ -3700,6 +3702,30 @@ static float tern__load(const float *p, int64_t n) { (void)n; return *p; }
 static void tern__store(float *p, float v, int64_t n) { (void)n; *p = v; }
 TERN__MAP_KERNEL(tern__map_scalar, , , 1, float)
 
+/* The parts of a softmax, of every tier too. */
+#define TERN__SOFTMAX_KERNELS(X, S, TARGET, W, V)                                                        \
+static TARGET float tern__largest_##X(int64_t n, const float *x)                                          \
+{                                                                                                        \
+    const int64_t width = W, whole = n / width * width;                                                  \
+    float largest = x[0], lane[W];                                                                       \
+    int64_t i;                                                                                           \
+    V most;                                                                                              \
+    for (i = 0; i < width; i++) lane[i] = largest;                                                       \
+    memcpy(&most, lane, sizeof most);                                                                    \
+    for (i = 0; i < whole; i += width) most = tern__larger##S(tern__load##S(x + i, width), most);        \
+    memcpy(lane, &most, sizeof most);                                                                    \
+    for (i = 0; i < width; i++) largest = tern__larger(lane[i], largest);                                \
+    for (i = whole; i < n; i++) largest = tern__larger(x[i], largest);                                   \
+    return largest;                                                                                      \
+}                                                                                                        \
+static TARGET void tern__exps_##X(int64_t n, const float *x, float scale, float shift, float *y)          \
+{                                                                                                        \
+    int64_t i;                                                                                           \
+    for (i = 0; i < n; i += W) tern__store##S(y + i, tern__exp##S(tern__load##S(x + i, n - i) * scale - shift), n - i); \
+}
+static float tern__larger(float x, float than) { return x > than ? x : than; }
+TERN__SOFTMAX_KERNELS(scalar, , , 1, float)
+
 /* A tier's table: kernels of suffix X, but for what some tiers have of their own. */
 #define TERN__KERNELS(X, FUSED, DOT_2BIT, DOT_BASE3, DOT_I8, DOT_BITS, TOKENS, TILE_ROWS, PAIRS)         \
     tern__negate_##X, tern__hadamard_##X, tern__dot_2bit_##DOT_2BIT, tern__dot_base3_##DOT_BASE3,          \
@@ -3708,7 +3734,8 @@ TERN__MAP_KERNEL(tern__map_scalar, , , 1, float)
     tern__sum_##X, tern__sum_above_##X, tern__absmax_##X, tern__round_##X,                               \
     tern__dot_i8_##DOT_I8, tern__floats_##X, tern__dot_bits_##DOT_BITS,                                  \
     tern__widen_##X, tern__ternarize_##X, tern__optimize_##X,                                \
-    tern__round_up_##X, tern__push_##X, tern__aggregate_##X, tern__map_##X, TOKENS, TILE_ROWS, PAIRS
+    tern__round_up_##X, tern__push_##X, tern__aggregate_##X, tern__map_##X, tern__largest_##X, tern__exps_##X, \
+    TOKENS, TILE_ROWS, PAIRS
 
 static const tern__kernels tern__kernels_scalar = {TERN__KERNELS(scalar, tern__tile_scalar, scalar, scalar, scalar, scalar, 64, TERN__ROWS_SCALAR, NULL)};
 
@@ -4355,7 +4382,9 @@ static inline __attribute__((always_inline)) TARGET V tern__exp_##X(V x)        
 static inline __attribute__((always_inline)) TARGET V tern__sigmoid_##X(V x) { return 1.0f / (1.0f + tern__exp_##X(0.0f - x)); } \
 static inline __attribute__((always_inline)) TARGET V tern__tanh_##X(V x) { return 1.0f - 2.0f / (tern__exp_##X(2.0f * x) + 1.0f); } \
 static inline __attribute__((always_inline)) TARGET V tern__gelu_tanh_##X(V x) { return tern__tanh_##X(0.79788456f * (x + 0.044715f * (x * x * x))); } \
-TERN__MAP_KERNEL(tern__map_##X, _##X, TARGET, W, V)
+static inline __attribute__((always_inline)) TARGET V tern__larger_##X(V x, V than) { return (V)(((I)x & (I)(x > than)) | ((I)than & ~(I)(x > than))); } \
+TERN__MAP_KERNEL(tern__map_##X, _##X, TARGET, W, V)                                                      \
+TERN__SOFTMAX_KERNELS(X, _##X, TARGET, W, V)
 
 /* Sums over edges: up to 8 vectors of columns stay in registers for all edges; rows of edges to come are asked for. */
 #define TERN__X86_AGGREGATE(X, TARGET, W, V, MM)                                                         \
@@ -6778,11 +6807,9 @@ static tern_result tern__cpu_matmul_dw(tern_run *run, const tern_matmul_dw_args 
 /* Row i of p: softmax of the visible scores, zeros behind them. */
 static void tern__softmax_row(const tern__kernels *k, float *p, int64_t visible, int64_t keys, float scale)
 {
-    float largest, sum;
+    float sum;
     int64_t j;
-    for (j = 0; j < visible; j++) p[j] = p[j] * scale;
-    for (largest = p[0], j = 1; j < visible; j++) if (p[j] > largest) largest = p[j];
-    for (j = 0; j < visible; j++) p[j] = tern__exp(p[j] - largest);
+    k->exps(visible, p, scale, k->largest(visible, p) * scale, p);
     sum = tern__sum_of(k, TERN_SUM, visible, p);
     for (j = 0; j < visible; j++) p[j] = p[j] / sum;
     for (; j < keys; j++) p[j] = 0.0f;
@@ -7558,13 +7585,13 @@ static tern_result tern__cpu_attention(tern_run *run, const tern_attention_args 
 static void tern__loss_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_loss_args *a = (const tern_loss_args *)job->arg;
-    int64_t t, i, j;
+    int64_t t, i;
     for (t = begin; t < end; t++) {
         const float *x = a->logits + t * a->classes;
         float *dx = a->dlogits ? a->dlogits + t * a->classes : NULL;
         const int32_t target = a->targets[t];
         const int32_t usable = target >= 0 && target < a->classes && tern__finite(tern__float(job->k->absmax(a->classes, x, NULL)));
-        float largest = x[0], block[TERN__BLOCK], sum, at_target;
+        float largest, block[TERN__BLOCK], sum, at_target;
         tern__tree tree;
         a->losses[t] = 0.0f;
         if (!usable) {
@@ -7573,11 +7600,11 @@ static void tern__loss_body(tern__job *job, int64_t begin, int64_t end, int64_t 
             continue;
         }
         at_target = x[target];
-        for (i = 1; i < a->classes; i++) if (x[i] > largest) largest = x[i];
+        largest = job->k->largest(a->classes, x);
         tern__tree_init(&tree, job->k);
         for (i = 0; i < a->classes; i += TERN__BLOCK) {
             const int64_t n = tern__min(TERN__BLOCK, a->classes - i);
-            for (j = 0; j < n; j++) block[j] = tern__exp(x[i + j] - largest);
+            job->k->exps(n, x + i, 1.0f, largest, block);
             tern__tree_push(&tree, job->k->sum(TERN_SUM, n, block));
             if (dx) memcpy(dx + i, block, sizeof(float) * (size_t)n);
         }

@@ -944,6 +944,33 @@ static void test_kernels_absmax(void)
                 }
 }
 
+/* The first of all may be NaN, then it stays; another is passed over. */
+static void test_kernels_softmax(void)
+{
+    int64_t n, i;
+    int variant;
+    for (n = 1; n <= 150; n++)
+        for (variant = 0; variant < 4; variant++) {
+            float *x = test_floats(n), *y = test_floats(n), *wanted = test_floats(n), largest;
+            for (i = 0; i < n; i++) x[i] = variant == 1 ? -1.0f - 100.0f * fabsf(x[i]) : 60.0f * x[i];
+            if (variant == 2) x[n / 2] = NAN;
+            if (variant == 3) x[0] = NAN;
+            for (largest = x[0], i = 1; i < n; i++) if (x[i] > largest) largest = x[i];
+            CHECK(tern__bits(tern__largest_scalar(n, x)) == tern__bits(largest), "variant %d of %d", variant, (int)n);
+            for (i = 0; i < n; i++) wanted[i] = tern__exp(x[i] * 0.25f - largest * 0.25f);
+            tern__exps_scalar(n, x, 0.25f, largest * 0.25f, y);
+            CHECK(memcmp(y, wanted, (size_t)n * 4) == 0, "variant %d of %d", variant, (int)n);
+            KERNELS_EACH_TIER(
+                CHECK(tern__bits(k->largest(n, x)) == tern__bits(largest), "%s: variant %d of %d", tier, variant, (int)n);
+                memcpy(y, x, (size_t)n * 4);
+                k->exps(n, y, 0.25f, largest * 0.25f, y);
+                CHECK(memcmp(y, wanted, (size_t)n * 4) == 0, "%s: variant %d of %d", tier, variant, (int)n));
+            free(x);
+            free(y);
+            free(wanted);
+        }
+}
+
 static void test_kernels_round(void)
 {
     const int64_t sizes[] = {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 127, 130, 1025, 4097};
@@ -1152,6 +1179,7 @@ static void suite_kernels(void)
     RUN_ALONE(test_kernels_sum);
     RUN_ALONE(test_kernels_sum_above);
     RUN_ALONE(test_kernels_absmax);
+    RUN_ALONE(test_kernels_softmax);
     RUN_ALONE(test_kernels_round);
     RUN_ALONE(test_kernels_widen);
     RUN_ALONE(test_kernels_ternarize);
