@@ -6038,7 +6038,7 @@ static void tern__fixed_dots(const tern__kernels *k, const tern_matmul_fixed_arg
 }
 
 /* The largest exponent of a row's scales. */
-static int32_t tern__top_exponent(const tern_matrix *m, const tern__shape *s, int64_t row)
+TERN__ANYWHERE int32_t tern__top_exponent(const tern_matrix *m, const tern__shape *s, int64_t row)
 {
     int32_t top = INT32_MIN;
     int64_t g;

@@ -1401,6 +1401,49 @@ static tern_result tern__gpu_linear(tern_run *r, tern__gpu *d, const tern_linear
     return TERN_OK;
 }
 
+/* -- products without a float: a thread to an output -- */
+
+static __device__ int32_t tern__fixed_dot(const tern_matrix *m, const tern__shape *s, int64_t row, int64_t g, const int8_t *x)
+{
+    const int64_t cols = tern__group_cols(m, s, g);
+    const uint32_t radix = m->encoding == TERN_BASE3 ? 3 : 4;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < cols; i += s->unit) {
+        const uint32_t word = *tern__word_of(m, s, row, g * s->group_units + i / s->unit);
+        uint32_t left[4];
+        for (int j = 0; j < 4; j++) left[j] = word >> 8 * j & 255;
+        for (int64_t j = 0; j < tern__min(s->unit, cols - i); j++) {
+            sum += ((int32_t)(left[j % 4] % radix) - 1) * x[g * s->group + i + j];
+            left[j % 4] /= radix;
+        }
+    }
+    return sum;
+}
+
+static __global__ void tern__fixed_products(tern_matmul_fixed_args a, tern__shape s)
+{
+    const int64_t step = (int64_t)gridDim.x * blockDim.x;
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < a.n * a.m.rows; i += step) {
+        const int64_t row = i % a.m.rows;
+        const int32_t top = tern__top_exponent(&a.m, &s, row);
+        int64_t total = 0;
+        for (int64_t g = 0; g < s.groups; g++) {
+            const tern__integer_scale scale = tern__load_integer_scale(a.m.scale_type, a.m.scales, tern__scale_index(&a.m, &s, row, g));
+            if (!scale.factor) continue;
+            total += tern__floor_shift((int64_t)tern__fixed_dot(&a.m, &s, row, g, a.x + i / a.m.rows * a.m.cols) * scale.factor * 65536,
+                                       (int32_t)tern__min(top - scale.exponent, 63));
+        }
+        a.y[i] = tern__fixed_point(total, total ? top - 31 + a.point : 0, a.bias ? a.bias[row] : 0);
+    }
+}
+
+static tern_result tern__gpu_matmul_fixed(tern_run *r, tern__gpu *d, const tern_matmul_fixed_args *a)
+{
+    TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
+    TERN__LAUNCH(tern__fixed_products, tern__grid(d, tern__mul(a->n, a->m.rows), TERN__THREADS), TERN__THREADS, 0, d->stream, *a, tern__shape_of(&a->m));
+    return TERN_OK;
+}
+
 /* ------------------------------------------------------------------------------------------------
    [CUDA-6] Float products and attention
    What enters: float matrices, packed panels, int8 activations. What leaves: sums in the order of [TERN-14].
@@ -3445,16 +3488,6 @@ static tern_result tern__gpu_nearest(tern_run *r, tern__gpu *d, const tern_neare
    [CUDA-9] The function table
    What enters: tern__gpu_NAME for every operation. What leaves: tern_cuda_backend.
    ------------------------------------------------------------------------------------------------ */
-
-/* What this backend does not have yet is an error that names it. */
-#define TERN__ABSENT(op)                                                                          \
-    static tern_result tern__gpu_##op(tern_run *r, tern__gpu *d, const tern_##op##_args *a)       \
-    {                                                                                             \
-        (void)d;                                                                                  \
-        (void)a;                                                                                  \
-        TERN__FAIL(r, TERN_E_UNSUPPORTED, "%s has no operation " #op, r->backend->name);          \
-    }
-TERN__ABSENT(matmul_fixed)
 
 /* Every operation on its device, its launches checked; errors of before are told apart. */
 #define TERN__OP(op)                                                                              \

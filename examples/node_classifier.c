@@ -101,7 +101,7 @@ static char *read_all(const char *path)
 {
     FILE *f = fopen(path, "rb");
     char *text;
-    long size;
+    long size = -1;
     if (!f || fseek(f, 0, SEEK_END) || (size = ftell(f)) < 0 || fseek(f, 0, SEEK_SET)) stop(path, "cannot be read");
     text = (char *)room((size_t)size + 1, 1);
     if (fread(text, 1, (size_t)size, f) != (size_t)size) stop(path, "cannot be read");

@@ -182,6 +182,36 @@ static void check_products(int64_t rows, int64_t cols, int64_t n)
     }
 }
 
+static void check_fixed(const tern_matrix &shape, int64_t n, int32_t point, bool with_bias)
+{
+    test_matrix w(shape);
+    mirror<int8_t> x(n * shape.cols, [] { return (int8_t)(test_random() & 255); });
+    mirror<int32_t> bias(shape.rows, [] { return (int32_t)test_random(); }), y(n * shape.rows);
+    test_both([&](tern_context *c, int side) {
+        tern_matmul_fixed_args a = {};
+        a.m = w.on(side);
+        a.n = n;
+        a.x = x[side];
+        a.point = point;
+        a.bias = with_bias ? bias[side] : NULL;
+        a.y = y[side];
+        return tern_matmul_fixed(c, &a);
+    });
+    CHECK_SAME(y);
+}
+
+static void test_cuda_product_fixed()
+{
+    const int64_t rows[] = {1, 15, 17, 33}, cols[] = {1, 17, 127, 1030};
+    for (int i = 0; i < 4; i++)
+        for (tern_type encoding : {TERN_2BIT, TERN_BASE3})
+            for (tern_type scales : {TERN_POW2, TERN_LOG}) {
+                check_fixed(test_shape(rows[i], cols[(i + 1) % 4], TERN_PER_ROW, encoding, scales), 1 + i, 5, true);
+                check_fixed(test_shape(rows[i], cols[(i + 2) % 4], TERN_PER_TENSOR, encoding, scales), 3, -2, false);
+                check_fixed(test_shape(rows[i], cols[i], 50, encoding, scales), 2, 16, true);
+            }
+}
+
 static void test_cuda_product_few_tokens()
 {
     const int64_t rows[] = {1, 15, 17, 32, 33, 100}, cols[] = {1, 15, 16, 17, 127, 1030}, tokens[] = {1, 2, 7, 8, 9, 16};
@@ -278,6 +308,7 @@ static void suite_cuda_trits()
     RUN(test_cuda_quantize_int4);
     RUN(test_cuda_bits);
     RUN(test_cuda_bits_too_long);
+    RUN(test_cuda_product_fixed);
     RUN(test_cuda_quantize_bad_rows);
     RUN(test_cuda_product_few_tokens);
     RUN(test_cuda_product_many_tokens);

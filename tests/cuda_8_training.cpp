@@ -49,7 +49,7 @@ static void test_cuda_dequantize()
     for (int64_t cols : test_counts)
         for (int variant = 0; variant < 8; variant++) {
             const int64_t n = 5, gap = variant & 4 ? 3 : 0, row = cols + gap;
-            mirror<int32_t> x(n * cols, [] { return (int32_t)(test_random() << 8) + (int32_t)test_random(); });
+            mirror<int32_t> x(n * cols, [] { return (int32_t)(test_random() << 8 ^ test_random()); });
             mirror<float> scale(n, test_uniform), y(n * row, test_uniform);
             test_both([&](tern_context *c, int side) {
                 tern_dequantize_args a = {};
