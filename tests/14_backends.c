@@ -2126,8 +2126,7 @@ static void test_wrong_arguments(void)
     test_context t = test_open(TERN_ISA_BEST, 1);
     static float before[ARENA];
     size_t i;
-    make_good();
-#define RUN_GOOD(op) CHECK_OK(t.c, tern_##op(t.c, &good_##op));
+#define RUN_GOOD(op) make_good(); CHECK_OK(t.c, tern_##op(t.c, &good_##op)); CHECK_OK(t.c, tern_sync(t.c));
     TERN_OPS(RUN_GOOD)
 #undef RUN_GOOD
     make_good();
