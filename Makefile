@@ -70,13 +70,13 @@ build/language_model_cuda: examples/language_model.c build/ternary_cuda.o
 	$(CC) $(CFLAGS) -I. -DUSE_CUDA $^ -o $@ -L$(dir $(NVCC))../lib64 -lcudart_static -ldl -lrt -lstdc++ $(LDLIBS)
 nvcc:
 	@test -n "$(NVCC)" || { echo "no nvcc: install the CUDA Toolkit (12 or newer) and put its bin on the PATH, or say make NVCC=path"; exit 1; }
-build/tests-plain:   TEST_CC = $(CC) $(CFLAGS) -g -DTEST_THREADS=1,3
-build/tests-asan:    TEST_CC = $(CC) -O1 -g -DTEST_THREADS=1,3 -fsanitize=address,undefined -fno-sanitize-recover=all
+build/tests-plain:   TEST_CC = $(CC) $(CFLAGS) -g -DTEST_THREADS=3
+build/tests-asan:    TEST_CC = $(CC) -O1 -g -DTEST_THREADS=3 -fsanitize=address,undefined -fno-sanitize-recover=all
 build/tests-amx:     TEST_CC = $(CC) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -DTEST_AMX
 build/tests-tsan:    TEST_CC = $(CC) -O1 -g -DTEST_THREADS=3 -fsanitize=thread
-build/tests-msan:    TEST_CC = clang -O1 -g -DTEST_THREADS=1,3 -fsanitize=memory -fno-omit-frame-pointer
-build/tests-aarch64: TEST_CC = aarch64-linux-gnu-gcc -O2 -DTEST_THREADS=1,3 -static
-build/tests-s390x:   TEST_CC = s390x-linux-gnu-gcc -O2 -DTEST_THREADS=1,3 -static
+build/tests-msan:    TEST_CC = clang -O1 -g -DTEST_THREADS=3 -fsanitize=memory -fno-omit-frame-pointer
+build/tests-aarch64: TEST_CC = aarch64-linux-gnu-gcc -O2 -DTEST_THREADS=3 -static
+build/tests-s390x:   TEST_CC = s390x-linux-gnu-gcc -O2 -DTEST_THREADS=3 -static
 build/tests-emulated: tests/cuda_tests.cpp $(wildcard tests/cuda*) ternary_cuda.cu ternary.h | build
 	g++ -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -include tests/cuda.h -I. $< -o $@
 build/tests-%: tests/tests.c $(wildcard tests/*.c) $(HEADERS) | build
