@@ -58,6 +58,7 @@ compiler = $(CC)
 build/train_mpi build/train_mpi_cuda: compiler = OMPI_CC="$(CC)" mpicc
 build/%: examples/%.c ternary.h | build
 	$(compiler) $(CFLAGS) -I. $< -o $@ $(LDLIBS)
+# For --cuda: build/finetune_cuda and the like
 build/%_cuda: examples/%.c build/ternary_cuda.o
 	$(compiler) $(CFLAGS) -I. -DUSE_CUDA $^ -o $@ -L$(dir $(NVCC))../lib64 -lcudart_static -ldl -lrt -lstdc++ $(LDLIBS)
 build/bench: bench/bench.c ternary.h | build

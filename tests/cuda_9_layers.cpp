@@ -444,6 +444,22 @@ static bool same_floats(const float *device, const float *host, int64_t n)
     return memcmp(back.data(), host, (size_t)n * 4) == 0;
 }
 
+/* What the body does becomes a graph, which nothing can enter that waits or that copies from or to the host, and runs once. */
+template <typename Body> static tern_result test_captured(tern_context *c, Body body)
+{
+    cudaStream_t stream = (cudaStream_t)tern_cuda_stream(c);
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t ready = nullptr;
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess);
+    const tern_result result = body();
+    CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess);
+    CHECK(cudaGraphInstantiate(&ready, graph, 0) == cudaSuccess && cudaGraphLaunch(ready, stream) == cudaSuccess);
+    CHECK(cudaStreamSynchronize(stream) == cudaSuccess);
+    cudaGraphExecDestroy(ready);
+    cudaGraphDestroy(graph);
+    return result;
+}
+
 static void test_cuda_training()
 {
     test_fuse(false);
@@ -451,12 +467,15 @@ static void test_cuda_training()
         network_params params;
         network cpu(test_context[CPU], params.all), gpu(test_context[GPU], params.all);
         for (uint32_t step = 1; step <= 3; step++) {
-            test_both([&](tern_context *, int side) {
+            test_both([&](tern_context *c, int side) {
                 network &net = side == GPU ? gpu : cpu;
                 TERN__TRY(net.feed(step));
-                TERN__TRY(net.forward());
-                TERN__TRY(net.backward());
-                return net.step(step, optimizer, step == 2 ? 0.5f : 0.0f);
+                const auto learn = [&] {
+                    TERN__TRY(net.forward());
+                    TERN__TRY(net.backward());
+                    return net.step(step, optimizer, step == 2 ? 0.5f : 0.0f);
+                };
+                return side == GPU ? test_captured(c, learn) : learn();
             });
             CHECK(same_floats(gpu.losses, cpu.losses, network::TOKENS));
             CHECK(same_floats(gpu.norm2, cpu.norm2, 1));
@@ -541,7 +560,9 @@ static void test_cuda_graph()
     cudaGraphDestroy(graph);
 }
 
-/* -- whole steps of every recipe, of which the host sees nothing -- */
+/* -- whole steps of every recipe, of which the host sees nothing --
+   Seen to fail: with a sync or a copy to the host in the step; with shadows that are rounded to nearest, the dead zone's or the
+   learned scale's gradient left out, an update that is not skipped. */
 
 struct test_recipe {
     tern_rule rule;
@@ -674,22 +695,6 @@ struct recipe_network {
         return TERN_OK;
     }
 };
-
-/* All steps become one graph, which nothing can enter that waits or that copies from or to the host. */
-template <typename Body> static tern_result test_captured(tern_context *c, Body body)
-{
-    cudaStream_t stream = (cudaStream_t)tern_cuda_stream(c);
-    cudaGraph_t graph = nullptr;
-    cudaGraphExec_t ready = nullptr;
-    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess);
-    const tern_result result = body();
-    CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess);
-    CHECK(cudaGraphInstantiate(&ready, graph, 0) == cudaSuccess && cudaGraphLaunch(ready, stream) == cudaSuccess);
-    CHECK(cudaStreamSynchronize(stream) == cudaSuccess);
-    cudaGraphExecDestroy(ready);
-    cudaGraphDestroy(graph);
-    return result;
-}
 
 static void test_cuda_recipes()
 {
