@@ -689,7 +689,8 @@ static options parse(int argc, char **argv)
         else if (strcmp(name, "--full-rate") == 0) o.full_rate = positive(name, value);
         else stop(name, "is none of --data DIR, --base FILE, --out DIR, --sweep, --cuda, --steps N, --rank R, --seed S, --threads T, --rate X, --full-rate X");
     }
-    if (o.cuda && !gpu()) stop("--cuda", "this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/finetune_cuda");
+    if (o.cuda && !gpu())
+        stop("--cuda", "this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/finetune_cuda");
     if (!o.out) o.out = access("build", W_OK) ? "." : "build";
     return o;
 }

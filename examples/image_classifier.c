@@ -612,7 +612,8 @@ int main(int argc, char **argv)
         else if (dir || argv[i][0] == '-') stop(argv[0], "takes the directory of the MNIST files, or none, --seed 1 (or above), --true-ternary, --cuda and --resume FILE");
         else dir = argv[i];
     }
-    if (cuda && !gpu()) stop("--cuda", "this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/image_classifier_cuda");
+    if (cuda && !gpu())
+        stop("--cuda", "this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/image_classifier_cuda");
     if (dir) {
         t.train = read_mnist(dir, "train-images-idx3-ubyte", "train-labels-idx1-ubyte");
         t.test = read_mnist(dir, "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte");

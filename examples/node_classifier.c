@@ -322,7 +322,8 @@ static void forward(tern_context *c, network *net, const float *keep, int traini
         check(c, tern_hop_forward(c, &net->hops[i], &net->graph, net->x[i], net->x[i + 1], training ? net->saved[i] : NULL));
         if (i == 0) multiply(c, net, net->x[1], keep);
     }
-    if (!training) check(c, tern_copy(c, net->logits, net->x[HOPS], (size_t)(net->t->nodes * net->t->classes) * sizeof(float), TERN_TO_HOST));
+    if (training) return;
+    check(c, tern_copy(c, net->logits, net->x[HOPS], (size_t)(net->t->nodes * net->t->classes) * sizeof(float), TERN_TO_HOST));
 }
 
 static void backward(tern_context *c, network *net, const float *keep)
@@ -538,7 +539,8 @@ static void compare_bits(tern_context *c, const network *net, const recipe *how)
     }
     load_features(cpu, &again, 0);
     forward(cpu, &again, NULL, 0);
-    if (memcmp(net->logits, again.logits, (size_t)(net->t->nodes * net->t->classes) * sizeof(float))) stop(how->name, "has other bits on the CPU");
+    if (memcmp(net->logits, again.logits, (size_t)(net->t->nodes * net->t->classes) * sizeof(float)))
+        stop(how->name, "has other bits on the CPU");
     printf("%-14s  the same bits on the tiers %s and %s\n", how->name, tern_backend_name(c), tern_backend_name(cpu));
     close_network(cpu, &again);
     tern_close(cpu);
@@ -594,7 +596,8 @@ int main(int argc, char **argv)
         else paths[count++] = argv[i];
     }
     if (count == 1) stop(argv[0], "takes two files: nodes and edges");
-    if (cuda && !gpu()) stop("--cuda", "this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/node_classifier_cuda");
+    if (cuda && !gpu())
+        stop("--cuda", "this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/node_classifier_cuda");
     t = count ? read_graph(paths[0], paths[1]) : karate();
     desc.parallel = tern_pool_parallel(pool);
     if (cuda) desc.backend = gpu();

@@ -202,7 +202,8 @@ static void create_brain(brain *b, uint64_t seed, int cuda)
 static void close_brain(brain *b)
 {
     for (int i = 0; i < LAYERS; i++) tern_param_free(b->c, &b->weights[i], -1), tern_free(b->c, b->saved[i]);
-    tern_free(b->c, b->x), tern_free(b->c, b->hidden), tern_free(b->c, b->value), tern_free(b->c, b->dvalue), tern_free(b->c, b->dhidden), tern_free(b->c, b->flips);
+    tern_free(b->c, b->x), tern_free(b->c, b->hidden), tern_free(b->c, b->value);
+    tern_free(b->c, b->dvalue), tern_free(b->c, b->dhidden), tern_free(b->c, b->flips);
     tern_close(b->c);
 }
 
@@ -503,7 +504,8 @@ static options parse(int argc, char **argv)
         else if (!strcmp(name, "--steps") && number <= 255) o.steps = number;
         else stop(name, "is no option, or its number is too large");
     }
-    if (o.cuda && !gpu()) stop("--cuda", "this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/npc_brain_cuda");
+    if (o.cuda && !gpu())
+        stop("--cuda", "this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/npc_brain_cuda");
     return o;
 }
 

@@ -175,7 +175,8 @@ static void train(tern_context *c, network *net, uint32_t steps, int rank, int r
         copy_out(c, net->sum, net->gradients, net->count + 1);
         MPI_Allreduce(MPI_IN_PLACE, net->sum, (int)net->count + 1, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
         copy_in(c, net->gradients, net->sum, net->count);
-        if (rank == 0 && step % (steps / 10 + 1) == 0) printf("step %u of %u   loss %.4f\n", (unsigned)step, (unsigned)steps, net->sum[net->count] / BATCH);
+        if (rank == 0 && step % (steps / 10 + 1) == 0)
+            printf("step %u of %u   loss %.4f\n", (unsigned)step, (unsigned)steps, net->sum[net->count] / BATCH);
         ok(c, tern_schedule_rate(c, &schedule, step, &s.rate));
         ok(c, tern_model_step(c, &net->model, &s));
     }
@@ -248,7 +249,8 @@ int main(int argc, char **argv)
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     MPI_Comm_size(MPI_COMM_WORLD, &ranks);
     parts = words > 3 ? atoi(argv[3]) : ranks;
-    if (cuda && !gpu()) fail("--cuda: this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/train_mpi_cuda");
+    if (cuda && !gpu())
+        fail("--cuda: this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/train_mpi_cuda");
     if (words < 2 || steps < 1 || parts < 1 || BATCH % parts) fail("usage: train_mpi OUT [STEPS [PARTS [OTHER]]] [--cuda]; PARTS, the ranks unless given, divides 256");
     if (tern_open(&c, &desc, &error) != TERN_OK) fail(error.text);
     open_network(c, &net);
