@@ -54,10 +54,13 @@ fuzz: build/fuzz build/fuzz-seed    # damaged model files, from a sound one on, 
 
 build:
 	mkdir -p build
+compiler = $(CC)
+build/train_mpi build/train_mpi_cuda: compiler = OMPI_CC="$(CC)" mpicc
 build/%: examples/%.c ternary.h | build
-	$(CC) $(CFLAGS) -I. $< -o $@ $(LDLIBS)
-build/train_mpi: examples/train_mpi.c ternary.h | build
-	OMPI_CC="$(CC)" mpicc $(CFLAGS) -I. $< -o $@ $(LDLIBS)
+	$(compiler) $(CFLAGS) -I. $< -o $@ $(LDLIBS)
+# For --cuda: build/finetune_cuda and the like
+build/%_cuda: examples/%.c build/ternary_cuda.o
+	$(compiler) $(CFLAGS) -I. -DUSE_CUDA $^ -o $@ -L$(dir $(NVCC))../lib64 -lcudart_static -ldl -lrt -lstdc++ $(LDLIBS)
 build/bench: bench/bench.c ternary.h | build
 	$(CC) $(CFLAGS) -I. $< -o $@ $(LDLIBS) -ldl
 build/ternary_cuda.o: ternary_cuda.cu ternary.h | build nvcc
@@ -66,8 +69,6 @@ build/tests-cuda: tests/cuda_tests.cpp $(wildcard tests/cuda*) ternary_cuda.cu t
 	$(NVCC) $(NVCCFLAGS) -arch=native -lineinfo -x cu $< -o $@
 build/bench-cuda: bench/cuda.cu ternary_cuda.cu ternary.h | build nvcc
 	$(NVCC) $(NVCCFLAGS) -arch=native $< -o $@ -ldl
-build/language_model_cuda: examples/language_model.c build/ternary_cuda.o
-	$(CC) $(CFLAGS) -I. -DUSE_CUDA $^ -o $@ -L$(dir $(NVCC))../lib64 -lcudart_static -ldl -lrt -lstdc++ $(LDLIBS)
 nvcc:
 	@test -n "$(NVCC)" || { echo "no nvcc: install the CUDA Toolkit (12 or newer) and put its bin on the PATH, or say make NVCC=path"; exit 1; }
 build/tests-plain:   TEST_CC = $(CC) $(CFLAGS) -g -DTEST_THREADS=3

@@ -1175,8 +1175,9 @@ TERN_API tern_result tern_vq_revive(tern_context *c, const tern_vq *l, int64_t n
 /* -- training ([TERN-19]) -- */
 
 /* Clips by global norm, updates every parameter that has a TERN_GRAD, zeroes the gradients, ternarizes and
-   packs. A norm that is not finite skips the update: a data fault (averages of rho and noise go on). Defaults: beta1
-   0.9, beta2 0.99, eps 1e-8. norm2: where to leave the squared gradient norm (backend memory, one float), or NULL.
+   packs. A norm that is not finite skips the update: a data fault (averages of rho and noise go on). A GPU decides
+   that by itself: nothing waits for it. Defaults: beta1 0.9, beta2 0.99, eps 1e-8. norm2: where to leave the squared
+   gradient norm (backend memory, one float), or NULL.
    A learned scale (alpha) is a parameter of the model; one that has a TERN_GRAD gets its gradient here, before the norm.
    Scratch of 64 bytes more than a parameter's trits, scales and alpha saves a pass over its shadow: tern_ternarize_args.spare. */
 typedef struct tern_step {

@@ -8,6 +8,11 @@
        ./finetune --data DIR       MNIST: the four idx files in DIR, uncompressed
        ./finetune --sweep          ranks 4 to 64 and three seeds: a table and a picture, finetune.svg
 
+   With an NVIDIA GPU, after `make cuda`, and with the library's folder as -L/usr/local/cuda/lib64 where it needs one:
+
+       cc -O2 -I. -DUSE_CUDA examples/finetune.c build/ternary_cuda.o -o build/finetune_cuda -lcudart -lstdc++ -pthread
+       build/finetune_cuda --cuda  trains on the first GPU; the CPU then finds the same bits in the packed files
+
    The files go into build/, where there is one; --base FILE takes a network that another run kept as finetune_base.gguf. */
 
 #define _POSIX_C_SOURCE 200809L /* clock_gettime, isatty */
@@ -25,7 +30,7 @@ static const int ranks[RANKS] = {4, 8, 16, 32, 64};
 
 typedef struct { int count; uint8_t *pixels, *labels; } image_set;
 typedef struct { image_set train, test; } task;
-typedef struct { const char *data, *base, *out; int sweep, steps, rank, seed, threads; float rate, full_rate; } options;
+typedef struct { const char *data, *base, *out; int sweep, cuda, steps, rank, seed, threads; float rate, full_rate; } options;
 
 /* -- small things -- */
 
@@ -45,6 +50,16 @@ static double seconds(void)
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* The table of the first GPU; NULL in a program without ternary_cuda.o. */
+static const tern_backend *gpu(void)
+{
+#ifdef USE_CUDA
+    return tern_cuda_backend(0);
+#else
+    return NULL;
+#endif
 }
 
 static uint64_t random_state = 1;
@@ -448,22 +463,27 @@ static const char *path_of(const options *o, const char *name)
     return path;
 }
 
-/* Saves, loads into a fresh network, and compares the logits of all test images bit by bit. */
+/* Saves, loads into a fresh network, and compares the logits of all test images bit by bit. What was trained on a GPU is loaded
+   by the CPU, unless it has LoRA beside the trits: float sums, which are the CPU's own. */
 static void keep(tern_context *c, network *net, const options *o, const char *name, int rank, const image_set *s)
 {
     const char *path = path_of(o, name);
     float (*logits)[CLASSES] = (float (*)[CLASSES])malloc(2 * (size_t)s->count * sizeof *logits);
+    tern_context *fresh = c;
+    tern_error error;
     network again;
     if (!logits) stop("reload", "out of memory");
     check(c, tern_model_save_file(c, &net->model, 0, path));
-    open_network(c, &again, TERN_FOR_INFERENCE);
-    if (rank) add_lora(c, &again, rank, TERN_FOR_INFERENCE, 0);
-    check(c, tern_model_load_file(c, &again.model, path));
+    if (o->cuda && !rank && tern_open(&fresh, NULL, &error) != TERN_OK) stop("ternary", error.text);
+    open_network(fresh, &again, TERN_FOR_INFERENCE);
+    if (rank) add_lora(fresh, &again, rank, TERN_FOR_INFERENCE, 0);
+    check(fresh, tern_model_load_file(fresh, &again.model, path));
     accuracy_of(c, net, s, logits);
-    accuracy_of(c, &again, s, logits + s->count);
+    accuracy_of(fresh, &again, s, logits + s->count);
     if (memcmp(logits, logits + s->count, (size_t)s->count * sizeof *logits)) stop(path, "gives other bits after reloading");
-    printf("%s%s, reloaded, gives the same bits\n", isatty(STDOUT_FILENO) ? "\r\033[K" : "", path);
-    close_network(c, &again);
+    printf("%s%s, reloaded by the tier %s, gives the same bits\n", isatty(STDOUT_FILENO) ? "\r\033[K" : "", path, tern_backend_name(fresh));
+    close_network(fresh, &again);
+    if (fresh != c) tern_close(fresh);
     free(logits);
 }
 
@@ -652,10 +672,11 @@ static float positive(const char *name, const char *text)
 
 static options parse(int argc, char **argv)
 {
-    options o = {NULL, NULL, NULL, 0, 800, 16, 1, 0, 0.01f, 0.008f};
+    options o = {NULL, NULL, NULL, 0, 0, 800, 16, 1, 0, 0.01f, 0.008f};
     for (int i = 1; i < argc; i++) {
         const char *const name = argv[i], *const value = i + 1 < argc ? argv[i + 1] : "";
         if (strcmp(name, "--sweep") == 0) { o.sweep = 1; continue; }
+        if (strcmp(name, "--cuda") == 0) { o.cuda = 1; continue; }
         i++;
         if (strcmp(name, "--data") == 0) o.data = value;
         else if (strcmp(name, "--base") == 0) o.base = value;
@@ -666,8 +687,10 @@ static options parse(int argc, char **argv)
         else if (strcmp(name, "--threads") == 0) o.threads = (int)number(name, value, 0, 64);
         else if (strcmp(name, "--rate") == 0) o.rate = positive(name, value);
         else if (strcmp(name, "--full-rate") == 0) o.full_rate = positive(name, value);
-        else stop(name, "is none of --data DIR, --base FILE, --out DIR, --sweep, --steps N, --rank R, --seed S, --threads T, --rate X, --full-rate X");
+        else stop(name, "is none of --data DIR, --base FILE, --out DIR, --sweep, --cuda, --steps N, --rank R, --seed S, --threads T, --rate X, --full-rate X");
     }
+    if (o.cuda && !gpu())
+        stop("--cuda", "this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/finetune_cuda");
     if (!o.out) o.out = access("build", W_OK) ? "." : "build";
     return o;
 }
@@ -695,6 +718,7 @@ int main(int argc, char **argv)
     shifted.test = turned(&upright.test);
     if (!pool) stop("start", "out of memory");
     desc.parallel = tern_pool_parallel(pool);
+    if (o.cuda) desc.backend = gpu();
     if (tern_open(&c, &desc, &error) != TERN_OK) stop("ternary", error.text);
     printf("%s: %d images to learn from, %d to test on; %d-%d-%d-%d network, tier %s, %d threads\n", o.data ? "MNIST" : "drawn digits",
            upright.train.count, upright.test.count, PIXELS, HIDDEN, HIDDEN, CLASSES, tern_backend_name(c), desc.parallel.workers);

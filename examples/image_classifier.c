@@ -10,6 +10,12 @@
        ./image_classifier --true-ternary   without the three, a network that trains in integers: accumulators in int8
                                  for float shadows and moments, gradients by integer products
 
+   With an NVIDIA GPU, after `make cuda`, and with the library's folder as -L/usr/local/cuda/lib64 where it needs one:
+
+       cc -O2 -I. -DUSE_CUDA examples/image_classifier.c build/ternary_cuda.o -o build/image_classifier_cuda -lcudart -lstdc++ -pthread
+       build/image_classifier_cuda --cuda          trains and classifies on the first GPU; of the networks with int8
+                                 activations the CPU then finds the same bits
+
    Ctrl-C ends it after the step that runs and keeps what it has done; the same command with --resume FILE goes on
    from there to the same table and picture. */
 
@@ -56,6 +62,16 @@ static FILE *create(const char **path)
     if (!f) f = fopen(*path += strlen("build/"), "wb");
     if (!f) stop(*path, "cannot be written");
     return f;
+}
+
+/* The table of the first GPU; NULL in a program without ternary_cuda.o. */
+static const tern_backend *gpu(void)
+{
+#ifdef USE_CUDA
+    return tern_cuda_backend(0);
+#else
+    return NULL;
+#endif
 }
 
 static uint64_t random_state = 1;
@@ -492,6 +508,35 @@ static uint8_t *read_state(const char *path, place *at, int *order, size_t *size
     return bytes;
 }
 
+/* The packed network on the CPU: the same logits, bit by bit? Of int8 activations; sums of float ones are the CPU's own. */
+static void compare(tern_context *c, network *net, const recipe *how, const image_set *s)
+{
+    const int n = s->count < TEST_BATCH ? s->count : TEST_BATCH;
+    float logits[TEST_BATCH][CLASSES];
+    tern_context *cpu;
+    tern_error error;
+    network again;
+    if (tern_open(&cpu, NULL, &error) != TERN_OK) stop("ternary", error.text);
+    open_network(cpu, &again, how, 1);
+    freeze(cpu, &again);
+    for (int i = 0; i < LAYERS; i++) {
+        const tern_matrix m = tern_param_matrix(&net->weights[i]);
+        size_t trits, scales;
+        check(c, tern_matrix_bytes(c, &m, &trits, &scales));
+        check(c, tern_copy(c, again.weights[i].buffer[TERN_TRITS].data, m.trits, trits, TERN_TO_HOST));
+        check(c, tern_copy(c, again.weights[i].buffer[TERN_SCALES].data, m.scales, scales, TERN_TO_HOST));
+    }
+    load_images(c, net, s, NULL, 0, n, 0);
+    forward(c, net, n, 0);
+    load_images(cpu, &again, s, NULL, 0, n, 0);
+    forward(cpu, &again, n, 0);
+    check(c, tern_copy(c, logits, net->x[LAYERS], (size_t)n * sizeof logits[0], TERN_TO_HOST));
+    if (memcmp(logits, again.x[LAYERS], (size_t)n * sizeof logits[0])) stop(how->name, "has other bits on the CPU");
+    printf("%-18s the same bits on the tiers %s and %s\n", how->name, tern_backend_name(c), tern_backend_name(cpu));
+    close_network(cpu, &again);
+    tern_close(cpu);
+}
+
 /* Microseconds per image in batches of n: the best of five runs, or of what a second holds. */
 static double microseconds(tern_context *c, network *net, int n)
 {
@@ -552,7 +597,7 @@ int main(int argc, char **argv)
     task t = {{0, NULL, NULL}, {0, NULL, NULL}, 0, 0, NULL};
     uint8_t *predicted, *kept = NULL;
     const char *dir = NULL, *resume = NULL;
-    int seed = 1, integer = 0;
+    int seed = 1, integer = 0, cuda = 0;
     struct sigaction on_signal;
     place at;
     int *order;
@@ -563,9 +608,12 @@ int main(int argc, char **argv)
         if (strcmp(argv[i], "--resume") == 0 && i + 1 < argc) resume = argv[++i];
         else if (strcmp(argv[i], "--seed") == 0 && i + 1 < argc && atoi(argv[i + 1]) > 0) seed = atoi(argv[++i]);
         else if (strcmp(argv[i], "--true-ternary") == 0) integer = 1;
-        else if (dir || argv[i][0] == '-') stop(argv[0], "takes the directory of the MNIST files, or none, --seed 1 (or above), --true-ternary and --resume FILE");
+        else if (strcmp(argv[i], "--cuda") == 0) cuda = 1;
+        else if (dir || argv[i][0] == '-') stop(argv[0], "takes the directory of the MNIST files, or none, --seed 1 (or above), --true-ternary, --cuda and --resume FILE");
         else dir = argv[i];
     }
+    if (cuda && !gpu())
+        stop("--cuda", "this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/image_classifier_cuda");
     if (dir) {
         t.train = read_mnist(dir, "train-images-idx3-ubyte", "train-labels-idx1-ubyte");
         t.test = read_mnist(dir, "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte");
@@ -581,6 +629,7 @@ int main(int argc, char **argv)
     predicted = (uint8_t *)malloc((size_t)t.test.count);
     order = (int *)calloc((size_t)t.train.count, sizeof *order);
     desc.parallel = tern_pool_parallel(pool);
+    if (cuda) desc.backend = gpu();
     if (!pool || !predicted || !order) stop("start", "out of memory");
     memset(&at, 0, sizeof at);
     memcpy(at.magic, magic, sizeof magic);
@@ -619,6 +668,7 @@ int main(int argc, char **argv)
         accuracy = accuracy_of(c, &net, &t.test, predicted);
         snprintf(at.table[at.which], sizeof at.table[0], "%-18s %8.2f%% %12ld %12ld %10.1f %10.1f", how->name, 100 * accuracy,
                  (long)(audit.weights * 4), (long)audit.packed_bytes, microseconds(c, &net, 1), microseconds(c, &net, TEST_BATCH));
+        if (cuda && how->act == TERN_ACT_INT8) compare(c, &net, how, &t.test);
         close_network(c, &net);
     }
 

@@ -1024,7 +1024,7 @@ static void train(lm *m, const text *t, place *at)
         c->validation[0] = lm_validate(m, t, glance);
     }
     paused = seconds() - start;
-    while (at->step < steps) {
+    while (at->step < steps && (at->step == 0 || at->step != m->o.stop) && !stopped) {
         const double loss = train_step(m, t, at);
         k = (at->step - 1) * c->points / steps;
         c->train[k] += (loss - c->train[k]) / (double)++c->in_point[k];
@@ -1036,7 +1036,6 @@ static void train(lm *m, const text *t, place *at)
             c->validation[k] = lm_validate(m, t, at->step < steps ? glance : t->windows);
             paused += seconds() - now;
         }
-        if (at->step < steps && (stopped || at->step == m->o.stop)) break;
     }
     if (isatty(STDOUT_FILENO)) printf("\n");
 }

@@ -5,7 +5,12 @@
        cc -O2 -I. examples/node_classifier.c -o node_classifier -pthread -lm
        ./node_classifier                  a karate club of 34 members that split in two (Zachary 1977); a second
        ./node_classifier NODES EDGES      Cora as text: lines "id class train|val|test|- words,of,the,paper", lines "id id"
-       ./node_classifier --float ...      the float network alone; --ternary the other; --seeds 3 fewer of them */
+       ./node_classifier --float ...      the float network alone; --ternary the other; --seeds 3 fewer of them
+
+   With an NVIDIA GPU, after `make cuda`, and with the library's folder as -L/usr/local/cuda/lib64 where it needs one:
+
+       cc -O2 -I. -DUSE_CUDA examples/node_classifier.c build/ternary_cuda.o -o build/node_classifier_cuda -lcudart -lstdc++ -pthread -lm
+       build/node_classifier_cuda --cuda ...   on the first GPU; of ternary networks the CPU then finds the same bits */
 
 #define _POSIX_C_SOURCE 200809L /* isatty */
 #define TERNARY_IMPLEMENTATION
@@ -53,6 +58,16 @@ static void *room(size_t count, size_t width)
     void *p = calloc(count + 1, width);
     if (!p) stop("graph", "out of memory");
     return p;
+}
+
+/* The table of the first GPU; NULL in a program without ternary_cuda.o. */
+static const tern_backend *gpu(void)
+{
+#ifdef USE_CUDA
+    return tern_cuda_backend(0);
+#else
+    return NULL;
+#endif
 }
 
 static uint64_t random_state;
@@ -193,7 +208,7 @@ typedef struct {
     float *x[HOPS + 1], *dx[HOPS + 1]; /* x[0] features, x[1] hidden, x[2] logits */
     float *picked, *dpicked, *losses;  /* the logits of some nodes */
     int32_t *ids, *targets;
-    int chosen;
+    float *host, *logits; /* on the host: what is on its way to or from the backend's memory; the last logits without dropout */
 } network;
 
 static void build_graph(tern_context *c, network *net)
@@ -254,6 +269,8 @@ static void open_network(tern_context *c, network *net, const task *t, const rec
     net->losses = (float *)take(c, (size_t)t->nodes * sizeof(float));
     net->ids = (int32_t *)take(c, (size_t)t->nodes * sizeof(int32_t));
     net->targets = (int32_t *)take(c, (size_t)t->nodes * sizeof(int32_t));
+    net->host = (float *)room((size_t)t->nodes * (size_t)(t->features > t->hidden ? t->features : t->hidden), sizeof(float));
+    net->logits = (float *)room((size_t)(t->nodes * t->classes), sizeof(float));
 }
 
 static void close_network(tern_context *c, network *net)
@@ -268,85 +285,112 @@ static void close_network(tern_context *c, network *net)
     tern_free(c, net->losses);
     tern_free(c, net->ids);
     tern_free(c, net->targets);
+    free(net->host);
+    free(net->logits);
     tern_graph_free(c, &net->graph);
 }
 
 /* Words of each node with weights that add up to 1; some are left out and the others count for them. */
-static void load_features(network *net, float dropout)
+static void load_features(tern_context *c, network *net, float dropout)
 {
     const task *t = net->t;
-    memset(net->x[0], 0, (size_t)t->nodes * (size_t)t->features * sizeof(float));
+    const size_t bytes = (size_t)t->nodes * (size_t)t->features * sizeof(float);
+    memset(net->host, 0, bytes);
     for (int v = 0; v < t->nodes; v++) {
         const int count = t->word_start[v + 1] - t->word_start[v];
         for (int i = t->word_start[v]; i < t->word_start[v + 1]; i++)
             if (dropout == 0 || random_unit() >= dropout)
-                net->x[0][(size_t)v * (size_t)t->features + (size_t)t->words[i]] = 1.0f / ((float)count * (1.0f - dropout));
+                net->host[(size_t)v * (size_t)t->features + (size_t)t->words[i]] = 1.0f / ((float)count * (1.0f - dropout));
     }
+    check(c, tern_copy(c, net->x[0], net->host, bytes, TERN_TO_DEVICE));
 }
 
 /* keep: for each hidden value 0 or what it is multiplied by; NULL without dropout. */
-static void multiply(float *x, const float *keep, size_t n) { for (size_t i = 0; keep && i < n; i++) x[i] *= keep[i]; }
+static void multiply(tern_context *c, const network *net, float *x, const float *keep)
+{
+    tern_map_args a = TERN_ZERO;
+    a.fn = TERN_MAP_MUL;
+    a.count = net->t->nodes * net->t->hidden;
+    a.a = a.y = x;
+    a.b = keep;
+    if (keep) check(c, tern_map(c, &a));
+}
 
 static void forward(tern_context *c, network *net, const float *keep, int training)
 {
     for (int i = 0; i < HOPS; i++) {
         check(c, tern_hop_forward(c, &net->hops[i], &net->graph, net->x[i], net->x[i + 1], training ? net->saved[i] : NULL));
-        if (i == 0) multiply(net->x[1], keep, (size_t)(net->t->nodes * net->t->hidden));
+        if (i == 0) multiply(c, net, net->x[1], keep);
     }
+    if (training) return;
+    check(c, tern_copy(c, net->logits, net->x[HOPS], (size_t)(net->t->nodes * net->t->classes) * sizeof(float), TERN_TO_HOST));
 }
 
 static void backward(tern_context *c, network *net, const float *keep)
 {
     for (int i = HOPS - 1; i >= 0; i--) {
-        if (i == 0) multiply(net->dx[1], keep, (size_t)(net->t->nodes * net->t->hidden));
+        if (i == 0) multiply(c, net, net->dx[1], keep);
         check(c, tern_hop_backward(c, &net->hops[i], &net->graph, net->x[i], net->saved[i], net->dx[i + 1], net->dx[i]));
     }
 }
 
-/* The mean loss of the nodes of a part and, where asked, its gradient in the logits of all. */
-static double loss_of(tern_context *c, network *net, part of, int gradient)
+/* The losses of the nodes of a part and, where asked, the gradient of their mean in the logits of all. Returns how many nodes. */
+static int loss_of(tern_context *c, network *net, part of, int gradient)
 {
     const task *t = net->t;
     tern_gather_args g = TERN_ZERO;
     tern_loss_args a = TERN_ZERO;
+    tern_fill_args zero = TERN_ZERO;
     tern_scatter_args s = TERN_ZERO;
-    double sum = 0;
-    net->chosen = 0;
-    for (int v = 0; v < t->nodes; v++)
-        if (t->part[v] == of) net->ids[net->chosen] = v, net->targets[net->chosen++] = t->label[v];
-    if (!net->chosen) return 0;
+    int n = 0;
+    int32_t *chosen = (int32_t *)(void *)net->host;
+    for (int v = 0; v < t->nodes; v++) if (t->part[v] == of) chosen[n++] = v;
+    if (!n) return 0;
+    check(c, tern_copy(c, net->ids, chosen, (size_t)n * sizeof *chosen, TERN_TO_DEVICE));
+    for (int i = 0; i < n; i++) chosen[i] = t->label[chosen[i]];
+    check(c, tern_copy(c, net->targets, chosen, (size_t)n * sizeof *chosen, TERN_TO_DEVICE));
     g.m.rows = t->nodes;
     g.m.cols = t->classes;
     g.w = net->x[HOPS];
-    g.n = net->chosen;
+    g.n = n;
     g.ids = net->ids;
     g.y = net->picked;
     check(c, tern_gather(c, &g));
-    a.n = net->chosen;
+    a.n = n;
     a.classes = t->classes;
     a.logits = net->picked;
     a.targets = net->targets;
     a.losses = net->losses;
     a.dlogits = gradient ? net->dpicked : NULL;
-    a.scale = 1.0f / (float)net->chosen;
+    a.scale = 1.0f / (float)n;
     check(c, tern_loss(c, &a));
-    for (int i = 0; i < net->chosen; i++) sum += net->losses[i];
     if (gradient) {
-        memset(net->dx[HOPS], 0, (size_t)(t->nodes * t->classes) * sizeof(float));
+        zero.count = t->nodes * t->classes;
+        zero.x = net->dx[HOPS];
+        check(c, tern_fill(c, &zero));
         s.rows = t->nodes;
         s.cols = t->classes;
-        s.n = net->chosen;
+        s.n = n;
         s.ids = net->ids;
         s.dy = net->dpicked;
         s.dw = net->dx[HOPS];
         check(c, tern_scatter(c, &s));
     }
-    return sum / net->chosen;
+    return n;
+}
+
+static double mean_loss(tern_context *c, network *net, part of)
+{
+    const int n = loss_of(c, net, of, 0);
+    double sum = 0;
+    if (n) check(c, tern_copy(c, net->host, net->losses, (size_t)n * sizeof(float), TERN_TO_HOST));
+    for (int i = 0; i < n; i++) sum += net->host[i];
+    return n ? sum / n : 0;
 }
 
 static int best_class(const network *net, int v)
 {
-    const float *x = net->x[HOPS] + v * net->t->classes;
+    const float *x = net->logits + v * net->t->classes;
     int best = 0;
     for (int k = 1; k < net->t->classes; k++) if (x[k] > x[best]) best = k;
     return best;
@@ -363,9 +407,11 @@ static double accuracy(const network *net, part of)
 static void learn(tern_context *c, network *net, const recipe *how, int epoch, float *keep)
 {
     const float dropout = net->t->dropout;
+    const int hidden = net->t->nodes * net->t->hidden;
     tern_step step = TERN_ZERO;
-    for (int i = 0; i < net->t->nodes * net->t->hidden; i++) keep[i] = random_unit() < dropout ? 0 : 1 / (1 - dropout);
-    load_features(net, dropout);
+    for (int i = 0; i < hidden; i++) net->host[i] = random_unit() < dropout ? 0 : 1 / (1 - dropout);
+    check(c, tern_copy(c, keep, net->host, (size_t)hidden * sizeof(float), TERN_TO_DEVICE));
+    load_features(c, net, dropout);
     forward(c, net, keep, 1);
     loss_of(c, net, TRAIN, 1);
     backward(c, net, keep);
@@ -380,16 +426,16 @@ static void learn(tern_context *c, network *net, const recipe *how, int epoch, f
 /* Trains, and returns the accuracy on the test nodes where the validation nodes (if there are none: the training) were predicted best. */
 static double train(tern_context *c, network *net, const recipe *how, int seed, int *predicted)
 {
-    const int validated = accuracy(net, VALIDATION) > 0 || loss_of(c, net, VALIDATION, 0) > 0;
+    const int validated = loss_of(c, net, VALIDATION, 0) > 0;
     float *keep = (float *)take(c, (size_t)(net->t->nodes * net->t->hidden) * sizeof(float));
     double best = 1e30, result = 0;
     random_state = (uint64_t)seed;
     for (int epoch = 0; epoch < net->t->epochs; epoch++) {
         double loss;
         learn(c, net, how, epoch, keep);
-        load_features(net, 0);
+        load_features(c, net, 0);
         forward(c, net, NULL, 0);
-        loss = validated ? loss_of(c, net, VALIDATION, 0) - 0.1 * accuracy(net, VALIDATION) : -epoch;
+        loss = validated ? mean_loss(c, net, VALIDATION) - 0.1 * accuracy(net, VALIDATION) : -epoch;
         if (loss < best) {
             best = loss;
             result = accuracy(net, TEST);
@@ -476,7 +522,31 @@ static void draw(const task *t, const int *predicted)
 
 /* -- both networks -- */
 
-static void compare(tern_context *c, const task *t, int which, int seeds)
+/* The packed network on the CPU: the same logits, bit by bit? Of int8 activations; sums of float ones are the CPU's own. */
+static void compare_bits(tern_context *c, const network *net, const recipe *how)
+{
+    tern_context *cpu;
+    tern_error error;
+    network again;
+    if (tern_open(&cpu, NULL, &error) != TERN_OK) stop("ternary", error.text);
+    open_network(cpu, &again, net->t, how, 1);
+    for (int i = 0; i < HOPS; i++) {
+        const tern_matrix m = tern_param_matrix(&net->weights[i]);
+        size_t trits, scales;
+        check(c, tern_matrix_bytes(c, &m, &trits, &scales));
+        check(c, tern_copy(c, again.weights[i].buffer[TERN_TRITS].data, m.trits, trits, TERN_TO_HOST));
+        check(c, tern_copy(c, again.weights[i].buffer[TERN_SCALES].data, m.scales, scales, TERN_TO_HOST));
+    }
+    load_features(cpu, &again, 0);
+    forward(cpu, &again, NULL, 0);
+    if (memcmp(net->logits, again.logits, (size_t)(net->t->nodes * net->t->classes) * sizeof(float)))
+        stop(how->name, "has other bits on the CPU");
+    printf("%-14s  the same bits on the tiers %s and %s\n", how->name, tern_backend_name(c), tern_backend_name(cpu));
+    close_network(cpu, &again);
+    tern_close(cpu);
+}
+
+static void compare(tern_context *c, const task *t, int which, int seeds, int cuda)
 {
     int *predicted = (int *)room((size_t)t->nodes, sizeof(int));
     printf("%s: %d nodes, %d edges, %d features, %d classes\n\n", t->title, t->nodes, t->edges, t->features, t->classes);
@@ -491,6 +561,7 @@ static void compare(tern_context *c, const task *t, int which, int seeds)
             open_network(c, &net, t, &recipes[r], seed);
             got = train(c, &net, &recipes[r], seed, predicted);
             check(c, tern_model_audit(c, &net.model, &audit));
+            if (cuda && seed == 1 && recipes[r].act == TERN_ACT_INT8) compare_bits(c, &net, &recipes[r]);
             sum += got;
             squares += got * got;
             if (got < lowest) lowest = got;
@@ -510,7 +581,7 @@ static void compare(tern_context *c, const task *t, int which, int seeds)
 int main(int argc, char **argv)
 {
     const char *paths[2] = {NULL, NULL};
-    int count = 0, which = -1, seeds = 10;
+    int count = 0, which = -1, seeds = 10, cuda = 0;
     tern_context *c;
     tern_error error;
     tern_context_desc desc = TERN_ZERO;
@@ -519,15 +590,19 @@ int main(int argc, char **argv)
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--float") == 0) which = 0;
         else if (strcmp(argv[i], "--ternary") == 0) which = 1;
+        else if (strcmp(argv[i], "--cuda") == 0) cuda = 1;
         else if (strcmp(argv[i], "--seeds") == 0 && i + 1 < argc && atoi(argv[i + 1]) > 0) seeds = atoi(argv[++i]);
-        else if (argv[i][0] == '-' || count == 2) stop(argv[0], "takes a file of nodes and one of edges, or none, --float, --ternary and --seeds 10");
+        else if (argv[i][0] == '-' || count == 2) stop(argv[0], "takes a file of nodes and one of edges, or none, --float, --ternary, --cuda and --seeds 10");
         else paths[count++] = argv[i];
     }
     if (count == 1) stop(argv[0], "takes two files: nodes and edges");
+    if (cuda && !gpu())
+        stop("--cuda", "this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/node_classifier_cuda");
     t = count ? read_graph(paths[0], paths[1]) : karate();
     desc.parallel = tern_pool_parallel(pool);
+    if (cuda) desc.backend = gpu();
     if (tern_open(&c, &desc, &error) != TERN_OK) stop("ternary", error.text);
-    compare(c, &t, which, seeds);
+    compare(c, &t, which, seeds, cuda);
     tern_close(c);
     tern_pool_destroy(pool);
     free(t.from); free(t.to); free(t.label); free(t.part); free(t.word_start); free(t.words);

@@ -8,6 +8,11 @@
        build/npc_brain --headless 6000            as fast as it goes, and a line for every 1000 frames
        build/npc_brain --record FILE              keeps the inputs; --replay FILE lives that life again, and compares
 
+   With an NVIDIA GPU, after `make cuda`, and with the library's folder as -L/usr/local/cuda/lib64 where it needs one:
+
+       cc -O2 -I. -DUSE_CUDA examples/npc_brain.c build/ternary_cuda.o -o build/npc_brain_cuda -lcudart -lstdc++ -pthread
+       build/npc_brain_cuda --cuda --record FILE  thinks and learns on the first GPU; the CPU lives that life again
+
    --seed N: another world. --budget N: microseconds of training in a frame (default 300). --steps N: so many training
    steps in each frame, whatever the time. TERNARY_ISA=scalar and others choose a tier. */
 #define _POSIX_C_SOURCE 200809L /* clock_gettime, nanosleep */
@@ -30,6 +35,16 @@ static void stop(const char *what, const char *why)
 {
     fprintf(stderr, "npc_brain: %s: %s\n", what, why);
     exit(1);
+}
+
+/* The table of the first GPU; NULL in a program without ternary_cuda.o. */
+static const tern_backend *gpu(void)
+{
+#ifdef USE_CUDA
+    return tern_cuda_backend(0);
+#else
+    return NULL;
+#endif
 }
 
 static double microseconds(void)
@@ -123,15 +138,24 @@ typedef struct {
     tern_model model;
     tern_linear layers[LAYERS];
     void *saved[LAYERS];
-    float x[BATCH][INPUTS], hidden[BATCH][HIDDEN], value[BATCH], dvalue[BATCH], dhidden[BATCH][HIDDEN];
+    float views[BATCH][INPUTS], expected[BATCH], errors[BATCH]; /* of which the backend has its own: */
+    float *x, *hidden, *value, *dvalue, *dhidden;               /* [BATCH, INPUTS], [BATCH, HIDDEN], [BATCH], ... */
     uint64_t seed, random;
     uint32_t steps;
-    tern_flips flips;
+    tern_flips *flips;
     experience memory[MEMORY], trail[AHEAD][CREATURES]; /* the trail is still to be rewarded */
     int64_t lived; /* experiences */
 } brain;
 
 static void check(const brain *b, tern_result result) { if (result != TERN_OK) stop("ternary", tern_last_error(b->c)->text); }
+
+/* Backend memory that must be there. */
+static void *take(brain *b, size_t bytes)
+{
+    void *p = tern_alloc(b->c, bytes);
+    if (!p) stop("brain", "no memory");
+    return p;
+}
 
 static void create_layer(brain *b, int layer, int64_t rows, int64_t cols)
 {
@@ -139,29 +163,36 @@ static void create_layer(brain *b, int layer, int64_t rows, int64_t cols)
     tern_linear *l = &b->layers[layer];
     tern_fill_args noise = {.count = rows * cols, .deviation = 0.1f, .seed = b->seed, .stream = (uint32_t)layer}; /* about 1/sqrt(cols) */
     tern_need need;
-    float x[HIDDEN * INPUTS];
     snprintf(w->name, sizeof w->name, "layer%d", layer);
     w->rows = rows;
     w->cols = cols;
     w->grain = TERN_PER_ROW;
     w->buffer[TERN_SCALES].type = TERN_LOG;
     check(b, tern_param_alloc(b->c, w, TERN_FOR_FLIPS));
-    noise.x = x;
+    noise.x = (float *)take(b, (size_t)noise.count * sizeof(float));
     check(b, tern_fill(b->c, &noise));
-    check(b, tern_param_set(b->c, w, TERN_F32, x));
+    check(b, tern_param_set(b->c, w, TERN_F32, noise.x));
+    tern_free(b->c, noise.x);
     l->w = w;
     l->norm = layer ? TERN_NORM_RMS : TERN_NORM_NONE;
     check(b, tern_linear_need(b->c, l, BATCH, &need));
     check(b, tern_reserve(b->c, need.scratch));
-    if (!(b->saved[layer] = tern_alloc(b->c, need.saved))) stop("brain", "no memory");
+    b->saved[layer] = take(b, need.saved);
 }
 
-static void create_brain(brain *b, uint64_t seed)
+static void create_brain(brain *b, uint64_t seed, int cuda)
 {
+    const tern_context_desc desc = {.backend = cuda ? gpu() : NULL};
     tern_error error;
     memset(b, 0, sizeof *b);
-    if (tern_open(&b->c, NULL, &error) != TERN_OK) stop("ternary", error.text);
+    if (tern_open(&b->c, &desc, &error) != TERN_OK) stop("ternary", error.text);
     b->seed = b->random = seed;
+    b->x = (float *)take(b, sizeof b->views);
+    b->hidden = (float *)take(b, BATCH * HIDDEN * sizeof(float));
+    b->value = (float *)take(b, sizeof b->expected);
+    b->dvalue = (float *)take(b, sizeof b->errors);
+    b->dhidden = (float *)take(b, BATCH * HIDDEN * sizeof(float));
+    b->flips = (tern_flips *)take(b, sizeof *b->flips);
     create_layer(b, 0, HIDDEN, INPUTS);
     create_layer(b, 1, 1, HIDDEN);
     b->model = (tern_model){b->list, LAYERS};
@@ -171,23 +202,27 @@ static void create_brain(brain *b, uint64_t seed)
 static void close_brain(brain *b)
 {
     for (int i = 0; i < LAYERS; i++) tern_param_free(b->c, &b->weights[i], -1), tern_free(b->c, b->saved[i]);
+    tern_free(b->c, b->x), tern_free(b->c, b->hidden), tern_free(b->c, b->value);
+    tern_free(b->c, b->dvalue), tern_free(b->c, b->dhidden), tern_free(b->c, b->flips);
     tern_close(b->c);
 }
 
 static void relu(brain *b, int64_t n, const float *dy)
 {
-    check(b, tern_map(b->c, &(tern_map_args){.fn = TERN_MAP_RELU, .count = n * HIDDEN, .a = b->hidden[0], .y = b->hidden[0],
-                                             .dy = dy, .da = dy ? b->dhidden[0] : NULL}));
+    check(b, tern_map(b->c, &(tern_map_args){.fn = TERN_MAP_RELU, .count = n * HIDDEN, .a = b->hidden, .y = b->hidden,
+                                             .dy = dy, .da = dy ? b->dhidden : NULL}));
 }
 
-static void set_view(brain *b, int row, const int8_t *view) { for (int i = 0; i < INPUTS; i++) b->x[row][i] = view[i]; }
+static void set_view(brain *b, int row, const int8_t *view) { for (int i = 0; i < INPUTS; i++) b->views[row][i] = view[i]; }
 
-/* The views in x -> what is expected of each. */
+/* The views -> what is expected of each. */
 static void expect(brain *b, int64_t n)
 {
-    check(b, tern_linear_forward(b->c, &b->layers[0], n, b->x[0], b->hidden[0], b->saved[0]));
+    check(b, tern_copy(b->c, b->x, b->views, (size_t)n * sizeof b->views[0], TERN_TO_DEVICE));
+    check(b, tern_linear_forward(b->c, &b->layers[0], n, b->x, b->hidden, b->saved[0]));
     relu(b, n, NULL);
-    check(b, tern_linear_forward(b->c, &b->layers[1], n, b->hidden[0], b->value, b->saved[1]));
+    check(b, tern_linear_forward(b->c, &b->layers[1], n, b->hidden, b->value, b->saved[1]));
+    check(b, tern_copy(b->c, b->expected, b->value, (size_t)n * sizeof(float), TERN_TO_HOST));
 }
 
 /* One step on the squared error of what was expected of some memories. Gradients are pushes on integer accumulators, which flip trits. */
@@ -196,15 +231,16 @@ static void learn(brain *b)
     const uint32_t known = b->lived < MEMORY ? (uint32_t)b->lived : MEMORY;
     const experience *drawn[BATCH];
     tern_schedule schedule = {.kind = TERN_LINEAR, .peak = 3, .floor = 0.5f, .steps = 4000};
-    tern_step step = {.seed = b->seed, .step = ++b->steps, .flips = &b->flips};
+    tern_step step = {.seed = b->seed, .step = ++b->steps, .flips = b->flips};
     for (int i = 0; i < BATCH; i++) set_view(b, i, (drawn[i] = &b->memory[random_below(&b->random, known)])->view);
     expect(b, BATCH);
-    for (int i = 0; i < BATCH; i++) b->dvalue[i] = b->value[i] - (float)drawn[i]->reward / 64;
+    for (int i = 0; i < BATCH; i++) b->errors[i] = b->expected[i] - (float)drawn[i]->reward / 64;
+    check(b, tern_copy(b->c, b->dvalue, b->errors, sizeof b->errors, TERN_TO_DEVICE));
     b->layers[0].seed = (uint64_t)step.step << 32;
     b->layers[1].seed = b->layers[0].seed + 1;
-    check(b, tern_linear_backward(b->c, &b->layers[1], BATCH, b->hidden[0], b->saved[1], b->dvalue, b->dhidden[0]));
-    relu(b, BATCH, b->dhidden[0]);
-    check(b, tern_linear_backward(b->c, &b->layers[0], BATCH, b->x[0], b->saved[0], b->dhidden[0], NULL));
+    check(b, tern_linear_backward(b->c, &b->layers[1], BATCH, b->hidden, b->saved[1], b->dvalue, b->dhidden));
+    relu(b, BATCH, b->dhidden);
+    check(b, tern_linear_backward(b->c, &b->layers[0], BATCH, b->x, b->saved[0], b->dhidden, NULL));
     check(b, tern_schedule_rate(b->c, &schedule, step.step, &step.push));
     check(b, tern_model_step(b->c, &b->model, &step));
 }
@@ -241,7 +277,7 @@ static void move(world *w, brain *b, int64_t frame, haul *h)
         }
     expect(b, CREATURES * TURNS);
     for (int i = 0; i < CREATURES; i++) {
-        const float *value = &b->value[i * TURNS];
+        const float *value = &b->expected[i * TURNS];
         int best = 0, found;
         if (random_below(&w->random, 16) == 0) best = (int)random_below(&w->random, TURNS);
         else for (int k = 1; k < TURNS; k++) if (value[k] > value[best]) best = k;
@@ -256,7 +292,7 @@ static void move(world *w, brain *b, int64_t frame, haul *h)
 /* -- a life: frames of moving and learning, from inputs alone -- */
 
 typedef struct { uint8_t key, steps; } input; /* of a frame */
-typedef struct { uint64_t seed; int64_t frames, budget, steps; const char *record, *replay; } options; /* frames, steps: -1 for none */
+typedef struct { uint64_t seed; int64_t frames, budget, steps, cuda; const char *record, *replay; } options; /* frames, steps: -1 for none */
 typedef struct {
     options o;
     world w;
@@ -405,11 +441,13 @@ static void report(life *l)
     const brain *b = &l->b;
     const char *end = in_terminal ? "\033[K\n" : "\n";
     tern_audit a;
+    tern_flips flips;
     check(b, tern_model_audit(b->c, &b->model, &a));
+    check(b, tern_copy(b->c, &flips, b->flips, sizeof flips, TERN_TO_HOST));
     printf("frame %lld: %lld food and %lld poison per 1000 frames; before learning %lld and %lld%s", (long long)l->frame, per_1000(l->late.food),
            per_1000(l->late.poison), per_1000(l->early.food), per_1000(l->early.poison), end);
     printf("    %lld weights in %zu bytes, %zu more to learn with; %u training steps, %lld flips%s", (long long)a.weights, a.packed_bytes,
-           a.bytes[TERN_ACCUM], b->steps, (long long)b->flips.flips, end);
+           a.bytes[TERN_ACCUM], b->steps, (long long)flips.flips, end);
     printf("    %.0f microseconds of a frame to move, %.0f to learn, %.0f for a training step%s", l->moving, l->learning, l->a_step, end);
 }
 
@@ -456,15 +494,18 @@ static options parse(int argc, char **argv)
         const char *name = argv[i], *value = argv[i + 1];
         char *end = NULL;
         const int64_t number = value ? strtoll(value, &end, 10) : -1;
-        if (value && !strcmp(name, "--record")) o.record = value;
+        if (!strcmp(name, "--cuda")) o.cuda = 1, i--;
+        else if (value && !strcmp(name, "--record")) o.record = value;
         else if (value && !strcmp(name, "--replay")) o.replay = value;
-        else if (number < 0 || *end || end == value) stop(name, "--headless FRAMES, --record FILE, --replay FILE, --seed N, --budget MICROSECONDS or --steps N");
+        else if (number < 0 || *end || end == value) stop(name, "--headless FRAMES, --record FILE, --replay FILE, --seed N, --budget MICROSECONDS, --steps N or --cuda");
         else if (!strcmp(name, "--headless")) o.frames = number;
         else if (!strcmp(name, "--seed")) o.seed = (uint64_t)number;
         else if (!strcmp(name, "--budget")) o.budget = number;
         else if (!strcmp(name, "--steps") && number <= 255) o.steps = number;
         else stop(name, "is no option, or its number is too large");
     }
+    if (o.cuda && !gpu())
+        stop("--cuda", "this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/npc_brain_cuda");
     return o;
 }
 
@@ -476,7 +517,7 @@ int main(int argc, char **argv)
     l.o = parse(argc, argv);
     open_recording(&l);
     create_world(&l.w, l.o.seed);
-    create_brain(&l.b, l.o.seed);
+    create_brain(&l.b, l.o.seed, (int)l.o.cuda);
     if (!l.replay && l.o.frames < 0) enter_terminal();
     for (in = next_input(&l); in.key != 'q'; in = next_input(&l)) {
         live(&l, &in);

@@ -217,13 +217,14 @@ npc_brain_lives() {
 # one with the whole batch within 1e-6 (up to 1e-7 was seen, on every tier). Seen to fail: without the Allreduce, with the largest
 # for the sum, with the mean of a part for that of the batch, with a batch of its own for each rank, with gradients elsewhere.
 mpi_ranks() {
-    { command -v mpicc && command -v mpirun; } > /dev/null || { echo "skipped: no mpicc and mpirun (Open MPI) for examples/train_mpi.c"; return 0; }
-    ranks() { OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 mpirun --oversubscribe -n "$1" $out/train_mpi "$out/$2" $3 $4 $5; }
+    has_mpi || return 0
     OMPI_CC=$CC mpicc $CFLAGS -I. examples/train_mpi.c -o $out/train_mpi $LDLIBS &&
-    ranks 2 two.gguf 200 && ranks 1 turns.gguf 200 2 && cmp $out/two.gguf $out/turns.gguf &&
-    ranks 1 one.gguf 20 && ranks 2 two.gguf 20 2 $out/one.gguf > $out/ranks && cat $out/ranks &&
-    awk '/^largest difference/ { found = 1; bad = $NF > 1e-6 } END { exit !found || bad }' $out/ranks
+    ranks 2 train_mpi two.gguf 200 && ranks 1 train_mpi turns.gguf 200 2 && cmp $out/two.gguf $out/turns.gguf &&
+    ranks 1 train_mpi one.gguf 20 && ranks 2 train_mpi two.gguf 20 2 $out/one.gguf > $out/ranks && cat $out/ranks && ranks_agree
 }
+has_mpi() { { command -v mpicc && command -v mpirun; } > /dev/null || { echo "skipped: no mpicc and mpirun (Open MPI) for examples/train_mpi.c"; return 1; }; }
+ranks() { OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 mpirun --oversubscribe -n "$1" $out/"$2" "$out/$3" $4 $5 $6 $7; }
+ranks_agree() { awk '/^largest difference/ { found = 1; bad = $NF > 1e-6 } END { exit !found || bad }' $out/ranks; }
 # Trains, tunes, saves and reloads itself; from its own file as base it comes to the same table, and a sweep to its picture.
 # Seen to fail: where either load leaves the network as it was opened, where a training's images depend on those before it.
 finetune_runs() {
@@ -254,20 +255,51 @@ cuda_tests() {
     command -v g++ > /dev/null || { echo "skipped: no g++ for the CUDA emulator"; echo "0 passed, 0 failed"; return; }
     g++ -std=c++17 -O1 -ffp-contract=off -include tests/cuda.h -I. tests/cuda_tests.cpp -o $out/cuda_tests && $out/cuda_tests "$@"
 }
+# An example, made small by what sed replaces in it, with the emulator for its GPU and the scalar tier, whose build is soon done.
+emulated() {
+    sed "$2" "examples/$1.c" > $out/"$1"_small.c &&
+    { [ -s $out/ternary_cuda.o ] || g++ -std=c++17 -O1 -ffp-contract=off -include tests/cuda.h -I. -x c++ -c ternary_cuda.cu -o $out/ternary_cuda.o; } &&
+    compile -DUSE_CUDA -DTERNARY_NO_SIMD $out/"$1"_small.c $out/ternary_cuda.o -o $out/"$1"_cuda -lstdc++
+}
+# A state goes from the CPU to the GPU and back as it is, and a true-ternary training goes on here and there with the bits of one
+# that stayed. Seen to fail: with second moments or accumulators that a GPU does not load.
 language_model_cuda_runs() {
     command -v g++ > /dev/null || { echo "skipped: no g++ for the CUDA emulator"; return 0; }
-    g++ -std=c++17 -O1 -ffp-contract=off -include tests/cuda.h -I. -x c++ -c ternary_cuda.cu -o $out/ternary_cuda.o &&
-    compile -DUSE_CUDA examples/language_model.c $out/ternary_cuda.o -o $out/language_model_cuda -lstdc++ &&
-    head -c 1000 LICENSE > $out/text &&
-    tiny="$out/language_model_cuda --cuda --text $out/text --out $out --layers 1 --heads 2 --width 16 --context 8 --batch 2 --steps 10 --generate 4" &&
-    $tiny && $tiny --experts 2 && $tiny --true-ternary
+    emulated language_model '' && head -c 1000 LICENSE > $out/text && mkdir -p $out/cpu $out/gpu || return 1
+    tiny="$out/language_model_cuda --text $out/text --layers 1 --heads 2 --width 16 --context 8 --batch 2 --steps 10 --generate 4"
+    for recipe in "" "--experts 2" "--true-ternary"; do $tiny $recipe --cuda --out $out || return 1; done
+    for recipe in "" "--rule lsq --grain tensor --tequila 1e-2 --moments bf16" "--rule seq --scales f16 --float-shadows" "--true-ternary --experts 2"; do
+        echo "there and back $recipe"
+        $tiny $recipe --stop 4 --out $out/cpu && $tiny $recipe --stop 4 --cuda --resume $out/cpu/training.state --out $out/gpu &&
+        cmp $out/cpu/training.state $out/gpu/training.state || return 1
+    done
+    $tiny $recipe --stop 7 --cuda --resume $out/cpu/training.state --out $out/gpu && $tiny $recipe --stop 9 --resume $out/gpu/training.state --out $out/gpu &&
+    $tiny $recipe --stop 9 --out $out/cpu && cmp $out/cpu/training.state $out/gpu/training.state
 }
+# The others compare with the CPU themselves what the CPU must find again; a life is lived again there, and the weights of two
+# ranks are those of the CPU but for rounding. Each was seen to fail with a ReLU that is a thousandth too large on the GPU alone.
+examples_cuda_run() (
+    command -v g++ > /dev/null || { echo "skipped: no g++ for the CUDA emulator"; return 0; }
+    small='s/HIDDEN = [0-9]*/HIDDEN = 16/; s/BATCH = [0-9]*/BATCH = 24/; s/PERIOD = [0-9]*/PERIOD = 25/; s/(10000)/(96)/; s/(2000)/(40)/; s/16, 150,/16, 10,/; s/repeats = .*/repeats = 1;/'
+    for example in image_classifier finetune node_classifier npc_brain; do emulated $example "$small" || exit 1; done
+    mkdir -p $out/tuned && $out/finetune_cuda --cuda --out $out/tuned --steps 4 --rank 2 > $out/tuned/log && cat $out/tuned/log &&
+    [ "$(grep -c 'reloaded by the tier cuda, gives the same bits' $out/tuned/log)" = 1 ] && # LoRA beside the trits
+    [ "$(grep -c 'reloaded by the tier [^c].*, gives the same bits' $out/tuned/log)" = 2 ] &&
+    $out/npc_brain_cuda --headless 60 --steps 1 --record $out/gpu_life --cuda && $out/npc_brain_cuda --replay $out/gpu_life &&
+    cd $out && same() { "$@" > gpu_log && cat gpu_log && grep 'same bits on the tiers cuda and' gpu_log; } &&
+    same ./image_classifier_cuda --cuda && same ./image_classifier_cuda --cuda --true-ternary && same ./node_classifier_cuda --cuda --seeds 1 || exit 1
+    cd ../.. && has_mpi || exit 0
+    CC='env OMPI_CC='$CC' mpicc' && emulated train_mpi "$small" && ranks 1 train_mpi_cuda cpu.gguf 6 2 &&
+    ranks 2 train_mpi_cuda gpu.gguf 6 2 $out/cpu.gguf --cuda > $out/ranks && cat $out/ranks && grep 'same bits on the tier' $out/ranks && ranks_agree
+)
 bench_cuda_runs() {
     command -v g++ > /dev/null || { echo "skipped: no g++ for the CUDA emulator"; return 0; }
     g++ -std=c++17 -O1 -ffp-contract=off -include tests/cuda.h -I. -x c++ bench/cuda.cu -o $out/bench_cuda && $out/bench_cuda --quick --csv
 }
-language_model_without_cuda() {
-    ! $out/language_model --cuda > $out/without 2>&1 && grep 'built without CUDA' $out/without
+examples_without_cuda() {
+    for example in language_model image_classifier finetune node_classifier npc_brain; do
+        ! $out/$example --cuda > $out/without 2>&1 && grep "built without CUDA.*make build/${example}_cuda" $out/without || return 1
+    done
 }
 
 # -- ternary.h as a text --
@@ -306,8 +338,10 @@ check "examples/quickstart.c runs" quickstart_runs
 check "examples/node_classifier.c runs, and refuses wrong files" node_classifier_runs
 check "examples/finetune.c runs, reloads and goes on from its file" finetune_runs
 check "examples/language_model.c runs, reloads and repeats its bits" language_model_runs
-check "examples/language_model.c --cuda says what is missing" language_model_without_cuda
+check "examples: --cuda says what is missing" examples_without_cuda
 check "examples/language_model.c --cuda on the emulator: the CPU finds its bits" language_model_cuda_runs
+check "examples: --cuda on the emulator: the CPU finds their bits" examples_cuda_run
+grep '^skipped: ' $out/log
 check "examples/language_model.c stops and goes on with the same bits" language_model_resumes
 check "examples/language_model.c trains, saves and reloads every recipe" language_model_recipes
 check "examples/language_model.c --experts trains, saves, reloads and goes on, and shows the loads" language_model_experts
