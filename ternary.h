@@ -1056,7 +1056,8 @@ typedef struct tern_moe {
    computes the experts again. Scratch is enough for all tokens to choose the same expert. */
 TERN_API tern_result tern_moe_need(tern_context *c, const tern_moe *m, int64_t n, tern_need *out);
 /* x [n, cols] -> y [n, cols], apart. saved: need.saved bytes, aligned to 4 (on a GPU: 16), or NULL for inference. A
-   token whose logits are not finite is a data fault and goes to no expert. A GPU is waited for, once, by SPARSE. */
+   token whose logits are not finite is a data fault and goes to no expert. A GPU is waited for, once, by SPARSE
+   where its backend does not multiply in groups (tern_grouped_args) or experts are not quantized. */
 TERN_API tern_result tern_moe_forward(tern_context *c, const tern_moe *m, int64_t n, const float *x, float *y, void *saved);
 /* Adds into the TERN_GRAD of all parameters where present; dx [n, cols] (or NULL) is overwritten. As tern_linear_backward. */
 #ifndef TERNARY_NO_TRAINING
@@ -6606,10 +6607,7 @@ static tern_result tern__cpu_linear(tern_run *run, const tern_linear_args *a)
 #ifndef TERNARY_NO_MOE
 /* -- products in groups -- */
 
-enum {
-    TERN__GROUP_COST = 2,    /* to read a panel costs as much as so many tokens with it */
-    TERN__GROUP_ASK = 16384  /* bytes to ask for before a matrix begins */
-};
+enum { TERN__GROUP_COST = 2 }; /* to read a panel costs as much as so many tokens with it */
 
 /* Panels [p0, p1) of a matrix with a group's rows. */
 typedef struct tern__grouped_item { tern_matmul_args a; int64_t p0, p1; } tern__grouped_item;
@@ -6681,28 +6679,12 @@ static int32_t tern__grouped_next(tern__grouped_turn *t, tern__grouped_item *out
     return 1;
 }
 
-/* Asks for what a matrix is begun with: kernels ask ahead within one alone. */
-static void tern__grouped_ask(const tern__grouped_item *item, const tern__shape *s)
-{
-    const uint8_t *trits = (const uint8_t *)item->a.m.trits + item->p0 * s->panel_bytes, *scales = (const uint8_t *)item->a.m.scales;
-    const int64_t line = s->groups * TERN__ROWS * tern__type_bytes(item->a.m.scale_type), first = item->a.m.grain == TERN_PER_TENSOR ? 0 : item->p0 * line;
-    const int64_t bytes = tern__min(TERN__PANELS, item->p1 - item->p0) * s->panel_bytes, most = TERN__GROUP_ASK;
-    int64_t i;
-    for (i = 0; i < tern__min(bytes, most); i += 64) __builtin_prefetch(trits + i, 0, 2);
-    for (i = 0; item->a.m.grain != TERN_PER_TENSOR && i < tern__min((item->p1 - item->p0) * line, most / 4); i += 64) __builtin_prefetch(scales + first + i, 0, 2);
-}
-
 static void tern__grouped_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     tern__grouped_turn t = tern__grouped_start((const tern_grouped_args *)job->arg, begin, end);
-    tern__grouped_item item[2];
-    int32_t i = 0, more = tern__grouped_next(&t, &item[0]);
+    tern__grouped_item item;
     (void)bad;
-    for (; more; i ^= 1) {
-        more = tern__grouped_next(&t, &item[i ^ 1]);
-        if (more) tern__grouped_ask(&item[i ^ 1], &t.s);
-        tern__matmul_range(job->k, &item[i].a, &t.s, item[i].p0, item[i].p1, 0, item[i].a.n);
-    }
+    while (tern__grouped_next(&t, &item)) tern__matmul_range(job->k, &item.a, &t.s, item.p0, item.p1, 0, item.a.n);
 }
 
 static tern_result tern__cpu_grouped(tern_run *run, const tern_grouped_args *a)
@@ -7417,6 +7399,24 @@ static float tern__norm_dot(const tern__kernels *k, const tern_norm_args *a, int
     return tern__tree_total(&tree);
 }
 
+/* y = x gain r in vectors. */
+static void tern__norm_row(const tern__kernels *k, const tern_norm_args *a, float r, const float *x, float *y)
+{
+    tern_map_args m;
+    memset(&m, 0, sizeof m);
+    m.y = y;
+    m.a = x;
+    if (a->gain) {
+        m.fn = TERN_MAP_MUL;
+        m.b = a->gain;
+        k->map(&m, 0, a->cols);
+        m.a = y;
+    }
+    m.fn = TERN_MAP_SCALE;
+    m.alpha = r;
+    k->map(&m, 0, a->cols);
+}
+
 static void tern__norm_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_norm_args *a = (const tern_norm_args *)job->arg;
@@ -7427,7 +7427,8 @@ static void tern__norm_body(tern__job *job, int64_t begin, int64_t end, int64_t 
         if (!(r > 0.0f)) *bad = tern__min(*bad, t);
         if (!a->dy) {
             float *y = a->y + t * a->cols;
-            for (i = 0; i < a->cols; i++) y[i] = r > 0.0f ? (a->gain ? x[i] * a->gain[i] : x[i]) * r : 0.0f;
+            if (r > 0.0f) tern__norm_row(job->k, a, r, x, y);
+            else memset(y, 0, sizeof(float) * (size_t)a->cols);
         } else if (a->dx) { /* dx = r g dy - x r^3 mean(g dy x) */
             const float *dy = a->dy + t * a->cols;
             float *dx = a->dx + t * a->cols;
@@ -11111,7 +11112,8 @@ static int64_t tern__moe_again(const tern_moe *m, int64_t n)
 
 enum { TERN__MOE_PART = 64 };
 
-/* Places that go through experts at once where a backend multiplies in groups: those of few tokens all together. */
+/* Places that go through experts at once where a backend multiplies in groups: those of few tokens all together, and never
+   more than scratch for all tokens at one expert takes. */
 static int64_t tern__moe_part(const tern_moe *m, int64_t n) { return tern__min(tern__mul(n, m->top_k), tern__max(n, TERN__MOE_PART)); }
 
 /* All memory of a forward or backward, from base on (NULL: sizes alone), with `saved` first where the caller has none. */
