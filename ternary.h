@@ -776,6 +776,21 @@ typedef struct tern_flip_args {
    scales here, then matmul into y [n, rows]. */
 typedef struct tern_linear_args { tern_quantize_args quantize; const float *bias; float *y; } tern_linear_args;
 
+/* Products of rows in groups, each of which has parameters of its own, all alike. The rows of the groups lie one after the
+   other, loads[g] of group g, and here are rows [at, at + n) of all: q, scale and sum as tern_quantize gives them. y [sets][n,
+   rows]: for set s and a row of group g what tern_matmul makes of it with w[g * step + s], whose dead zone's values are
+   the bias. Rows behind the last group's become zeros. The trits and scales of m are not read. */
+typedef struct tern_grouped_args {
+    tern_matrix m;
+    tern_act act;
+    int32_t count, sets, step;   /* groups; parameters that read the same rows, 1 or 2; pointers from group to group */
+    struct tern_param *const *w; /* [count * step] in host memory, with buffers in backend memory */
+    const int32_t *loads;        /* [count] in backend memory, none negative */
+    int64_t at, n;
+    const int8_t *q; const float *scale; const int32_t *sum;
+    float *y;
+} tern_grouped_args;
+
 #define TERN_OPS(X)                                                                    \
     X(ternarize) X(pack) X(unpack) X(quantize) X(matmul) X(matmul_fixed) X(matmul_dx) X(matmul_dw) \
     X(dense) X(dense_i8) X(gather) X(scatter) X(fill) X(cast) X(map) X(norm) X(rope)   \
@@ -784,7 +799,7 @@ typedef struct tern_linear_args { tern_quantize_args quantize; const float *bias
     X(gate) X(nearest)
 
 /* Operations that a backend may leave out: layers then compose others, with the same bits. */
-#define TERN_FUSED(X) X(linear)
+#define TERN_FUSED(X) X(linear) X(grouped)
 
 #define TERN__DECLARE(op) TERN_API tern_result tern_##op(tern_context *c, const tern_##op##_args *a);
 TERN_OPS(TERN__DECLARE)
@@ -1041,7 +1056,8 @@ typedef struct tern_moe {
    computes the experts again. Scratch is enough for all tokens to choose the same expert. */
 TERN_API tern_result tern_moe_need(tern_context *c, const tern_moe *m, int64_t n, tern_need *out);
 /* x [n, cols] -> y [n, cols], apart. saved: need.saved bytes, aligned to 4 (on a GPU: 16), or NULL for inference. A
-   token whose logits are not finite is a data fault and goes to no expert. A GPU is waited for, once, by SPARSE. */
+   token whose logits are not finite is a data fault and goes to no expert. A GPU is waited for, once, by SPARSE
+   where its backend does not multiply in groups (tern_grouped_args) or experts are not quantized. */
 TERN_API tern_result tern_moe_forward(tern_context *c, const tern_moe *m, int64_t n, const float *x, float *y, void *saved);
 /* Adds into the TERN_GRAD of all parameters where present; dx [n, cols] (or NULL) is overwritten. As tern_linear_backward. */
 #ifndef TERNARY_NO_TRAINING
@@ -6589,6 +6605,102 @@ static tern_result tern__cpu_linear(tern_run *run, const tern_linear_args *a)
     return TERN_OK;
 }
 
+#ifndef TERNARY_NO_MOE
+/* -- products in groups -- */
+
+enum { TERN__GROUP_COST = 2 }; /* to read a panel costs as much as so many tokens with it */
+
+/* Panels [p0, p1) of a matrix with a group's rows. */
+typedef struct tern__grouped_item { tern_matmul_args a; int64_t p0, p1; } tern__grouped_item;
+
+/* Units [begin, end) of the work, of which a group has sets * panels * (its rows + TERN__GROUP_COST). */
+typedef struct tern__grouped_turn {
+    const tern_grouped_args *a;
+    tern__shape s;
+    int64_t begin, end, unit; /* unit: the first of this group */
+    int64_t at, n, behind;    /* rows of this group that are here; the first row of the next among those of all */
+    int32_t group, set;
+} tern__grouped_turn;
+
+static tern__grouped_turn tern__grouped_start(const tern_grouped_args *a, int64_t begin, int64_t end)
+{
+    tern__grouped_turn t;
+    memset(&t, 0, sizeof t);
+    t.a = a;
+    t.s = tern__shape_of(&a->m);
+    t.begin = begin;
+    t.end = end;
+    t.group = -1;
+    t.set = a->sets;
+    return t;
+}
+
+static int64_t tern__grouped_height(const tern__grouped_turn *t) { return t->n + TERN__GROUP_COST; }
+
+/* The next group that has rows here. */
+static int32_t tern__grouped_group(tern__grouped_turn *t)
+{
+    const tern_grouped_args *a = t->a;
+    if (t->n > 0) t->unit += a->sets * t->s.panels * tern__grouped_height(t);
+    do {
+        const int64_t first = t->behind;
+        if (++t->group >= a->count) return 0;
+        t->behind += a->loads[t->group];
+        t->at = tern__max(first - a->at, 0);
+        t->n = tern__min(t->behind - a->at, a->n) - t->at;
+    } while (t->n <= 0);
+    t->set = 0;
+    return 1;
+}
+
+/* The next matrix that has panels here. */
+static int32_t tern__grouped_next(tern__grouped_turn *t, tern__grouped_item *out)
+{
+    const tern_grouped_args *a = t->a;
+    const struct tern_param *p;
+    int64_t height;
+    for (;; t->set++) {
+        if (t->set >= a->sets && !tern__grouped_group(t)) return 0;
+        height = tern__grouped_height(t);
+        out->p0 = tern__max(tern__ceil_div(tern__max(t->begin - t->unit, 0), height) - t->set * t->s.panels, 0);
+        out->p1 = tern__min(tern__ceil_div(tern__max(t->end - t->unit, 0), height) - t->set * t->s.panels, t->s.panels);
+        if (out->p0 < out->p1) break;
+    }
+    p = a->w[(int64_t)t->group * a->step + t->set];
+    memset(&out->a, 0, sizeof out->a);
+    out->a.m = a->m;
+    out->a.m.trits = p->buffer[TERN_TRITS].data;
+    out->a.m.scales = p->buffer[TERN_SCALES].data;
+    out->a.act = a->act;
+    out->a.n = t->n;
+    out->a.q = a->q + t->at * t->s.stride; out->a.scale = a->scale + t->at; out->a.sum = a->sum + t->at * t->s.groups;
+    out->a.bias = p->dead ? (const float *)p->dead->buffer[TERN_SHADOW].data : NULL;
+    out->a.y = a->y + (t->set * a->n + t->at) * a->m.rows;
+    t->set++;
+    return 1;
+}
+
+static void tern__grouped_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    tern__grouped_turn t = tern__grouped_start((const tern_grouped_args *)job->arg, begin, end);
+    tern__grouped_item item;
+    (void)bad;
+    while (tern__grouped_next(&t, &item)) tern__matmul_range(job->k, &item.a, &t.s, item.p0, item.p1, 0, item.a.n);
+}
+
+static tern_result tern__cpu_grouped(tern_run *run, const tern_grouped_args *a)
+{
+    tern__grouped_turn t = tern__grouped_start(a, 0, 0);
+    int64_t rows = 0, set;
+    while (tern__grouped_group(&t)) rows = t.at + t.n;
+    if (t.unit > 0) tern__for(run, tern__grouped_body, a, t.unit, a->m.cols);
+    for (set = 0; set < a->sets; set++) memset(a->y + (set * a->n + rows) * a->m.rows, 0, sizeof(float) * (size_t)((a->n - rows) * a->m.rows));
+    return TERN_OK;
+}
+#else
+#define tern__cpu_grouped NULL
+#endif
+
 static tern_result tern__cpu_dense(tern_run *run, const tern_dense_args *a)
 {
     tern__gemm g = tern__gemm_of(a->m, a->n, a->k, a->a, a->a_row, a->a_col, a->c, a->c_row);
@@ -7288,6 +7400,24 @@ static float tern__norm_dot(const tern__kernels *k, const tern_norm_args *a, int
     return tern__tree_total(&tree);
 }
 
+/* y = x gain r in vectors. */
+static void tern__norm_row(const tern__kernels *k, const tern_norm_args *a, float r, const float *x, float *y)
+{
+    tern_map_args m;
+    memset(&m, 0, sizeof m);
+    m.y = y;
+    m.a = x;
+    if (a->gain) {
+        m.fn = TERN_MAP_MUL;
+        m.b = a->gain;
+        k->map(&m, 0, a->cols);
+        m.a = y;
+    }
+    m.fn = TERN_MAP_SCALE;
+    m.alpha = r;
+    k->map(&m, 0, a->cols);
+}
+
 static void tern__norm_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_norm_args *a = (const tern_norm_args *)job->arg;
@@ -7298,7 +7428,8 @@ static void tern__norm_body(tern__job *job, int64_t begin, int64_t end, int64_t 
         if (!(r > 0.0f)) *bad = tern__min(*bad, t);
         if (!a->dy) {
             float *y = a->y + t * a->cols;
-            for (i = 0; i < a->cols; i++) y[i] = r > 0.0f ? (a->gain ? x[i] * a->gain[i] : x[i]) * r : 0.0f;
+            if (r > 0.0f) tern__norm_row(job->k, a, r, x, y);
+            else memset(y, 0, sizeof(float) * (size_t)a->cols);
         } else if (a->dx) { /* dx = r g dy - x r^3 mean(g dy x) */
             const float *dy = a->dy + t * a->cols;
             float *dx = a->dx + t * a->cols;
@@ -8865,6 +8996,17 @@ static tern_result tern__run_linear(tern_context *c, const tern_linear_args *a)
     return tern_matmul(c, &m);
 }
 
+#ifndef TERNARY_NO_MOE
+/* Where the backend has it. */
+static tern_result tern__run_grouped(tern_context *c, const tern_grouped_args *a)
+{
+    const tern__fp_mode mode = tern__fp_enter();
+    const tern_result result = c->run.backend->grouped(&c->run, a);
+    tern__fp_leave(mode);
+    return result;
+}
+#endif
+
 /* ------------------------------------------------------------------------------------------------
    [TERN-15] Parameters and BitLinear
    What enters: the caller's tern_param structs. What leaves: filled buffers, and BitLinear composed of
@@ -10151,19 +10293,27 @@ static tern_result tern__linear_times(tern_context *c, const tern_linear *l, int
     return tern_matmul(c, &a);
 }
 
+/* Activations of l from x, which is rotated already where w is: normalised then, too. */
+static tern_quantize_args tern__linear_quantize(const tern_linear *l, int64_t n, const float *x, const tern__kept *kept)
+{
+    tern_quantize_args a;
+    a.m = tern_param_matrix(l->w);
+    a.act = l->act;
+    a.n = n;
+    a.x = x;
+    a.norm = l->w->rotate ? TERN_NORM_NONE : l->norm;
+    a.gain = l->w->rotate ? NULL : tern__floats(l->gain, TERN_SHADOW);
+    a.eps = tern__linear_eps(l);
+    a.q = kept->q; a.scale = kept->scale; a.sum = kept->sum;
+    return a;
+}
+
 /* y = activations W^T + bias, from x where they are quantized together with the norm, else from x~. */
 static tern_result tern__linear_weights(tern_context *c, const tern_linear *l, int64_t n, const float *x, const float *input, const tern__kept *kept, const float *bias, float *y)
 {
     if (tern__is_quantized(l)) {
         tern_linear_args a;
-        a.quantize.m = tern_param_matrix(l->w);
-        a.quantize.act = l->act;
-        a.quantize.n = n;
-        a.quantize.x = l->w->rotate ? input : x;
-        a.quantize.norm = l->w->rotate ? TERN_NORM_NONE : l->norm;
-        a.quantize.gain = l->w->rotate ? NULL : tern__floats(l->gain, TERN_SHADOW);
-        a.quantize.eps = tern__linear_eps(l);
-        a.quantize.q = kept->q; a.quantize.scale = kept->scale; a.quantize.sum = kept->sum;
+        a.quantize = tern__linear_quantize(l, n, l->w->rotate ? input : x, kept);
         a.bias = bias;
         a.y = y;
         return tern__run_linear(c, &a);
@@ -10905,6 +11055,7 @@ typedef struct tern__moe_work {
     float *normed, *sorted, *gathered, *gate, *up, *fn, *h, *picked, *out, *low, *hidden;
     int32_t *tokens, *slots;
     void *rows;
+    int64_t part; /* so many places at once */
     /* and of the backward */
     float *dweights, *dlogits, *dx, *dout, *drows, *dh, *dgate, *dup, *dlow, *dsum, *dhidden;
     void *again;
@@ -10960,14 +11111,21 @@ static int64_t tern__moe_again(const tern_moe *m, int64_t n)
     return tern__max(bytes, tern__kept_at(&l, n, NULL).bytes);
 }
 
+enum { TERN__MOE_PART = 64 };
+
+/* Places that go through experts at once where a backend multiplies in groups: those of few tokens all together, and never
+   more than scratch for all tokens at one expert takes. */
+static int64_t tern__moe_part(const tern_moe *m, int64_t n) { return tern__min(tern__mul(n, m->top_k), tern__max(n, TERN__MOE_PART)); }
+
 /* All memory of a forward or backward, from base on (NULL: sizes alone), with `saved` first where the caller has none. */
 static void tern__moe_memory(const tern_moe *m, int64_t n, int32_t dense, int32_t backward, void *saved, void *base, tern__moe_work *w)
 {
     const int64_t cols = m->experts->up->cols, width = tern__moe_width(m), rank = m->low_a ? m->low_a[0]->rows : 0;
-    const int64_t places = tern__mul(n, dense && !backward ? m->count : m->top_k);
+    const int64_t places = tern__mul(n, dense && !backward ? m->count : m->top_k), part = tern__moe_part(m, n);
     tern_param *quantized = tern__moe_quantized(m);
     tern__layout p = {(unsigned char *)base, 0};
     memset(w, 0, sizeof *w);
+    w->part = part;
     tern__moe_saved(m, n, saved, w);
     if (!saved) tern__moe_saved(m, n, tern__piece(&p, w->saved_bytes, 1), w);
     if (tern__moe_floats(m) && m->norm != TERN_NORM_NONE) w->normed = tern__piece_of_floats(&p, n, cols);
@@ -10976,17 +11134,17 @@ static void tern__moe_memory(const tern_moe *m, int64_t n, int32_t dense, int32_
     w->sorted = tern__piece_of_floats(&p, places, 1);
     if (quantized) {
         const tern_linear l = tern__moe_reader(m, quantized);
-        w->rows = tern__piece(&p, tern__kept_at(&l, n, NULL).bytes, 1);
+        w->rows = tern__piece(&p, tern__kept_at(&l, part, NULL).bytes, 1);
     }
     if (tern__moe_floats(m)) w->gathered = tern__piece_of_floats(&p, n, cols);
-    w->gate = tern__piece_of_floats(&p, n, width);
-    w->up = tern__piece_of_floats(&p, n, width);
-    w->fn = tern__piece_of_floats(&p, n, width);
-    w->h = tern__piece_of_floats(&p, n, width);
+    w->gate = tern__piece_of_floats(&p, part, width);
+    w->up = tern__piece_of_floats(&p, part, width);
+    w->fn = tern__piece_of_floats(&p, part, width);
+    w->h = tern__piece_of_floats(&p, part, width);
     w->picked = tern__piece_of_floats(&p, n, tern__max(width, rank));
-    w->out = tern__piece_of_floats(&p, n, cols);
+    w->out = tern__piece_of_floats(&p, part, cols);
     if (m->low_a) {
-        w->low = tern__piece_of_floats(&p, n, rank);
+        w->low = tern__piece_of_floats(&p, part, rank);
         w->hidden = tern__piece_of_floats(&p, n, width);
     }
     if (backward) {
@@ -11007,7 +11165,7 @@ static void tern__moe_memory(const tern_moe *m, int64_t n, int32_t dense, int32_
         }
     }
     w->scratch_bytes = p.bytes;
-    w->nested = tern__moe_nested(m, n);
+    w->nested = tern__moe_nested(m, part);
 }
 
 TERN_API tern_result tern_moe_need(tern_context *c, const tern_moe *m, int64_t n, tern_need *out)
@@ -11075,6 +11233,12 @@ static tern_map_fn tern__moe_fn(const tern_moe *m) { return m->fn == TERN_MAP_AD
 
 /* -- forward -- */
 
+static tern_result tern__moe_quantize(tern_context *c, const tern_linear *l, int64_t n, const float *x, const tern__kept *kept)
+{
+    const tern_quantize_args a = tern__linear_quantize(l, n, x, kept);
+    return tern_quantize(c, &a);
+}
+
 /* The activations of all tokens; the quantized ones are in `saved` already where `quantize` is 0. */
 static tern_result tern__moe_read(tern_context *c, const tern_moe *m, int64_t n, const float *x, const tern__moe_work *w, int32_t quantize, tern__moe_rows *all)
 {
@@ -11083,17 +11247,7 @@ static tern_result tern__moe_read(tern_context *c, const tern_moe *m, int64_t n,
     all->kept = w->x;
     all->x = w->normed ? w->normed : x;
     if (quantized && quantize) {
-        tern_quantize_args a;
-        memset(&a, 0, sizeof a);
-        a.m = tern_param_matrix(l.w);
-        a.act = l.act;
-        a.n = n;
-        a.x = x;
-        a.norm = l.norm;
-        a.gain = tern__floats(l.gain, TERN_SHADOW);
-        a.eps = tern__linear_eps(&l);
-        a.q = w->x.q; a.scale = w->x.scale; a.sum = w->x.sum;
-        TERN__TRY(tern_quantize(c, &a));
+        TERN__TRY(tern__moe_quantize(c, &l, n, x, &w->x));
     }
     if (w->normed) {
         tern_norm_args a = tern__linear_norm(&l, n, x);
@@ -11147,10 +11301,7 @@ static tern_result tern__moe_pick(tern_context *c, int64_t n, int64_t cols, cons
     return tern__scatter_rows_of(c, n, cols, x, n, chosen, NULL, out);
 }
 
-/* The groups, one after the other: places [at, at + n) of tokens, slots and sorted. */
-typedef struct tern__moe_turn { int64_t at, n; int32_t expert, dense; int32_t loads[TERN__MAX_EXPERTS]; } tern__moe_turn;
-
-static tern_result tern__moe_turns(tern_context *c, const tern_moe *m, int64_t n, int32_t dense, const tern__moe_work *w, tern__moe_turn *t)
+static tern_result tern__moe_group(tern_context *c, const tern_moe *m, int64_t n, int32_t dense, const tern__moe_work *w)
 {
     tern_group_args a;
     a.n = n;
@@ -11163,12 +11314,19 @@ static tern_result tern__moe_turns(tern_context *c, const tern_moe *m, int64_t n
     a.tokens = w->tokens;
     a.slots = w->slots;
     a.sorted = w->sorted;
+    return tern_group(c, &a);
+}
+
+/* The groups, one after the other: places [at, at + n) of tokens, slots and sorted. */
+typedef struct tern__moe_turn { int64_t at, n; int32_t expert, dense; int32_t loads[TERN__MAX_EXPERTS]; } tern__moe_turn;
+
+static tern_result tern__moe_turns(tern_context *c, const tern_moe *m, int64_t n, int32_t dense, const tern__moe_work *w, tern__moe_turn *t)
+{
     t->expert = -1;
     t->dense = dense;
     t->at = 0;
     t->n = dense ? n : 0;
     if (dense) t->at = -n;
-    TERN__TRY(tern_group(c, &a));
     return dense ? TERN_OK : tern_copy(c, t->loads, w->loads, (size_t)m->count * sizeof(int32_t), TERN_TO_HOST);
 }
 
@@ -11236,6 +11394,80 @@ static tern_result tern__moe_lows(tern_context *c, const tern_moe *m, int64_t n,
     return TERN_OK;
 }
 
+/* Whether the backend multiplies what experts have of their own in groups. */
+static int32_t tern__moe_grouped(const tern_context *c, const tern_moe *m)
+{
+    const tern_param *first = m->low_a ? m->low_a[0] : m->experts->up, *second = m->low_a ? m->low_b[0] : m->experts->down;
+    return c->run.backend->grouped && tern__moe_quantizes(m, first) && tern__moe_quantizes(m, second) && !second->rotate;
+}
+
+/* Places [at, at + n) by parameters of their experts: w[0] and, with two sets, w[1] of the first, `step` on those of the next. */
+static tern_result tern__moe_products(tern_context *c, const tern_moe *m, int64_t at, int64_t n, const tern__kept *rows, tern_param *const *p, int32_t step, int32_t sets,
+                                      const tern__moe_work *w, float *y)
+{
+    tern_grouped_args a;
+    a.m = tern_param_matrix(*p);
+    a.act = m->act;
+    a.count = m->count;
+    a.sets = sets;
+    a.step = step;
+    a.w = p;
+    a.loads = w->loads;
+    a.at = at;
+    a.n = n;
+    a.q = rows->q; a.scale = rows->scale; a.sum = rows->sum;
+    a.y = y;
+    return tern__run_grouped(c, &a);
+}
+
+/* The experts' outputs by groups. */
+static tern_result tern__moe_parts(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const tern__moe_work *w, float *y)
+{
+    enum { STEP = sizeof(tern_expert) / sizeof(tern_param *) };
+    const tern_expert *e = m->experts;
+    const int64_t places = n * m->top_k, width = e->up->rows, cols = e->up->cols;
+    const tern_linear down = tern__moe_down(m, e->down);
+    int64_t at, part;
+    for (at = 0; at < places; at += part) {
+        float *up, *h = w->gate;
+        tern__moe_rows rows;
+        tern__kept kept;
+        part = tern__min(w->part, places - at);
+        up = e->gate ? w->gate + part * width : w->gate;
+        TERN__TRY(tern__moe_gather(c, m, n, all, part, w->tokens + at, w, &rows));
+        TERN__TRY(tern__moe_products(c, m, at, part, &rows.kept, e->gate ? &e->gate : &e->up, STEP, e->gate ? 2 : 1, w, w->gate));
+        TERN__TRY(tern__apply(c, tern__moe_fn(m), part * width, w->gate, NULL, h));
+        if (e->gate) TERN__TRY(tern__apply(c, TERN_MAP_MUL, part * width, h, up, h));
+        kept = tern__kept_at(&down, part, c->scratch + c->scratch_base);
+        TERN__TRY(tern__moe_quantize(c, &down, part, h, &kept));
+        TERN__TRY(tern__moe_products(c, m, at, part, &kept, &e->down, STEP, 1, w, w->out));
+        TERN__TRY(tern__scatter_rows_of(c, n, cols, w->out, part, w->tokens + at, w->sorted + at, y));
+    }
+    return TERN_OK;
+}
+
+/* The sum of the low-rank form by groups. */
+static tern_result tern__moe_low_parts(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const tern__moe_work *w)
+{
+    const int64_t places = n * m->top_k, width = m->experts->up->rows;
+    const tern_linear b = tern__moe_reader(m, m->low_b[0]);
+    int64_t at, part;
+    for (at = 0; at < places; at += part) {
+        tern__moe_rows rows;
+        tern__kept kept;
+        part = tern__min(w->part, places - at);
+        TERN__TRY(tern__moe_gather(c, m, n, all, part, w->tokens + at, w, &rows));
+        TERN__TRY(tern__moe_products(c, m, at, part, &rows.kept, m->low_a, 1, 1, w, w->low));
+        kept = tern__kept_at(&b, part, c->scratch + c->scratch_base);
+        TERN__TRY(tern__moe_quantize(c, &b, part, w->low, &kept));
+        TERN__TRY(tern__moe_products(c, m, at, part, &kept, m->low_b, 1, 1, w, w->up));
+        TERN__TRY(tern__gather_rows_of(c, n, width, w->hidden, part, w->tokens + at, NULL, w->h));
+        TERN__TRY(tern__apply(c, TERN_MAP_MUL, part * width, w->h, w->up, w->fn));
+        TERN__TRY(tern__scatter_rows_of(c, n, width, w->fn, part, w->tokens + at, w->sorted + at, w->sum));
+    }
+    return TERN_OK;
+}
+
 static tern_result tern__moe_route(tern_context *c, const tern_moe *m, int64_t n, const float *x, const tern__moe_work *w)
 {
     tern_route_args a;
@@ -11254,20 +11486,22 @@ static tern_result tern__moe_route(tern_context *c, const tern_moe *m, int64_t n
 static tern_result tern__moe_run(tern_context *c, const tern_moe *m, int64_t n, const float *x, float *y, const tern__moe_work *w)
 {
     const int64_t cols = m->experts->up->cols, width = m->experts->up->rows;
+    const int32_t dense = tern__moe_dense(c, m, n), grouped = !dense && tern__moe_grouped(c, m);
     tern__moe_turn t;
     tern__moe_rows all;
     TERN__TRY(tern__moe_route(c, m, n, x, w));
-    TERN__TRY(tern__moe_turns(c, m, n, tern__moe_dense(c, m, n), w, &t));
+    TERN__TRY(tern__moe_group(c, m, n, dense, w));
+    if (!grouped) TERN__TRY(tern__moe_turns(c, m, n, dense, w, &t));
     TERN__TRY(tern__moe_read(c, m, n, x, w, 1, &all));
     if (m->low_a) {
         const tern_linear down = tern__moe_down(m, m->experts->down);
         TERN__TRY(tern__moe_hidden(c, m, m->experts, n, &all, w, w->hidden));
         TERN__TRY(tern__zero(c, n * width, w->sum));
-        TERN__TRY(tern__moe_lows(c, m, n, &all, w, &t));
+        TERN__TRY(grouped ? tern__moe_low_parts(c, m, n, &all, w) : tern__moe_lows(c, m, n, &all, w, &t));
         TERN__TRY(tern_linear_forward(c, &down, n, w->sum, y, w->inner));
     } else {
         TERN__TRY(tern__zero(c, n * cols, y));
-        TERN__TRY(tern__moe_experts(c, m, n, &all, w, &t, y));
+        TERN__TRY(grouped ? tern__moe_parts(c, m, n, &all, w, y) : tern__moe_experts(c, m, n, &all, w, &t, y));
     }
     if (m->always) {
         const tern_linear down = tern__moe_down(m, m->always->down);
@@ -11428,6 +11662,7 @@ static tern_result tern__moe_back(tern_context *c, const tern_moe *m, int64_t n,
 {
     tern__moe_turn t;
     tern__moe_rows all;
+    TERN__TRY(tern__moe_group(c, m, n, 0, w));
     TERN__TRY(tern__moe_turns(c, m, n, 0, w, &t));
     TERN__TRY(tern__moe_read(c, m, n, x, w, 0, &all));
     TERN__TRY(tern__zero(c, n * m->experts->up->cols, w->dx));

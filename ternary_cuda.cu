@@ -3504,8 +3504,9 @@ static tern_result tern__gpu_nearest(tern_run *r, tern__gpu *d, const tern_neare
         return tern__gpu_leave(r, &current, result);                                              \
     }
 TERN_OPS(TERN__OP)
-TERN_FUSED(TERN__OP)
+TERN__OP(linear)
 #undef TERN__OP
+#define tern__cuda_grouped NULL
 
 static tern_result tern__gpu_open_here(tern_run *r, tern__gpu *d)
 {

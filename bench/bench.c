@@ -1972,7 +1972,7 @@ static void bench_totals(int64_t cols, int64_t width, int64_t n)
         char name[48];
         snprintf(name, sizeof name, "%s", shape_text("%dx%ldx%ld top-4 N=%ld", counts[i], (long)cols, (long)width, (long)n));
         mixture_use(&t, best, TERN_DISPATCH_AUTO);
-        measure(LATENCY, "moe of more experts", name, best, DRAM, n == 1 ? (double)(t.router_bytes + 4 * t.expert_bytes) : 0, call_mixture, &t);
+        measure(LATENCY, "moe of more experts", name, best, n == 1 ? DRAM : NONE, n == 1 ? (double)(t.router_bytes + 4 * t.expert_bytes) : 0, call_mixture, &t);
         mixture_close(&t);
     }
 }

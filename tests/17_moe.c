@@ -7,7 +7,8 @@
    norm's dx or gain left out, dweights left out, gradients without weight, h of the low-rank form without gradient or not
    computed again, scratch not given back, shapes unchecked; a set's scale without sqrt(2/pi), of its last member, of narrow types
    read as floats, not stored, not taken in a step or from floats, a member with a scale of its own; per-layer embeddings without
-   their residual (forward, backward); loads not added to, entropy not a mean, balance without its factor. */
+   their residual (forward, backward); loads not added to, entropy not a mean, balance without its factor; in
+   groups no dead zone, the second matrix for the first, a group that begins in an earlier part. */
 
 /* -- a layer of odd sizes, with whatever options -- */
 
@@ -565,6 +566,50 @@ static void moe_forwards(tern_context *c, record *r)
     }
 }
 static void test_moe_forward(void) { same_everywhere(moe_forwards, UINT64_C(0xD1CBD25088A3893F)); }
+
+/* Products in groups, and a backend without them; one token in the middle is NaN. i >= KITS: all tokens to the same experts. */
+static void moe_fusions(tern_context *c, record *r)
+{
+    const tern_backend *whole = c->run.backend;
+    tern_backend lacking = *whole;
+    int i;
+    lacking.grouped = NULL;
+    for (i = 0; i < 2 * KITS; i++) {
+        const kit_options *o = &kits[i % KITS];
+        const int64_t n = i % 2 ? 67 : 3;
+        const size_t bytes = (size_t)(n * o->cols) * 4;
+        kit *k = kit_open(c, o);
+        float *x = moe_input(k, n), *y = hold_output(n * o->cols), *other = hold_output(n * o->cols), *dead = hold_floats(o->width);
+        tern_param zone = param_of("zone", 1, o->width, TERN_DENSE, 0);
+        char text[sizeof c->run.fault.text];
+        int64_t j;
+        if (i % KITS == 0) { /* a bias of their own */
+            CHECK_OK(c, tern_param_alloc(c, &zone, TERN_FOR_INFERENCE));
+            memcpy(zone.buffer[TERN_SHADOW].data, dead, (size_t)o->width * 4);
+            for (j = 0; j < o->count; j++) {
+                k->expert[3 * j + 1].dead = k->expert[3 * j].dead = &zone;
+                k->expert[3 * j + 1].lambda = k->expert[3 * j].lambda = 0.01f;
+            }
+        }
+        for (j = 0; i >= KITS && j < n * o->cols; j++) x[j] = x[j % o->cols];
+        x[n / 2 * o->cols + 3] = (float)NAN;
+        k->m.dispatch = TERN_DISPATCH_SPARSE;
+        kit_reserve(k, n);
+        CHECK_OK(c, tern_moe_forward(c, &k->m, n, x, y, NULL));
+        CHECK(tern_sync(c) == TERN_E_DATA, "kit %d: a NaN is not told", i);
+        memcpy(text, tern_last_error(c)->text, sizeof text);
+        c->run.backend = &lacking;
+        CHECK_OK(c, tern_moe_forward(c, &k->m, n, x, other, NULL));
+        CHECK(tern_sync(c) == TERN_E_DATA && strcmp(text, tern_last_error(c)->text) == 0, "kit %d: %s, in groups %s", i, tern_last_error(c)->text, text);
+        c->run.backend = whole;
+        CHECK(memcmp(y, other, bytes) == 0, "kit %d: in groups %g, one by one %g", i, y[0], other[0]);
+        record_words(r, y, n * o->cols);
+        tern_param_free(c, &zone, -1);
+        kit_close(k);
+        release();
+    }
+}
+static void test_moe_fusion(void) { same_for_threads(moe_fusions); }
 
 /* Numbers of experts and of those chosen. */
 static void moe_counts(tern_context *c, record *r)
@@ -1531,6 +1576,7 @@ static void suite_moe(void)
     RUN(test_moe_group);
     RUN(test_moe_weighted_rows);
     RUN(test_moe_forward);
+    RUN(test_moe_fusion);
     RUN(test_moe_counts);
     RUN(test_moe_leaks);
     RUN(test_moe_one_for_all);
