@@ -567,7 +567,7 @@ typedef struct tern_row_dot_args { int64_t rows, cols, n, count; const float *a,
    [start[v], start[v + 1]), the other node in the low 31 bits, the top bit set where the edge counts -1. */
 typedef struct tern_adjacency {
     int64_t rows, sources, count; /* edges end at [0, rows) and begin at [0, sources) */
-    int64_t first;                /* 0; of some rows of a graph on the CPU the number of the first, from which on start, hub and part are the graph's */
+    int64_t first;                /* 0; of some rows of a graph the number of the first, from which on start, hub and part are the graph's */
     int64_t hubs, parts;          /* rows of more than 256 edges, and how many segments of 256 all of them have */
     int64_t *start;               /* [rows + 1] */
     uint32_t *entry;              /* [count] */

@@ -3312,17 +3312,19 @@ static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__aggregate_rows(
     }
 }
 
-/* Segments of hubs, a block to each: that of a hub is the last one whose first segment is not behind it. */
+/* Segments of hubs, a block to each: that of a hub is the last one whose first segment is not behind it. Hubs and segments
+   are numbered as in the whole graph. */
 static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__aggregate_parts(tern_aggregate_args a, int wide)
 {
     for (int64_t part = blockIdx.x; part < a.edges.parts; part += gridDim.x) {
         int64_t low = 0, high = a.edges.hubs - 1;
         while (low < high) {
             const int64_t middle = high - (high - low) / 2;
-            if (a.edges.part[middle] <= part) low = middle;
+            if (a.edges.part[middle] - a.edges.part[0] <= part) low = middle;
             else high = middle - 1;
         }
-        const int64_t row = a.edges.hub[low], first = a.edges.start[row] + (part - a.edges.part[low]) * TERN__EDGES;
+        const int64_t row = a.edges.hub[low] - a.edges.first;
+        const int64_t first = a.edges.start[row] + (part - (a.edges.part[low] - a.edges.part[0])) * TERN__EDGES;
         const int count = (int)tern__min(TERN__EDGES, a.edges.start[row + 1] - first);
         tern__each4_of_row(a.cols, [&](int64_t i, int n) {
             float sum[4];
@@ -3337,7 +3339,8 @@ static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__aggregate_hubs_
 {
     TERN__SHARED(uint32_t, seen);
     for (int64_t h = blockIdx.x; h < a.edges.hubs; h += gridDim.x) {
-        const int64_t row = a.edges.hub[h], parts = tern__ceil_div(a.edges.start[row + 1] - a.edges.start[row], TERN__EDGES), first = a.edges.part[h];
+        const int64_t row = a.edges.hub[h] - a.edges.first, parts = tern__ceil_div(a.edges.start[row + 1] - a.edges.start[row], TERN__EDGES);
+        const int64_t first = a.edges.part[h] - a.edges.part[0];
         tern__aggregate_end_row(a, row, wide, seen, blame, [&](int64_t i, int n, float *sum) {
             tern__load4(TERN_F32, a.part, first * a.cols + i, n, wide, sum);
             for (int64_t s = 1; s < parts; s++) {

@@ -161,6 +161,33 @@ struct graph_pair {
     ~graph_pair() { for (int side = CPU; side <= GPU; side++) tern_graph_free(test_context[side], &at[side]); }
 };
 
+/* Nodes [first, end) alone, as a hop on the CPU takes them. */
+static tern_adjacency some_rows(const tern_graph &cpu, const tern_adjacency &all, int64_t first, int64_t end)
+{
+    tern_adjacency e = tern__some_rows(&cpu.in, first, end - first);
+    e.start = all.start + first;
+    e.entry = all.entry;
+    e.hub = all.hub + (e.hub - cpu.in.hub);
+    e.part = all.part + (e.part - cpu.in.part);
+    return e;
+}
+
+static void test_aggregated_rows(const graph_pair &g, int64_t cols, int64_t first, int64_t end)
+{
+    const int64_t nodes = g.at[CPU].nodes;
+    mirror<float> x(nodes * cols, test_uniform), y((end - first) * cols), part(g.at[CPU].in.parts * cols + 1);
+    test_both([&](tern_context *c, int side) {
+        tern_aggregate_args a = {};
+        a.edges = some_rows(g.at[CPU], g.at[side].in, first, end);
+        a.cols = cols;
+        a.x = x[side];
+        a.part = part[side];
+        a.y = y[side];
+        return tern_aggregate(c, &a);
+    });
+    CHECK_SAME(y);
+}
+
 static void test_aggregated(const graph_pair &g, int64_t cols, int variant, bool turned)
 {
     const int64_t nodes = g.at[CPU].nodes, q_row = (cols + 15) / 16 * 16, parts = turned ? g.at[CPU].out.parts : g.at[CPU].in.parts;
@@ -197,6 +224,9 @@ static void test_cuda_aggregate()
         test_aggregated(hubs, variant % 4 ? 7 : 1030, variant, variant % 3 == 2);
         if (variant % 5 == 0) test_aggregated(many, 4, variant, false);
     }
+    for (int64_t first : {0, 1, 7, 8, 20}) test_aggregated_rows(hubs, 5, first, 21);
+    for (int64_t end : {1, 8, 20}) test_aggregated_rows(hubs, 5, 0, end);
+    test_aggregated_rows(hubs, 5, 5, 9);
 }
 
 /* -- gates and codebooks -- */
