@@ -776,6 +776,19 @@ typedef struct tern_flip_args {
    scales here, then matmul into y [n, rows]. */
 typedef struct tern_linear_args { tern_quantize_args quantize; const float *bias; float *y; } tern_linear_args;
 
+/* Rows that reach the nodes of a hop: the sum, then linear with message and with update, map fn, ADD of factor * add and of
+   residual, bit by bit what these make one after the other, of all rows at once. m.trits NULL: no such layer; of a layer m, act, norm, gain, eps and
+   bias are read, of sum all but y. Nothing is kept of what lies between. A backend may decline what is beyond its means, before it writes
+   anything: TERN_E_UNSUPPORTED. */
+typedef struct tern_hop_args {
+    tern_aggregate_args sum;
+    tern_linear_args message, update;
+    tern_map_fn fn;                  /* TERN_MAP_ADD: none */
+    float factor; const float *add;  /* as y, or NULL */
+    const float *residual;           /* as y, or NULL */
+    float *y;                        /* [rows, columns of what comes last] */
+} tern_hop_args;
+
 #define TERN_OPS(X)                                                                    \
     X(ternarize) X(pack) X(unpack) X(quantize) X(matmul) X(matmul_fixed) X(matmul_dx) X(matmul_dw) \
     X(dense) X(dense_i8) X(gather) X(scatter) X(fill) X(cast) X(map) X(norm) X(rope)   \
@@ -784,7 +797,7 @@ typedef struct tern_linear_args { tern_quantize_args quantize; const float *bias
     X(gate) X(nearest)
 
 /* Operations that a backend may leave out: layers then compose others, with the same bits. */
-#define TERN_FUSED(X) X(linear)
+#define TERN_FUSED(X) X(linear) X(hop)
 
 #define TERN__DECLARE(op) TERN_API tern_result tern_##op(tern_context *c, const tern_##op##_args *a);
 TERN_OPS(TERN__DECLARE)
@@ -7049,7 +7062,7 @@ static int64_t tern__first_row(const tern_adjacency *e, int64_t place)
 }
 
 /* The first hub that is this row or behind it. */
-static int64_t tern__first_hub(const tern_adjacency *e, int64_t row)
+TERN__ANYWHERE int64_t tern__first_hub(const tern_adjacency *e, int64_t row)
 {
     int64_t low = 0, high = e->hubs;
     while (low < high) {
@@ -8109,6 +8122,7 @@ static tern_result tern__cpu_sync(tern_run *r) { (void)r; return TERN_OK; }
 #ifndef TERN__CACHE /* the tests set less, so that small shapes go in parts too */
 #define TERN__CACHE 524288
 #endif
+#define tern__cpu_hop NULL /* blocks of nodes that stay in cache do as well */
 #define TERN__OP(op) tern__cpu_##op,
 #define TERN__TABLE(suffix, text)                                                              \
     static const tern_backend tern__backend_##suffix = {                                       \
@@ -10150,20 +10164,28 @@ static tern_result tern__linear_times(tern_context *c, const tern_linear *l, int
     return tern_matmul(c, &a);
 }
 
+/* The quantized product with the weights, for a caller to say of what. */
+static tern_linear_args tern__linear_args_of(const tern_linear *l, const float *bias)
+{
+    tern_linear_args a;
+    memset(&a, 0, sizeof a);
+    a.quantize.m = tern_param_matrix(l->w);
+    a.quantize.act = l->act;
+    a.quantize.norm = l->w->rotate ? TERN_NORM_NONE : l->norm;
+    a.quantize.gain = l->w->rotate ? NULL : tern__floats(l->gain, TERN_SHADOW);
+    a.quantize.eps = tern__linear_eps(l);
+    a.bias = bias;
+    return a;
+}
+
 /* y = activations W^T + bias, from x where they are quantized together with the norm, else from x~. */
 static tern_result tern__linear_weights(tern_context *c, const tern_linear *l, int64_t n, const float *x, const float *input, const tern__kept *kept, const float *bias, float *y)
 {
     if (tern__is_quantized(l)) {
-        tern_linear_args a;
-        a.quantize.m = tern_param_matrix(l->w);
-        a.quantize.act = l->act;
+        tern_linear_args a = tern__linear_args_of(l, bias);
         a.quantize.n = n;
         a.quantize.x = l->w->rotate ? input : x;
-        a.quantize.norm = l->w->rotate ? TERN_NORM_NONE : l->norm;
-        a.quantize.gain = l->w->rotate ? NULL : tern__floats(l->gain, TERN_SHADOW);
-        a.quantize.eps = tern__linear_eps(l);
         a.quantize.q = kept->q; a.quantize.scale = kept->scale; a.quantize.sum = kept->sum;
-        a.bias = bias;
         a.y = y;
         return tern__run_linear(c, &a);
     }
@@ -12064,6 +12086,7 @@ typedef struct tern__hop_work {
     float *dz, *dm, *drows, *dlow, *dup, *dh;            /* and of the backward */
     int64_t saved_bytes, scratch_bytes, nested;
     int64_t block;                                       /* rows at once */
+    int32_t kept;                                        /* for a backward */
 } tern__hop_work;
 
 /* All rows where the layers keep something for each, or the backend wants it; else so many that stay in cache, and are worth
@@ -12114,6 +12137,7 @@ static void tern__hop_memory(const tern_context *c, const tern_hop *l, const ter
     tern__layout p = {(unsigned char *)base, 0};
     memset(w, 0, sizeof *w);
     w->block = n;
+    w->kept = kept;
     tern__hop_saved(l, n, saved, w);
     if (!kept) tern__hop_saved(l, n, tern__piece(&p, w->saved_bytes, 1), w);
     w->part = tern__piece_of_floats(&p, tern__max(g->in.parts, g->out.parts), rows.cols);
@@ -12250,6 +12274,54 @@ static tern_adjacency tern__some_rows(const tern_adjacency *all, int64_t v, int6
     return some;
 }
 
+/* w->up = B A h. */
+static tern_result tern__hop_lora(tern_context *c, const tern_hop *l, int64_t n, const float *h, const tern__hop_work *w)
+{
+    const tern_linear low = tern__hop_low(l->lora_a), up = tern__hop_low(l->lora_b);
+    TERN__TRY(tern_linear_forward(c, &low, n, h, w->low, w->a));
+    return tern_linear_forward(c, &up, n, w->low, w->up, w->b);
+}
+
+/* A layer that is one quantized product and no more. */
+static int32_t tern__hop_is_plain(const tern_linear *l)
+{
+    return !l->w || (tern__is_quantized(l) && !tern__reads_floats(l) && !(l->bias && l->w->dead));
+}
+
+static tern_linear_args tern__hop_layer(const tern_linear *l)
+{
+    tern_linear_args none;
+    memset(&none, 0, sizeof none);
+    return l->w ? tern__linear_args_of(l, tern__floats(l->bias ? l->bias : l->w->dead, TERN_SHADOW)) : none;
+}
+
+/* In one operation where the backend has it, nothing is kept and every layer is plain; else TERN_E_UNSUPPORTED. Faults of LoRA would come
+   too early: only dense ones, which have none, are plain. */
+static tern_result tern__hop_fused(tern_context *c, const tern_hop *l, int64_t n, const tern_aggregate_args *sum, const float *h, float *y, const tern__hop_work *w)
+{
+    tern__fp_mode mode;
+    tern_result result;
+    tern_hop_args a;
+    if (w->kept || !c->run.backend->hop || !tern__hop_is_plain(&l->message) || !tern__hop_is_plain(&l->update) ||
+        (l->lora_a && (l->lora_a->rule != TERN_DENSE || l->lora_b->rule != TERN_DENSE))) return TERN_E_UNSUPPORTED;
+    if (l->lora_a) TERN__TRY(tern__hop_lora(c, l, n, h, w));
+    memset(&a, 0, sizeof a);
+    a.sum = *sum;
+    a.sum.y = y;
+    if (w->g) a.message = tern__hop_layer(&l->message);
+    a.update = tern__hop_layer(&l->update);
+    a.fn = l->fn;
+    a.factor = l->lora_scale;
+    a.add = l->lora_a ? w->up : NULL;
+    a.residual = l->residual ? h : NULL;
+    a.y = y;
+    TERN__TRY(tern__check_aggregate(&c->run, &a.sum));
+    mode = tern__fp_enter();
+    result = c->run.backend->hop(&c->run, &a);
+    tern__fp_leave(mode);
+    return result;
+}
+
 /* y of nodes [v, v + n), from what all of them send. */
 static tern_result tern__hop_receive(tern_context *c, const tern_hop *l, const tern_graph *g, int64_t v, int64_t n, const float *x, const float *h, float *y, const tern__hop_work *w)
 {
@@ -12257,6 +12329,7 @@ static tern_result tern__hop_receive(tern_context *c, const tern_hop *l, const t
     const int64_t count = n * tern__hop_shape_of(l).out;
     float *z = w->z ? w->z : y, *m = w->m ? w->m : z;
     tern_aggregate_args a = tern__hop_sum(l, g, 0, w, w->g ? w->g : m);
+    tern_result result;
     a.edges = tern__some_rows(&g->in, v, n);
     if (a.left) a.left += v;
     a.x = x;
@@ -12266,14 +12339,14 @@ static tern_result tern__hop_receive(tern_context *c, const tern_hop *l, const t
         a.scale = w->scale;
         a.q_row = tern__shape_of(&rows).stride;
     }
+    result = tern__hop_fused(c, l, n, &a, h, y, w);
+    if (result != TERN_E_UNSUPPORTED) return result;
     TERN__TRY(tern_aggregate(c, &a));
     if (w->g) TERN__TRY(tern_linear_forward(c, &l->message, n, w->g, m, w->message));
     if (l->update.w) TERN__TRY(tern_linear_forward(c, &l->update, n, m, z, w->update));
     if (l->fn != TERN_MAP_ADD) TERN__TRY(tern__apply(c, l->fn, count, z, NULL, y));
     if (l->lora_a) {
-        const tern_linear low = tern__hop_low(l->lora_a), up = tern__hop_low(l->lora_b);
-        TERN__TRY(tern_linear_forward(c, &low, n, h, w->low, w->a));
-        TERN__TRY(tern_linear_forward(c, &up, n, w->low, w->up, w->b));
+        TERN__TRY(tern__hop_lora(c, l, n, h, w));
         TERN__TRY(tern__add_scaled(c, count, y, l->lora_scale, w->up, y));
     }
     return l->residual ? tern__apply(c, TERN_MAP_ADD, count, y, h, y) : TERN_OK;

@@ -325,6 +325,22 @@ template <typename Term> static __device__ float tern__warp_sum(int n, Term term
     return low;
 }
 
+/* A canonical sum of up to 2^20 terms, by a warp; sums: shared memory for a float to each 1024 of them. */
+template <typename Term> static __device__ float tern__warp_long_sum(int64_t n, Term term, float *sums)
+{
+    const int blocks = (int)tern__ceil_div(n, TERN__BLOCK);
+    if (blocks == 1) return tern__warp_sum((int)n, [&](int i) { return term((int64_t)i); });
+    for (int b = 0; b < blocks; b++) {
+        const int64_t first = (int64_t)b * TERN__BLOCK;
+        const float sum = tern__warp_sum((int)tern__min(TERN__BLOCK, n - first), [&](int i) { return term(first + i); });
+        if (threadIdx.x % 32 == 0) sums[b] = sum;
+    }
+    __syncwarp();
+    const float total = tern__warp_sum(blocks, [&](int i) { return sums[i]; });
+    __syncwarp(); /* sums may be written again */
+    return total;
+}
+
 /* Up to 2^20 terms, by all warps of a block; sums: shared memory for TERN__BLOCK floats. */
 template <typename Term> static __device__ float tern__block_sum(int64_t n, Term term, float *sums)
 {
@@ -371,15 +387,35 @@ static __device__ uint32_t tern__block_max(uint32_t value, uint32_t *seen)
 static __device__ uint32_t tern__to_rank(float x) { return tern__bits(x) >> 31 ? ~tern__bits(x) : tern__bits(x) | 0x80000000u; }
 static __device__ float tern__from_rank(uint32_t rank) { return tern__float(rank >> 31 ? rank & 0x7FFFFFFFu : ~rank); }
 
-/* Bits of the largest |term|, in all threads: NaN and Inf win. */
-template <typename Term> static __device__ uint32_t tern__block_absmax(int64_t n, Term term, uint32_t *seen)
+/* Who shares a row: a block of threads, or a warp of it. */
+struct tern__block_team {
+    static __device__ int thread() { return (int)threadIdx.x; }
+    static __device__ int threads() { return (int)blockDim.x; }
+    static __device__ void sync() { __syncthreads(); }
+    template <typename Term> static __device__ float sum(int64_t n, Term term, float *room) { return tern__block_sum(n, term, room); }
+    static __device__ uint32_t most(uint32_t mine, float *room) { return tern__block_max(mine, (uint32_t *)room); }
+};
+struct tern__warp_team {
+    static __device__ int thread() { return (int)threadIdx.x % 32; }
+    static __device__ int threads() { return 32; }
+    static __device__ void sync() { __syncwarp(); }
+    template <typename Term> static __device__ float sum(int64_t n, Term term, float *room) { return tern__warp_long_sum(n, term, room); }
+    static __device__ uint32_t most(uint32_t mine, float *) { return tern__warp_most(mine); }
+};
+
+/* Bits of the largest |term|, in all threads of a team: NaN and Inf win. */
+template <typename Team, typename Term> static __device__ uint32_t tern__team_absmax(int64_t n, Term term, float *room)
 {
     uint32_t most = 0;
-    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+    for (int64_t i = Team::thread(); i < n; i += Team::threads()) {
         const uint32_t mine = tern__bits(term(i)) & 0x7FFFFFFFu;
         most = mine > most ? mine : most;
     }
-    return tern__block_max(most, seen);
+    return Team::most(most, room);
+}
+template <typename Term> static __device__ uint32_t tern__block_absmax(int64_t n, Term term, uint32_t *seen)
+{
+    return tern__team_absmax<tern__block_team>(n, term, (float *)seen);
 }
 
 static __device__ float tern__term(int kind, float x) { return kind == TERN_SUM ? x : kind == TERN_SUM_ABS ? tern__abs(x) : x * x; }
@@ -856,39 +892,40 @@ enum {
 };
 
 /* r = 1/sqrt(mean(x^2) + eps); 0 for a row that has no finite mean square. */
-static __device__ float tern__block_rms(int64_t n, const float *x, float eps, float *room)
+template <typename Team> static __device__ float tern__rms(int64_t n, const float *x, float eps, float *room)
 {
-    const float mean = tern__block_sum(n, [&](int64_t i) { return x[i] * x[i]; }, room) / (float)n;
+    const float mean = Team::sum(n, [&](int64_t i) { return x[i] * x[i]; }, room) / (float)n;
     return tern__finite(mean) ? 1.0f / tern__sqrt(mean + eps) : 0.0f;
 }
 
 /* What q are steps of: the largest |x g|, or for int4 their mean. */
-static __device__ float tern__block_size(const tern_quantize_args &a, const float *x, float *room)
+template <typename Team> static __device__ float tern__steps_of(const tern_quantize_args &a, const float *x, float *room)
 {
     const int64_t n = a.m.cols;
     const auto term = [&](int64_t i) { return a.gain ? x[i] * a.gain[i] : x[i]; };
-    if (a.act == TERN_ACT_INT4) return tern__block_sum(n, [&](int64_t i) { return tern__abs(term(i)); }, room) / (float)n;
-    return tern__float(tern__block_absmax(n, term, (uint32_t *)room));
+    if (a.act == TERN_ACT_INT4) return Team::sum(n, [&](int64_t i) { return tern__abs(term(i)); }, room) / (float)n;
+    return tern__float(tern__team_absmax<Team>(n, term, room));
 }
 
-/* Row t, by a block; q, scale and sum are that row's. Within a row everything fits 32 bits: at most 2^18 units. */
-static __device__ void tern__quantize_row(const tern_quantize_args &a, const tern__shape &s, int64_t t, int8_t *q, float *scale, int32_t *sum,
+/* Row t, which is x; q, scale and sum are that row's. Within a row everything fits 32 bits: at most 2^18 units. */
+template <typename Team>
+static __device__ void tern__quantize_row(const tern_quantize_args &a, const tern__shape &s, int64_t t, const float *x, int8_t *q, float *scale, int32_t *sum,
                                           tern__blame blame, float *room)
 {
     const int cols = (int)a.m.cols, group = (int)s.group, groups = (int)s.groups, run = (int)(s.group_units * s.unit), used = (int)(s.units * s.unit);
-    const int pieces = (run + TERN__PIECE - 1) / TERN__PIECE, lane = (int)threadIdx.x % 32, warps = (int)blockDim.x / 32;
+    const int pieces = (run + TERN__PIECE - 1) / TERN__PIECE, lane = (int)threadIdx.x % 32, me = Team::thread(), threads = Team::threads();
     const int most = a.act == TERN_ACT_INT4 ? 7 : 127;
-    const float *x = a.x + t * cols, steps = a.act == TERN_ACT_INT4 ? TERN__ROOT7 : 127.0f;
-    const float size = tern__block_size(a, x, room);
-    const float r = a.norm == TERN_NORM_RMS ? tern__block_rms(cols, x, a.eps, room) : 1.0f;
+    const float steps = a.act == TERN_ACT_INT4 ? TERN__ROOT7 : 127.0f;
+    const float size = tern__steps_of<Team>(a, x, room);
+    const float r = a.norm == TERN_NORM_RMS ? tern__rms<Team>(cols, x, a.eps, room) : 1.0f;
     const float inverse = steps / size;
     const bool usable = tern__finite(size) && r > 0.0f, zero = !usable || !tern__finite(inverse);
-    if (threadIdx.x == 0) *scale = zero ? 0.0f : size / steps * r;
+    if (me == 0) *scale = zero ? 0.0f : size / steps * r;
     if (threadIdx.x == 0 && !usable) tern__report(blame, t);
-    for (int g = (int)threadIdx.x; g < groups; g += (int)blockDim.x) sum[g] = 0;
-    for (int i = used + 4 * (int)threadIdx.x; i < s.stride; i += 4 * (int)blockDim.x) *(uint32_t *)(q + i) = 0;
-    __syncthreads();
-    for (int item = (int)threadIdx.x / 32; item < groups * pieces; item += warps) {
+    for (int g = me; g < groups; g += threads) sum[g] = 0;
+    for (int i = used + 4 * me; i < s.stride; i += 4 * threads) *(uint32_t *)(q + i) = 0;
+    Team::sync();
+    for (int item = me / 32; item < groups * pieces; item += threads / 32) {
         const int g = item / pieces, first = item % pieces * TERN__PIECE, n = min(group, cols - g * group);
         const int end = min(first + TERN__PIECE, min(run, used - g * run));
         int total = 0;
@@ -905,14 +942,14 @@ static __device__ void tern__quantize_row(const tern_quantize_args &a, const ter
         total = tern__warp_count(total);
         if (lane == 0) atomicAdd(&sum[g], total);
     }
-    __syncthreads();
+    Team::sync();
 }
 
 static __global__ void __launch_bounds__(1024) tern__quantize_rows(tern_quantize_args a, tern__shape s, tern__blame blame)
 {
     TERN__SHARED(float, room);
     for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x)
-        tern__quantize_row(a, s, t, a.q + t * s.stride, a.scale + t, a.sum + t * s.groups, blame, room);
+        tern__quantize_row<tern__block_team>(a, s, t, a.x + t * a.m.cols, a.q + t * s.stride, a.scale + t, a.sum + t * s.groups, blame, room);
 }
 
 /* Bits of a row: a thread to each word of 32 inputs of a group. */
@@ -1124,7 +1161,7 @@ static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__few_tokens_laye
     int8_t *q = (int8_t *)dots + tern__few_room<1>::bytes;
     float *scale = (float *)(q + a.n * s.stride);
     int32_t *sum = (int32_t *)(scale + a.n);
-    for (int64_t t = 0; t < a.n; t++) tern__quantize_row(quantize, s, t, q + t * s.stride, scale + t, sum + t * s.groups, blame, (float *)dots);
+    for (int64_t t = 0; t < a.n; t++) tern__quantize_row<tern__block_team>(quantize, s, t, quantize.x + t * a.m.cols, q + t * s.stride, scale + t, sum + t * s.groups, blame, (float *)dots);
     if (blockIdx.x == 0) {
         for (int64_t i = threadIdx.x; i < a.n * s.stride / 4; i += TERN__THREADS) ((uint32_t *)quantize.q)[i] = ((const uint32_t *)q)[i];
         for (int64_t i = threadIdx.x; i < a.n; i += TERN__THREADS) quantize.scale[i] = scale[i];
@@ -1249,6 +1286,19 @@ template <int Tiles> static __device__ void tern__fold_many(const tern_matmul_ar
     }
 }
 
+/* Outputs of token x, the k-th of the lane's, in its four rows. */
+template <int Tiles> static __device__ __forceinline__ void tern__outputs(const tern_matmul_args &a, const tern__shape &s, bool grouped, int64_t row, int64_t x, int k,
+                                                                          const int dot[2][Tiles][4], const float facc[2][Tiles][4], float y[4])
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int h = i / 2, j = k / 2, e = i % 2 * 2 + k % 2;
+        if (row + i >= a.m.rows) continue;
+        y[i] = grouped ? facc[h][j][e] * a.scale[x] : (float)(dot[h][j][e] - a.sum[x]) * (a.scale[x] * tern__scale_of(a.m, s, row + i, 0));
+        if (a.bias) y[i] = y[i] + a.bias[row + i];
+    }
+}
+
 template <int Tiles, bool Base3, bool Grouped>
 static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__many_tokens_product(tern_matmul_args a, tern__shape s, unsigned row_tiles)
 {
@@ -1290,13 +1340,7 @@ static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__many_tokens_pro
         const int64_t x = token + k / 2 * 8 + k % 2;
         float y[4];
         if (x >= a.n) continue;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int h = i / 2, j = k / 2, e = i % 2 * 2 + k % 2;
-            if (row + i >= a.m.rows) continue;
-            y[i] = Grouped ? facc[h][j][e] * a.scale[x] : (float)(dot[h][j][e] - a.sum[x]) * (a.scale[x] * tern__scale_of(a.m, s, row + i, 0));
-            if (a.bias) y[i] = y[i] + a.bias[row + i];
-        }
+        tern__outputs<Tiles>(a, s, Grouped, row, x, k, dot, facc, y);
         tern__store_rows(a, x, row, y);
     }
 }
@@ -2458,7 +2502,7 @@ static __global__ void __launch_bounds__(1024) tern__norm_rows(tern_norm_args a,
 {
     TERN__SHARED(float, sums);
     for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
-        const float r = tern__block_rms(a.cols, a.x + t * a.cols, a.eps, sums);
+        const float r = tern__rms<tern__block_team>(a.cols, a.x + t * a.cols, a.eps, sums);
         if (!(r > 0.0f) && threadIdx.x == 0) tern__report(blame, t);
         if (!a.dy) tern__norm_row(&a, t, r, wide);
         else if (a.dx) tern__norm_row_back(&a, t, r, sums, wide);
@@ -2469,7 +2513,7 @@ static __global__ void __launch_bounds__(1024) tern__norm_factors(tern_norm_args
 {
     TERN__SHARED(float, sums);
     for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
-        const float r = tern__block_rms(a.cols, a.x + t * a.cols, a.eps, sums);
+        const float r = tern__rms<tern__block_team>(a.cols, a.x + t * a.cols, a.eps, sums);
         if (threadIdx.x == 0) factors[t] = r;
     }
 }
@@ -3281,6 +3325,29 @@ static __device__ __forceinline__ void tern__edges_sum(const tern_aggregate_args
     }
 }
 
+/* The same from the sums of a hub's segments, in order. */
+static __device__ __forceinline__ void tern__parts_sum(const tern_aggregate_args &a, int64_t part, int64_t count, int64_t i, int n, int wide, float sum[4])
+{
+    tern__load4(TERN_F32, a.part, part * a.cols + i, n, wide, sum);
+    for (int64_t s = 1; s < tern__ceil_div(count, TERN__EDGES); s++) {
+        float x[4];
+        tern__load4(TERN_F32, a.part, (part + s) * a.cols + i, n, wide, x);
+        for (int k = 0; k < 4; k++) sum[k] = sum[k] + x[k];
+    }
+}
+
+/* n sums times the row's factor; bits of the largest. */
+static __device__ __forceinline__ uint32_t tern__end_sums(const tern_aggregate_args &a, int64_t row, int n, float sum[4])
+{
+    uint32_t most = 0;
+    for (int k = 0; k < 4; k++) {
+        if (a.left) sum[k] = a.left[row] * sum[k];
+        const uint32_t bits = k < n ? tern__bits(tern__abs(sum[k])) : 0;
+        most = bits > most ? bits : most;
+    }
+    return most;
+}
+
 /* A row of y from four(i, n, sum), which gives the sums of its columns; zero where one is not finite. */
 template <typename Four> static __device__ __forceinline__ void tern__aggregate_end_row(const tern_aggregate_args &a, int64_t row, int wide, uint32_t *seen, tern__blame blame, Four four)
 {
@@ -3289,11 +3356,7 @@ template <typename Four> static __device__ __forceinline__ void tern__aggregate_
     tern__each4_of_row(a.cols, [&](int64_t i, int n) {
         float sum[4];
         four(i, n, sum);
-        for (int k = 0; k < 4; k++) {
-            if (a.left) sum[k] = a.left[row] * sum[k];
-            const uint32_t bits = k < n ? tern__bits(tern__abs(sum[k])) : 0;
-            most = bits > most ? bits : most;
-        }
+        most = (uint32_t)tern__max(most, tern__end_sums(a, row, n, sum));
         tern__store4(TERN_F32, a.y, row * a.cols + i, n, wide, sum);
     });
     if (tern__finite(tern__float(tern__block_max(most, seen)))) return;
@@ -3339,22 +3402,16 @@ static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__aggregate_hubs_
 {
     TERN__SHARED(uint32_t, seen);
     for (int64_t h = blockIdx.x; h < a.edges.hubs; h += gridDim.x) {
-        const int64_t row = a.edges.hub[h] - a.edges.first, parts = tern__ceil_div(a.edges.start[row + 1] - a.edges.start[row], TERN__EDGES);
-        const int64_t first = a.edges.part[h] - a.edges.part[0];
-        tern__aggregate_end_row(a, row, wide, seen, blame, [&](int64_t i, int n, float *sum) {
-            tern__load4(TERN_F32, a.part, first * a.cols + i, n, wide, sum);
-            for (int64_t s = 1; s < parts; s++) {
-                float x[4];
-                tern__load4(TERN_F32, a.part, (first + s) * a.cols + i, n, wide, x);
-                for (int k = 0; k < 4; k++) sum[k] = sum[k] + x[k];
-            }
-        });
+        const int64_t row = a.edges.hub[h] - a.edges.first, count = a.edges.start[row + 1] - a.edges.start[row], part = a.edges.part[h] - a.edges.part[0];
+        tern__aggregate_end_row(a, row, wide, seen, blame, [&](int64_t i, int n, float *sum) { tern__parts_sum(a, part, count, i, n, wide, sum); });
     }
 }
 
+static int tern__aggregate_threads(const tern_aggregate_args *a) { return 32 * (int)tern__min(TERN__WARPS, tern__ceil_div(a->cols, 128)); }
+
 static tern_result tern__gpu_aggregate(tern_run *r, tern__gpu *d, const tern_aggregate_args *a)
 {
-    const int threads = 32 * (int)tern__min(TERN__WARPS, tern__ceil_div(a->cols, 128)), wide = tern__wide(a->x, a->y, a->part, 4 * a->cols);
+    const int threads = tern__aggregate_threads(a), wide = tern__wide(a->x, a->y, a->part, 4 * a->cols);
     const size_t room = TERN__WARPS * sizeof(uint32_t);
     const tern__blame blame = tern__blame_of(d, TERN__FAULT_AGGREGATE);
     if (a->q) TERN__TRY(tern__check_aligned16(r, "aggregate: q", a->q));
@@ -3362,6 +3419,180 @@ static tern_result tern__gpu_aggregate(tern_run *r, tern__gpu *d, const tern_agg
     if (!a->edges.hubs) return TERN_OK;
     TERN__LAUNCH(tern__aggregate_parts, tern__grid(d, a->edges.parts, 1), threads, 0, d->stream, *a, wide);
     TERN__LAUNCH(tern__aggregate_hubs_end, tern__grid(d, a->edges.hubs, 1), threads, room, d->stream, *a, wide, blame);
+    return TERN_OK;
+}
+
+/* -- hops: a block takes some nodes, whose sums, messages and quantized rows stay in shared memory; a warp takes a node, then 32 outputs of eight -- */
+
+enum { TERN__HOP_NODES = 16, TERN__HOP_BYTES = 48 << 10 };
+
+typedef struct tern__hop_step { tern_linear_args layer; tern__shape s; tern__blame blame; } tern__hop_step;
+
+/* The layers that are there, one after the other; width, pitch and groups: of a node, floats, bytes of q and sums; room: a warp's floats for sums. */
+typedef struct tern__hop_plan {
+    tern_hop_args a;
+    tern__hop_step step[2];
+    tern__blame sum;
+    int32_t steps, width, pitch, groups, room, wide, wide_out;
+    int64_t out; /* columns of y */
+} tern__hop_plan;
+
+/* Pieces of shared memory, which begins with rows. */
+typedef struct tern__hop_room { float *rows; int8_t *q; float *scale; int32_t *sum; float *sums; } tern__hop_room;
+
+static __device__ tern__hop_room tern__hop_room_of(const tern__hop_plan &p, float *rows)
+{
+    tern__hop_room my;
+    my.rows = rows;
+    my.q = (int8_t *)(rows + TERN__HOP_NODES * p.width);
+    my.scale = (float *)(my.q + TERN__HOP_NODES * p.pitch);
+    my.sum = (int32_t *)(my.scale + TERN__HOP_NODES);
+    my.sums = (float *)(my.sum + TERN__HOP_NODES * p.groups) + (int)threadIdx.x / 32 * p.room;
+    return my;
+}
+
+/* The sum of a node's row, by a warp; zero where it is not finite. */
+static __device__ void tern__hop_sum_row(const tern__hop_plan &p, int64_t row, float *to)
+{
+    const tern_aggregate_args &a = p.a.sum;
+    const int64_t first = a.edges.start[row], count = a.edges.start[row + 1] - first;
+    const int lane = (int)threadIdx.x % 32;
+    const int64_t part = count > TERN__EDGES ? a.edges.part[tern__first_hub(&a.edges, row)] - a.edges.part[0] : 0;
+    uint32_t most = 0;
+    for (int64_t i = 4 * lane; i < a.cols; i += 128) {
+        const int n = (int)tern__min(4, a.cols - i);
+        float sum[4];
+        if (count <= TERN__EDGES) tern__edges_sum(a, first, (int)count, i, n, p.wide, sum);
+        else tern__parts_sum(a, part, count, i, n, p.wide, sum);
+        most = (uint32_t)tern__max(most, tern__end_sums(a, row, n, sum));
+        tern__store4(TERN_F32, to, i, n, 1, sum);
+    }
+    if (tern__finite(tern__float(tern__warp_most(most)))) return;
+    if (lane == 0) tern__report(p.sum, row);
+    for (int i = lane; i < a.cols; i += 32) to[i] = 0.0f;
+}
+
+/* Four outputs of a node at the end of a hop. */
+static __device__ void tern__hop_end(const tern__hop_plan &p, int64_t row, int64_t col, const float v[4])
+{
+    const int n = (int)tern__min(4, p.out - col);
+    const int64_t at = row * p.out + col;
+    float y[4], z[4];
+    for (int k = 0; k < 4; k++) y[k] = v[k];
+    if (p.a.fn != TERN_MAP_ADD) tern__map4(p.a.fn, 1.0f, v, v, y);
+    if (p.a.add) tern__load4(TERN_F32, p.a.add, at, n, p.wide_out, z);
+    for (int k = 0; k < 4 && p.a.add; k++) y[k] = y[k] + p.a.factor * z[k];
+    if (p.a.residual) tern__load4(TERN_F32, p.a.residual, at, n, p.wide_out, z);
+    for (int k = 0; k < 4 && p.a.residual; k++) y[k] = y[k] + z[k];
+    tern__store4(TERN_F32, p.a.y, at, n, p.wide_out, y);
+}
+
+/* Outputs of n quantized rows, in fours: four(node, column, v). */
+template <bool Base3, typename Four> static __device__ __forceinline__ void tern__hop_product(const tern__hop_plan &p, const tern__hop_step &step, int n, const tern__hop_room &my, Four four)
+{
+    const tern__shape &s = step.s;
+    const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
+    tern_matmul_args a = {};
+    a.m = step.layer.quantize.m;
+    a.n = n;
+    a.scale = my.scale;
+    a.sum = my.sum;
+    a.bias = step.layer.bias;
+    const int eights = (n + 7) / 8, items = eights * (int)tern__ceil_div(s.panels, 2);
+    for (int item = (int)threadIdx.x / 32; item < items; item += TERN__WARPS) {
+        const int node = item % eights * 8, row = item / eights * 32 + 4 * g;
+        const uint8_t *panel = tern__lane_panel(a.m, s, item / eights);
+        const int8_t *const q[1] = {node + g < n ? my.q + (node + g) * p.pitch : NULL};
+        int dot[2][1][4];
+        float facc[2][1][4];
+        for (int group = 0; group < s.groups; group++) {
+            const int begin = group * (int)s.group_units, end = min(begin + (int)s.group_units, (int)s.units);
+            tern__warp_dot<1, Base3>(panel, q, begin, end, dot);
+            if (a.m.grain > 0) tern__fold_many<1>(a, s, group, row, node + 2 * t, dot, facc);
+        }
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const int x = node + 2 * t + k;
+            float y[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            if (x >= n || row >= a.m.rows) continue;
+            tern__outputs<1>(a, s, a.m.grain > 0, row, x, k, dot, facc, y);
+            four(x, row, y);
+        }
+    }
+}
+
+static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__hop_nodes(tern__hop_plan p)
+{
+    TERN__SHARED(float, rows);
+    const tern__hop_room my = tern__hop_room_of(p, rows);
+    const int warp = (int)threadIdx.x / 32;
+    for (int64_t first = (int64_t)blockIdx.x * TERN__HOP_NODES; first < p.a.sum.edges.rows; first += (int64_t)gridDim.x * TERN__HOP_NODES) {
+        const int n = (int)tern__min(TERN__HOP_NODES, p.a.sum.edges.rows - first);
+        for (int i = warp; i < n; i += TERN__WARPS) tern__hop_sum_row(p, first + i, my.rows + i * p.width);
+        __syncthreads();
+        for (int k = 0; k < p.steps; k++) {
+            const tern__hop_step &step = p.step[k];
+            const bool last = k == p.steps - 1;
+            for (int i = warp; i < n; i += TERN__WARPS)
+                tern__quantize_row<tern__warp_team>(step.layer.quantize, step.s, first + i, my.rows + i * p.width, my.q + i * p.pitch, my.scale + i,
+                                                    my.sum + i * step.s.groups, step.blame, my.sums);
+            __syncthreads();
+            const auto four = [&](int node, int64_t col, const float v[4]) {
+                if (last) tern__hop_end(p, first + node, col, v);
+                else tern__store4(TERN_F32, my.rows + node * p.width, col, (int)tern__min(4, step.layer.quantize.m.rows - col), 1, v);
+            };
+            if (step.layer.quantize.m.encoding == TERN_BASE3) tern__hop_product<true>(p, step, n, my, four);
+            else tern__hop_product<false>(p, step, n, my, four);
+            __syncthreads(); /* q may be written again, or rows */
+        }
+        for (int64_t i = threadIdx.x, fours = tern__ceil_div(p.out, 4); p.steps == 0 && i < n * fours; i += TERN__THREADS) {
+            float v[4];
+            const int64_t col = i % fours * 4;
+            tern__load4(TERN_F32, my.rows + i / fours * p.width, col, (int)tern__min(4, p.out - col), 1, v);
+            tern__hop_end(p, first + i / fours, col, v);
+        }
+        __syncthreads();
+    }
+}
+
+/* Faults of a layer come behind those of what was before it. */
+static void tern__hop_add(tern__gpu *d, tern__hop_plan *p, const tern_linear_args *layer)
+{
+    tern__hop_step *step = &p->step[p->steps];
+    if (!layer->quantize.m.trits) return;
+    d->order++;
+    step->layer = *layer;
+    step->s = tern__shape_of(&layer->quantize.m);
+    step->blame = tern__blame_of(d, TERN__FAULT_QUANTIZE);
+    p->steps++;
+    p->width = (int32_t)tern__max(p->width, p->out);
+    p->pitch = (int32_t)tern__max(p->pitch, tern__ceil_div(step->s.stride, 128) * 128 + 64); /* quarters of a warp meet all banks */
+    p->groups = (int32_t)tern__max(p->groups, step->s.groups);
+    p->out = layer->quantize.m.rows;
+}
+
+static tern_result tern__gpu_hop(tern_run *r, tern__gpu *d, const tern_hop_args *a)
+{
+    const tern_aggregate_args *sum = &a->sum;
+    tern__hop_plan p = {};
+    int64_t bytes;
+    TERN__REQUIRE(r, sum->cols <= TERN__HOP_BYTES && a->message.quantize.m.rows <= TERN__HOP_BYTES && a->message.quantize.act != TERN_ACT_BIT &&
+                  a->update.quantize.act != TERN_ACT_BIT, TERN_E_UNSUPPORTED, "cuda: hop: bits, or rows of more than %d", (int64_t)TERN__HOP_BYTES);
+    p.a = *a;
+    p.sum = tern__blame_of(d, TERN__FAULT_AGGREGATE);
+    p.out = p.width = (int32_t)sum->cols;
+    tern__hop_add(d, &p, &a->message);
+    tern__hop_add(d, &p, &a->update);
+    p.room = (int32_t)tern__ceil_div(p.width, TERN__BLOCK);
+    p.width = (p.width + 3) & ~3;
+    p.wide = tern__wide(sum->x, sum->part, 4 * sum->cols);
+    p.wide_out = tern__wide(a->add, a->residual, a->y, 4 * p.out);
+    bytes = TERN__HOP_NODES * (4 * ((int64_t)p.width + 1 + p.groups) + p.pitch) + 4 * TERN__WARPS * (int64_t)p.room;
+    TERN__REQUIRE(r, bytes <= TERN__HOP_BYTES, TERN_E_UNSUPPORTED, "cuda: hop: %d bytes of shared memory for some nodes; %d are the most", bytes, (int64_t)TERN__HOP_BYTES);
+    if (sum->q) TERN__TRY(tern__check_aligned16(r, "aggregate: q", sum->q));
+    for (int i = 0; i < p.steps; i++) TERN__TRY(tern__check_aligned16(r, "linear: m.trits", p.step[i].layer.quantize.m.trits));
+    if (sum->edges.hubs) TERN__LAUNCH(tern__aggregate_parts, tern__grid(d, sum->edges.parts, 1), tern__aggregate_threads(sum), 0, d->stream, *sum, p.wide);
+    TERN__LAUNCH(tern__hop_nodes, tern__grid(d, sum->edges.rows, TERN__HOP_NODES), TERN__THREADS, (size_t)bytes, d->stream, p);
     return TERN_OK;
 }
 
@@ -3434,22 +3665,6 @@ static tern_result tern__gpu_gate(tern_run *r, tern__gpu *d, const tern_gate_arg
 }
 
 /* -- codebooks: a block to a token, a warp to every eighth code -- */
-
-/* A canonical sum of up to 2^20 terms, by a warp; sums: shared memory for a float to each 1024 of them. */
-template <typename Term> static __device__ float tern__warp_long_sum(int64_t n, Term term, float *sums)
-{
-    const int blocks = (int)tern__ceil_div(n, TERN__BLOCK);
-    if (blocks == 1) return tern__warp_sum((int)n, [&](int i) { return term((int64_t)i); });
-    for (int b = 0; b < blocks; b++) {
-        const int64_t first = (int64_t)b * TERN__BLOCK;
-        const float sum = tern__warp_sum((int)tern__min(TERN__BLOCK, n - first), [&](int i) { return term(first + i); });
-        if (threadIdx.x % 32 == 0) sums[b] = sum;
-    }
-    __syncwarp();
-    const float total = tern__warp_sum(blocks, [&](int i) { return sums[i]; });
-    __syncwarp(); /* sums may be written again */
-    return total;
-}
 
 /* The least distance, and of equal ones the first id, is the smallest key: distances are not negative. */
 static __global__ void __launch_bounds__(TERN__THREADS) tern__nearest_codes(tern_nearest_args a, tern__blame blame)
