@@ -776,6 +776,21 @@ typedef struct tern_flip_args {
    scales here, then matmul into y [n, rows]. */
 typedef struct tern_linear_args { tern_quantize_args quantize; const float *bias; float *y; } tern_linear_args;
 
+/* Products of rows in groups, each of which has parameters of its own, all alike. The rows of the groups lie one after the
+   other, loads[g] of group g, and here are rows [at, at + n) of all: q, scale and sum as tern_quantize gives them. y [sets][n,
+   rows]: for set s and a row of group g what tern_matmul makes of it with w[g * step + s], whose dead zone's values are
+   the bias. Rows behind the last group's become zeros. The trits and scales of m are not read. */
+typedef struct tern_grouped_args {
+    tern_matrix m;
+    tern_act act;
+    int32_t count, sets, step;   /* groups; parameters that read the same rows, 1 or 2; pointers from group to group */
+    struct tern_param *const *w; /* [count * step] in host memory, with buffers in backend memory */
+    const int32_t *loads;        /* [count] in backend memory, none negative */
+    int64_t at, n;
+    const int8_t *q; const float *scale; const int32_t *sum;
+    float *y;
+} tern_grouped_args;
+
 /* Rows that reach the nodes of a hop: the sum, then linear with message and with update, map fn, ADD of factor * add and of
    residual, bit by bit what these make one after the other, of all rows at once. m.trits NULL: no such layer; of a layer m, act, norm, gain, eps and
    bias are read, of sum all but y. Nothing is kept of what lies between. A backend may decline what is beyond its means, before it writes
@@ -797,7 +812,7 @@ typedef struct tern_hop_args {
     X(gate) X(nearest)
 
 /* Operations that a backend may leave out: layers then compose others, with the same bits. */
-#define TERN_FUSED(X) X(linear) X(hop)
+#define TERN_FUSED(X) X(linear) X(grouped) X(hop)
 
 #define TERN__DECLARE(op) TERN_API tern_result tern_##op(tern_context *c, const tern_##op##_args *a);
 TERN_OPS(TERN__DECLARE)
@@ -8122,6 +8137,7 @@ static tern_result tern__cpu_sync(tern_run *r) { (void)r; return TERN_OK; }
 #ifndef TERN__CACHE /* the tests set less, so that small shapes go in parts too */
 #define TERN__CACHE 524288
 #endif
+#define tern__cpu_grouped NULL
 #define tern__cpu_hop NULL /* blocks of nodes that stay in cache do as well */
 #define TERN__OP(op) tern__cpu_##op,
 #define TERN__TABLE(suffix, text)                                                              \

@@ -1096,11 +1096,11 @@ static __device__ __forceinline__ void tern__warp_dot(const uint8_t *panel, cons
 }
 
 /* The sums of a round as outputs: those of the warps that share a pair added up, or one group after the other into facc. */
-static __device__ void tern__fold_few(const tern_matmul_args &a, const tern__shape &s, int tokens, int pieces, int round, int rounds, const int *dots, float *facc)
+static __device__ void tern__fold_few(const tern_matmul_args &a, const tern__shape &s, int tokens, int pieces, int64_t block, int round, int rounds, const int *dots, float *facc)
 {
     for (int slot = (int)threadIdx.x; slot < TERN__WARPS / pieces * tokens * 32; slot += TERN__THREADS) {
         const int pair = slot / 32 / tokens, token = slot / 32 % tokens;
-        const int64_t row = ((int64_t)blockIdx.x * (TERN__WARPS / pieces) + pair) * 32 + slot % 32;
+        const int64_t row = (block * (TERN__WARPS / pieces) + pair) * 32 + slot % 32;
         int total = 0;
         if (token >= a.n || row >= a.m.rows) continue;
         for (int p = 0; p < pieces; p++) {
@@ -1119,14 +1119,14 @@ static __device__ void tern__fold_few(const tern_matmul_args &a, const tern__sha
 /* Shared memory: dots[warp][token][row], and for groups facc[pair][token][row]. */
 template <int Tiles> struct tern__few_room { enum { dots = TERN__WARPS * 8 * Tiles * 32, bytes = 2 * 4 * dots }; };
 
-/* `pieces` warps to a pair of panels. */
+/* `pieces` warps to a pair of panels; a block's pairs lie together. */
 template <int Tiles, bool Base3>
-static __device__ __forceinline__ void tern__few_tokens(const tern_matmul_args &a, const tern__shape &s, int pieces, int *dots)
+static __device__ __forceinline__ void tern__few_tokens(const tern_matmul_args &a, const tern__shape &s, int pieces, int64_t block, int *dots)
 {
     const int warp = (int)threadIdx.x / 32, g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4, units = (int)s.units;
     const int rounds = a.m.grain > 0 ? ((int)s.groups + pieces - 1) / pieces : 1;
     const int share = ((units + pieces - 1) / pieces + 4 * TERN__AHEAD - 1) & ~(4 * TERN__AHEAD - 1);
-    const uint8_t *panel = tern__lane_panel(a.m, s, (int64_t)blockIdx.x * (TERN__WARPS / pieces) + warp / pieces);
+    const uint8_t *panel = tern__lane_panel(a.m, s, block * (TERN__WARPS / pieces) + warp / pieces);
     const int8_t *q[Tiles];
 #pragma unroll
     for (int j = 0; j < Tiles; j++) q[j] = 8 * j + g < a.n ? a.q + (8 * j + g) * s.stride : NULL;
@@ -1141,7 +1141,7 @@ static __device__ __forceinline__ void tern__few_tokens(const tern_matmul_args &
             dots[(warp * 8 * Tiles + 8 * j + 2 * t + k % 2) * 32 + 4 * g + 2 * h + k / 2] = dot[h][j][k];
         }
         __syncthreads();
-        tern__fold_few(a, s, 8 * Tiles, pieces, round, rounds, dots, (float *)(dots + tern__few_room<Tiles>::dots));
+        tern__fold_few(a, s, 8 * Tiles, pieces, block, round, rounds, dots, (float *)(dots + tern__few_room<Tiles>::dots));
         __syncthreads();
     }
 }
@@ -1150,7 +1150,7 @@ template <int Tiles, bool Base3>
 static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__few_tokens_product(tern_matmul_args a, tern__shape s, int pieces)
 {
     TERN__SHARED(int, dots);
-    tern__few_tokens<Tiles, Base3>(a, s, pieces, dots);
+    tern__few_tokens<Tiles, Base3>(a, s, pieces, blockIdx.x, dots);
 }
 
 /* A whole layer: every block quantizes all tokens for itself, the first one for the caller too. */
@@ -1170,7 +1170,7 @@ static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__few_tokens_laye
     a.q = q;
     a.scale = scale;
     a.sum = sum;
-    tern__few_tokens<1, Base3>(a, s, pieces, dots);
+    tern__few_tokens<1, Base3>(a, s, pieces, blockIdx.x, dots);
 }
 
 /* More tokens make it worth that warps share what they read of q; few panels, that more warps share a panel. */
@@ -1299,13 +1299,13 @@ template <int Tiles> static __device__ __forceinline__ void tern__outputs(const 
     }
 }
 
+/* The tile of 128 rows and 16 Tiles tokens that begins at these. */
 template <int Tiles, bool Base3, bool Grouped>
-static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__many_tokens_product(tern_matmul_args a, tern__shape s, unsigned row_tiles)
+static __device__ __forceinline__ void tern__many_tokens(const tern_matmul_args &a, const tern__shape &s, int64_t row_tile, int64_t token0, int8_t *shared)
 {
     typedef tern__stage<Base3> stage;
-    TERN__SHARED(int8_t, shared);
     const int warp = (int)threadIdx.x / 32, g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4, stage_bytes = 16 * Tiles * stage::bytes;
-    const int64_t pair = (int64_t)(blockIdx.x % row_tiles) * 4 + warp % 4, token0 = (int64_t)(blockIdx.x / row_tiles) * 16 * Tiles;
+    const int64_t pair = row_tile * 4 + warp % 4;
     const int64_t row = pair * 32 + 4 * g, token = token0 + warp / 4 * 8 * Tiles + 2 * t; /* of the lane's first output */
     const int steps = ((int)s.groups - 1) * (((int)s.group_units + stage::units - 1) / stage::units) +
                       ((int)(s.units - (s.groups - 1) * s.group_units) + stage::units - 1) / stage::units;
@@ -1343,6 +1343,13 @@ static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__many_tokens_pro
         tern__outputs<Tiles>(a, s, Grouped, row, x, k, dot, facc, y);
         tern__store_rows(a, x, row, y);
     }
+}
+
+template <int Tiles, bool Base3, bool Grouped>
+static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__many_tokens_product(tern_matmul_args a, tern__shape s, unsigned row_tiles)
+{
+    TERN__SHARED(int8_t, shared);
+    tern__many_tokens<Tiles, Base3, Grouped>(a, s, blockIdx.x % row_tiles, (int64_t)(blockIdx.x / row_tiles) * 16 * Tiles, shared);
 }
 
 /* -- the operations -- */
@@ -1424,6 +1431,174 @@ static tern_result tern__gpu_matmul_bits(tern_run *r, tern__gpu *d, const tern_m
 static tern_result tern__gpu_matmul_quantized(tern_run *r, tern__gpu *d, const tern_matmul_args *a)
 {
     return a->act == TERN_ACT_BIT ? tern__gpu_matmul_bits(r, d, a, TERN__WORK * (int64_t)sizeof(float)) : tern__gpu_matmul_int8(r, d, a);
+}
+
+/* -- groups of tokens, each with matrices of its own: blocks that stay share out the tiles that the real loads make, which only the device
+   knows; a launch has the same shape for all loads -- */
+
+enum { TERN__GROUP_MATRICES = 128 }; /* of a launch: as many as a kernel's parameters hold */
+
+typedef struct tern__group_matrix { const void *trits, *scales; const float *bias; } tern__group_matrix;
+
+/* Groups [first, first + count) of `all`, of which a.n rows from `at` on are here; y_set: floats from set to set. */
+typedef struct tern__groups {
+    tern_matmul_args a;
+    tern__shape s;
+    const int32_t *loads;
+    int64_t at, y_set;
+    int32_t first, count, all, sets;
+    tern__group_matrix w[TERN__GROUP_MATRICES];
+} tern__groups;
+
+/* Where each group's rows and tiles begin; the last entry: where they end. */
+typedef struct tern__group_room { int row[TERN__GROUP_MATRICES + 4], tile[TERN__GROUP_MATRICES + 4]; } tern__group_room;
+
+/* Sums over the lanes up to each. */
+static __device__ int tern__warp_scan(int n)
+{
+    const int lane = (int)threadIdx.x % 32;
+    for (int d = 1; d < 32; d *= 2) {
+        const int before = __shfl_sync(TERN__ALL_LANES, n, lane >= d ? lane - d : lane);
+        n += lane >= d ? before : 0;
+    }
+    return n;
+}
+
+/* Fills room, by the first warp, for tiles of so many rows. */
+static __device__ void tern__count_tiles(const tern__groups &p, int tokens, tern__group_room *my)
+{
+    const int lane = (int)threadIdx.x % 32;
+    int64_t rows = 0;
+    int tiles = 0;
+    if (threadIdx.x < 32) {
+        int before = 0;
+        for (int g = lane; g < p.first; g += 32) before += p.loads[g];
+        rows = tern__warp_count(before) - p.at;
+        for (int from = 0; from <= p.count; from += 32) {
+            const int g = from + lane, load = g < p.count ? p.loads[p.first + g] : 0, end = tern__warp_scan(load);
+            const int64_t begin = tern__max(0, tern__min(rows + end - load, p.a.n)), stop = tern__max(0, tern__min(rows + end, p.a.n));
+            const int mine = (int)((stop - begin + tokens - 1) / tokens), all = tern__warp_scan(mine);
+            if (g <= p.count) {
+                my->row[g] = (int)begin;
+                my->tile[g] = tiles + all - mine;
+            }
+            rows += __shfl_sync(TERN__ALL_LANES, end, 31);
+            tiles += __shfl_sync(TERN__ALL_LANES, all, 31);
+        }
+    }
+    __syncthreads();
+}
+
+/* body(a, block) for each tile of a group and each block of rows of its matrices; after the last group there are zeros. */
+template <typename Body> static __device__ __forceinline__ void tern__each_group_tile(const tern__groups &p, int tokens, int blocks, tern__group_room *my, Body body)
+{
+    tern__count_tiles(p, tokens, my);
+    const int64_t items = (int64_t)my->tile[p.count] * p.sets * blocks, rows = p.a.m.rows;
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+        const int tile = (int)(item / (p.sets * blocks)), set = (int)(item / blocks % p.sets);
+        int low = 0, high = p.count - 1;
+        while (low < high) {
+            const int middle = high - (high - low) / 2;
+            if (my->tile[middle] <= tile) low = middle;
+            else high = middle - 1;
+        }
+        const int64_t first = my->row[low] + (int64_t)(tile - my->tile[low]) * tokens;
+        const tern__group_matrix &w = p.w[low * p.sets + set];
+        tern_matmul_args a = p.a;
+        a.m.trits = (void *)(uintptr_t)w.trits;
+        a.m.scales = (void *)(uintptr_t)w.scales;
+        a.bias = w.bias;
+        a.n = tern__min(tokens, my->row[low + 1] - first);
+        a.q += first * p.s.stride;
+        a.scale += first;
+        a.sum += first * p.s.groups;
+        a.y += set * p.y_set + first * rows;
+        body(a, item % blocks);
+    }
+    const int64_t left = p.first + p.count == p.all ? (p.a.n - my->row[p.count]) * rows : 0;
+    TERN__EACH(i, left * p.sets) p.a.y[i / left * p.y_set + my->row[p.count] * rows + i % left] = 0.0f;
+}
+
+template <int Tiles, bool Base3> static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__few_groups(tern__groups p, int pieces, int blocks)
+{
+    TERN__SHARED(tern__group_room, my);
+    tern__each_group_tile(p, 8 * Tiles, blocks, my, [&](const tern_matmul_args &a, int64_t block) {
+        tern__few_tokens<Tiles, Base3>(a, p.s, pieces, block, (int *)(my + 1));
+    });
+}
+
+template <int Tiles, bool Base3, bool Grouped> static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__many_groups(tern__groups p, int blocks)
+{
+    TERN__SHARED(tern__group_room, my);
+    tern__each_group_tile(p, 16 * Tiles, blocks, my, [&](const tern_matmul_args &a, int64_t block) {
+        tern__many_tokens<Tiles, Base3, Grouped>(a, p.s, block, 0, (int8_t *)(my + 1));
+    });
+}
+
+/* Tiles by the mean load: what the device finds must not choose the launch. */
+static void tern__launch_groups(const tern__gpu *d, const tern__groups &p)
+{
+    const int base3 = p.a.m.encoding == TERN_BASE3, grouped = p.a.m.grain > 0, pieces = tern__pieces(d, p.s, tern__min(p.a.n, TERN__FEW_TOKENS));
+    const int64_t mean = p.a.n / p.all, few_blocks = tern__few_tokens_grid(p.s, pieces), many_blocks = tern__ceil_div(p.s.panels, 8);
+    const int few = p.a.n <= 8 ? 1 : 2, many = mean <= 32 ? 2 : 4;
+    const size_t stage = base3 ? (size_t)tern__stage<true>::bytes : (size_t)tern__stage<false>::bytes;
+#define TERN__MANY(tiles) {{tern__many_groups<tiles, false, false>, tern__many_groups<tiles, true, false>}, {tern__many_groups<tiles, false, true>, tern__many_groups<tiles, true, true>}}
+    static void (*const few_kernels[2][2])(tern__groups, int, int) = {{tern__few_groups<1, false>, tern__few_groups<1, true>}, {tern__few_groups<2, false>, tern__few_groups<2, true>}};
+    static void (*const many_kernels[2][2][2])(tern__groups, int) = {TERN__MANY(2), TERN__MANY(4)};
+#undef TERN__MANY
+    if (mean <= TERN__FEW_TOKENS) {
+        const auto kernel = few_kernels[few - 1][base3];
+        TERN__LAUNCH(kernel, (unsigned)tern__min(2 * d->processors, tern__mul(p.a.n, few_blocks * p.sets)), TERN__THREADS,
+                     sizeof(tern__group_room) + (size_t)few * tern__few_room<1>::bytes, d->stream, p, pieces, (int)few_blocks);
+    } else {
+        const auto kernel = many_kernels[many / 4][grouped][base3];
+        TERN__LAUNCH(kernel, (unsigned)tern__min(2 * d->processors, tern__mul(p.a.n, many_blocks * p.sets)), TERN__THREADS,
+                     sizeof(tern__group_room) + 32 * (size_t)many * stage, d->stream, p, (int)many_blocks);
+    }
+}
+
+/* Rows [p->a], of all groups, as many at a time as a launch has room for. */
+static tern_result tern__gpu_group_products(tern_run *r, const tern__gpu *d, const tern_grouped_args *a, tern__groups *p)
+{
+    const int32_t most = TERN__GROUP_MATRICES / a->sets;
+    for (p->first = 0; p->first < a->count; p->first += most) {
+        p->count = (int32_t)tern__min(most, a->count - p->first);
+        for (int32_t i = 0; i < p->count * a->sets; i++) {
+            const tern_param *w = a->w[(p->first + i / a->sets) * a->step + i % a->sets];
+            const tern_matrix m = tern_param_matrix(w);
+            p->w[i] = {m.trits, m.scales, tern__floats(w->dead, TERN_SHADOW)};
+            TERN__TRY(tern__check_aligned16(r, "grouped: trits", m.trits));
+        }
+        tern__launch_groups(d, *p);
+    }
+    return TERN_OK;
+}
+
+/* Bits are widened, of as many rows at a time as the work memory holds. */
+static tern_result tern__gpu_grouped(tern_run *r, tern__gpu *d, const tern_grouped_args *a)
+{
+    const bool bits = a->act == TERN_ACT_BIT;
+    tern__groups p = {};
+    p.s = tern__shape_of(&a->m);
+    const int64_t room = TERN__WORK * (int64_t)sizeof(float), most = bits ? room / p.s.stride : a->n;
+    TERN__REQUIRE(r, most > 0, TERN_E_UNSUPPORTED, "cuda: grouped: bits of rows of %d bytes as int8; %d is the most", p.s.stride, room);
+    TERN__TRY(tern__check_aligned16(r, "grouped: q", a->q));
+    p.loads = a->loads;
+    p.all = a->count;
+    p.sets = a->sets;
+    p.y_set = a->n * a->m.rows;
+    for (int64_t t = 0; t < a->n; t += most) {
+        p.at = a->at + t;
+        p.a.m = a->m;
+        p.a.n = tern__min(most, a->n - t);
+        p.a.q = bits ? (const int8_t *)d->work : a->q + t * p.s.stride;
+        p.a.scale = a->scale + t;
+        p.a.sum = a->sum + t * p.s.groups;
+        p.a.y = a->y + t * a->m.rows;
+        if (bits) TERN__LAUNCH(tern__widen_bits, tern__grid(d, p.a.n * p.s.stride / 4, TERN__THREADS), TERN__THREADS, 0, d->stream, p.a.n, a->q + t * p.s.stride, p.s, (int8_t *)d->work);
+        TERN__TRY(tern__gpu_group_products(r, d, a, &p));
+    }
+    return TERN_OK;
 }
 
 /* In one launch where quantizing again in every block costs less than a launch of its own. */
