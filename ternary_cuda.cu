@@ -3726,7 +3726,7 @@ static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__hop_nodes(tern_
             tern__load4(TERN_F32, my.rows + i / fours * p.width, col, (int)tern__min(4, p.out - col), 1, v);
             tern__hop_end(p, first + i / fours, col, v);
         }
-        __syncthreads();
+        if (p.steps == 0) __syncthreads();
     }
 }
 
