@@ -567,7 +567,7 @@ typedef struct tern_row_dot_args { int64_t rows, cols, n, count; const float *a,
    [start[v], start[v + 1]), the other node in the low 31 bits, the top bit set where the edge counts -1. */
 typedef struct tern_adjacency {
     int64_t rows, sources, count; /* edges end at [0, rows) and begin at [0, sources) */
-    int64_t first;                /* 0; of some rows of a graph on the CPU the number of the first, from which on start, hub and part are the graph's */
+    int64_t first;                /* 0; of some rows of a graph the number of the first, from which on start, hub and part are the graph's */
     int64_t hubs, parts;          /* rows of more than 256 edges, and how many segments of 256 all of them have */
     int64_t *start;               /* [rows + 1] */
     uint32_t *entry;              /* [count] */
@@ -791,6 +791,19 @@ typedef struct tern_grouped_args {
     float *y;
 } tern_grouped_args;
 
+/* Rows that reach the nodes of a hop: the sum, then linear with message and with update, map fn, ADD of factor * add and of
+   residual, bit by bit what these make one after the other, of all rows at once. m.trits NULL: no such layer. Of a layer m,
+   act, norm, gain, eps and bias are read, of sum all but y. Nothing is kept of what lies between. A backend may decline what
+   is beyond its means before it writes anything: TERN_E_UNSUPPORTED. */
+typedef struct tern_hop_args {
+    tern_aggregate_args sum;
+    tern_linear_args message, update;
+    tern_map_fn fn;                  /* TERN_MAP_ADD: none */
+    float factor; const float *add;  /* as y, or NULL */
+    const float *residual;           /* as y, or NULL */
+    float *y;                        /* [rows, columns of what comes last] */
+} tern_hop_args;
+
 #define TERN_OPS(X)                                                                    \
     X(ternarize) X(pack) X(unpack) X(quantize) X(matmul) X(matmul_fixed) X(matmul_dx) X(matmul_dw) \
     X(dense) X(dense_i8) X(gather) X(scatter) X(fill) X(cast) X(map) X(norm) X(rope)   \
@@ -799,7 +812,7 @@ typedef struct tern_grouped_args {
     X(gate) X(nearest)
 
 /* Operations that a backend may leave out: layers then compose others, with the same bits. */
-#define TERN_FUSED(X) X(linear) X(grouped)
+#define TERN_FUSED(X) X(linear) X(grouped) X(hop)
 
 #define TERN__DECLARE(op) TERN_API tern_result tern_##op(tern_context *c, const tern_##op##_args *a);
 TERN_OPS(TERN__DECLARE)
@@ -820,7 +833,7 @@ typedef struct tern_run {
 struct tern_backend {
     const char *name;
     const void *data;                      /* the backend's own constants */
-    int64_t dense_max;                     /* tokens up to which AUTO runs all experts of a tern_moe over all of them */
+    int64_t dense_max;                     /* tokens up to which AUTO runs all experts of a tern_moe over all of them, where not in groups */
     tern_result (*open)(tern_run *r);
     void (*close)(tern_run *r);
     void *(*alloc)(tern_run *r, size_t bytes); /* aligned to 64, zeroed */
@@ -1048,7 +1061,7 @@ typedef struct tern_moe {
     const tern_expert *always;          /* an expert of any width that sees every token, or NULL */
     tern_param *const *low_a, *const *low_b; /* [count] each, or NULL */
     tern_dispatch dispatch;
-    int64_t dense_max;                  /* AUTO is DENSE up to so many tokens; 0: what suits the backend (a CPU: none) */
+    int64_t dense_max;                  /* AUTO is DENSE up to so many tokens; 0: none, but 128 on a GPU where SPARSE waits for it */
     float balance;                      /* factor of the load-balance loss (tern_route_args), whose gradient the backward adds */
     uint64_t seed;                      /* as that of tern_linear, of the experts; their names make it another for each */
 } tern_moe;
@@ -1056,10 +1069,11 @@ typedef struct tern_moe {
    computes the experts again. Scratch is enough for all tokens to choose the same expert. */
 TERN_API tern_result tern_moe_need(tern_context *c, const tern_moe *m, int64_t n, tern_need *out);
 /* x [n, cols] -> y [n, cols], apart. saved: need.saved bytes, aligned to 4 (on a GPU: 16), or NULL for inference. A
-   token whose logits are not finite is a data fault and goes to no expert. A GPU is waited for, once, by SPARSE
-   where its backend does not multiply in groups (tern_grouped_args) or experts are not quantized. */
+   token whose logits are not finite is a data fault and goes to no expert. A GPU is waited for, once, by SPARSE where
+   experts, or the low-rank matrices in their place, do not read quantized activations, or a down-projection is rotated. */
 TERN_API tern_result tern_moe_forward(tern_context *c, const tern_moe *m, int64_t n, const float *x, float *y, void *saved);
-/* Adds into the TERN_GRAD of all parameters where present; dx [n, cols] (or NULL) is overwritten. As tern_linear_backward. */
+/* Adds into the TERN_GRAD of all parameters where present; dx [n, cols] (or NULL) is overwritten. As tern_linear_backward.
+   A GPU is waited for, once. */
 #ifndef TERNARY_NO_TRAINING
 TERN_API tern_result tern_moe_backward(tern_context *c, const tern_moe *m, int64_t n, const float *x, const void *saved, const float *dy, float *dx);
 #endif
@@ -7162,7 +7176,7 @@ static int64_t tern__first_row(const tern_adjacency *e, int64_t place)
 }
 
 /* The first hub that is this row or behind it. */
-static int64_t tern__first_hub(const tern_adjacency *e, int64_t row)
+TERN__ANYWHERE int64_t tern__first_hub(const tern_adjacency *e, int64_t row)
 {
     int64_t low = 0, high = e->hubs;
     while (low < high) {
@@ -8241,6 +8255,7 @@ static tern_result tern__cpu_sync(tern_run *r) { (void)r; return TERN_OK; }
 #ifndef TERN__CACHE /* the tests set less, so that small shapes go in parts too */
 #define TERN__CACHE 524288
 #endif
+#define tern__cpu_hop NULL /* blocks of nodes that stay in cache do as well */
 #define TERN__OP(op) tern__cpu_##op,
 #define TERN__TABLE(suffix, text)                                                              \
     static const tern_backend tern__backend_##suffix = {                                       \
@@ -10925,10 +10940,19 @@ static int32_t tern__moe_floats(const tern_moe *m)
     return !tern__moe_quantizes(m, m->experts->up) || (m->low_a && !tern__moe_quantizes(m, m->low_a[0]));
 }
 
+/* Whether the backend multiplies what experts have of their own in groups. */
+static int32_t tern__moe_grouped(const tern_context *c, const tern_moe *m)
+{
+    const tern_param *first = m->low_a ? m->low_a[0] : m->experts->up, *second = m->low_a ? m->low_b[0] : m->experts->down;
+    return c->run.backend->grouped && tern__moe_quantizes(m, first) && tern__moe_quantizes(m, second) && !second->rotate;
+}
+
+/* In groups, what was chosen is all that is read, and nothing is waited for: few tokens need no other way. */
 static int32_t tern__moe_dense(const tern_context *c, const tern_moe *m, int64_t n)
 {
     if (m->dispatch != TERN_DISPATCH_AUTO) return m->dispatch == TERN_DISPATCH_DENSE;
-    return n <= (m->dense_max > 0 ? m->dense_max : c->run.backend->dense_max);
+    if (m->dense_max > 0) return n <= m->dense_max;
+    return !tern__moe_grouped(c, m) && n <= c->run.backend->dense_max;
 }
 
 /* -- checks -- */
@@ -11392,13 +11416,6 @@ static tern_result tern__moe_lows(tern_context *c, const tern_moe *m, int64_t n,
         TERN__TRY(tern__scatter_rows_of(c, n, width, w->fn, t->n, w->tokens + t->at, w->sorted + t->at, w->sum));
     }
     return TERN_OK;
-}
-
-/* Whether the backend multiplies what experts have of their own in groups. */
-static int32_t tern__moe_grouped(const tern_context *c, const tern_moe *m)
-{
-    const tern_param *first = m->low_a ? m->low_a[0] : m->experts->up, *second = m->low_a ? m->low_b[0] : m->experts->down;
-    return c->run.backend->grouped && tern__moe_quantizes(m, first) && tern__moe_quantizes(m, second) && !second->rotate;
 }
 
 /* Places [at, at + n) by parameters of their experts: w[0] and, with two sets, w[1] of the first, `step` on those of the next. */
@@ -12300,6 +12317,7 @@ typedef struct tern__hop_work {
     float *dz, *dm, *drows, *dlow, *dup, *dh;            /* and of the backward */
     int64_t saved_bytes, scratch_bytes, nested;
     int64_t block;                                       /* rows at once */
+    int32_t kept;                                        /* for a backward */
 } tern__hop_work;
 
 /* All rows where the layers keep something for each, or the backend wants it; else so many that stay in cache, and are worth
@@ -12350,6 +12368,7 @@ static void tern__hop_memory(const tern_context *c, const tern_hop *l, const ter
     tern__layout p = {(unsigned char *)base, 0};
     memset(w, 0, sizeof *w);
     w->block = n;
+    w->kept = kept;
     tern__hop_saved(l, n, saved, w);
     if (!kept) tern__hop_saved(l, n, tern__piece(&p, w->saved_bytes, 1), w);
     w->part = tern__piece_of_floats(&p, tern__max(g->in.parts, g->out.parts), rows.cols);
@@ -12486,6 +12505,59 @@ static tern_adjacency tern__some_rows(const tern_adjacency *all, int64_t v, int6
     return some;
 }
 
+/* w->up = B A h. */
+static tern_result tern__hop_lora(tern_context *c, const tern_hop *l, int64_t n, const float *h, const tern__hop_work *w)
+{
+    const tern_linear low = tern__hop_low(l->lora_a), up = tern__hop_low(l->lora_b);
+    TERN__TRY(tern_linear_forward(c, &low, n, h, w->low, w->a));
+    return tern_linear_forward(c, &up, n, w->low, w->up, w->b);
+}
+
+/* A layer that is one quantized product and no more. */
+static int32_t tern__hop_is_plain(const tern_linear *l)
+{
+    return !l->w || (tern__is_quantized(l) && !tern__reads_floats(l) && !(l->bias && l->w->dead));
+}
+
+static tern_linear_args tern__hop_layer(const tern_linear *l)
+{
+    tern__kept none;
+    tern_linear_args a;
+    memset(&none, 0, sizeof none);
+    memset(&a, 0, sizeof a);
+    if (!l->w) return a;
+    a.quantize = tern__linear_quantize(l, 0, NULL, &none);
+    a.bias = tern__floats(l->bias ? l->bias : l->w->dead, TERN_SHADOW);
+    return a;
+}
+
+/* In one operation where the backend has it, nothing is kept and every layer is plain; else TERN_E_UNSUPPORTED. Faults of
+   LoRA would come too early: only dense ones, which have none, are plain. */
+static tern_result tern__hop_fused(tern_context *c, const tern_hop *l, int64_t n, const tern_aggregate_args *sum, const float *h, float *y, const tern__hop_work *w)
+{
+    tern__fp_mode mode;
+    tern_result result;
+    tern_hop_args a;
+    if (w->kept || !c->run.backend->hop || !tern__hop_is_plain(&l->message) || !tern__hop_is_plain(&l->update) ||
+        (l->lora_a && (l->lora_a->rule != TERN_DENSE || l->lora_b->rule != TERN_DENSE))) return TERN_E_UNSUPPORTED;
+    if (l->lora_a) TERN__TRY(tern__hop_lora(c, l, n, h, w));
+    memset(&a, 0, sizeof a);
+    a.sum = *sum;
+    a.sum.y = y;
+    if (w->g) a.message = tern__hop_layer(&l->message);
+    a.update = tern__hop_layer(&l->update);
+    a.fn = l->fn;
+    a.factor = l->lora_scale;
+    a.add = l->lora_a ? w->up : NULL;
+    a.residual = l->residual ? h : NULL;
+    a.y = y;
+    TERN__TRY(tern__check_aggregate(&c->run, &a.sum));
+    mode = tern__fp_enter();
+    result = c->run.backend->hop(&c->run, &a);
+    tern__fp_leave(mode);
+    return result;
+}
+
 /* y of nodes [v, v + n), from what all of them send. */
 static tern_result tern__hop_receive(tern_context *c, const tern_hop *l, const tern_graph *g, int64_t v, int64_t n, const float *x, const float *h, float *y, const tern__hop_work *w)
 {
@@ -12493,6 +12565,7 @@ static tern_result tern__hop_receive(tern_context *c, const tern_hop *l, const t
     const int64_t count = n * tern__hop_shape_of(l).out;
     float *z = w->z ? w->z : y, *m = w->m ? w->m : z;
     tern_aggregate_args a = tern__hop_sum(l, g, 0, w, w->g ? w->g : m);
+    tern_result result;
     a.edges = tern__some_rows(&g->in, v, n);
     if (a.left) a.left += v;
     a.x = x;
@@ -12502,14 +12575,14 @@ static tern_result tern__hop_receive(tern_context *c, const tern_hop *l, const t
         a.scale = w->scale;
         a.q_row = tern__shape_of(&rows).stride;
     }
+    result = tern__hop_fused(c, l, n, &a, h, y, w);
+    if (result != TERN_E_UNSUPPORTED) return result;
     TERN__TRY(tern_aggregate(c, &a));
     if (w->g) TERN__TRY(tern_linear_forward(c, &l->message, n, w->g, m, w->message));
     if (l->update.w) TERN__TRY(tern_linear_forward(c, &l->update, n, m, z, w->update));
     if (l->fn != TERN_MAP_ADD) TERN__TRY(tern__apply(c, l->fn, count, z, NULL, y));
     if (l->lora_a) {
-        const tern_linear low = tern__hop_low(l->lora_a), up = tern__hop_low(l->lora_b);
-        TERN__TRY(tern_linear_forward(c, &low, n, h, w->low, w->a));
-        TERN__TRY(tern_linear_forward(c, &up, n, w->low, w->up, w->b));
+        TERN__TRY(tern__hop_lora(c, l, n, h, w));
         TERN__TRY(tern__add_scaled(c, count, y, l->lora_scale, w->up, y));
     }
     return l->residual ? tern__apply(c, TERN_MAP_ADD, count, y, h, y) : TERN_OK;

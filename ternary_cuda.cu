@@ -325,6 +325,22 @@ template <typename Term> static __device__ float tern__warp_sum(int n, Term term
     return low;
 }
 
+/* A canonical sum of up to 2^20 terms, by a warp; sums: shared memory for a float to each 1024 of them. */
+template <typename Term> static __device__ float tern__warp_long_sum(int64_t n, Term term, float *sums)
+{
+    const int blocks = (int)tern__ceil_div(n, TERN__BLOCK);
+    if (blocks == 1) return tern__warp_sum((int)n, [&](int i) { return term((int64_t)i); });
+    for (int b = 0; b < blocks; b++) {
+        const int64_t first = (int64_t)b * TERN__BLOCK;
+        const float sum = tern__warp_sum((int)tern__min(TERN__BLOCK, n - first), [&](int i) { return term(first + i); });
+        if (threadIdx.x % 32 == 0) sums[b] = sum;
+    }
+    __syncwarp();
+    const float total = tern__warp_sum(blocks, [&](int i) { return sums[i]; });
+    __syncwarp(); /* sums may be written again */
+    return total;
+}
+
 /* Up to 2^20 terms, by all warps of a block; sums: shared memory for TERN__BLOCK floats. */
 template <typename Term> static __device__ float tern__block_sum(int64_t n, Term term, float *sums)
 {
@@ -371,15 +387,35 @@ static __device__ uint32_t tern__block_max(uint32_t value, uint32_t *seen)
 static __device__ uint32_t tern__to_rank(float x) { return tern__bits(x) >> 31 ? ~tern__bits(x) : tern__bits(x) | 0x80000000u; }
 static __device__ float tern__from_rank(uint32_t rank) { return tern__float(rank >> 31 ? rank & 0x7FFFFFFFu : ~rank); }
 
-/* Bits of the largest |term|, in all threads: NaN and Inf win. */
-template <typename Term> static __device__ uint32_t tern__block_absmax(int64_t n, Term term, uint32_t *seen)
+/* Who shares a row: a block of threads, or a warp of it. */
+struct tern__block_team {
+    static __device__ int thread() { return (int)threadIdx.x; }
+    static __device__ int threads() { return (int)blockDim.x; }
+    static __device__ void sync() { __syncthreads(); }
+    template <typename Term> static __device__ float sum(int64_t n, Term term, float *room) { return tern__block_sum(n, term, room); }
+    static __device__ uint32_t most(uint32_t mine, float *room) { return tern__block_max(mine, (uint32_t *)room); }
+};
+struct tern__warp_team {
+    static __device__ int thread() { return (int)threadIdx.x % 32; }
+    static __device__ int threads() { return 32; }
+    static __device__ void sync() { __syncwarp(); }
+    template <typename Term> static __device__ float sum(int64_t n, Term term, float *room) { return tern__warp_long_sum(n, term, room); }
+    static __device__ uint32_t most(uint32_t mine, float *) { return tern__warp_most(mine); }
+};
+
+/* Bits of the largest |term|, in all threads of a team: NaN and Inf win. */
+template <typename Team, typename Term> static __device__ uint32_t tern__team_absmax(int64_t n, Term term, float *room)
 {
     uint32_t most = 0;
-    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+    for (int64_t i = Team::thread(); i < n; i += Team::threads()) {
         const uint32_t mine = tern__bits(term(i)) & 0x7FFFFFFFu;
         most = mine > most ? mine : most;
     }
-    return tern__block_max(most, seen);
+    return Team::most(most, room);
+}
+template <typename Term> static __device__ uint32_t tern__block_absmax(int64_t n, Term term, uint32_t *seen)
+{
+    return tern__team_absmax<tern__block_team>(n, term, (float *)seen);
 }
 
 static __device__ float tern__term(int kind, float x) { return kind == TERN_SUM ? x : kind == TERN_SUM_ABS ? tern__abs(x) : x * x; }
@@ -856,39 +892,40 @@ enum {
 };
 
 /* r = 1/sqrt(mean(x^2) + eps); 0 for a row that has no finite mean square. */
-static __device__ float tern__block_rms(int64_t n, const float *x, float eps, float *room)
+template <typename Team> static __device__ float tern__rms(int64_t n, const float *x, float eps, float *room)
 {
-    const float mean = tern__block_sum(n, [&](int64_t i) { return x[i] * x[i]; }, room) / (float)n;
+    const float mean = Team::sum(n, [&](int64_t i) { return x[i] * x[i]; }, room) / (float)n;
     return tern__finite(mean) ? 1.0f / tern__sqrt(mean + eps) : 0.0f;
 }
 
 /* What q are steps of: the largest |x g|, or for int4 their mean. */
-static __device__ float tern__block_size(const tern_quantize_args &a, const float *x, float *room)
+template <typename Team> static __device__ float tern__steps_of(const tern_quantize_args &a, const float *x, float *room)
 {
     const int64_t n = a.m.cols;
     const auto term = [&](int64_t i) { return a.gain ? x[i] * a.gain[i] : x[i]; };
-    if (a.act == TERN_ACT_INT4) return tern__block_sum(n, [&](int64_t i) { return tern__abs(term(i)); }, room) / (float)n;
-    return tern__float(tern__block_absmax(n, term, (uint32_t *)room));
+    if (a.act == TERN_ACT_INT4) return Team::sum(n, [&](int64_t i) { return tern__abs(term(i)); }, room) / (float)n;
+    return tern__float(tern__team_absmax<Team>(n, term, room));
 }
 
-/* Row t, by a block; q, scale and sum are that row's. Within a row everything fits 32 bits: at most 2^18 units. */
-static __device__ void tern__quantize_row(const tern_quantize_args &a, const tern__shape &s, int64_t t, int8_t *q, float *scale, int32_t *sum,
+/* Row t, which is x; q, scale and sum are that row's. Within a row everything fits 32 bits: at most 2^18 units. */
+template <typename Team>
+static __device__ void tern__quantize_row(const tern_quantize_args &a, const tern__shape &s, int64_t t, const float *x, int8_t *q, float *scale, int32_t *sum,
                                           tern__blame blame, float *room)
 {
     const int cols = (int)a.m.cols, group = (int)s.group, groups = (int)s.groups, run = (int)(s.group_units * s.unit), used = (int)(s.units * s.unit);
-    const int pieces = (run + TERN__PIECE - 1) / TERN__PIECE, lane = (int)threadIdx.x % 32, warps = (int)blockDim.x / 32;
+    const int pieces = (run + TERN__PIECE - 1) / TERN__PIECE, lane = (int)threadIdx.x % 32, me = Team::thread(), threads = Team::threads();
     const int most = a.act == TERN_ACT_INT4 ? 7 : 127;
-    const float *x = a.x + t * cols, steps = a.act == TERN_ACT_INT4 ? TERN__ROOT7 : 127.0f;
-    const float size = tern__block_size(a, x, room);
-    const float r = a.norm == TERN_NORM_RMS ? tern__block_rms(cols, x, a.eps, room) : 1.0f;
+    const float steps = a.act == TERN_ACT_INT4 ? TERN__ROOT7 : 127.0f;
+    const float size = tern__steps_of<Team>(a, x, room);
+    const float r = a.norm == TERN_NORM_RMS ? tern__rms<Team>(cols, x, a.eps, room) : 1.0f;
     const float inverse = steps / size;
     const bool usable = tern__finite(size) && r > 0.0f, zero = !usable || !tern__finite(inverse);
-    if (threadIdx.x == 0) *scale = zero ? 0.0f : size / steps * r;
+    if (me == 0) *scale = zero ? 0.0f : size / steps * r;
     if (threadIdx.x == 0 && !usable) tern__report(blame, t);
-    for (int g = (int)threadIdx.x; g < groups; g += (int)blockDim.x) sum[g] = 0;
-    for (int i = used + 4 * (int)threadIdx.x; i < s.stride; i += 4 * (int)blockDim.x) *(uint32_t *)(q + i) = 0;
-    __syncthreads();
-    for (int item = (int)threadIdx.x / 32; item < groups * pieces; item += warps) {
+    for (int g = me; g < groups; g += threads) sum[g] = 0;
+    for (int i = used + 4 * me; i < s.stride; i += 4 * threads) *(uint32_t *)(q + i) = 0;
+    Team::sync();
+    for (int item = me / 32; item < groups * pieces; item += threads / 32) {
         const int g = item / pieces, first = item % pieces * TERN__PIECE, n = min(group, cols - g * group);
         const int end = min(first + TERN__PIECE, min(run, used - g * run));
         int total = 0;
@@ -905,14 +942,14 @@ static __device__ void tern__quantize_row(const tern_quantize_args &a, const ter
         total = tern__warp_count(total);
         if (lane == 0) atomicAdd(&sum[g], total);
     }
-    __syncthreads();
+    Team::sync();
 }
 
 static __global__ void __launch_bounds__(1024) tern__quantize_rows(tern_quantize_args a, tern__shape s, tern__blame blame)
 {
     TERN__SHARED(float, room);
     for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x)
-        tern__quantize_row(a, s, t, a.q + t * s.stride, a.scale + t, a.sum + t * s.groups, blame, room);
+        tern__quantize_row<tern__block_team>(a, s, t, a.x + t * a.m.cols, a.q + t * s.stride, a.scale + t, a.sum + t * s.groups, blame, room);
 }
 
 /* Bits of a row: a thread to each word of 32 inputs of a group. */
@@ -1059,11 +1096,11 @@ static __device__ __forceinline__ void tern__warp_dot(const uint8_t *panel, cons
 }
 
 /* The sums of a round as outputs: those of the warps that share a pair added up, or one group after the other into facc. */
-static __device__ void tern__fold_few(const tern_matmul_args &a, const tern__shape &s, int tokens, int pieces, int round, int rounds, const int *dots, float *facc)
+static __device__ void tern__fold_few(const tern_matmul_args &a, const tern__shape &s, int tokens, int pieces, int64_t block, int round, int rounds, const int *dots, float *facc)
 {
     for (int slot = (int)threadIdx.x; slot < TERN__WARPS / pieces * tokens * 32; slot += TERN__THREADS) {
         const int pair = slot / 32 / tokens, token = slot / 32 % tokens;
-        const int64_t row = ((int64_t)blockIdx.x * (TERN__WARPS / pieces) + pair) * 32 + slot % 32;
+        const int64_t row = (block * (TERN__WARPS / pieces) + pair) * 32 + slot % 32;
         int total = 0;
         if (token >= a.n || row >= a.m.rows) continue;
         for (int p = 0; p < pieces; p++) {
@@ -1082,14 +1119,14 @@ static __device__ void tern__fold_few(const tern_matmul_args &a, const tern__sha
 /* Shared memory: dots[warp][token][row], and for groups facc[pair][token][row]. */
 template <int Tiles> struct tern__few_room { enum { dots = TERN__WARPS * 8 * Tiles * 32, bytes = 2 * 4 * dots }; };
 
-/* `pieces` warps to a pair of panels. */
+/* `pieces` warps to a pair of panels; a block's pairs lie together. */
 template <int Tiles, bool Base3>
-static __device__ __forceinline__ void tern__few_tokens(const tern_matmul_args &a, const tern__shape &s, int pieces, int *dots)
+static __device__ __forceinline__ void tern__few_tokens(const tern_matmul_args &a, const tern__shape &s, int pieces, int64_t block, int *dots)
 {
     const int warp = (int)threadIdx.x / 32, g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4, units = (int)s.units;
     const int rounds = a.m.grain > 0 ? ((int)s.groups + pieces - 1) / pieces : 1;
     const int share = ((units + pieces - 1) / pieces + 4 * TERN__AHEAD - 1) & ~(4 * TERN__AHEAD - 1);
-    const uint8_t *panel = tern__lane_panel(a.m, s, (int64_t)blockIdx.x * (TERN__WARPS / pieces) + warp / pieces);
+    const uint8_t *panel = tern__lane_panel(a.m, s, block * (TERN__WARPS / pieces) + warp / pieces);
     const int8_t *q[Tiles];
 #pragma unroll
     for (int j = 0; j < Tiles; j++) q[j] = 8 * j + g < a.n ? a.q + (8 * j + g) * s.stride : NULL;
@@ -1104,7 +1141,7 @@ static __device__ __forceinline__ void tern__few_tokens(const tern_matmul_args &
             dots[(warp * 8 * Tiles + 8 * j + 2 * t + k % 2) * 32 + 4 * g + 2 * h + k / 2] = dot[h][j][k];
         }
         __syncthreads();
-        tern__fold_few(a, s, 8 * Tiles, pieces, round, rounds, dots, (float *)(dots + tern__few_room<Tiles>::dots));
+        tern__fold_few(a, s, 8 * Tiles, pieces, block, round, rounds, dots, (float *)(dots + tern__few_room<Tiles>::dots));
         __syncthreads();
     }
 }
@@ -1113,7 +1150,7 @@ template <int Tiles, bool Base3>
 static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__few_tokens_product(tern_matmul_args a, tern__shape s, int pieces)
 {
     TERN__SHARED(int, dots);
-    tern__few_tokens<Tiles, Base3>(a, s, pieces, dots);
+    tern__few_tokens<Tiles, Base3>(a, s, pieces, blockIdx.x, dots);
 }
 
 /* A whole layer: every block quantizes all tokens for itself, the first one for the caller too. */
@@ -1124,7 +1161,7 @@ static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__few_tokens_laye
     int8_t *q = (int8_t *)dots + tern__few_room<1>::bytes;
     float *scale = (float *)(q + a.n * s.stride);
     int32_t *sum = (int32_t *)(scale + a.n);
-    for (int64_t t = 0; t < a.n; t++) tern__quantize_row(quantize, s, t, q + t * s.stride, scale + t, sum + t * s.groups, blame, (float *)dots);
+    for (int64_t t = 0; t < a.n; t++) tern__quantize_row<tern__block_team>(quantize, s, t, quantize.x + t * a.m.cols, q + t * s.stride, scale + t, sum + t * s.groups, blame, (float *)dots);
     if (blockIdx.x == 0) {
         for (int64_t i = threadIdx.x; i < a.n * s.stride / 4; i += TERN__THREADS) ((uint32_t *)quantize.q)[i] = ((const uint32_t *)q)[i];
         for (int64_t i = threadIdx.x; i < a.n; i += TERN__THREADS) quantize.scale[i] = scale[i];
@@ -1133,7 +1170,7 @@ static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__few_tokens_laye
     a.q = q;
     a.scale = scale;
     a.sum = sum;
-    tern__few_tokens<1, Base3>(a, s, pieces, dots);
+    tern__few_tokens<1, Base3>(a, s, pieces, blockIdx.x, dots);
 }
 
 /* More tokens make it worth that warps share what they read of q; few panels, that more warps share a panel. */
@@ -1249,13 +1286,26 @@ template <int Tiles> static __device__ void tern__fold_many(const tern_matmul_ar
     }
 }
 
+/* Outputs of token x, the k-th of the lane's, in its four rows. */
+template <int Tiles> static __device__ __forceinline__ void tern__outputs(const tern_matmul_args &a, const tern__shape &s, bool grouped, int64_t row, int64_t x, int k,
+                                                                          const int dot[2][Tiles][4], const float facc[2][Tiles][4], float y[4])
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int h = i / 2, j = k / 2, e = i % 2 * 2 + k % 2;
+        if (row + i >= a.m.rows) continue;
+        y[i] = grouped ? facc[h][j][e] * a.scale[x] : (float)(dot[h][j][e] - a.sum[x]) * (a.scale[x] * tern__scale_of(a.m, s, row + i, 0));
+        if (a.bias) y[i] = y[i] + a.bias[row + i];
+    }
+}
+
+/* The tile of 128 rows and 16 Tiles tokens that begins at these. */
 template <int Tiles, bool Base3, bool Grouped>
-static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__many_tokens_product(tern_matmul_args a, tern__shape s, unsigned row_tiles)
+static __device__ __forceinline__ void tern__many_tokens(const tern_matmul_args &a, const tern__shape &s, int64_t row_tile, int64_t token0, int8_t *shared)
 {
     typedef tern__stage<Base3> stage;
-    TERN__SHARED(int8_t, shared);
     const int warp = (int)threadIdx.x / 32, g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4, stage_bytes = 16 * Tiles * stage::bytes;
-    const int64_t pair = (int64_t)(blockIdx.x % row_tiles) * 4 + warp % 4, token0 = (int64_t)(blockIdx.x / row_tiles) * 16 * Tiles;
+    const int64_t pair = row_tile * 4 + warp % 4;
     const int64_t row = pair * 32 + 4 * g, token = token0 + warp / 4 * 8 * Tiles + 2 * t; /* of the lane's first output */
     const int steps = ((int)s.groups - 1) * (((int)s.group_units + stage::units - 1) / stage::units) +
                       ((int)(s.units - (s.groups - 1) * s.group_units) + stage::units - 1) / stage::units;
@@ -1290,15 +1340,16 @@ static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__many_tokens_pro
         const int64_t x = token + k / 2 * 8 + k % 2;
         float y[4];
         if (x >= a.n) continue;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int h = i / 2, j = k / 2, e = i % 2 * 2 + k % 2;
-            if (row + i >= a.m.rows) continue;
-            y[i] = Grouped ? facc[h][j][e] * a.scale[x] : (float)(dot[h][j][e] - a.sum[x]) * (a.scale[x] * tern__scale_of(a.m, s, row + i, 0));
-            if (a.bias) y[i] = y[i] + a.bias[row + i];
-        }
+        tern__outputs<Tiles>(a, s, Grouped, row, x, k, dot, facc, y);
         tern__store_rows(a, x, row, y);
     }
+}
+
+template <int Tiles, bool Base3, bool Grouped>
+static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__many_tokens_product(tern_matmul_args a, tern__shape s, unsigned row_tiles)
+{
+    TERN__SHARED(int8_t, shared);
+    tern__many_tokens<Tiles, Base3, Grouped>(a, s, blockIdx.x % row_tiles, (int64_t)(blockIdx.x / row_tiles) * 16 * Tiles, shared);
 }
 
 /* -- the operations -- */
@@ -1380,6 +1431,174 @@ static tern_result tern__gpu_matmul_bits(tern_run *r, tern__gpu *d, const tern_m
 static tern_result tern__gpu_matmul_quantized(tern_run *r, tern__gpu *d, const tern_matmul_args *a)
 {
     return a->act == TERN_ACT_BIT ? tern__gpu_matmul_bits(r, d, a, TERN__WORK * (int64_t)sizeof(float)) : tern__gpu_matmul_int8(r, d, a);
+}
+
+/* -- groups of tokens, each with matrices of its own: blocks that stay share out the tiles that the real loads make, which only the device
+   knows; a launch has the same shape for all loads -- */
+
+enum { TERN__GROUP_MATRICES = 128 }; /* of a launch: as many as a kernel's parameters hold */
+
+typedef struct tern__group_matrix { const void *trits, *scales; const float *bias; } tern__group_matrix;
+
+/* Groups [first, first + count) of `all`, of which a.n rows from `at` on are here; y_set: floats from set to set. */
+typedef struct tern__groups {
+    tern_matmul_args a;
+    tern__shape s;
+    const int32_t *loads;
+    int64_t at, y_set;
+    int32_t first, count, all, sets;
+    tern__group_matrix w[TERN__GROUP_MATRICES];
+} tern__groups;
+
+/* Where each group's rows and tiles begin; the last entry: where they end. */
+typedef struct tern__group_room { int row[TERN__GROUP_MATRICES + 4], tile[TERN__GROUP_MATRICES + 4]; } tern__group_room;
+
+/* Sums over the lanes up to each. */
+static __device__ int tern__warp_scan(int n)
+{
+    const int lane = (int)threadIdx.x % 32;
+    for (int d = 1; d < 32; d *= 2) {
+        const int before = __shfl_sync(TERN__ALL_LANES, n, lane >= d ? lane - d : lane);
+        n += lane >= d ? before : 0;
+    }
+    return n;
+}
+
+/* Fills room, by the first warp, for tiles of so many rows. */
+static __device__ void tern__count_tiles(const tern__groups &p, int tokens, tern__group_room *my)
+{
+    const int lane = (int)threadIdx.x % 32;
+    int64_t rows = 0;
+    int tiles = 0;
+    if (threadIdx.x < 32) {
+        int before = 0;
+        for (int g = lane; g < p.first; g += 32) before += p.loads[g];
+        rows = tern__warp_count(before) - p.at;
+        for (int from = 0; from <= p.count; from += 32) {
+            const int g = from + lane, load = g < p.count ? p.loads[p.first + g] : 0, end = tern__warp_scan(load);
+            const int64_t begin = tern__max(0, tern__min(rows + end - load, p.a.n)), stop = tern__max(0, tern__min(rows + end, p.a.n));
+            const int mine = (int)((stop - begin + tokens - 1) / tokens), all = tern__warp_scan(mine);
+            if (g <= p.count) {
+                my->row[g] = (int)begin;
+                my->tile[g] = tiles + all - mine;
+            }
+            rows += __shfl_sync(TERN__ALL_LANES, end, 31);
+            tiles += __shfl_sync(TERN__ALL_LANES, all, 31);
+        }
+    }
+    __syncthreads();
+}
+
+/* body(a, block) for each tile of a group and each block of rows of its matrices; after the last group there are zeros. */
+template <typename Body> static __device__ __forceinline__ void tern__each_group_tile(const tern__groups &p, int tokens, int blocks, tern__group_room *my, Body body)
+{
+    tern__count_tiles(p, tokens, my);
+    const int64_t items = (int64_t)my->tile[p.count] * p.sets * blocks, rows = p.a.m.rows;
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+        const int tile = (int)(item / (p.sets * blocks)), set = (int)(item / blocks % p.sets);
+        int low = 0, high = p.count - 1;
+        while (low < high) {
+            const int middle = high - (high - low) / 2;
+            if (my->tile[middle] <= tile) low = middle;
+            else high = middle - 1;
+        }
+        const int64_t first = my->row[low] + (int64_t)(tile - my->tile[low]) * tokens;
+        const tern__group_matrix &w = p.w[low * p.sets + set];
+        tern_matmul_args a = p.a;
+        a.m.trits = (void *)(uintptr_t)w.trits;
+        a.m.scales = (void *)(uintptr_t)w.scales;
+        a.bias = w.bias;
+        a.n = tern__min(tokens, my->row[low + 1] - first);
+        a.q += first * p.s.stride;
+        a.scale += first;
+        a.sum += first * p.s.groups;
+        a.y += set * p.y_set + first * rows;
+        body(a, item % blocks);
+    }
+    const int64_t left = p.first + p.count == p.all ? (p.a.n - my->row[p.count]) * rows : 0;
+    TERN__EACH(i, left * p.sets) p.a.y[i / left * p.y_set + my->row[p.count] * rows + i % left] = 0.0f;
+}
+
+template <int Tiles, bool Base3> static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__few_groups(tern__groups p, int pieces, int blocks)
+{
+    TERN__SHARED(tern__group_room, my);
+    tern__each_group_tile(p, 8 * Tiles, blocks, my, [&](const tern_matmul_args &a, int64_t block) {
+        tern__few_tokens<Tiles, Base3>(a, p.s, pieces, block, (int *)(my + 1));
+    });
+}
+
+template <int Tiles, bool Base3, bool Grouped> static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__many_groups(tern__groups p, int blocks)
+{
+    TERN__SHARED(tern__group_room, my);
+    tern__each_group_tile(p, 16 * Tiles, blocks, my, [&](const tern_matmul_args &a, int64_t block) {
+        tern__many_tokens<Tiles, Base3, Grouped>(a, p.s, block, 0, (int8_t *)(my + 1));
+    });
+}
+
+/* Tiles by the mean load: what the device finds must not choose the launch. */
+static void tern__launch_groups(const tern__gpu *d, const tern__groups &p)
+{
+    const int base3 = p.a.m.encoding == TERN_BASE3, grouped = p.a.m.grain > 0, pieces = tern__pieces(d, p.s, tern__min(p.a.n, TERN__FEW_TOKENS));
+    const int64_t mean = p.a.n / p.all, few_blocks = tern__few_tokens_grid(p.s, pieces), many_blocks = tern__ceil_div(p.s.panels, 8);
+    const int few = p.a.n <= 8 ? 1 : 2, many = mean <= 32 ? 2 : 4;
+    const size_t stage = base3 ? (size_t)tern__stage<true>::bytes : (size_t)tern__stage<false>::bytes;
+#define TERN__MANY(tiles) {{tern__many_groups<tiles, false, false>, tern__many_groups<tiles, true, false>}, {tern__many_groups<tiles, false, true>, tern__many_groups<tiles, true, true>}}
+    static void (*const few_kernels[2][2])(tern__groups, int, int) = {{tern__few_groups<1, false>, tern__few_groups<1, true>}, {tern__few_groups<2, false>, tern__few_groups<2, true>}};
+    static void (*const many_kernels[2][2][2])(tern__groups, int) = {TERN__MANY(2), TERN__MANY(4)};
+#undef TERN__MANY
+    if (mean <= TERN__FEW_TOKENS) {
+        const auto kernel = few_kernels[few - 1][base3];
+        TERN__LAUNCH(kernel, (unsigned)tern__min(2 * d->processors, tern__mul(p.a.n, few_blocks * p.sets)), TERN__THREADS,
+                     sizeof(tern__group_room) + (size_t)few * tern__few_room<1>::bytes, d->stream, p, pieces, (int)few_blocks);
+    } else {
+        const auto kernel = many_kernels[many / 4][grouped][base3];
+        TERN__LAUNCH(kernel, (unsigned)tern__min(2 * d->processors, tern__mul(p.a.n, many_blocks * p.sets)), TERN__THREADS,
+                     sizeof(tern__group_room) + 32 * (size_t)many * stage, d->stream, p, (int)many_blocks);
+    }
+}
+
+/* Rows [p->a], of all groups, as many at a time as a launch has room for. */
+static tern_result tern__gpu_group_products(tern_run *r, const tern__gpu *d, const tern_grouped_args *a, tern__groups *p)
+{
+    const int32_t most = TERN__GROUP_MATRICES / a->sets;
+    for (p->first = 0; p->first < a->count; p->first += most) {
+        p->count = (int32_t)tern__min(most, a->count - p->first);
+        for (int32_t i = 0; i < p->count * a->sets; i++) {
+            const tern_param *w = a->w[(p->first + i / a->sets) * a->step + i % a->sets];
+            const tern_matrix m = tern_param_matrix(w);
+            p->w[i] = {m.trits, m.scales, tern__floats(w->dead, TERN_SHADOW)};
+            TERN__TRY(tern__check_aligned16(r, "grouped: trits", m.trits));
+        }
+        tern__launch_groups(d, *p);
+    }
+    return TERN_OK;
+}
+
+/* Bits are widened, of as many rows at a time as the work memory holds. */
+static tern_result tern__gpu_grouped(tern_run *r, tern__gpu *d, const tern_grouped_args *a)
+{
+    const bool bits = a->act == TERN_ACT_BIT;
+    tern__groups p = {};
+    p.s = tern__shape_of(&a->m);
+    const int64_t room = TERN__WORK * (int64_t)sizeof(float), most = bits ? room / p.s.stride : a->n;
+    TERN__REQUIRE(r, most > 0, TERN_E_UNSUPPORTED, "cuda: grouped: bits of rows of %d bytes as int8; %d is the most", p.s.stride, room);
+    TERN__TRY(tern__check_aligned16(r, "grouped: q", a->q));
+    p.loads = a->loads;
+    p.all = a->count;
+    p.sets = a->sets;
+    p.y_set = a->n * a->m.rows;
+    for (int64_t t = 0; t < a->n; t += most) {
+        p.at = a->at + t;
+        p.a.m = a->m;
+        p.a.n = tern__min(most, a->n - t);
+        p.a.q = bits ? (const int8_t *)d->work : a->q + t * p.s.stride;
+        p.a.scale = a->scale + t;
+        p.a.sum = a->sum + t * p.s.groups;
+        p.a.y = a->y + t * a->m.rows;
+        if (bits) TERN__LAUNCH(tern__widen_bits, tern__grid(d, p.a.n * p.s.stride / 4, TERN__THREADS), TERN__THREADS, 0, d->stream, p.a.n, a->q + t * p.s.stride, p.s, (int8_t *)d->work);
+        TERN__TRY(tern__gpu_group_products(r, d, a, &p));
+    }
+    return TERN_OK;
 }
 
 /* In one launch where quantizing again in every block costs less than a launch of its own. */
@@ -2458,7 +2677,7 @@ static __global__ void __launch_bounds__(1024) tern__norm_rows(tern_norm_args a,
 {
     TERN__SHARED(float, sums);
     for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
-        const float r = tern__block_rms(a.cols, a.x + t * a.cols, a.eps, sums);
+        const float r = tern__rms<tern__block_team>(a.cols, a.x + t * a.cols, a.eps, sums);
         if (!(r > 0.0f) && threadIdx.x == 0) tern__report(blame, t);
         if (!a.dy) tern__norm_row(&a, t, r, wide);
         else if (a.dx) tern__norm_row_back(&a, t, r, sums, wide);
@@ -2469,7 +2688,7 @@ static __global__ void __launch_bounds__(1024) tern__norm_factors(tern_norm_args
 {
     TERN__SHARED(float, sums);
     for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
-        const float r = tern__block_rms(a.cols, a.x + t * a.cols, a.eps, sums);
+        const float r = tern__rms<tern__block_team>(a.cols, a.x + t * a.cols, a.eps, sums);
         if (threadIdx.x == 0) factors[t] = r;
     }
 }
@@ -3281,6 +3500,29 @@ static __device__ __forceinline__ void tern__edges_sum(const tern_aggregate_args
     }
 }
 
+/* The same from the sums of a hub's segments, in order. */
+static __device__ __forceinline__ void tern__parts_sum(const tern_aggregate_args &a, int64_t part, int64_t count, int64_t i, int n, int wide, float sum[4])
+{
+    tern__load4(TERN_F32, a.part, part * a.cols + i, n, wide, sum);
+    for (int64_t s = 1; s < tern__ceil_div(count, TERN__EDGES); s++) {
+        float x[4];
+        tern__load4(TERN_F32, a.part, (part + s) * a.cols + i, n, wide, x);
+        for (int k = 0; k < 4; k++) sum[k] = sum[k] + x[k];
+    }
+}
+
+/* n sums times the row's factor; bits of the largest. */
+static __device__ __forceinline__ uint32_t tern__end_sums(const tern_aggregate_args &a, int64_t row, int n, float sum[4])
+{
+    uint32_t most = 0;
+    for (int k = 0; k < 4; k++) {
+        if (a.left) sum[k] = a.left[row] * sum[k];
+        const uint32_t bits = k < n ? tern__bits(tern__abs(sum[k])) : 0;
+        most = bits > most ? bits : most;
+    }
+    return most;
+}
+
 /* A row of y from four(i, n, sum), which gives the sums of its columns; zero where one is not finite. */
 template <typename Four> static __device__ __forceinline__ void tern__aggregate_end_row(const tern_aggregate_args &a, int64_t row, int wide, uint32_t *seen, tern__blame blame, Four four)
 {
@@ -3289,11 +3531,7 @@ template <typename Four> static __device__ __forceinline__ void tern__aggregate_
     tern__each4_of_row(a.cols, [&](int64_t i, int n) {
         float sum[4];
         four(i, n, sum);
-        for (int k = 0; k < 4; k++) {
-            if (a.left) sum[k] = a.left[row] * sum[k];
-            const uint32_t bits = k < n ? tern__bits(tern__abs(sum[k])) : 0;
-            most = bits > most ? bits : most;
-        }
+        most = (uint32_t)tern__max(most, tern__end_sums(a, row, n, sum));
         tern__store4(TERN_F32, a.y, row * a.cols + i, n, wide, sum);
     });
     if (tern__finite(tern__float(tern__block_max(most, seen)))) return;
@@ -3312,17 +3550,19 @@ static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__aggregate_rows(
     }
 }
 
-/* Segments of hubs, a block to each: that of a hub is the last one whose first segment is not behind it. */
+/* Segments of hubs, a block to each: that of a hub is the last one whose first segment is not behind it. Hubs and segments
+   are numbered as in the whole graph. */
 static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__aggregate_parts(tern_aggregate_args a, int wide)
 {
     for (int64_t part = blockIdx.x; part < a.edges.parts; part += gridDim.x) {
         int64_t low = 0, high = a.edges.hubs - 1;
         while (low < high) {
             const int64_t middle = high - (high - low) / 2;
-            if (a.edges.part[middle] <= part) low = middle;
+            if (a.edges.part[middle] - a.edges.part[0] <= part) low = middle;
             else high = middle - 1;
         }
-        const int64_t row = a.edges.hub[low], first = a.edges.start[row] + (part - a.edges.part[low]) * TERN__EDGES;
+        const int64_t row = a.edges.hub[low] - a.edges.first;
+        const int64_t first = a.edges.start[row] + (part - (a.edges.part[low] - a.edges.part[0])) * TERN__EDGES;
         const int count = (int)tern__min(TERN__EDGES, a.edges.start[row + 1] - first);
         tern__each4_of_row(a.cols, [&](int64_t i, int n) {
             float sum[4];
@@ -3337,21 +3577,16 @@ static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__aggregate_hubs_
 {
     TERN__SHARED(uint32_t, seen);
     for (int64_t h = blockIdx.x; h < a.edges.hubs; h += gridDim.x) {
-        const int64_t row = a.edges.hub[h], parts = tern__ceil_div(a.edges.start[row + 1] - a.edges.start[row], TERN__EDGES), first = a.edges.part[h];
-        tern__aggregate_end_row(a, row, wide, seen, blame, [&](int64_t i, int n, float *sum) {
-            tern__load4(TERN_F32, a.part, first * a.cols + i, n, wide, sum);
-            for (int64_t s = 1; s < parts; s++) {
-                float x[4];
-                tern__load4(TERN_F32, a.part, (first + s) * a.cols + i, n, wide, x);
-                for (int k = 0; k < 4; k++) sum[k] = sum[k] + x[k];
-            }
-        });
+        const int64_t row = a.edges.hub[h] - a.edges.first, count = a.edges.start[row + 1] - a.edges.start[row], part = a.edges.part[h] - a.edges.part[0];
+        tern__aggregate_end_row(a, row, wide, seen, blame, [&](int64_t i, int n, float *sum) { tern__parts_sum(a, part, count, i, n, wide, sum); });
     }
 }
 
+static int tern__aggregate_threads(const tern_aggregate_args *a) { return 32 * (int)tern__min(TERN__WARPS, tern__ceil_div(a->cols, 128)); }
+
 static tern_result tern__gpu_aggregate(tern_run *r, tern__gpu *d, const tern_aggregate_args *a)
 {
-    const int threads = 32 * (int)tern__min(TERN__WARPS, tern__ceil_div(a->cols, 128)), wide = tern__wide(a->x, a->y, a->part, 4 * a->cols);
+    const int threads = tern__aggregate_threads(a), wide = tern__wide(a->x, a->y, a->part, 4 * a->cols);
     const size_t room = TERN__WARPS * sizeof(uint32_t);
     const tern__blame blame = tern__blame_of(d, TERN__FAULT_AGGREGATE);
     if (a->q) TERN__TRY(tern__check_aligned16(r, "aggregate: q", a->q));
@@ -3359,6 +3594,180 @@ static tern_result tern__gpu_aggregate(tern_run *r, tern__gpu *d, const tern_agg
     if (!a->edges.hubs) return TERN_OK;
     TERN__LAUNCH(tern__aggregate_parts, tern__grid(d, a->edges.parts, 1), threads, 0, d->stream, *a, wide);
     TERN__LAUNCH(tern__aggregate_hubs_end, tern__grid(d, a->edges.hubs, 1), threads, room, d->stream, *a, wide, blame);
+    return TERN_OK;
+}
+
+/* -- hops: a block takes some nodes, whose sums, messages and quantized rows stay in shared memory; a warp takes a node, then 32 outputs of eight -- */
+
+enum { TERN__HOP_NODES = 16, TERN__HOP_BYTES = 48 << 10 };
+
+typedef struct tern__hop_step { tern_linear_args layer; tern__shape s; tern__blame blame; } tern__hop_step;
+
+/* The layers that are there, one after the other; width, pitch and groups: of a node, floats, bytes of q and sums; room: a warp's floats for sums. */
+typedef struct tern__hop_plan {
+    tern_hop_args a;
+    tern__hop_step step[2];
+    tern__blame sum;
+    int32_t steps, width, pitch, groups, room, wide, wide_out;
+    int64_t out; /* columns of y */
+} tern__hop_plan;
+
+/* Pieces of shared memory, which begins with rows. */
+typedef struct tern__hop_room { float *rows; int8_t *q; float *scale; int32_t *sum; float *sums; } tern__hop_room;
+
+static __device__ tern__hop_room tern__hop_room_of(const tern__hop_plan &p, float *rows)
+{
+    tern__hop_room my;
+    my.rows = rows;
+    my.q = (int8_t *)(rows + TERN__HOP_NODES * p.width);
+    my.scale = (float *)(my.q + TERN__HOP_NODES * p.pitch);
+    my.sum = (int32_t *)(my.scale + TERN__HOP_NODES);
+    my.sums = (float *)(my.sum + TERN__HOP_NODES * p.groups) + (int)threadIdx.x / 32 * p.room;
+    return my;
+}
+
+/* The sum of a node's row, by a warp; zero where it is not finite. */
+static __device__ void tern__hop_sum_row(const tern__hop_plan &p, int64_t row, float *to)
+{
+    const tern_aggregate_args &a = p.a.sum;
+    const int64_t first = a.edges.start[row], count = a.edges.start[row + 1] - first;
+    const int lane = (int)threadIdx.x % 32;
+    const int64_t part = count > TERN__EDGES ? a.edges.part[tern__first_hub(&a.edges, row)] - a.edges.part[0] : 0;
+    uint32_t most = 0;
+    for (int64_t i = 4 * lane; i < a.cols; i += 128) {
+        const int n = (int)tern__min(4, a.cols - i);
+        float sum[4];
+        if (count <= TERN__EDGES) tern__edges_sum(a, first, (int)count, i, n, p.wide, sum);
+        else tern__parts_sum(a, part, count, i, n, p.wide, sum);
+        most = (uint32_t)tern__max(most, tern__end_sums(a, row, n, sum));
+        tern__store4(TERN_F32, to, i, n, 1, sum);
+    }
+    if (tern__finite(tern__float(tern__warp_most(most)))) return;
+    if (lane == 0) tern__report(p.sum, row);
+    for (int i = lane; i < a.cols; i += 32) to[i] = 0.0f;
+}
+
+/* Four outputs of a node at the end of a hop. */
+static __device__ void tern__hop_end(const tern__hop_plan &p, int64_t row, int64_t col, const float v[4])
+{
+    const int n = (int)tern__min(4, p.out - col);
+    const int64_t at = row * p.out + col;
+    float y[4], z[4];
+    for (int k = 0; k < 4; k++) y[k] = v[k];
+    if (p.a.fn != TERN_MAP_ADD) tern__map4(p.a.fn, 1.0f, v, v, y);
+    if (p.a.add) tern__load4(TERN_F32, p.a.add, at, n, p.wide_out, z);
+    for (int k = 0; k < 4 && p.a.add; k++) y[k] = y[k] + p.a.factor * z[k];
+    if (p.a.residual) tern__load4(TERN_F32, p.a.residual, at, n, p.wide_out, z);
+    for (int k = 0; k < 4 && p.a.residual; k++) y[k] = y[k] + z[k];
+    tern__store4(TERN_F32, p.a.y, at, n, p.wide_out, y);
+}
+
+/* Outputs of n quantized rows, in fours: four(node, column, v). */
+template <bool Base3, typename Four> static __device__ __forceinline__ void tern__hop_product(const tern__hop_plan &p, const tern__hop_step &step, int n, const tern__hop_room &my, Four four)
+{
+    const tern__shape &s = step.s;
+    const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
+    tern_matmul_args a = {};
+    a.m = step.layer.quantize.m;
+    a.n = n;
+    a.scale = my.scale;
+    a.sum = my.sum;
+    a.bias = step.layer.bias;
+    const int eights = (n + 7) / 8, items = eights * (int)tern__ceil_div(s.panels, 2);
+    for (int item = (int)threadIdx.x / 32; item < items; item += TERN__WARPS) {
+        const int node = item % eights * 8, row = item / eights * 32 + 4 * g;
+        const uint8_t *panel = tern__lane_panel(a.m, s, item / eights);
+        const int8_t *const q[1] = {node + g < n ? my.q + (node + g) * p.pitch : NULL};
+        int dot[2][1][4];
+        float facc[2][1][4];
+        for (int group = 0; group < s.groups; group++) {
+            const int begin = group * (int)s.group_units, end = min(begin + (int)s.group_units, (int)s.units);
+            tern__warp_dot<1, Base3>(panel, q, begin, end, dot);
+            if (a.m.grain > 0) tern__fold_many<1>(a, s, group, row, node + 2 * t, dot, facc);
+        }
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const int x = node + 2 * t + k;
+            float y[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            if (x >= n || row >= a.m.rows) continue;
+            tern__outputs<1>(a, s, a.m.grain > 0, row, x, k, dot, facc, y);
+            four(x, row, y);
+        }
+    }
+}
+
+static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__hop_nodes(tern__hop_plan p)
+{
+    TERN__SHARED(float, rows);
+    const tern__hop_room my = tern__hop_room_of(p, rows);
+    const int warp = (int)threadIdx.x / 32;
+    for (int64_t first = (int64_t)blockIdx.x * TERN__HOP_NODES; first < p.a.sum.edges.rows; first += (int64_t)gridDim.x * TERN__HOP_NODES) {
+        const int n = (int)tern__min(TERN__HOP_NODES, p.a.sum.edges.rows - first);
+        for (int i = warp; i < n; i += TERN__WARPS) tern__hop_sum_row(p, first + i, my.rows + i * p.width);
+        __syncthreads();
+        for (int k = 0; k < p.steps; k++) {
+            const tern__hop_step &step = p.step[k];
+            const bool last = k == p.steps - 1;
+            for (int i = warp; i < n; i += TERN__WARPS)
+                tern__quantize_row<tern__warp_team>(step.layer.quantize, step.s, first + i, my.rows + i * p.width, my.q + i * p.pitch, my.scale + i,
+                                                    my.sum + i * step.s.groups, step.blame, my.sums);
+            __syncthreads();
+            const auto four = [&](int node, int64_t col, const float v[4]) {
+                if (last) tern__hop_end(p, first + node, col, v);
+                else tern__store4(TERN_F32, my.rows + node * p.width, col, (int)tern__min(4, step.layer.quantize.m.rows - col), 1, v);
+            };
+            if (step.layer.quantize.m.encoding == TERN_BASE3) tern__hop_product<true>(p, step, n, my, four);
+            else tern__hop_product<false>(p, step, n, my, four);
+            __syncthreads(); /* q may be written again, or rows */
+        }
+        for (int64_t i = threadIdx.x, fours = tern__ceil_div(p.out, 4); p.steps == 0 && i < n * fours; i += TERN__THREADS) {
+            float v[4];
+            const int64_t col = i % fours * 4;
+            tern__load4(TERN_F32, my.rows + i / fours * p.width, col, (int)tern__min(4, p.out - col), 1, v);
+            tern__hop_end(p, first + i / fours, col, v);
+        }
+        if (p.steps == 0) __syncthreads();
+    }
+}
+
+/* Faults of a layer come behind those of what was before it. */
+static void tern__hop_add(tern__gpu *d, tern__hop_plan *p, const tern_linear_args *layer)
+{
+    tern__hop_step *step = &p->step[p->steps];
+    if (!layer->quantize.m.trits) return;
+    d->order++;
+    step->layer = *layer;
+    step->s = tern__shape_of(&layer->quantize.m);
+    step->blame = tern__blame_of(d, TERN__FAULT_QUANTIZE);
+    p->steps++;
+    p->width = (int32_t)tern__max(p->width, p->out);
+    p->pitch = (int32_t)tern__max(p->pitch, tern__ceil_div(step->s.stride, 128) * 128 + 64); /* quarters of a warp meet all banks */
+    p->groups = (int32_t)tern__max(p->groups, step->s.groups);
+    p->out = layer->quantize.m.rows;
+}
+
+static tern_result tern__gpu_hop(tern_run *r, tern__gpu *d, const tern_hop_args *a)
+{
+    const tern_aggregate_args *sum = &a->sum;
+    tern__hop_plan p = {};
+    int64_t bytes;
+    TERN__REQUIRE(r, sum->cols <= TERN__HOP_BYTES && a->message.quantize.m.rows <= TERN__HOP_BYTES && a->message.quantize.act != TERN_ACT_BIT &&
+                  a->update.quantize.act != TERN_ACT_BIT, TERN_E_UNSUPPORTED, "cuda: hop: bits, or rows of more than %d", (int64_t)TERN__HOP_BYTES);
+    p.a = *a;
+    p.sum = tern__blame_of(d, TERN__FAULT_AGGREGATE);
+    p.out = p.width = (int32_t)sum->cols;
+    tern__hop_add(d, &p, &a->message);
+    tern__hop_add(d, &p, &a->update);
+    p.room = (int32_t)tern__ceil_div(p.width, TERN__BLOCK);
+    p.width = (p.width + 3) & ~3;
+    p.wide = tern__wide(sum->x, sum->part, 4 * sum->cols);
+    p.wide_out = tern__wide(a->add, a->residual, a->y, 4 * p.out);
+    bytes = TERN__HOP_NODES * (4 * ((int64_t)p.width + 1 + p.groups) + p.pitch) + 4 * TERN__WARPS * (int64_t)p.room;
+    TERN__REQUIRE(r, bytes <= TERN__HOP_BYTES, TERN_E_UNSUPPORTED, "cuda: hop: %d bytes of shared memory for some nodes; %d are the most", bytes, (int64_t)TERN__HOP_BYTES);
+    if (sum->q) TERN__TRY(tern__check_aligned16(r, "aggregate: q", sum->q));
+    for (int i = 0; i < p.steps; i++) TERN__TRY(tern__check_aligned16(r, "linear: m.trits", p.step[i].layer.quantize.m.trits));
+    if (sum->edges.hubs) TERN__LAUNCH(tern__aggregate_parts, tern__grid(d, sum->edges.parts, 1), tern__aggregate_threads(sum), 0, d->stream, *sum, p.wide);
+    TERN__LAUNCH(tern__hop_nodes, tern__grid(d, sum->edges.rows, TERN__HOP_NODES), TERN__THREADS, (size_t)bytes, d->stream, p);
     return TERN_OK;
 }
 
@@ -3432,22 +3841,6 @@ static tern_result tern__gpu_gate(tern_run *r, tern__gpu *d, const tern_gate_arg
 
 /* -- codebooks: a block to a token, a warp to every eighth code -- */
 
-/* A canonical sum of up to 2^20 terms, by a warp; sums: shared memory for a float to each 1024 of them. */
-template <typename Term> static __device__ float tern__warp_long_sum(int64_t n, Term term, float *sums)
-{
-    const int blocks = (int)tern__ceil_div(n, TERN__BLOCK);
-    if (blocks == 1) return tern__warp_sum((int)n, [&](int i) { return term((int64_t)i); });
-    for (int b = 0; b < blocks; b++) {
-        const int64_t first = (int64_t)b * TERN__BLOCK;
-        const float sum = tern__warp_sum((int)tern__min(TERN__BLOCK, n - first), [&](int i) { return term(first + i); });
-        if (threadIdx.x % 32 == 0) sums[b] = sum;
-    }
-    __syncwarp();
-    const float total = tern__warp_sum(blocks, [&](int i) { return sums[i]; });
-    __syncwarp(); /* sums may be written again */
-    return total;
-}
-
 /* The least distance, and of equal ones the first id, is the smallest key: distances are not negative. */
 static __global__ void __launch_bounds__(TERN__THREADS) tern__nearest_codes(tern_nearest_args a, tern__blame blame)
 {
@@ -3504,9 +3897,8 @@ static tern_result tern__gpu_nearest(tern_run *r, tern__gpu *d, const tern_neare
         return tern__gpu_leave(r, &current, result);                                              \
     }
 TERN_OPS(TERN__OP)
-TERN__OP(linear)
+TERN_FUSED(TERN__OP)
 #undef TERN__OP
-#define tern__cuda_grouped NULL
 
 static tern_result tern__gpu_open_here(tern_run *r, tern__gpu *d)
 {

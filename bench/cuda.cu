@@ -95,12 +95,20 @@ template <typename Queue> static double seconds_of(Queue queue)
     return 1e-3 * std::max((double)ms, 1e-4);
 }
 
+/* NULL: the calls wait for the host, and cannot be a graph. */
 static cudaGraphExec_t record(int64_t calls, const operation &call)
 {
     cudaGraph_t graph = NULL;
     cudaGraphExec_t exec = NULL;
+    tern_result result = TERN_OK;
     must_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-    for (int64_t i = 0; i < calls; i++) must(call());
+    for (int64_t i = 0; i < calls && result == TERN_OK; i++) result = call();
+    if (result != TERN_OK) {
+        cudaStreamEndCapture(stream, &graph);
+        if (graph) cudaGraphDestroy(graph);
+        cudaGetLastError();
+        return NULL;
+    }
     must_cuda(cudaStreamEndCapture(stream, &graph), "the end of a capture");
     must_cuda(cudaGraphInstantiate(&exec, graph, 0), "a graph");
     must_cuda(cudaGraphDestroy(graph), "a graph");
@@ -596,12 +604,12 @@ static void measure(metric m, const std::string &op, const std::string &shape, l
     const double start = wall();
     for (int turn = 0; turn < (option.quick ? 1 : 4) || wall() - start < case_s; turn++) {
         if (limit_here(l)) rate = std::max(rate, limit_rate(l, std::min(graph * (double)calls, 0.01)));
-        graph = std::min(graph, seconds_of([&] { must_cuda(cudaGraphLaunch(recorded, stream), "a graph"); }) / (double)calls);
+        if (recorded) graph = std::min(graph, seconds_of([&] { must_cuda(cudaGraphLaunch(recorded, stream), "a graph"); }) / (double)calls);
         plain = std::min(plain, seconds_of([&] { for (int64_t i = 0; i < calls; i++) must(call()); }) / (double)calls);
     }
-    must_cuda(cudaGraphExecDestroy(recorded), "a graph");
+    if (recorded) must_cuda(cudaGraphExecDestroy(recorded), "a graph");
     must(tern_sync(gpu));
-    print_row(m, op, shape, l, work, graph, plain, rate);
+    print_row(m, op, shape, l, work, recorded ? graph : plain, plain, rate);
 }
 
 /* -- ternary matrix products -- */
@@ -1032,6 +1040,148 @@ static void bench_small(int64_t size)
     measure(LATENCY, "linear 2-bit row", square, NONE, 0, 1, p.linear());
 }
 
+/* -- mixtures of experts, hops, whole steps of a training -- */
+
+static tern_param frozen_param(memory &m, int64_t rows, int64_t cols, int number)
+{
+    tern_param p = {};
+    size_t trits, scales;
+    p.rows = rows;
+    p.cols = cols;
+    p.grain = TERN_PER_ROW;
+    snprintf(p.name, sizeof p.name, "w%d", number);
+    p.buffer[TERN_TRITS].type = TERN_2BIT;
+    p.buffer[TERN_SCALES].type = TERN_F32;
+    const tern_matrix shape = tern_param_matrix(&p);
+    must(tern_matrix_bytes(gpu, &shape, &trits, &scales));
+    p.buffer[TERN_TRITS] = {TERN_2BIT, m.get<char>((int64_t)trits, CODES_2BIT), trits, 0};
+    p.buffer[TERN_SCALES] = {TERN_F32, m.get<char>((int64_t)scales, POSITIVE), scales / 4, 0};
+    return p;
+}
+
+/* Inputs change from call to call, and with them the experts. Beside it a product of as many multiply-adds. */
+static void bench_moe(int64_t cols, int64_t width, int32_t count, int32_t top_k, const std::vector<int64_t> &tokens)
+{
+    memory m;
+    std::vector<tern_param> params;
+    std::vector<tern_expert> experts;
+    tern_moe moe = {};
+    tern_param router = frozen_param(m, count, cols, 0);
+    for (int32_t i = 0; i < count; i++) {
+        params.push_back(frozen_param(m, width, cols, 3 * i + 1));
+        params.push_back(frozen_param(m, width, cols, 3 * i + 2));
+        params.push_back(frozen_param(m, cols, width, 3 * i + 3));
+    }
+    for (int32_t i = 0; i < count; i++) experts.push_back({&params[3 * i], &params[3 * i + 1], &params[3 * i + 2]});
+    moe.router.w = &router;
+    moe.experts = experts.data();
+    moe.count = count;
+    moe.top_k = top_k;
+    moe.norm = TERN_NORM_RMS;
+    for (int64_t n : tokens) {
+        const int64_t round = n > 16 ? 1 : option.quick ? 2 : 64;
+        const double macs = 3.0 * (double)n * top_k * (double)(cols * width);
+        const std::string shape = text("%d of %d %ldx%ld N=%ld", top_k, count, (long)width, (long)cols, (long)n);
+        copies x = make_copies(m, n * cols * 4, round, FLOATS);
+        float *y = m.get<float>(n * cols);
+        tern_need need = {};
+        must(tern_moe_need(gpu, &moe, n, &need));
+        must(tern_reserve(gpu, need.scratch));
+        measure(n > 16 ? MACS : LATENCY, "MoE", shape, n > 16 ? int8_limit() : NONE, macs, round, [&] { return tern_moe_forward(gpu, &moe, n, (const float *)x.next(), y, NULL); });
+        if (n <= 16) continue;
+        product p(m, 3 * top_k * width, cols, formats[0], n, true);
+        p.tokens(n);
+        measure(MACS, "MoE as one product", shape, int8_limit(), macs, 1, p.matmul());
+    }
+}
+
+/* Unique bytes: rows of h and y, edges, starts. */
+static void bench_hop(int64_t nodes, int64_t edges, int64_t cols)
+{
+    memory m;
+    std::vector<int32_t> from((size_t)edges), to((size_t)edges);
+    tern_param message = frozen_param(m, cols, cols, 1), update = frozen_param(m, cols, cols, 2);
+    tern_edges e = {};
+    tern_graph g = {};
+    tern_hop l = {};
+    tern_need need = {};
+    uint64_t seed = 1;
+    const std::string shape = text("%ldx%ld %ld edges", (long)nodes, (long)cols, (long)edges);
+    if (!wanted("hop", shape)) return;
+    for (int64_t i = 0; i < edges; i++) {
+        seed = seed * 6364136223846793005u + 1442695040888963407u;
+        from[(size_t)i] = (int32_t)((seed >> 33) % (uint64_t)nodes);
+        seed = seed * 6364136223846793005u + 1442695040888963407u;
+        to[(size_t)i] = (int32_t)((seed >> 33) % (uint64_t)nodes);
+    }
+    e.nodes = nodes;
+    e.count = edges;
+    e.from = from.data();
+    e.to = to.data();
+    must(tern_graph_build(gpu, &e, &g));
+    float *h = m.get<float>(nodes * cols, FLOATS), *y = m.get<float>(nodes * cols);
+    l.message.w = &message;
+    l.update.w = &update;
+    l.order = TERN_AGGREGATE_FIRST;
+    l.norm = TERN_GRAPH_MEAN;
+    l.fn = TERN_MAP_RELU;
+    l.residual = 1;
+    must(tern_hop_need(gpu, &l, &g, &need));
+    must(tern_reserve(gpu, need.scratch));
+    measure(BYTES, "hop", shape, READ, 8.0 * (double)(nodes * cols) + 4.0 * (double)edges + 8.0 * (double)nodes, 1,
+            [&] { return tern_hop_forward(gpu, &l, &g, h, y, NULL); });
+    tern_graph_free(gpu, &g);
+}
+
+/* Forward, backward and AdamW of a stack of square layers; then the step alone: AdamW, scales, trits and packing. */
+static void bench_training(int64_t size, int layers, int64_t n)
+{
+    memory m;
+    std::vector<tern_param> params((size_t)layers);
+    std::vector<tern_param *> items;
+    std::vector<tern_linear> stack((size_t)layers);
+    std::vector<float *> x;
+    std::vector<void *> saved;
+    tern_need need = {};
+    tern_step s = {};
+    size_t scratch = 0;
+    const std::string shape = text("%dx %ldx%ld N=%ld", layers, (long)size, (long)size, (long)n);
+    if (!wanted("training", shape)) return;
+    x.push_back(m.get<float>(n * size, FLOATS));
+    for (int i = 0; i < layers; i++) {
+        tern_param *p = &params[(size_t)i];
+        memory start;
+        p->rows = p->cols = size;
+        p->grain = TERN_PER_ROW;
+        snprintf(p->name, sizeof p->name, "w%d", i);
+        must(tern_param_alloc(gpu, p, TERN_FOR_ADAMW));
+        must(tern_param_set(gpu, p, TERN_F32, start.get<float>(size * size, FLOATS)));
+        must(tern_sync(gpu));
+        items.push_back(p);
+        stack[(size_t)i].w = p;
+        stack[(size_t)i].norm = TERN_NORM_RMS;
+        must(tern_linear_need(gpu, &stack[(size_t)i], n, &need));
+        scratch = std::max(scratch, need.scratch);
+        saved.push_back(m.get<char>((int64_t)need.saved));
+        x.push_back(m.get<float>(n * size));
+    }
+    float *dy = m.get<float>(n * size, FLOATS), *dx[2] = {m.get<float>(n * size), m.get<float>(n * size)};
+    const tern_model model = {items.data(), layers};
+    must(tern_reserve(gpu, scratch));
+    s.rate = 1e-4f;
+    s.clip = 1.0f;
+    s.step = 1;
+    const operation step = [&] { return tern_model_step(gpu, &model, &s); };
+    measure(MACS, "training step", shape, limit_here(BF16) ? BF16 : FMA, 3.0 * (double)layers * (double)(size * size) * (double)n, 1, [&] {
+        for (size_t i = 0; i < stack.size(); i++) TERN__TRY(tern_linear_forward(gpu, &stack[i], n, x[i], x[i + 1], saved[i]));
+        for (size_t i = stack.size(); i-- > 0;)
+            TERN__TRY(tern_linear_backward(gpu, &stack[i], n, x[i], saved[i], i + 1 == stack.size() ? dy : dx[(i + 1) % 2], dx[i % 2]));
+        return step();
+    });
+    measure(LATENCY, "training: optimizer alone", shape, NONE, 0, 1, step);
+    for (tern_param &p : params) tern_param_free(gpu, &p, (1 << TERN_BUFFERS) - 1);
+}
+
 /* -- what was aimed at, and what came out -- */
 
 static const result *find_result(const std::string &op, const std::string &shape)
@@ -1061,6 +1211,14 @@ static void target_tokens(const std::string &op, const std::string &shape, const
     print_target(op + ", " + shape + tokens + ", rate of N=1", 0.95, one && more ? one->graph / more->graph : 0);
 }
 
+/* How long one takes as a part of the other. */
+static void target_share(const std::string &name, double aim, const std::string &op, const std::string &of, const std::string &shape, bool most)
+{
+    const result *a = find_result(op, shape), *b = find_result(of, shape);
+    if (!a || !b) return print_target(name, aim, 0);
+    printf("  %-66s %4.0f%%   is      %5.1f%%  %s\n", name.c_str(), 100 * aim, 100 * a->graph / b->graph, most == (a->graph / b->graph <= aim) ? "yes" : "NO");
+}
+
 static void targets_table()
 {
     static const char *const shapes[] = {"57344x8192", "16384x16384"}, *const tokens[] = {" N=4", " N=8", " N=16"};
@@ -1075,6 +1233,13 @@ static void targets_table()
     target("ternarize row bf16", "8192x8192", "copy rate", 0.75);
     target("AdamW f32", "67108864 weights", "copy rate", 0.75);
     target("AdamW bf16", "67108864 weights", "copy rate", 0.75);
+    target("hop", "1000000x256 10000000 edges", "read rate, unique bytes", 0.60);
+    target_share("MoE N=4096, rate of one product", 0.60, "MoE as one product", "MoE", "8 of 128 768x2048 N=4096", false);
+    const result *one = find_result("MoE", "8 of 128 768x2048 N=1");
+    printf("  %-66s 8 us   %s", "MoE N=1", one ? "" : "   not measured\n");
+    if (one) printf("   reached %.1f us  %s\n", 1e6 * one->graph, one->graph <= 8e-6 ? "yes" : "NO");
+    target("training step", "16x 8192x8192 N=4096", "bf16 peak", 0.40);
+    target_share("optimizer of the training step, at most", 0.10, "training: optimizer alone", "training step", "16x 8192x8192 N=4096", true);
 }
 
 static void legend()
@@ -1130,6 +1295,11 @@ static void bench_all()
     bench_rows(q ? 4 : 16384, q ? 128 : 8192);
     bench_embedding(q ? 64 : 65536, q ? 64 : 4096, q ? 5 : 16384);
     bench_loss(q ? 3 : 2048, q ? 100 : 65536);
+    title("Mixtures, graphs, a training");
+    if (q) bench_moe(32, 16, 4, 2, {1, 17});
+    else bench_moe(2048, 768, 128, 8, {1, 16, 4096});
+    bench_hop(q ? 40 : 1000000, q ? 120 : 10000000, q ? 32 : 256);
+    bench_training(q ? 32 : 8192, q ? 2 : 16, q ? 17 : 4096);
     title("Small operations: what a call costs");
     bench_small(q ? 64 : 4096);
 }

@@ -102,30 +102,33 @@ static void test_cuda_group()
     }
 }
 
+static void test_row_dots(int64_t cols, int64_t n)
+{
+    const int64_t rows = 7;
+    mirror<float> a(rows * cols, test_uniform), b(n * cols, test_uniform), y(n, test_uniform);
+    mirror<int32_t> ids(n, [&] { return (int32_t)(test_random() % (uint32_t)(rows + 2)) - 1; }), to(n);
+    for (int64_t i = 0; i < n; i++) to[CPU][i] = (int32_t)(n - 1 - i);
+    to[CPU][1] = -1;
+    to[CPU][2] = (int32_t)n;
+    to.send();
+    test_both([&](tern_context *c, int side) {
+        tern_row_dot_args d = {};
+        d.rows = rows;
+        d.cols = cols;
+        d.n = d.count = n;
+        d.a = a[side];
+        d.b = b[side];
+        d.ids = ids[side];
+        d.to = to[side];
+        d.y = y[side];
+        return tern_row_dot(c, &d);
+    });
+    CHECK_SAME(y);
+}
+
 static void test_cuda_row_dot()
 {
-    for (int64_t cols : {1, 15, 33, 127, 1024, 1025, 4097}) {
-        const int64_t n = cols < 100 ? 150 : 9, rows = 7;
-        mirror<float> a(rows * cols, test_uniform), b(n * cols, test_uniform), y(n, test_uniform);
-        mirror<int32_t> ids(n, [&] { return (int32_t)(test_random() % (uint32_t)(rows + 2)) - 1; }), to(n);
-        for (int64_t i = 0; i < n; i++) to[CPU][i] = (int32_t)(n - 1 - i);
-        to[CPU][1] = -1;
-        to[CPU][2] = (int32_t)n;
-        to.send();
-        test_both([&](tern_context *c, int side) {
-            tern_row_dot_args d = {};
-            d.rows = rows;
-            d.cols = cols;
-            d.n = d.count = n;
-            d.a = a[side];
-            d.b = b[side];
-            d.ids = ids[side];
-            d.to = to[side];
-            d.y = y[side];
-            return tern_row_dot(c, &d);
-        });
-        CHECK_SAME(y);
-    }
+    for (int64_t cols : {1, 15, 33, 127, 1024, 1025, 4097}) test_row_dots(cols, cols < 100 ? 150 : 9);
 }
 
 /* -- graphs -- */
@@ -160,6 +163,33 @@ struct graph_pair {
     graph_pair &operator=(const graph_pair &) = delete;
     ~graph_pair() { for (int side = CPU; side <= GPU; side++) tern_graph_free(test_context[side], &at[side]); }
 };
+
+/* Nodes [first, end) alone, as a hop on the CPU takes them. */
+static tern_adjacency some_rows(const tern_graph &cpu, const tern_adjacency &all, int64_t first, int64_t end)
+{
+    tern_adjacency e = tern__some_rows(&cpu.in, first, end - first);
+    e.start = all.start + first;
+    e.entry = all.entry;
+    e.hub = all.hub + (e.hub - cpu.in.hub);
+    e.part = all.part + (e.part - cpu.in.part);
+    return e;
+}
+
+static void test_aggregated_rows(const graph_pair &g, int64_t cols, int64_t first, int64_t end)
+{
+    const int64_t nodes = g.at[CPU].nodes;
+    mirror<float> x(nodes * cols, test_uniform), y((end - first) * cols), part(g.at[CPU].in.parts * cols + 1);
+    test_both([&](tern_context *c, int side) {
+        tern_aggregate_args a = {};
+        a.edges = some_rows(g.at[CPU], g.at[side].in, first, end);
+        a.cols = cols;
+        a.x = x[side];
+        a.part = part[side];
+        a.y = y[side];
+        return tern_aggregate(c, &a);
+    });
+    CHECK_SAME(y);
+}
 
 static void test_aggregated(const graph_pair &g, int64_t cols, int variant, bool turned)
 {
@@ -197,6 +227,9 @@ static void test_cuda_aggregate()
         test_aggregated(hubs, variant % 4 ? 7 : 1030, variant, variant % 3 == 2);
         if (variant % 5 == 0) test_aggregated(many, 4, variant, false);
     }
+    for (int64_t first : {0, 1, 7, 8, 20}) test_aggregated_rows(hubs, 5, first, 21);
+    for (int64_t end : {1, 8, 20}) test_aggregated_rows(hubs, 5, 0, end);
+    test_aggregated_rows(hubs, 5, 5, 9);
 }
 
 /* -- gates and codebooks -- */
@@ -241,35 +274,37 @@ static void test_cuda_gate()
     test_gated(150, 2, 8, false);
 }
 
+static void test_nearest(int64_t cols, int64_t rows, int64_t n)
+{
+    mirror<float> x(n * cols, test_uniform), w(rows * cols, test_uniform), distance(n);
+    mirror<int32_t> ids(n);
+    if (rows > 8) memcpy(w[CPU] + 30 * cols, w[CPU] + 4 * cols, (size_t)cols * 4); /* of equal ones the first */
+    if (rows > 8) memcpy(w[CPU] + 5 * cols, w[CPU] + 12 * cols, (size_t)cols * 4);
+    if (rows > 8) memcpy(x[CPU] + cols, w[CPU] + 30 * cols, (size_t)cols * 4);
+    if (rows > 8) memcpy(x[CPU], w[CPU] + 12 * cols, (size_t)cols * 4);
+    x[CPU][2 * cols] = test_nan;
+    x[CPU][4 * cols + cols - 1] = 2e19f;
+    x.send();
+    w.send();
+    test_both([&](tern_context *c, int side) {
+        tern_nearest_args a = {};
+        a.n = n;
+        a.rows = rows;
+        a.cols = cols;
+        a.x = x[side];
+        a.w = w[side];
+        a.ids = ids[side];
+        a.distance = rows == 7 ? NULL : distance[side];
+        return tern_nearest(c, &a);
+    });
+    CHECK_SAME(ids);
+    CHECK_SAME(distance);
+}
+
 static void test_cuda_nearest()
 {
     for (int64_t cols : {1, 15, 16, 127, 1025, 4097})
-        for (int64_t rows : {1, 7, 33}) {
-            const int64_t n = cols < 10 ? 150 : 6;
-            mirror<float> x(n * cols, test_uniform), w(rows * cols, test_uniform), distance(n);
-            mirror<int32_t> ids(n);
-            if (rows > 8) memcpy(w[CPU] + 30 * cols, w[CPU] + 4 * cols, (size_t)cols * 4); /* of equal ones the first */
-            if (rows > 8) memcpy(w[CPU] + 5 * cols, w[CPU] + 12 * cols, (size_t)cols * 4);
-            if (rows > 8) memcpy(x[CPU] + cols, w[CPU] + 30 * cols, (size_t)cols * 4);
-            if (rows > 8) memcpy(x[CPU], w[CPU] + 12 * cols, (size_t)cols * 4);
-            x[CPU][2 * cols] = test_nan;
-            x[CPU][4 * cols + cols - 1] = 2e19f;
-            x.send();
-            w.send();
-            test_both([&](tern_context *c, int side) {
-                tern_nearest_args a = {};
-                a.n = n;
-                a.rows = rows;
-                a.cols = cols;
-                a.x = x[side];
-                a.w = w[side];
-                a.ids = ids[side];
-                a.distance = rows == 7 ? NULL : distance[side];
-                return tern_nearest(c, &a);
-            });
-            CHECK_SAME(ids);
-            CHECK_SAME(distance);
-        }
+        for (int64_t rows : {1, 7, 33}) test_nearest(cols, rows, cols < 10 ? 150 : 6);
 }
 
 static void test_cuda_sparse_limits()

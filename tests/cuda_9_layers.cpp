@@ -199,6 +199,76 @@ static void test_cuda_linear_by_its_parts()
     }
 }
 
+/* -- products in groups -- */
+
+/* Against a product for each group and set, by the same table: rows of a window, groups that begin before it, end behind it or have none. */
+static void test_grouped_products(int32_t count, int32_t sets, int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_act act, int64_t at, int64_t n, uint32_t load)
+{
+    std::vector<both_params *> params;
+    std::vector<tern_param *> w;
+    mirror<int32_t> loads(count, [&] { return test_random() % 3 ? (int32_t)(test_random() % (load + 1)) : 0; });
+    for (int32_t i = 0; i < count * (sets + 1); i++) { /* a step of one more */
+        params.push_back(new both_params(i % (sets + 1) < sets ? rows : 1, cols, TERN_ABSMEAN, TERN_FOR_INFERENCE, grain, encoding));
+        w.push_back(&params.back()->at[GPU]);
+    }
+    both_params dead(1, rows, TERN_DENSE, TERN_FOR_INFERENCE, 0);
+    w[0]->dead = &dead.at[GPU];
+    tern_context *c = test_context[GPU];
+    tern_quantize_args q = {};
+    tern_grouped_args a = {};
+    int64_t stride = 0, groups = 0;
+    a.m = tern_param_matrix(w[0]);
+    CHECK_OK(tern_activation_shape(c, &a.m, &stride, &groups));
+    mirror<float> x(n * cols, test_uniform), scale(n), y(sets * n * rows, test_uniform), z(sets * n * rows);
+    mirror<int8_t> xq(n * stride);
+    mirror<int32_t> sum(n * groups);
+    q.m = a.m;
+    q.act = a.act = act;
+    q.n = a.n = n;
+    q.x = x[GPU];
+    q.q = xq[GPU]; q.scale = scale[GPU]; q.sum = sum[GPU];
+    CHECK_OK(tern_quantize(c, &q));
+    a.count = count;
+    a.sets = sets;
+    a.step = sets + 1;
+    a.w = w.data();
+    a.loads = loads[GPU];
+    a.at = at;
+    a.q = xq[GPU]; a.scale = scale[GPU]; a.sum = sum[GPU];
+    a.y = y[GPU];
+    CHECK_OK(c->run.backend->grouped(&c->run, &a));
+    int64_t begin = -at;
+    for (int32_t g = 0; g < count; begin += loads[CPU][g++]) {
+        const int64_t from = tern__max(0, begin), to = tern__min(n, begin + loads[CPU][g]);
+        for (int32_t s = 0; s < sets && from < to; s++) {
+            tern_matmul_args m = {};
+            m.m = tern_param_matrix(w[(size_t)(g * a.step + s)]);
+            m.act = act;
+            m.n = to - from;
+            m.q = xq[GPU] + from * stride; m.scale = scale[GPU] + from; m.sum = sum[GPU] + from * groups;
+            m.bias = g + s == 0 ? tern__floats(&dead.at[GPU], TERN_SHADOW) : nullptr;
+            m.y = z[GPU] + (s * n + from) * rows;
+            CHECK_OK(tern_matmul(c, &m));
+        }
+    }
+    CHECK_OK(tern_sync(c));
+    CHECK(y.fetch() == z.fetch());
+    for (both_params *p : params) delete p;
+}
+
+static void test_cuda_grouped()
+{
+    for (tern_type encoding : {TERN_2BIT, TERN_BASE3})
+        for (int32_t grain : {(int32_t)TERN_PER_ROW, 20}) {
+            test_grouped_products(5, 2, 33, 70, grain, encoding, TERN_ACT_INT8, 0, 8, 2);
+            test_grouped_products(7, 1, 40, 300, grain, encoding, TERN_ACT_INT4, 3, 40, 20);  /* tiles of 16 */
+            test_grouped_products(3, 2, 130, 50, grain, encoding, TERN_ACT_INT8, 10, 90, 70); /* of 32 */
+            test_grouped_products(2, 1, 20, 50, grain, encoding, TERN_ACT_INT8, 0, 150, 90);  /* of 64 */
+        }
+    test_grouped_products(70, 2, 16, 16, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 24, 1);  /* two launches */
+    test_grouped_products(4, 1, 33, 70, TERN_PER_ROW, TERN_BASE3, TERN_ACT_BIT, 1, 30, 9);
+}
+
 /* -- embedding -- */
 
 static void test_cuda_embedding()
@@ -727,6 +797,7 @@ static void suite_cuda_layers()
     RUN(test_cuda_linear_options);
     RUN(test_cuda_linear_fault);
     RUN(test_cuda_linear_by_its_parts);
+    RUN(test_cuda_grouped);
     RUN(test_cuda_embedding);
     RUN(test_cuda_parameters);
     RUN(test_cuda_training);

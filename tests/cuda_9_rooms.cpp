@@ -200,8 +200,8 @@ static void test_cuda_moe()
     test_moe(moe_cases[0], 70, TERN_DISPATCH_AUTO);
 }
 
-/* A dense dispatch as one graph, replayed for tokens that choose other experts. */
-static void test_cuda_moe_graph()
+/* A mixture as one graph, replayed for tokens that choose other experts. */
+static void cuda_moe_graph(tern_dispatch dispatch)
 {
     const moe_case &t = moe_cases[0];
     const int64_t n = 5;
@@ -211,7 +211,7 @@ static void test_cuda_moe_graph()
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t ready = nullptr;
     for (int side = CPU; side <= GPU; side++) {
-        p.m[side].dispatch = TERN_DISPATCH_DENSE;
+        p.m[side].dispatch = dispatch;
         CHECK(tern_moe_need(test_context[side], &p.m[side], n, &need) == TERN_OK && tern_reserve(test_context[side], need.scratch) == TERN_OK);
     }
     mirror<float> x(n * t.cols, test_uniform), y(n * t.cols);
@@ -228,6 +228,11 @@ static void test_cuda_moe_graph()
     }
     cudaGraphExecDestroy(ready);
     cudaGraphDestroy(graph);
+}
+
+static void test_cuda_moe_graph()
+{
+    for (tern_dispatch dispatch : {TERN_DISPATCH_AUTO, TERN_DISPATCH_DENSE, TERN_DISPATCH_SPARSE}) cuda_moe_graph(dispatch);
 }
 
 /* -- graphs -- */
@@ -281,6 +286,77 @@ static void test_cuda_hop()
         CHECK_SAME(dh);
         CHECK(params.same());
     }
+}
+
+/* In one launch, or two, and by its parts on a table without the operation: the same bits and the same faults, of every form. */
+/* launches: hubs' segments, two of LoRA, what is sent, and one for all the rest. */
+struct hop_shape { int64_t cols, sent, out; hop_case c; int32_t grain; tern_type encoding; tern_act act; int bad; long launches; };
+static const hop_shape hop_shapes[] = {
+    {1, 1, 1, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_ADD, 1, 1, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 4},
+    {16, 33, 16, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_SILU, 1, 1, 0}, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT4, 0, 6},
+    {127, 300, 70, {TERN_AGGREGATE_FIRST, TERN_GRAPH_MEAN, TERN_ACT_FLOAT, TERN_MAP_RELU2, 0, 1, 0}, 40, TERN_BASE3, TERN_ACT_INT8, 0, 4},
+    {40, 0, 0, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_GELU, 1, 0, 0}, 0, TERN_2BIT, TERN_ACT_INT8, 0, 3},
+    {256, 0, 256, {TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_RELU, 1, 0, 0}, 128, TERN_2BIT, TERN_ACT_INT8, 0, 4},
+    {48, 20, 0, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_ADD, 0, 1, 0}, TERN_PER_TENSOR, TERN_2BIT, TERN_ACT_INT8, 1, 4},
+    {17, 15, 9, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_RELU, 0, 0, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 2, 2},
+    {1100, 0, 5, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_ADD, 0, 0, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0}, /* too wide for one launch */
+};
+
+static void test_fused_hop(const hop_shape &t, const graph_pair &g, tern_context *parts)
+{
+    const int64_t nodes = g.at[GPU].nodes, sent = t.sent ? t.sent : t.cols, out = t.out ? t.out : sent;
+    tern_context *const contexts[] = {test_context[GPU], parts};
+    mirror<float> h(nodes * t.cols, test_uniform), y(nodes * out), z(nodes * out);
+    both_params message(t.sent ? t.sent : 1, t.cols, TERN_ABSMEAN, TERN_FOR_INFERENCE, t.grain, t.encoding), update(out, sent, TERN_ABSMEAN, TERN_FOR_INFERENCE, t.grain, TERN_2BIT);
+    both_params bias(1, out, TERN_DENSE, TERN_FOR_INFERENCE, 0), gain(1, t.cols, TERN_DENSE, TERN_FOR_INFERENCE, 0);
+    both_params a(3, t.cols, TERN_DENSE, TERN_FOR_INFERENCE, 0), b(out, 3, TERN_DENSE, TERN_FOR_INFERENCE, 0);
+    mirror<float> *const result[] = {&y, &z};
+    char fault[2][256] = {};
+    tern_hop l = {};
+    l.message.w = t.sent ? at(&message, GPU) : nullptr;
+    l.message.norm = TERN_NORM_RMS;
+    l.message.gain = at(&gain, GPU);
+    l.message.act = l.update.act = t.act;
+    l.update.w = t.out ? at(&update, GPU) : nullptr;
+    l.update.bias = at(&bias, GPU);
+    l.order = t.c.order;
+    l.norm = t.c.norm;
+    l.act = t.c.act;
+    l.fn = t.c.fn;
+    l.residual = t.c.residual;
+    l.lora_a = t.c.lora ? at(&a, GPU) : nullptr;
+    l.lora_b = t.c.lora ? at(&b, GPU) : nullptr;
+    l.lora_scale = 0.5f;
+    l.cols = t.cols;
+    if (t.bad == 1) h[CPU][5 * t.cols] = test_infinity;
+    if (t.bad == 2) for (int64_t i = 0; i < nodes * t.cols; i++) h[CPU][i] = h[CPU][i] * 1e25f; /* finite sums without a mean square */
+    h.send();
+    for (int i = 0; i < 2; i++) {
+        tern_need need = {};
+        CHECK(tern_hop_need(contexts[i], &l, &g.at[GPU], &need) == TERN_OK && tern_reserve(contexts[i], need.scratch) == TERN_OK);
+#ifdef TEST_CUDA_H
+        const long before = test_cuda.launches;
+#endif
+        CHECK(tern_hop_forward(contexts[i], &l, &g.at[GPU], h[GPU], (*result[i])[GPU], nullptr) == TERN_OK);
+#ifdef TEST_CUDA_H
+        CHECK(i == 1 || !t.launches || test_cuda.launches - before == t.launches);
+#endif
+        if (tern_sync(contexts[i]) != TERN_OK) snprintf(fault[i], sizeof fault[i], "%s", tern_last_error(contexts[i])->text);
+    }
+    y.fetch();
+    z.fetch();
+    CHECK(memcmp(y.back.data(), z.back.data(), y.count * sizeof(float)) == 0); /* beside a fault of data LoRA's are not finite */
+    CHECK(!strcmp(fault[0], fault[1]) && !fault[0][0] == !t.bad);
+}
+
+static void test_cuda_hop_by_its_parts()
+{
+    tern_backend table = *test_backend();
+    const graph_pair g(40, 150, {{0, 300}, {39, 700}});
+    table.hop = nullptr;
+    const opened parts(&table);
+    CHECK(parts.result == TERN_OK);
+    for (const hop_shape &t : hop_shapes) test_fused_hop(t, g, parts.c);
 }
 
 static void test_cuda_ngram()
@@ -378,6 +454,7 @@ static void suite_cuda_rooms()
     RUN(test_cuda_moe);
     RUN(test_cuda_moe_graph);
     RUN(test_cuda_hop);
+    RUN(test_cuda_hop_by_its_parts);
     RUN(test_cuda_ngram);
     RUN(test_cuda_vq);
     RUN(test_cuda_ple);

@@ -39,8 +39,8 @@ static void check_fault(const scenario &s, cuda_sabotage_kind kind)
 
 /* More rows than blocks, on a device of one processor: blocks that take more than one find what the one before left. */
 static const scenario products[] = {
-    /* of sums, before the next; of rows, the same */
-    {"quantize", [] { check_quantize(40, 1100, TERN_PER_ROW, TERN_2BIT, true, true, false); }, {4, 6}},
+    /* of sums, before the next */
+    {"quantize", [] { check_quantize(40, 1100, TERN_PER_ROW, TERN_2BIT, true, true, false); }, {4}},
     {"few tokens", [] { check_product(test_shape(33, 300, TERN_PER_ROW, TERN_2BIT, TERN_F32), 3, true); }, {2}}, /* before the next group */
     {"few tokens, groups", [] { check_product(test_shape(33, 300, 20, TERN_BASE3, TERN_F32), 12, true); }, {}},
     {"many tokens", [] { check_product(test_shape(33, 500, TERN_PER_ROW, TERN_2BIT, TERN_F32), 40, true); }, {}},
@@ -74,6 +74,57 @@ static const scenario others[] = {
     {"loss", [] { test_lost(40, 1030, 0, 1); }, {}},
 };
 
+static void check_aggregate()
+{
+    const graph_pair g(600, 1200, {{0, 300}});
+    test_aggregated(g, 130, AGGREGATE_LEFT | AGGREGATE_BAD, false);
+}
+
+/* Rooms 17, 18 and 20: spare are barriers of sums before the next, and one right before another. */
+static const scenario sparse[] = {
+    {"route", [] { test_routed(9, 33, 2, TERN_ROUTE_ALL, true, true); }, {}},
+    {"group", [] { test_grouped(700, 6, 3, false, true); }, {}},
+    {"row dot", [] { test_row_dots(1025, 40); }, {}},
+    {"aggregate", check_aggregate, {2}},
+    {"gate", [] { test_gated(40, 2, 1030, true); }, {3, 5}},
+    {"nearest", [] { test_nearest(1025, 9, 40); }, {}},
+    {"flip", [] { test_flipped({test_shape(600, 40, 20, TERN_2BIT, TERN_POW2), TERN_FLIP_PROPORTIONAL, 3, 30.0f}, 0, false); }, {}},
+};
+
+/* Each call of the runtime that a layer of those rooms makes fails in its turn: the layer says so. */
+static void test_cuda_failures_of_layers()
+{
+    tern_context *c = test_context[GPU];
+    const graph_pair g(40, 150, {{0, 300}});
+    moe_pair p(moe_cases[0]);
+    both_params w(21, 21, TERN_ABSMEAN, TERN_FOR_INFERENCE);
+    mirror<float> x(40 * 21, test_uniform), y(40 * 21), distance(40);
+    mirror<int32_t> ids(40);
+    tern_hop hop = {};
+    hop.message.w = hop.update.w = &w.at[GPU];
+    hop.order = TERN_AGGREGATE_FIRST;
+    tern_vq vq = {&w.at[GPU], 0.25f};
+    tern_need need = {};
+    size_t most = 0;
+    CHECK_OK(tern_moe_need(c, &p.m[GPU], 7, &need));
+    most = need.scratch;
+    CHECK_OK(tern_vq_need(c, &vq, 40, &need));
+    most = std::max(most, need.scratch);
+    CHECK_OK(tern_hop_need(c, &hop, &g.at[GPU], &need));
+    CHECK_OK(tern_reserve(c, std::max(most, need.scratch)));
+    const auto each = [&](auto call) {
+        test_each_failing(&test_cuda.call_countdown, 7, [&](tern_error *error) {
+            const tern_result result = call();
+            *error = *tern_last_error(c);
+            return result;
+        });
+    };
+    each([&] { return tern_moe_forward(c, &p.m[GPU], 7, x[GPU], y[GPU], nullptr); });
+    each([&] { return tern_hop_forward(c, &hop, &g.at[GPU], x[GPU], y[GPU], nullptr); });
+    each([&] { return tern_vq_forward(c, &vq, 40, x[GPU], ids[GPU], y[GPU], distance[GPU]); });
+    CHECK_OK(tern_sync(c));
+}
+
 static void one_processor() { tern__gpu_of(&test_context[GPU]->run)->processors = 1; }
 
 /* Every barrier but the spare ones is needed, and its absence is seen. */
@@ -96,6 +147,14 @@ static void test_cuda_fault_barrier()
     one_processor();
     for (const scenario &s : products) check_barriers(s);
     for (const scenario &s : others) check_barriers(s);
+}
+
+static void test_cuda_fault_sparse()
+{
+    one_processor();
+    for (const scenario &s : sparse)
+        if (s.test != sparse[0].test) check_barriers(s); /* routing is of warps */
+    for (int i : {0, 2, 4, 5}) check_fault(sparse[i], CUDA_WRONG_LANE);
 }
 
 static void test_cuda_fault_wait()
@@ -132,6 +191,8 @@ static void test_cuda_fault_little_shared_memory()
 static void suite_cuda_faults()
 {
     RUN_ONCE(test_cuda_fault_barrier);
+    RUN_ONCE(test_cuda_fault_sparse);
+    RUN_ONCE(test_cuda_failures_of_layers);
     RUN_ONCE(test_cuda_fault_wait);
     RUN_ONCE(test_cuda_fault_shuffle);
     RUN_ONCE(test_cuda_fault_mma);
