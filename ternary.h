@@ -778,7 +778,7 @@ typedef struct tern_linear_args { tern_quantize_args quantize; const float *bias
 
 /* Products of rows in groups, each of which has parameters of its own, all alike. The rows of the groups lie one after the
    other, loads[g] of group g, and here are rows [at, at + n) of all: q, scale and sum as tern_quantize gives them. y [sets][n,
-   rows]: for set s and a row of group g what tern_matmul makes of it with w[g * step + s], whose dead zone's values are
+   m.rows]: for set s and a row of group g what tern_matmul makes of it with w[g * step + s], whose dead zone's values are
    the bias. Rows behind the last group's become zeros. The trits and scales of m are not read. */
 typedef struct tern_grouped_args {
     tern_matrix m;
@@ -786,7 +786,7 @@ typedef struct tern_grouped_args {
     int32_t count, sets, step;   /* groups; parameters that read the same rows, 1 or 2; pointers from group to group */
     struct tern_param *const *w; /* [count * step] in host memory, with buffers in backend memory */
     const int32_t *loads;        /* [count] in backend memory, none negative */
-    int64_t at, n;
+    int64_t rows, at, n;         /* rows: of all groups, at most */
     const int8_t *q; const float *scale; const int32_t *sum;
     float *y;
 } tern_grouped_args;
@@ -1039,8 +1039,8 @@ TERN_API tern_linear tern_embedding_as_linear(const tern_embedding *e, tern_norm
 /* down(fn(gate x) * (up x)), or without a gate down(fn(up x)). The parameters are a model's like all others. */
 typedef struct tern_expert { tern_param *gate, *up, *down; } tern_expert;
 
-/* DENSE: every expert over all tokens, in shapes that do not depend on the routing (a GPU can capture it), results that
-   were not chosen left away. SPARSE: every expert over the tokens that chose it. The same bits. */
+/* DENSE: every expert over all tokens, results that were not chosen left away. SPARSE: every expert over the tokens that
+   chose it. The same bits. A GPU can capture either where it is not waited for: no launch's shape depends on the routing. */
 typedef enum { TERN_DISPATCH_AUTO, TERN_DISPATCH_DENSE, TERN_DISPATCH_SPARSE } tern_dispatch;
 
 /* y = the sum over the chosen experts, in their order, of weight * expert(x), plus always(x). The router is a layer of
@@ -1070,7 +1070,7 @@ typedef struct tern_moe {
 TERN_API tern_result tern_moe_need(tern_context *c, const tern_moe *m, int64_t n, tern_need *out);
 /* x [n, cols] -> y [n, cols], apart. saved: need.saved bytes, aligned to 4 (on a GPU: 16), or NULL for inference. A
    token whose logits are not finite is a data fault and goes to no expert. A GPU is waited for, once, by SPARSE where
-   experts, or the low-rank matrices in their place, do not read quantized activations, or a down-projection is rotated. */
+   experts, or the low-rank matrices in their place, read floats, or where down (low_b in its place) is rotated. */
 TERN_API tern_result tern_moe_forward(tern_context *c, const tern_moe *m, int64_t n, const float *x, float *y, void *saved);
 /* Adds into the TERN_GRAD of all parameters where present; dx [n, cols] (or NULL) is overwritten. As tern_linear_backward.
    A GPU is waited for, once. */
@@ -10894,7 +10894,7 @@ TERN_API tern_linear tern_embedding_as_linear(const tern_embedding *e, tern_norm
    [TERN-17] Mixture of experts
    What enters: tokens, a router and the experts' parameters. What leaves: for each token the weighted sum of
    the experts that the router chose, their gradients, and what was chosen how often. Experts run one after
-   the other, each over its tokens at once; a token's sum goes in the order of the experts. The backward
+   the other, each over its tokens at once, or all in groups; a token's sum goes in the order of the experts. The backward
    computes the experts again: what is saved does not grow with what is chosen.
    ------------------------------------------------------------------------------------------------ */
 #ifndef TERNARY_NO_MOE
@@ -11137,8 +11137,8 @@ static int64_t tern__moe_again(const tern_moe *m, int64_t n)
 
 enum { TERN__MOE_PART = 64 };
 
-/* Places that go through experts at once where a backend multiplies in groups: those of few tokens all together, and never
-   more than scratch for all tokens at one expert takes. */
+/* Places that go through experts at once where a backend multiplies in groups: those of few tokens all together, else no
+   more than all tokens at one expert. */
 static int64_t tern__moe_part(const tern_moe *m, int64_t n) { return tern__min(tern__mul(n, m->top_k), tern__max(n, TERN__MOE_PART)); }
 
 /* All memory of a forward or backward, from base on (NULL: sizes alone), with `saved` first where the caller has none. */
@@ -11296,7 +11296,7 @@ static tern_result tern__moe_gather(tern_context *c, const tern_moe *m, int64_t 
         TERN__TRY(tern__gather_rows_of(c, all_n, 1, all->kept.scale, n, ids, NULL, out->kept.scale));
         TERN__TRY(tern__gather_rows_of(c, all_n, s.groups, all->kept.sum, n, ids, NULL, out->kept.sum));
     }
-    if (!w->gathered) return TERN_OK;
+    if (!w->gathered || !all->x) return TERN_OK;
     out->x = w->gathered;
     return tern__gather_rows_of(c, all_n, cols, all->x, n, ids, NULL, w->gathered);
 }
@@ -11418,9 +11418,9 @@ static tern_result tern__moe_lows(tern_context *c, const tern_moe *m, int64_t n,
     return TERN_OK;
 }
 
-/* Places [at, at + n) by parameters of their experts: w[0] and, with two sets, w[1] of the first, `step` on those of the next. */
-static tern_result tern__moe_products(tern_context *c, const tern_moe *m, int64_t at, int64_t n, const tern__kept *rows, tern_param *const *p, int32_t step, int32_t sets,
-                                      const tern__moe_work *w, float *y)
+/* Places [at, at + n) by parameters of their experts: p[0] and, with two sets, p[1] of the first, `step` on those of the next. */
+static tern_result tern__moe_products(tern_context *c, const tern_moe *m, int64_t tokens, int64_t at, int64_t n, const tern__kept *rows, tern_param *const *p, int32_t step,
+                                      int32_t sets, const tern__moe_work *w, float *y)
 {
     tern_grouped_args a;
     a.m = tern_param_matrix(*p);
@@ -11430,6 +11430,7 @@ static tern_result tern__moe_products(tern_context *c, const tern_moe *m, int64_
     a.step = step;
     a.w = p;
     a.loads = w->loads;
+    a.rows = tokens * m->top_k;
     a.at = at;
     a.n = n;
     a.q = rows->q; a.scale = rows->scale; a.sum = rows->sum;
@@ -11452,12 +11453,12 @@ static tern_result tern__moe_parts(tern_context *c, const tern_moe *m, int64_t n
         part = tern__min(w->part, places - at);
         up = e->gate ? w->gate + part * width : w->gate;
         TERN__TRY(tern__moe_gather(c, m, n, all, part, w->tokens + at, w, &rows));
-        TERN__TRY(tern__moe_products(c, m, at, part, &rows.kept, e->gate ? &e->gate : &e->up, STEP, e->gate ? 2 : 1, w, w->gate));
+        TERN__TRY(tern__moe_products(c, m, n, at, part, &rows.kept, e->gate ? &e->gate : &e->up, STEP, e->gate ? 2 : 1, w, w->gate));
         TERN__TRY(tern__apply(c, tern__moe_fn(m), part * width, w->gate, NULL, h));
         if (e->gate) TERN__TRY(tern__apply(c, TERN_MAP_MUL, part * width, h, up, h));
         kept = tern__kept_at(&down, part, c->scratch + c->scratch_base);
         TERN__TRY(tern__moe_quantize(c, &down, part, h, &kept));
-        TERN__TRY(tern__moe_products(c, m, at, part, &kept, &e->down, STEP, 1, w, w->out));
+        TERN__TRY(tern__moe_products(c, m, n, at, part, &kept, &e->down, STEP, 1, w, w->out));
         TERN__TRY(tern__scatter_rows_of(c, n, cols, w->out, part, w->tokens + at, w->sorted + at, y));
     }
     return TERN_OK;
@@ -11468,16 +11469,18 @@ static tern_result tern__moe_low_parts(tern_context *c, const tern_moe *m, int64
 {
     const int64_t places = n * m->top_k, width = m->experts->up->rows;
     const tern_linear b = tern__moe_reader(m, m->low_b[0]);
+    tern__moe_rows quantized = *all;
     int64_t at, part;
+    quantized.x = NULL; /* which the hidden ones may read, but not low_a */
     for (at = 0; at < places; at += part) {
         tern__moe_rows rows;
         tern__kept kept;
         part = tern__min(w->part, places - at);
-        TERN__TRY(tern__moe_gather(c, m, n, all, part, w->tokens + at, w, &rows));
-        TERN__TRY(tern__moe_products(c, m, at, part, &rows.kept, m->low_a, 1, 1, w, w->low));
+        TERN__TRY(tern__moe_gather(c, m, n, &quantized, part, w->tokens + at, w, &rows));
+        TERN__TRY(tern__moe_products(c, m, n, at, part, &rows.kept, m->low_a, 1, 1, w, w->low));
         kept = tern__kept_at(&b, part, c->scratch + c->scratch_base);
         TERN__TRY(tern__moe_quantize(c, &b, part, w->low, &kept));
-        TERN__TRY(tern__moe_products(c, m, at, part, &kept, m->low_b, 1, 1, w, w->up));
+        TERN__TRY(tern__moe_products(c, m, n, at, part, &kept, m->low_b, 1, 1, w, w->up));
         TERN__TRY(tern__gather_rows_of(c, n, width, w->hidden, part, w->tokens + at, NULL, w->h));
         TERN__TRY(tern__apply(c, TERN_MAP_MUL, part * width, w->h, w->up, w->fn));
         TERN__TRY(tern__scatter_rows_of(c, n, width, w->fn, part, w->tokens + at, w->sorted + at, w->sum));
@@ -12531,16 +12534,21 @@ static tern_linear_args tern__hop_layer(const tern_linear *l)
     return a;
 }
 
-/* In one operation where the backend has it, nothing is kept and every layer is plain; else TERN_E_UNSUPPORTED. Faults of
+/* Whether what reaches nodes may go in one operation: the backend has it, nothing is kept and every layer is plain. Faults of
    LoRA would come too early: only dense ones, which have none, are plain. */
-static tern_result tern__hop_fused(tern_context *c, const tern_hop *l, int64_t n, const tern_aggregate_args *sum, const float *h, float *y, const tern__hop_work *w)
+static int32_t tern__hop_fuses(const tern_context *c, const tern_hop *l, const tern__hop_work *w)
 {
+    return c->run.backend->hop && !w->kept && (!w->g || tern__hop_is_plain(&l->message)) && tern__hop_is_plain(&l->update) &&
+           (!l->lora_a || (l->lora_a->rule == TERN_DENSE && l->lora_b->rule == TERN_DENSE));
+}
+
+/* With LoRA's part in w->up. TERN_E_UNSUPPORTED where the backend declines. */
+static tern_result tern__hop_fused(tern_context *c, const tern_hop *l, const tern_aggregate_args *sum, const float *h, float *y, const tern__hop_work *w)
+{
+    const tern_error before = c->run.error;
     tern__fp_mode mode;
     tern_result result;
     tern_hop_args a;
-    if (w->kept || !c->run.backend->hop || !tern__hop_is_plain(&l->message) || !tern__hop_is_plain(&l->update) ||
-        (l->lora_a && (l->lora_a->rule != TERN_DENSE || l->lora_b->rule != TERN_DENSE))) return TERN_E_UNSUPPORTED;
-    if (l->lora_a) TERN__TRY(tern__hop_lora(c, l, n, h, w));
     memset(&a, 0, sizeof a);
     a.sum = *sum;
     a.sum.y = y;
@@ -12555,6 +12563,7 @@ static tern_result tern__hop_fused(tern_context *c, const tern_hop *l, int64_t n
     mode = tern__fp_enter();
     result = c->run.backend->hop(&c->run, &a);
     tern__fp_leave(mode);
+    if (result == TERN_E_UNSUPPORTED) c->run.error = before;
     return result;
 }
 
@@ -12563,6 +12572,7 @@ static tern_result tern__hop_receive(tern_context *c, const tern_hop *l, const t
 {
     const tern_matrix rows = tern__hop_rows(l);
     const int64_t count = n * tern__hop_shape_of(l).out;
+    const int32_t fuses = tern__hop_fuses(c, l, w);
     float *z = w->z ? w->z : y, *m = w->m ? w->m : z;
     tern_aggregate_args a = tern__hop_sum(l, g, 0, w, w->g ? w->g : m);
     tern_result result;
@@ -12575,14 +12585,15 @@ static tern_result tern__hop_receive(tern_context *c, const tern_hop *l, const t
         a.scale = w->scale;
         a.q_row = tern__shape_of(&rows).stride;
     }
-    result = tern__hop_fused(c, l, n, &a, h, y, w);
+    if (l->lora_a && fuses) TERN__TRY(tern__hop_lora(c, l, n, h, w));
+    result = fuses ? tern__hop_fused(c, l, &a, h, y, w) : TERN_E_UNSUPPORTED;
     if (result != TERN_E_UNSUPPORTED) return result;
     TERN__TRY(tern_aggregate(c, &a));
     if (w->g) TERN__TRY(tern_linear_forward(c, &l->message, n, w->g, m, w->message));
     if (l->update.w) TERN__TRY(tern_linear_forward(c, &l->update, n, m, z, w->update));
     if (l->fn != TERN_MAP_ADD) TERN__TRY(tern__apply(c, l->fn, count, z, NULL, y));
     if (l->lora_a) {
-        TERN__TRY(tern__hop_lora(c, l, n, h, w));
+        if (!fuses) TERN__TRY(tern__hop_lora(c, l, n, h, w));
         TERN__TRY(tern__add_scaled(c, count, y, l->lora_scale, w->up, y));
     }
     return l->residual ? tern__apply(c, TERN_MAP_ADD, count, y, h, y) : TERN_OK;

@@ -921,7 +921,7 @@ static __device__ void tern__quantize_row(const tern_quantize_args &a, const ter
     const float inverse = steps / size;
     const bool usable = tern__finite(size) && r > 0.0f, zero = !usable || !tern__finite(inverse);
     if (me == 0) *scale = zero ? 0.0f : size / steps * r;
-    if (threadIdx.x == 0 && !usable) tern__report(blame, t);
+    if (me == 0 && !usable) tern__report(blame, t);
     for (int g = me; g < groups; g += threads) sum[g] = 0;
     for (int i = used + 4 * me; i < s.stride; i += 4 * threads) *(uint32_t *)(q + i) = 0;
     Team::sync();
@@ -1436,7 +1436,7 @@ static tern_result tern__gpu_matmul_quantized(tern_run *r, tern__gpu *d, const t
 /* -- groups of tokens, each with matrices of its own: blocks that stay share out the tiles that the real loads make, which only the device
    knows; a launch has the same shape for all loads -- */
 
-enum { TERN__GROUP_MATRICES = 128 }; /* of a launch: as many as a kernel's parameters hold */
+enum { TERN__GROUP_MATRICES = 128 }; /* of a launch, among the kernel's parameters */
 
 typedef struct tern__group_matrix { const void *trits, *scales; const float *bias; } tern__group_matrix;
 
@@ -1445,10 +1445,11 @@ typedef struct tern__groups {
     tern_matmul_args a;
     tern__shape s;
     const int32_t *loads;
-    int64_t at, y_set;
+    int64_t at, y_set, mean; /* mean load */
     int32_t first, count, all, sets;
     tern__group_matrix w[TERN__GROUP_MATRICES];
 } tern__groups;
+static_assert(sizeof(tern__groups) <= 4096 - 64, "parameters of a kernel");
 
 /* Where each group's rows and tiles begin; the last entry: where they end. */
 typedef struct tern__group_room { int row[TERN__GROUP_MATRICES + 4], tile[TERN__GROUP_MATRICES + 4]; } tern__group_room;
@@ -1539,7 +1540,7 @@ template <int Tiles, bool Base3, bool Grouped> static __global__ void __launch_b
 static void tern__launch_groups(const tern__gpu *d, const tern__groups &p)
 {
     const int base3 = p.a.m.encoding == TERN_BASE3, grouped = p.a.m.grain > 0, pieces = tern__pieces(d, p.s, tern__min(p.a.n, TERN__FEW_TOKENS));
-    const int64_t mean = p.a.n / p.all, few_blocks = tern__few_tokens_grid(p.s, pieces), many_blocks = tern__ceil_div(p.s.panels, 8);
+    const int64_t mean = tern__min(p.a.n, p.mean), few_blocks = tern__few_tokens_grid(p.s, pieces), many_blocks = tern__ceil_div(p.s.panels, 8);
     const int few = p.a.n <= 8 ? 1 : 2, many = mean <= 32 ? 2 : 4;
     const size_t stage = base3 ? (size_t)tern__stage<true>::bytes : (size_t)tern__stage<false>::bytes;
 #define TERN__MANY(tiles) {{tern__many_groups<tiles, false, false>, tern__many_groups<tiles, true, false>}, {tern__many_groups<tiles, false, true>, tern__many_groups<tiles, true, true>}}
@@ -1585,6 +1586,7 @@ static tern_result tern__gpu_grouped(tern_run *r, tern__gpu *d, const tern_group
     TERN__TRY(tern__check_aligned16(r, "grouped: q", a->q));
     p.loads = a->loads;
     p.all = a->count;
+    p.mean = a->rows / a->count;
     p.sets = a->sets;
     p.y_set = a->n * a->m.rows;
     for (int64_t t = 0; t < a->n; t += most) {
@@ -3644,6 +3646,7 @@ static __device__ void tern__hop_sum_row(const tern__hop_plan &p, int64_t row, f
     }
     if (tern__finite(tern__float(tern__warp_most(most)))) return;
     if (lane == 0) tern__report(p.sum, row);
+    __syncwarp(); /* other lanes stored these */
     for (int i = lane; i < a.cols; i += 32) to[i] = 0.0f;
 }
 

@@ -1059,7 +1059,7 @@ static tern_param frozen_param(memory &m, int64_t rows, int64_t cols, int number
     return p;
 }
 
-/* Inputs change from call to call, and with them the experts. Beside it a product of as many multiply-adds. */
+/* Inputs of few tokens change from call to call, and with them the experts. Beside it a product of as many multiply-adds. */
 static void bench_moe(int64_t cols, int64_t width, int32_t count, int32_t top_k, const std::vector<int64_t> &tokens)
 {
     memory m;

@@ -1024,7 +1024,7 @@ static void train(lm *m, const text *t, place *at)
         c->validation[0] = lm_validate(m, t, glance);
     }
     paused = seconds() - start;
-    while (at->step < steps && (at->step == 0 || at->step != m->o.stop) && !stopped) {
+    while (at->step < steps && (at->step == 0 || (at->step != m->o.stop && !stopped))) {
         const double loss = train_step(m, t, at);
         k = (at->step - 1) * c->points / steps;
         c->train[k] += (loss - c->train[k]) / (double)++c->in_point[k];

@@ -201,7 +201,7 @@ static int count_right(tern_context *c, network *net, float logits[BATCH][CLASSE
 }
 
 /* The file on the CPU: the same logits, bit by bit? */
-static void compare(const char *path, const float logits[BATCH][CLASSES])
+static void compare(const char *path, float logits[BATCH][CLASSES])
 {
     float again[BATCH][CLASSES];
     tern_context *cpu;

@@ -233,6 +233,7 @@ static void test_grouped_products(int32_t count, int32_t sets, int64_t rows, int
     a.step = sets + 1;
     a.w = w.data();
     a.loads = loads[GPU];
+    a.rows = n; /* the kernels are chosen by it */
     a.at = at;
     a.q = xq[GPU]; a.scale = scale[GPU]; a.sum = sum[GPU];
     a.y = y[GPU];

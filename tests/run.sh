@@ -289,7 +289,7 @@ examples_cuda_run() (
     cd $out && same() { "$@" > gpu_log && cat gpu_log && grep 'same bits on the tiers cuda and' gpu_log; } &&
     same ./image_classifier_cuda --cuda && same ./image_classifier_cuda --cuda --true-ternary && same ./node_classifier_cuda --cuda --seeds 1 || exit 1
     cd ../.. && has_mpi || exit 0
-    CC='env OMPI_CC='$CC' mpicc' && emulated train_mpi "$small" && ranks 1 train_mpi_cuda cpu.gguf 6 2 &&
+    export OMPI_CC="$CC" && CC=mpicc && emulated train_mpi "$small" && ranks 1 train_mpi_cuda cpu.gguf 6 2 &&
     ranks 2 train_mpi_cuda gpu.gguf 6 2 $out/cpu.gguf --cuda > $out/ranks && cat $out/ranks && grep 'same bits on the tier' $out/ranks && ranks_agree
 )
 bench_cuda_runs() {
