@@ -1520,7 +1520,12 @@ template <typename Body> static __device__ __forceinline__ void tern__each_group
     TERN__EACH(i, left * p.sets) p.a.y[i / left * p.y_set + my->row[p.count] * rows + i % left] = 0.0f;
 }
 
-template <int Tiles, bool Base3> static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__few_groups(tern__groups p, int pieces, int blocks)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define TERN__FEW_BLOCKS 1 /* of two tiles, on a processor: with two, sm_80 spills registers */
+#else
+#define TERN__FEW_BLOCKS 2
+#endif
+template <int Tiles, bool Base3> static __global__ void __launch_bounds__(TERN__THREADS, Tiles == 1 ? 2 : TERN__FEW_BLOCKS) tern__few_groups(tern__groups p, int pieces, int blocks)
 {
     TERN__SHARED(tern__group_room, my);
     tern__each_group_tile(p, 8 * Tiles, blocks, my, [&](const tern_matmul_args &a, int64_t block) {
