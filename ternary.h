@@ -115,7 +115,7 @@ OPTIONS (define before the implementation; public layouts never depend on them)
     TERNARY_NO_THREADS        no thread pool
     TERNARY_NO_SIMD           the scalar tier alone; TERNARY_NO_SSE41, _NO_AVX2, _NO_AVX_VNNI, _NO_AVX512_VNNI,
                               _NO_AVX512_VBMI, _NO_AMX_INT8 leave out one tier each (the last three: and those behind it)
-    TERNARY_NO_TRAINING       no backward of ternary layers, no optimizers
+    TERNARY_NO_TRAINING       no backward, optimizers, schedules or true-ternary updates
     TERNARY_NO_MOE            no mixture of experts
     TERNARY_NO_GRAPH          no graphs, memory of n-grams or vector quantization
     TERNARY_NO_FILES          no model files
@@ -2138,8 +2138,9 @@ TERN__ANYWHERE float tern__tanh(float x) { return 1.0f - 2.0f / (tern__exp(2.0f 
 TERN__ANYWHERE float tern__relu(float x) { return tern__float(tern__bits(x) & (0u - (uint32_t)!(x <= 0.0f))); }
 TERN__ANYWHERE float tern__where_positive(float x, float y) { return x > 0.0f ? y : 0.0f; }
 
+#define TERN__ROOT_2_PI 0.7978845608f /* sqrt(2/pi): of tanh-GELU, and mean|w| over sigma of normal weights */
 /* gelu(x) = x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3) (Hendrycks and Gimpel 2016). */
-TERN__ANYWHERE float tern__gelu_tanh(float x) { return tern__tanh(0.79788456f * (x + 0.044715f * (x * x * x))); }
+TERN__ANYWHERE float tern__gelu_tanh(float x) { return tern__tanh(TERN__ROOT_2_PI * (x + 0.044715f * (x * x * x))); }
 
 /* Each function of x = a and z = b, beside what da and (of two operands) db get for dy: one list for every backend and tier.
    S: the suffix of a tier's functions of vectors, nothing for floats. */
@@ -2152,7 +2153,7 @@ TERN__ANYWHERE float tern__gelu_tanh(float x) { return tern__tanh(0.79788456f * 
     X(S, SILU,  x * tern__sigmoid##S(x), dy * (tern__sigmoid##S(x) * (1.0f + x * (1.0f - tern__sigmoid##S(x)))), dy)   \
     X(S, GELU,  0.5f * x * (1.0f + tern__gelu_tanh##S(x)),                                                             \
              dy * (0.5f * (1.0f + tern__gelu_tanh##S(x)) + 0.5f * x * (1.0f - tern__gelu_tanh##S(x) * tern__gelu_tanh##S(x)) * \
-                   (0.79788456f * (1.0f + 0.134145f * (x * x)))), dy)
+                   (TERN__ROOT_2_PI * (1.0f + 0.134145f * (x * x)))), dy)
 
 /* Sine and cosine by quarter turns; the reduction is good to float accuracy for |x| < 8192. */
 TERN__ANYWHERE void tern__sincos(float x, float *sine, float *cosine)
@@ -2580,7 +2581,7 @@ TERN__ANYWHERE float tern__averaged_scale(const tern_ternarize_args *a, int64_t 
    GIVEN scale is there, a learned one starts at `mean` (SEQ: the largest |w|). No weight is above the threshold of a zero scale. */
 TERN__ANYWHERE float tern__settle_grain(const tern_ternarize_args *a, int64_t i, float mean, float above)
 {
-    float alpha = a->rule == TERN_TWN ? above : a->rule == TERN_ABSMEAN_SIGMA ? mean / 0.7978845608f : mean, scale;
+    float alpha = a->rule == TERN_TWN ? above : a->rule == TERN_ABSMEAN_SIGMA ? mean / TERN__ROOT_2_PI : mean, scale;
     if (tern__is_learned(a->rule)) alpha = tern__learned_scale(a, i, mean);
     if (a->rho > 0.0f) alpha = tern__averaged_scale(a, i, alpha);
     scale = a->rule == TERN_GIVEN ? tern__load_scale(a->m.scale_type, a->m.scales, i)
@@ -4412,7 +4413,7 @@ static inline __attribute__((always_inline)) TARGET V tern__exp_##X(V x)        
 }                                                                                                        \
 static inline __attribute__((always_inline)) TARGET V tern__sigmoid_##X(V x) { return 1.0f / (1.0f + tern__exp_##X(0.0f - x)); } \
 static inline __attribute__((always_inline)) TARGET V tern__tanh_##X(V x) { return 1.0f - 2.0f / (tern__exp_##X(2.0f * x) + 1.0f); } \
-static inline __attribute__((always_inline)) TARGET V tern__gelu_tanh_##X(V x) { return tern__tanh_##X(0.79788456f * (x + 0.044715f * (x * x * x))); } \
+static inline __attribute__((always_inline)) TARGET V tern__gelu_tanh_##X(V x) { return tern__tanh_##X(TERN__ROOT_2_PI * (x + 0.044715f * (x * x * x))); } \
 static inline __attribute__((always_inline)) TARGET V tern__larger_##X(V x, V than) { return (V)(((I)x & (I)(x > than)) | ((I)than & ~(I)(x > than))); } \
 TERN__MAP_KERNEL(tern__map_##X, _##X, TARGET, W, V)                                                      \
 TERN__SOFTMAX_KERNELS(X, _##X, TARGET, W, V)
@@ -5321,7 +5322,7 @@ TERN__AVX512_INLINE void tern__store_i8_avx512(int8_t *q, __m512i v, int64_t n)
 TERN__AVX512_INLINE __m512i tern__i8_avx512(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)); }
 TERN__AVX512_INLINE __m512i tern__i16_avx512(const int16_t *p) { return _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p)); }
 /* 2^(l/256) and 2^(1 + h/16). Their product, added to 512, is rounded to 14 bits behind the point: all 256 as in
-   tern__lattice (a gather took 14 cycles for a group, a third of its product). */
+   tern__lattice, and faster than a gather. */
 static const float tern__lattice_parts[2][16] TERN__ALIGN64 = {
     {1.0f, 1.0027113f, 1.00542986f, 1.00815594f, 1.01088929f, 1.01363003f, 1.01637828f, 1.01913404f,
      1.0218972f, 1.02466774f, 1.02744591f, 1.0302316f, 1.03302491f, 1.03582573f, 1.03863406f, 1.04145014f},
@@ -9460,7 +9461,7 @@ static float tern__shadow_scale(const tern_param *p, const int8_t *trits, int64_
     for (r = row; r < row + rows; r++)
         for (j = col; j < col + cols; j++) count += trits[r * p->cols + j] != 0;
     if (count == 0) return scale;
-    return scale * ((float)(rows * cols) / (float)count) * (p->rule == TERN_ABSMEAN_SIGMA ? 0.7978845608f : 1.0f);
+    return scale * ((float)(rows * cols) / (float)count) * (p->rule == TERN_ABSMEAN_SIGMA ? TERN__ROOT_2_PI : 1.0f);
 }
 
 /* Memory for a give: on the backend, and on the host. */
@@ -9814,16 +9815,18 @@ static int32_t tern__is_float(tern_type type) { return type == TERN_F32 || type 
 
 /* -- parameters that share a scale -- */
 
-static tern_result tern__scale_by(tern_context *c, int64_t count, const float *x, float factor, float *y)
+/* y = a + alpha b, or without b alpha a. */
+static tern_result tern__add_scaled(tern_context *c, int64_t count, const float *a, float alpha, const float *b, float *y)
 {
-    tern_map_args a;
-    memset(&a, 0, sizeof a);
-    a.fn = TERN_MAP_SCALE;
-    a.count = count;
-    a.alpha = factor;
-    a.a = x;
-    a.y = y;
-    return tern_map(c, &a);
+    tern_map_args m;
+    memset(&m, 0, sizeof m);
+    m.fn = b ? TERN_MAP_ADD : TERN_MAP_SCALE;
+    m.count = count;
+    m.alpha = alpha;
+    m.a = a;
+    m.b = b;
+    m.y = y;
+    return tern_map(c, &m);
 }
 
 /* What a parameter is ternarized from. */
@@ -9906,12 +9909,12 @@ static tern_result tern__sync_set(tern_context *c, const tern__sources *all, int
         TERN__TRY(tern_sum(c, &sum));
         weights += sum.count;
     }
-    TERN__TRY(tern__scale_by(c, 1, scale, 1.0f / (of->rule == TERN_ABSMEAN_SIGMA ? (float)weights * 0.7978845608f : (float)weights), scale));
+    TERN__TRY(tern__add_scaled(c, 1, scale, 1.0f / (of->rule == TERN_ABSMEAN_SIGMA ? (float)weights * TERN__ROOT_2_PI : (float)weights), NULL, scale));
     for (i = first; i < all->count; i++) {
         const tern__source s = all->at(all->of, i);
         if (!s.p || s.p->sync != of->sync) continue;
         if (tern__source_ternarize(c, &s, i, noise, scale) != TERN_OK) return tern__sync_blame(c, all, of->sync);
-        TERN__TRY(tern__scale_by(c, 1, scale, 1.0f, (float *)s.p->buffer[TERN_SCALES].data));
+        TERN__TRY(tern__add_scaled(c, 1, scale, 1.0f, NULL, (float *)s.p->buffer[TERN_SCALES].data));
     }
     return TERN_OK;
 }
@@ -10209,19 +10212,6 @@ static tern_dense_args tern__linear_dense(const tern_linear *l, int64_t n, const
     a.bias = tern__floats(l->bias, TERN_SHADOW);
     a.c = y; a.c_row = l->w->rows;
     return a;
-}
-
-static tern_result tern__add_scaled(tern_context *c, int64_t count, const float *a, float alpha, const float *b, float *y)
-{
-    tern_map_args m;
-    memset(&m, 0, sizeof m);
-    m.fn = b ? TERN_MAP_ADD : TERN_MAP_SCALE; /* y = a + alpha b, or alpha a */
-    m.count = count;
-    m.alpha = alpha;
-    m.a = a;
-    m.b = b;
-    m.y = y;
-    return tern_map(c, &m);
 }
 
 /* The bias, with the dead zone's where there is one. */
