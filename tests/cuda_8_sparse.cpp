@@ -278,10 +278,10 @@ static void test_nearest(int64_t cols, int64_t rows, int64_t n)
 {
     mirror<float> x(n * cols, test_uniform), w(rows * cols, test_uniform), distance(n);
     mirror<int32_t> ids(n);
-    if (rows > 8) memcpy(w[CPU] + 30 * cols, w[CPU] + 4 * cols, (size_t)cols * 4); /* of equal ones the first */
-    if (rows > 8) memcpy(w[CPU] + 5 * cols, w[CPU] + 12 * cols, (size_t)cols * 4);
-    if (rows > 8) memcpy(x[CPU] + cols, w[CPU] + 30 * cols, (size_t)cols * 4);
-    if (rows > 8) memcpy(x[CPU], w[CPU] + 12 * cols, (size_t)cols * 4);
+    if (rows > 30) memcpy(w[CPU] + 30 * cols, w[CPU] + 4 * cols, (size_t)cols * 4); /* of equal ones the first */
+    if (rows > 30) memcpy(w[CPU] + 5 * cols, w[CPU] + 12 * cols, (size_t)cols * 4);
+    if (rows > 30) memcpy(x[CPU] + cols, w[CPU] + 30 * cols, (size_t)cols * 4);
+    if (rows > 30) memcpy(x[CPU], w[CPU] + 12 * cols, (size_t)cols * 4);
     x[CPU][2 * cols] = test_nan;
     x[CPU][4 * cols + cols - 1] = 2e19f;
     x.send();

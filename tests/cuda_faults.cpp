@@ -87,7 +87,7 @@ static const scenario sparse[] = {
     {"row dot", [] { test_row_dots(1025, 40); }, {}},
     {"aggregate", check_aggregate, {2}},
     {"gate", [] { test_gated(40, 2, 1030, true); }, {3, 5}},
-    {"nearest", [] { test_nearest(1025, 9, 40); }, {}},
+    {"nearest", [] { test_nearest(1025, 33, 40); }, {}},
     {"flip", [] { test_flipped({test_shape(600, 40, 20, TERN_2BIT, TERN_POW2), TERN_FLIP_PROPORTIONAL, 3, 30.0f}, 0, false); }, {}},
 };
 
