@@ -9815,18 +9815,23 @@ static int32_t tern__is_float(tern_type type) { return type == TERN_F32 || type 
 
 /* -- parameters that share a scale -- */
 
-/* y = a + alpha b, or without b alpha a. */
-static tern_result tern__add_scaled(tern_context *c, int64_t count, const float *a, float alpha, const float *b, float *y)
+static tern_result tern__map_of(tern_context *c, tern_map_fn fn, int64_t count, const float *a, float alpha, const float *b, float *y)
 {
     tern_map_args m;
     memset(&m, 0, sizeof m);
-    m.fn = b ? TERN_MAP_ADD : TERN_MAP_SCALE;
+    m.fn = fn;
     m.count = count;
     m.alpha = alpha;
     m.a = a;
     m.b = b;
     m.y = y;
     return tern_map(c, &m);
+}
+
+/* y = a + alpha b, or without b alpha a. */
+static tern_result tern__add_scaled(tern_context *c, int64_t count, const float *a, float alpha, const float *b, float *y)
+{
+    return tern__map_of(c, b ? TERN_MAP_ADD : TERN_MAP_SCALE, count, a, alpha, b, y);
 }
 
 /* What a parameter is ternarized from. */
@@ -10799,15 +10804,7 @@ static int64_t tern__linear_bytes(const tern_linear *l, int64_t n) { return tern
 
 static tern_result tern__apply(tern_context *c, tern_map_fn fn, int64_t count, const float *a, const float *b, float *y)
 {
-    tern_map_args p;
-    memset(&p, 0, sizeof p);
-    p.fn = fn;
-    p.count = count;
-    p.alpha = 1.0f;
-    p.a = a;
-    p.b = b;
-    p.y = y;
-    return tern_map(c, &p);
+    return tern__map_of(c, fn, count, a, 1.0f, b, y);
 }
 
 #ifndef TERNARY_NO_TRAINING
