@@ -769,7 +769,7 @@ typedef struct tern_flip_args {
     int32_t scale_step, scale_theta; /* 0 to 127, 2 to 127 */
     int32_t scale_push;       /* TERN_LOG scales that learn: 1 to 256; 64 falling to 1 */
     uint64_t seed; uint32_t step, stream;
-    tern_flips *counts;       /* backend memory, aligned to 8, or NULL */
+    tern_flips *counts;       /* backend memory, aligned to int64_t, or NULL */
 } tern_flip_args;
 
 /* A whole layer on quantized activations, tokens quantized while they are in cache: quantize, whose m has trits and
@@ -8429,6 +8429,9 @@ TERN_API tern_result tern_sync(tern_context *c)
 
 /* -- checks, one per operation: everything that can be said before a byte is touched -- */
 
+/* 4 where a 32-bit machine has 64-bit integers at any word. */
+struct tern__int64_place { char before; int64_t at; };
+enum { TERN__INT64_ALIGN = offsetof(struct tern__int64_place, at) };
 static tern_result tern__check_pointer(tern_run *r, const char *op, const char *name, const void *p, int64_t align)
 {
     TERN__REQUIRE(r, p, TERN_E_ARGUMENT, "%s: %s is NULL", op, name);
@@ -8717,11 +8720,11 @@ static tern_result tern__check_aggregate(tern_run *r, const tern_aggregate_args 
     TERN__TRY(tern__check_count(r, "aggregate", "sources", e->sources, tern__max(a->cols, a->q ? a->q_row : 0)));
     TERN__REQUIRE(r, e->count >= 0 && e->first >= 0 && e->hubs >= 0 && e->parts >= e->hubs && tern__fits(tern__mul(e->count, 4)) && tern__fits(tern__mul(tern__mul(e->parts, a->cols), 4)),
                   TERN_E_SHAPE, "aggregate: %d edges, %d hubs and %d parts", e->count, e->hubs, e->parts);
-    TERN__TRY(tern__check_pointer(r, "aggregate", "edges.start", e->start, 8));
+    TERN__TRY(tern__check_pointer(r, "aggregate", "edges.start", e->start, TERN__INT64_ALIGN));
     if (e->count) TERN__TRY(tern__check_pointer(r, "aggregate", "edges.entry", e->entry, 4));
     if (e->hubs) {
         TERN__TRY(tern__check_pointer(r, "aggregate", "edges.hub", e->hub, 4));
-        TERN__TRY(tern__check_pointer(r, "aggregate", "edges.part", e->part, 8));
+        TERN__TRY(tern__check_pointer(r, "aggregate", "edges.part", e->part, TERN__INT64_ALIGN));
         TERN__NEED("aggregate", part);
     }
     TERN__MAY("aggregate", left);
@@ -8974,7 +8977,7 @@ static tern_result tern__check_flip(tern_run *r, const tern_flip_args *a)
         TERN__REQUIRE(r, a->m.scale_type != TERN_LOG || (a->scale_push >= 1 && a->scale_push <= 256), TERN_E_ARGUMENT,
                       "flip: scale_push is %d, not 1 to 256", (int64_t)a->scale_push);
     }
-    return a->counts ? tern__check_pointer(r, "flip", "counts", a->counts, 8) : TERN_OK;
+    return a->counts ? tern__check_pointer(r, "flip", "counts", a->counts, TERN__INT64_ALIGN) : TERN_OK;
 }
 
 #define TERN__PUBLIC(op)                                                                                            \
@@ -12001,7 +12004,7 @@ static tern_result tern__check_node(tern_context *c, const tern_edges *e, const 
 static tern_result tern__check_starts(tern_context *c, const tern_edges *e)
 {
     int64_t v;
-    TERN__TRY(tern__check_pointer(&c->run, "graph", "start", e->start, 8));
+    TERN__TRY(tern__check_pointer(&c->run, "graph", "start", e->start, TERN__INT64_ALIGN));
     TERN__REQUIRE(&c->run, e->start[0] == 0, TERN_E_ARGUMENT, "graph: start[0] is %d, not 0", e->start[0]);
     for (v = 0; v < e->nodes; v++)
         TERN__REQUIRE(&c->run, e->start[v + 1] >= e->start[v], TERN_E_ARGUMENT, "graph: start[%d] is %d, below start[%d] = %d", v + 1, e->start[v + 1], v, e->start[v]);
@@ -12949,7 +12952,7 @@ TERN_API tern_result tern_vq_count(tern_context *c, const tern_vq *l, int64_t n,
     int64_t i;
     TERN__TRY(tern__check_vq(c, l, n));
     TERN__TRY(tern__check_pointer(&c->run, "vq", "ids", ids, 4));
-    TERN__TRY(tern__check_pointer(&c->run, "vq", "used", used, 8));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "used", used, TERN__INT64_ALIGN));
     host = (int32_t *)tern__host_alloc(&c->run.allocator, (size_t)n * sizeof(int32_t));
     TERN__REQUIRE(&c->run, host, TERN_E_MEMORY, "vq: no memory for %d ids", n);
     result = tern_copy(c, host, ids, (size_t)n * sizeof(int32_t), TERN_TO_HOST);
@@ -12964,7 +12967,7 @@ TERN_API tern_result tern_vq_revive(tern_context *c, const tern_vq *l, int64_t n
     int64_t i, revived = 0;
     TERN__TRY(tern__check_vq(c, l, n));
     TERN__TRY(tern__check_pointer(&c->run, "vq", "x", x, 4));
-    TERN__TRY(tern__check_pointer(&c->run, "vq", "used", used, 8));
+    TERN__TRY(tern__check_pointer(&c->run, "vq", "used", used, TERN__INT64_ALIGN));
     TERN__TRY(tern__check_buffer(c, l->codes, TERN_SHADOW, l->codes->rows * l->codes->cols));
     TERN__REQUIRE(&c->run, tern__buffer_type(l->codes, TERN_SHADOW) == TERN_F32 && !l->codes->rotate, TERN_E_UNSUPPORTED, "%s: codes are revived in an F32 shadow without rotation", l->codes->name);
     for (i = 0; i < l->codes->rows; i++) {
