@@ -2,6 +2,7 @@
 ternary_cuda.cu - the CUDA backend of ternary.h
 
     nvcc -O3 -std=c++17 -arch=native -fmad=false -c ternary_cuda.cu        (or: make cuda, for every architecture)
+                        (on an H100 or H200 -arch=sm_90a: native is sm_90, which has no wgmma and is slower with many tokens)
     cc program.c ternary_cuda.o -L/usr/local/cuda/lib64 -lcudart -lstdc++ -pthread
 
     tern_context_desc desc = {.backend = tern_cuda_backend(0)};            (device 0)
@@ -75,21 +76,23 @@ static __device__ __forceinline__ uint4 tern__stream16(const void *p)
     return v;
 }
 
+static __device__ __forceinline__ uint32_t tern__shared_address(const void *shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
+
 /* Copies of 16 bytes from global to shared memory that a thread requests, closes as a group and waits for, until at
    most Pending groups are under way. The least architecture copies at once. */
 static __device__ __forceinline__ void tern__cp_async16(void *shared, const void *global)
 {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(tern__shared_address(shared)), "l"(global) : "memory");
 #else
     *(uint4 *)shared = *(const uint4 *)global;
 #endif
 }
-/* This one, without a branch, writes zeros if there is nothing to copy. */
+/* Without a branch; zeros if there is nothing to copy. */
 static __device__ __forceinline__ void tern__cp_async16_or_zero(void *shared, const void *global, bool there)
 {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global), "r"(there ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(tern__shared_address(shared)), "l"(global), "r"(there ? 16 : 0) : "memory");
 #else
     *(uint4 *)shared = there ? *(const uint4 *)global : make_uint4(0, 0, 0, 0);
 #endif
@@ -115,8 +118,6 @@ template <unsigned Pending> static __device__ __forceinline__ void tern__cp_wait
 #define TERN__HAS_WGMMA 0
 #define TERN__SM90A(...) (void)0
 #endif
-
-static __device__ __forceinline__ uint32_t tern__shared_address(const void *shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
 
 /* What this thread has written to shared memory, and its copies that it has waited for, may be multiplied by tern__wgmma_s8. */
 static __device__ __forceinline__ void tern__wgmma_publish() { TERN__SM90A("fence.proxy.async.shared::cta;" : : : "memory"); }
@@ -166,6 +167,10 @@ template <unsigned Pending, int Products, int Tiles> static __device__ __forcein
 #pragma unroll
     for (int i = 0; i < Products; i++) tern__wgmma_pin(d[i]);
 }
+#undef TERN__REGISTERS
+#undef TERN__REGISTERS32
+#undef TERN__NAMES32
+#undef TERN__SM90A
 #endif
 
 /* b of tern__wgmma_s8: 32 inputs of 8 Tiles columns. A column is 128 bytes, from a multiple of 1024 on; of its eight pieces of 16
@@ -1625,7 +1630,7 @@ static tern_result tern__gpu_matmul_wgmma(tern_run *r, tern__gpu *d, const tern_
 static tern_result tern__gpu_open_wgmma(tern_run *r, tern__gpu *d)
 {
     TERN__LAUNCH(tern__find_wgmma, 1, 1, 0, d->stream, (int *)d->work);
-    TERN__CUDA(r, cudaGetLastError(), "a first kernel: is there code for this device?");
+    TERN__CUDA(r, cudaGetLastError(), "a first kernel");
     TERN__CUDA(r, cudaMemcpyAsync(&d->wgmma, d->work, sizeof d->wgmma, cudaMemcpyDeviceToHost, d->stream), "copy");
     TERN__CUDA(r, cudaStreamSynchronize(d->stream), "the first kernel");
     for (const tern__wgmma_kernel &k : tern__wgmma_kernels)
