@@ -1513,14 +1513,13 @@ static __device__ __forceinline__ void tern__wgmma_codes(const int8_t *units, ui
     }
 }
 
+/* The tile of Threads rows and Tokens tokens that begins at these. */
 template <int Tokens, int Threads, bool Grouped>
-static __global__ void __launch_bounds__(Threads, 1) tern__wgmma_product(tern_matmul_args a, tern__shape s, unsigned row_tiles)
+static __device__ __forceinline__ void tern__wgmma_tokens(const tern_matmul_args &a, const tern__shape &s, int64_t row_tile, int64_t token0, int8_t *shared)
 {
-    TERN__SHARED(int8_t, shared);
     enum { TILES = Tokens / 8, AHEAD = TERN__WGMMA_STAGES - 2, STAGE = Tokens * 128 + Threads * TERN__WGMMA_ROW };
     const int warp = (int)threadIdx.x / 32, g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
-    const int64_t row0 = (int64_t)(blockIdx.x % row_tiles) * Threads, token0 = (int64_t)(blockIdx.x / row_tiles) * Tokens;
-    const int64_t row = row0 + warp * 32 + 4 * g, token = token0 + 2 * t; /* of the lane's first output */
+    const int64_t row0 = row_tile * Threads, row = row0 + warp * 32 + 4 * g, token = token0 + 2 * t; /* the latter of the lane's first output */
     const int steps = TERN__HAS_WGMMA ? tern__step_count(s, TERN__WGMMA_UNITS) : 0, units = Tokens * 128 + (2 * warp + g / 4) * TERN__WGMMA_UNITS * TERN__UNIT + g % 4 * 16;
     const tern__wgmma_source from = tern__wgmma_source_of<Threads>(a, s, row0 / TERN__ROWS, token0);
     tern__step step = tern__step_from(s, TERN__WGMMA_UNITS, 0, 0), next = step;
@@ -1561,6 +1560,13 @@ static __global__ void __launch_bounds__(Threads, 1) tern__wgmma_product(tern_ma
     }
     tern__wgmma_wait<0>(dot);
     if (TERN__HAS_WGMMA) tern__store_many<TILES>(a, s, Grouped, row, token, dot, facc);
+}
+
+template <int Tokens, int Threads, bool Grouped>
+static __global__ void __launch_bounds__(Threads, 1) tern__wgmma_product(tern_matmul_args a, tern__shape s, unsigned row_tiles)
+{
+    TERN__SHARED(int8_t, shared);
+    tern__wgmma_tokens<Tokens, Threads, Grouped>(a, s, blockIdx.x % row_tiles, (int64_t)(blockIdx.x / row_tiles) * Tokens, shared);
 }
 
 /* Says of the code that is loaded here whether it is that for sm_90a. */
