@@ -1613,12 +1613,12 @@ typedef struct tern__wgmma_kernel { tern__many_kernel *kernel; int rows, tokens;
 static const tern__wgmma_kernel tern__wgmma_kernels[] = {TERN__WGMMA(128), TERN__WGMMA(256)};
 #undef TERN__WGMMA
 
-static int tern__wgmma_bytes(const tern__wgmma_kernel &k) { return TERN__WGMMA_STAGES * (k.tokens * 128 + k.rows * TERN__WGMMA_ROW); }
+static int tern__wgmma_bytes(int rows, int tokens) { return TERN__WGMMA_STAGES * (tokens * 128 + rows * TERN__WGMMA_ROW); }
 
 /* Where tiles of 64 tokens, and stages of a group's inputs, are more than half full. */
-static bool tern__suits_wgmma(const tern__gpu *d, const tern_matmul_args *a, const tern__shape &s)
+static bool tern__suits_wgmma(const tern__gpu *d, const tern_matrix &m, const tern__shape &s, int64_t n)
 {
-    return d->wgmma && a->m.encoding != TERN_BASE3 && a->n > 32 && 2 * s.group_units > tern__ceil_div(s.group_units, TERN__WGMMA_UNITS) * TERN__WGMMA_UNITS;
+    return d->wgmma && m.encoding != TERN_BASE3 && n > 32 && 2 * s.group_units > tern__ceil_div(s.group_units, TERN__WGMMA_UNITS) * TERN__WGMMA_UNITS;
 }
 
 static tern_result tern__gpu_matmul_wgmma(tern_run *r, tern__gpu *d, const tern_matmul_args *a, const tern__shape &s)
@@ -1628,19 +1628,7 @@ static tern_result tern__gpu_matmul_wgmma(tern_run *r, tern__gpu *d, const tern_
     const tern__wgmma_kernel &k = tern__wgmma_kernels[tern__mul(tern__ceil_div(a->m.rows, 256), token_tiles) >= d->processors ? 3 + kind : kind];
     const int64_t row_tiles = tern__ceil_div(a->m.rows, k.rows), tiles = tern__mul(row_tiles, token_tiles);
     TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: matmul: %d tiles of %d rows by %d tokens; %d are the most", tiles, (int64_t)k.rows, (int64_t)k.tokens, (int64_t)INT32_MAX);
-    TERN__LAUNCH(k.kernel, (unsigned)tiles, k.rows, tern__wgmma_bytes(k), d->stream, *a, s, (unsigned)row_tiles);
-    return TERN_OK;
-}
-
-/* Looks for it when the device is opened. */
-static tern_result tern__gpu_open_wgmma(tern_run *r, tern__gpu *d)
-{
-    TERN__LAUNCH(tern__find_wgmma, 1, 1, 0, d->stream, (int *)d->work);
-    TERN__CUDA(r, cudaGetLastError(), "a first kernel");
-    TERN__CUDA(r, cudaMemcpyAsync(&d->wgmma, d->work, sizeof d->wgmma, cudaMemcpyDeviceToHost, d->stream), "copy");
-    TERN__CUDA(r, cudaStreamSynchronize(d->stream), "the first kernel");
-    for (const tern__wgmma_kernel &k : tern__wgmma_kernels)
-        if (d->wgmma) TERN__CUDA(r, cudaFuncSetAttribute(k.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tern__wgmma_bytes(k)), "shared memory");
+    TERN__LAUNCH(k.kernel, (unsigned)tiles, k.rows, tern__wgmma_bytes(k.rows, k.tokens), d->stream, *a, s, (unsigned)row_tiles);
     return TERN_OK;
 }
 
@@ -1650,7 +1638,7 @@ static tern_result tern__gpu_matmul_int8(tern_run *r, tern__gpu *d, const tern_m
     TERN__TRY(tern__check_aligned16(r, "matmul: m.trits", a->m.trits));
     TERN__TRY(tern__check_aligned16(r, "matmul: q", a->q));
     if (a->n <= TERN__FEW_TOKENS) return tern__gpu_matmul_few(d, a, s);
-    return tern__suits_wgmma(d, a, s) ? tern__gpu_matmul_wgmma(r, d, a, s) : tern__gpu_matmul_many(r, d, a, s);
+    return tern__suits_wgmma(d, a->m, s, a->n) ? tern__gpu_matmul_wgmma(r, d, a, s) : tern__gpu_matmul_many(r, d, a, s);
 }
 
 /* Bits as int8, in the layout of those. */
@@ -1800,6 +1788,29 @@ template <int Tiles, bool Base3, bool Grouped> static __global__ void __launch_b
     });
 }
 
+enum { TERN__WGMMA_GROUP_ROOM = (int)(sizeof(tern__group_room) + 1023) / 1024 * 1024 };
+
+template <int Tokens, bool Grouped> static __global__ void __launch_bounds__(256, 1) tern__wgmma_groups(tern__groups p, int blocks)
+{
+    TERN__SHARED(tern__group_room, my);
+    tern__each_group_tile(p, Tokens, blocks, my, [&](const tern_matmul_args &a, int64_t block) {
+        __syncthreads(); /* the tile before is done */
+        tern__wgmma_tokens<Tokens, 256, Grouped>(a, p.s, block, 0, (int8_t *)my + TERN__WGMMA_GROUP_ROOM);
+    });
+}
+
+typedef struct tern__wgmma_group_kernel { void (*kernel)(tern__groups, int); int tokens; } tern__wgmma_group_kernel;
+static const tern__wgmma_group_kernel tern__wgmma_group_kernels[] = {{tern__wgmma_groups<64, false>, 64}, {tern__wgmma_groups<128, false>, 128}, {tern__wgmma_groups<64, true>, 64}};
+
+static int tern__wgmma_group_bytes(const tern__wgmma_group_kernel &k) { return TERN__WGMMA_GROUP_ROOM + tern__wgmma_bytes(256, k.tokens); }
+
+static void tern__launch_wgmma_groups(const tern__gpu *d, const tern__groups &p, int64_t mean)
+{
+    const tern__wgmma_group_kernel &k = tern__wgmma_group_kernels[p.a.m.grain > 0 ? 2 : mean > 64];
+    const int64_t blocks = tern__ceil_div(p.a.m.rows, 256);
+    TERN__LAUNCH(k.kernel, (unsigned)tern__min(d->processors, tern__mul(p.a.n, blocks * p.sets)), 256, tern__wgmma_group_bytes(k), d->stream, p, (int)blocks);
+}
+
 /* Tiles by the mean load: what the device finds must not choose the launch. */
 static void tern__launch_groups(const tern__gpu *d, const tern__groups &p)
 {
@@ -1811,7 +1822,8 @@ static void tern__launch_groups(const tern__gpu *d, const tern__groups &p)
     static void (*const few_kernels[2][2])(tern__groups, int, int) = {{tern__few_groups<1, false>, tern__few_groups<1, true>}, {tern__few_groups<2, false>, tern__few_groups<2, true>}};
     static void (*const many_kernels[2][2][2])(tern__groups, int) = {TERN__MANY(2), TERN__MANY(4)};
 #undef TERN__MANY
-    if (mean <= TERN__FEW_TOKENS) {
+    if (tern__suits_wgmma(d, p.a.m, p.s, mean)) tern__launch_wgmma_groups(d, p, mean);
+    else if (mean <= TERN__FEW_TOKENS) {
         const auto kernel = few_kernels[few - 1][base3];
         TERN__LAUNCH(kernel, (unsigned)tern__min(2 * d->processors, tern__mul(p.a.n, few_blocks * p.sets)), TERN__THREADS,
                      sizeof(tern__group_room) + (size_t)few * tern__few_room<1>::bytes, d->stream, p, pieces, (int)few_blocks);
@@ -1864,6 +1876,21 @@ static tern_result tern__gpu_grouped(tern_run *r, tern__gpu *d, const tern_group
         if (bits) TERN__LAUNCH(tern__widen_bits, tern__grid(d, p.a.n * p.s.stride / 4, TERN__THREADS), TERN__THREADS, 0, d->stream, p.a.n, a->q + t * p.s.stride, p.s, (int8_t *)d->work);
         TERN__TRY(tern__gpu_group_products(r, d, a, &p));
     }
+    return TERN_OK;
+}
+
+/* Looks for wgmma when the device is opened. */
+static tern_result tern__gpu_open_wgmma(tern_run *r, tern__gpu *d)
+{
+    TERN__LAUNCH(tern__find_wgmma, 1, 1, 0, d->stream, (int *)d->work);
+    TERN__CUDA(r, cudaGetLastError(), "a first kernel");
+    TERN__CUDA(r, cudaMemcpyAsync(&d->wgmma, d->work, sizeof d->wgmma, cudaMemcpyDeviceToHost, d->stream), "copy");
+    TERN__CUDA(r, cudaStreamSynchronize(d->stream), "the first kernel");
+    if (!d->wgmma) return TERN_OK;
+    for (const auto &k : tern__wgmma_kernels)
+        TERN__CUDA(r, cudaFuncSetAttribute(k.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tern__wgmma_bytes(k.rows, k.tokens)), "shared memory");
+    for (const auto &k : tern__wgmma_group_kernels)
+        TERN__CUDA(r, cudaFuncSetAttribute(k.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tern__wgmma_group_bytes(k)), "shared memory");
     return TERN_OK;
 }
 

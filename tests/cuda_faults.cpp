@@ -48,7 +48,9 @@ static const scenario products[] = {
     {"layer", [] { check_layer(40, 1300, 100, TERN_BASE3, 3, false); }, {4}}, /* of sums, before the next */
     {"int8", [] { int8_check(70, 65, 300, INT8_PLAIN, INT8_TRANSPOSED, 0); }, {}},
     {"warpgroups", [] { check_product(test_shape(33, 1000, TERN_PER_ROW, TERN_2BIT, TERN_F32), 70, true); }, {}},
-    {"warpgroups, groups", [] { check_product(test_shape(33, 500, 100, TERN_2BIT, TERN_F32), 40, true); }, {}},
+    {"warpgroups, groups of inputs", [] { check_product(test_shape(33, 500, 100, TERN_2BIT, TERN_F32), 40, true); }, {}},
+    /* of making the weights */
+    {"warpgroups, groups of tokens", [] { test_grouped_products(6, 1, 300, 130, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 270, 100); }, {1, 2, 3, 4, 5, 6, 7, 8, 9}},
 };
 
 static void check_attention()
@@ -168,7 +170,7 @@ static void test_cuda_fault_wait()
 
 static void test_cuda_fault_wgmma()
 {
-    for (int i : {7, 8})
+    for (int i : {7, 8, 9})
         for (cuda_sabotage_kind kind : {CUDA_NO_WGMMA_WAIT, CUDA_NO_WGMMA_FENCE, CUDA_NO_WGMMA_PUBLISH}) check_fault(products[i], kind);
 }
 
