@@ -1558,6 +1558,7 @@ static __device__ __forceinline__ void tern__wgmma_tokens(const tern_matmul_args
         }
         step = tern__step_after(s, TERN__WGMMA_UNITS, step);
     }
+    tern__cp_wait<0>(); /* the last copies are of nothing, but into shared memory */
     tern__wgmma_wait<0>(dot);
     if (TERN__HAS_WGMMA) tern__store_many<TILES>(a, s, Grouped, row, token, dot, facc);
 }

@@ -146,7 +146,7 @@ struct cuda_product {
 };
 struct cuda_warp {
     std::vector<cuda_product> products;              /* under way, */
-    std::map<int *, std::vector<int>> sums;          /* and what a lane's d of theirs was before */
+    std::map<int *, std::vector<int>> sums;          /* and what has arrived of a lane's d of theirs */
     std::vector<std::pair<uint64_t, unsigned>> asked; /* all: descriptor and columns */
     unsigned groups;                                 /* committed */
 };

@@ -165,7 +165,7 @@ static void test_cuda_fault_wait()
 {
     check_fault(products[3], CUDA_NO_WAIT);
     check_fault(products[4], CUDA_NO_WAIT);
-    for (int i : {6, 7, 8}) check_fault(products[i], CUDA_NO_WAIT);
+    for (int i : {6, 7, 8, 9}) check_fault(products[i], CUDA_NO_WAIT);
 }
 
 static void test_cuda_fault_wgmma()
@@ -183,18 +183,18 @@ static void test_cuda_fault_shuffle()
 
 static void test_cuda_fault_mma()
 {
-    for (int i = 1; i <= 8; i++) check_fault(products[i], CUDA_WRONG_MMA);
+    for (int i = 1; i <= 9; i++) check_fault(products[i], CUDA_WRONG_MMA);
 }
 
 static void test_cuda_fault_reads_beyond()
 {
-    for (int i = 1; i <= 8; i++) check_fault(products[i], CUDA_READS_BEYOND); /* weights, and what is copied of q */
+    for (int i = 1; i <= 9; i++) check_fault(products[i], CUDA_READS_BEYOND); /* weights, and what is copied of q */
 }
 
 #ifdef CUDA_ASAN
 static void test_cuda_fault_little_shared_memory()
 {
-    for (int i = 3; i <= 5; i++) check_fault(products[i], CUDA_LITTLE_SHARED); /* the others ask for more than they need here */
+    for (int i : {3, 4, 5, 7, 8, 9}) check_fault(products[i], CUDA_LITTLE_SHARED); /* the others ask for more than they need here */
 }
 #endif
 
