@@ -5,13 +5,15 @@ LDLIBS  = -pthread -lm
 PREFIX  = /usr/local
 HEADERS = ternary.h tests/test.h tests/amx.h
 
-# CUDA: of CUDA_ARCHS what this nvcc knows, and PTX of the newest for GPUs to come. make cuda CUDA_ARCHS=90 NVCC=path
+# CUDA: of CUDA_ARCHS what this nvcc knows, and PTX of the newest for GPUs to come. make cuda CUDA_ARCHS=90a NVCC=path
+# Only code for sm_90a, not sm_90, has wgmma; both run on the same GPUs.
 NVCC       = $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 NVCCFLAGS  = -O3 -std=c++17 -fmad=false
-CUDA_ARCHS = 75 80 86 89 90 90a 100 120
+CUDA_ARCHS = 75 80 86 89 90a 100 120
 known      = $(if $(NVCC),$(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code)))
 archs      = $(filter $(CUDA_ARCHS),$(known) $(addsuffix a,$(filter 90,$(known))))
-newest     = $(lastword $(filter-out %a,$(archs)))
+newest     = $(lastword $(filter $(CUDA_ARCHS:%a=%),$(known)))
+native     = -arch=$(if $(filter 9.0,$(shell command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=compute_cap --format=csv,noheader)),sm_90a,native)
 fat        = -t 0 $(foreach arch,$(archs),-gencode arch=compute_$(arch),code=sm_$(arch)) -gencode arch=compute_$(newest),code=compute_$(newest)
 sanitizer  = $(firstword $(shell command -v compute-sanitizer) $(wildcard $(dir $(NVCC))compute-sanitizer))
 
@@ -66,9 +68,9 @@ build/bench: bench/bench.c ternary.h | build
 build/ternary_cuda.o: ternary_cuda.cu ternary.h | build nvcc
 	$(NVCC) $(NVCCFLAGS) $(fat) -c $< -o $@
 build/tests-cuda: tests/cuda_tests.cpp $(wildcard tests/cuda*) ternary_cuda.cu ternary.h | build nvcc
-	$(NVCC) $(NVCCFLAGS) -arch=native -lineinfo -x cu $< -o $@
+	$(NVCC) $(NVCCFLAGS) $(native) -lineinfo -x cu $< -o $@
 build/bench-cuda: bench/cuda.cu ternary_cuda.cu ternary.h | build nvcc
-	$(NVCC) $(NVCCFLAGS) -arch=native $< -o $@ -ldl
+	$(NVCC) $(NVCCFLAGS) $(native) $< -o $@ -ldl
 nvcc:
 	@test -n "$(NVCC)" || { echo "no nvcc: install the CUDA Toolkit (12 or newer) and put its bin on the PATH, or say make NVCC=path"; exit 1; }
 build/tests-plain:   TEST_CC = $(CC) $(CFLAGS) -g -DTEST_THREADS=3

@@ -2,6 +2,7 @@
 ternary_cuda.cu - the CUDA backend of ternary.h
 
     nvcc -O3 -std=c++17 -arch=native -fmad=false -c ternary_cuda.cu        (or: make cuda, for every architecture)
+                        (on an H100 or H200 -arch=sm_90a: native is sm_90, which has no wgmma and is slower with many tokens)
     cc program.c ternary_cuda.o -L/usr/local/cuda/lib64 -lcudart -lstdc++ -pthread
 
     tern_context_desc desc = {.backend = tern_cuda_backend(0)};            (device 0)
@@ -48,8 +49,8 @@ Licence: MIT or Unlicense, at your choice; see the end of LICENSE.
 
 #ifdef __CUDACC__
 #define TERN__LAUNCH(kernel, grid, block, shared_bytes, stream, ...) kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
-#define TERN__SHARED(type, name)                                  \
-    extern __shared__ __align__(16) unsigned char tern__shared[]; \
+#define TERN__SHARED(type, name)                                    \
+    extern __shared__ __align__(1024) unsigned char tern__shared[]; \
     type *const name = reinterpret_cast<type *>(tern__shared)
 
 /* d += a b; a is 16 x 32 int8 by rows, b 32 x 8 by columns. Lane 4g + t holds rows g and g + 8 (of a and d) in registers
@@ -75,14 +76,25 @@ static __device__ __forceinline__ uint4 tern__stream16(const void *p)
     return v;
 }
 
+static __device__ __forceinline__ uint32_t tern__shared_address(const void *shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
+
 /* Copies of 16 bytes from global to shared memory that a thread requests, closes as a group and waits for, until at
    most Pending groups are under way. The least architecture copies at once. */
 static __device__ __forceinline__ void tern__cp_async16(void *shared, const void *global)
 {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(tern__shared_address(shared)), "l"(global) : "memory");
 #else
     *(uint4 *)shared = *(const uint4 *)global;
+#endif
+}
+/* Without a branch; zeros if there is nothing to copy. */
+static __device__ __forceinline__ void tern__cp_async16_or_zero(void *shared, const void *global, bool there)
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(tern__shared_address(shared)), "l"(global), "r"(there ? 16 : 0) : "memory");
+#else
+    *(uint4 *)shared = there ? *(const uint4 *)global : make_uint4(0, 0, 0, 0);
 #endif
 }
 static __device__ __forceinline__ void tern__cp_commit()
@@ -97,7 +109,77 @@ template <unsigned Pending> static __device__ __forceinline__ void tern__cp_wait
     asm volatile("cp.async.wait_group %0;" : : "n"(Pending) : "memory");
 #endif
 }
+
+/* Only code for sm_90a itself has the following: elsewhere they do nothing, and TERN__HAS_WGMMA says so. */
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define TERN__HAS_WGMMA 1
+#define TERN__SM90A(...) asm volatile(__VA_ARGS__)
+#else
+#define TERN__HAS_WGMMA 0
+#define TERN__SM90A(...) (void)0
 #endif
+
+/* What this thread has written to shared memory, and its copies that it has waited for, may be multiplied by tern__wgmma_s8. */
+static __device__ __forceinline__ void tern__wgmma_publish() { TERN__SM90A("fence.proxy.async.shared::cta;" : : : "memory"); }
+
+/* d += a b by a warpgroup, four warps from a multiple of four on; a is 64 x 32 int8 by rows, of which a warp has 16, in registers as
+   those of tern__mma_s8; so has d for each eight of its 8 Tiles columns. b: tern__wgmma_tile. Under way until waited for: then
+   alone may a, d and b be touched. Before it, a fence: behind it neither a nor d was written but by products. */
+#define TERN__REGISTERS(d) "+r"((d)[0]), "+r"((d)[1]), "+r"((d)[2]), "+r"((d)[3])
+#define TERN__REGISTERS32(d, i)                                                                                                   \
+    TERN__REGISTERS(d[i]), TERN__REGISTERS(d[i + 1]), TERN__REGISTERS(d[i + 2]), TERN__REGISTERS(d[i + 3]),                       \
+    TERN__REGISTERS(d[i + 4]), TERN__REGISTERS(d[i + 5]), TERN__REGISTERS(d[i + 6]), TERN__REGISTERS(d[i + 7])
+#define TERN__NAMES32                                                                                                             \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+static __device__ __forceinline__ void tern__wgmma_s8(int (&d)[8][4], const uint32_t (&a)[4], uint64_t b)
+{
+    TERN__SM90A("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" TERN__NAMES32 "}, {%32,%33,%34,%35}, %36, 1;"
+        : TERN__REGISTERS32(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+static __device__ __forceinline__ void tern__wgmma_s8(int (&d)[16][4], const uint32_t (&a)[4], uint64_t b)
+{
+    TERN__SM90A("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" TERN__NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,"
+        "%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1;"
+        : TERN__REGISTERS32(d, 0), TERN__REGISTERS32(d, 8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+/* The compiler, too, must have written registers before the fence, and must not read them before the wait. */
+template <int Tiles> static __device__ __forceinline__ void tern__wgmma_pin(int (&d)[Tiles][4])
+{
+#pragma unroll
+    for (int i = 0; i < Tiles; i++) TERN__SM90A("" : TERN__REGISTERS(d[i]) : : "memory");
+}
+template <int Products, int Tiles> static __device__ __forceinline__ void tern__wgmma_fence(uint32_t (&a)[Products][4], int (&d)[Products][Tiles][4])
+{
+#pragma unroll
+    for (int i = 0; i < Products; i++) {
+        TERN__SM90A("" : TERN__REGISTERS(a[i]) : : "memory");
+        tern__wgmma_pin(d[i]);
+    }
+    TERN__SM90A("wgmma.fence.sync.aligned;" : : : "memory");
+}
+
+/* Products form groups; a warp waits until at most Pending groups of its own are under way. */
+static __device__ __forceinline__ void tern__wgmma_commit() { TERN__SM90A("wgmma.commit_group.sync.aligned;" : : : "memory"); }
+template <unsigned Pending, int Products, int Tiles> static __device__ __forceinline__ void tern__wgmma_wait(int (&d)[Products][Tiles][4])
+{
+    TERN__SM90A("wgmma.wait_group.sync.aligned %0;" : : "n"(Pending) : "memory");
+#pragma unroll
+    for (int i = 0; i < Products; i++) tern__wgmma_pin(d[i]);
+}
+#undef TERN__REGISTERS
+#undef TERN__REGISTERS32
+#undef TERN__NAMES32
+#undef TERN__SM90A
+#endif
+
+/* b of tern__wgmma_s8: 32 inputs of 8 Tiles columns. A column is 128 bytes, from a multiple of 1024 on; of its eight pieces of 16
+   bytes piece i lies at i ^ column % 8. Inputs from 32 k on: + 2 k. The words: where it begins, how far apart lie eights of
+   columns, both in 16 bytes, and that pieces change places. */
+static __device__ __forceinline__ uint64_t tern__wgmma_tile(const void *shared)
+{
+    return (uint64_t)(tern__shared_address(shared) >> 4 & 0x3FFF) | (uint64_t)(8 * 128 >> 4) << 32 | (uint64_t)1 << 62;
+}
 
 #define TERN__ALL_LANES 0xFFFFFFFFu
 
@@ -142,6 +224,7 @@ static const tern__key tern__no_fault = ~(tern__key)0;
 
 typedef struct tern__gpu {
     int device, processors;
+    int wgmma; /* whether the code that runs here has it */
     cudaStream_t stream;
     tern__key *fault; /* on the device, */
     float *work;      /* as this */
@@ -1200,16 +1283,19 @@ template <bool Base3> struct tern__stage {
 /* What a step multiplies: units [begin, end) of a group, to which they are the last or not. */
 typedef struct tern__step { int group, begin, end; bool last; } tern__step;
 
-static __device__ tern__step tern__step_of(const tern__shape &s, int units, int i)
+static __device__ tern__step tern__step_from(const tern__shape &s, int units, int group, int begin)
 {
-    const int each = ((int)s.group_units + units - 1) / units;
-    tern__step step;
-    step.group = i / each;
-    const int first = step.group * (int)s.group_units, stop = min(first + (int)s.group_units, (int)s.units);
-    step.begin = first + i % each * units;
-    step.end = min(step.begin + units, stop);
-    step.last = step.end == stop;
-    return step;
+    const int stop = min((group + 1) * (int)s.group_units, (int)s.units), end = min(begin + units, stop);
+    return {group, begin, end, end == stop};
+}
+static __device__ tern__step tern__step_after(const tern__shape &s, int units, const tern__step &step)
+{
+    return tern__step_from(s, units, step.group + step.last, step.end);
+}
+
+static __device__ int tern__step_count(const tern__shape &s, int units)
+{
+    return ((int)s.groups - 1) * (((int)s.group_units + units - 1) / units) + ((int)(s.units - (s.groups - 1) * s.group_units) + units - 1) / units;
 }
 
 template <bool Base3>
@@ -1268,13 +1354,14 @@ static __device__ void tern__store_rows(const tern_matmul_args &a, int64_t token
 template <int Tiles> static __device__ void tern__fold_many(const tern_matmul_args &a, const tern__shape &s, int group, int64_t row, int64_t token,
                                                            int dot[2][Tiles][4], float facc[2][Tiles][4])
 {
+    const int32_t *sums = a.sum + token * s.groups + group;
+    const int tokens = (int)tern__min(a.n - token, 8 * Tiles), groups = (int)s.groups;
     float scale[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) scale[i] = row + i < a.m.rows ? tern__scale_of(a.m, s, row + i, group) : 0.0f;
 #pragma unroll
     for (int k = 0; k < 2 * Tiles; k++) {
-        const int64_t x = token + k / 2 * 8 + k % 2;
-        const int sum = x < a.n ? a.sum[x * s.groups + group] : 0;
+        const int x = k / 2 * 8 + k % 2, sum = x < tokens ? sums[(int64_t)x * groups] : 0;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int *d = &dot[i / 2][k / 2][i % 2 * 2 + k % 2];
@@ -1286,16 +1373,47 @@ template <int Tiles> static __device__ void tern__fold_many(const tern_matmul_ar
     }
 }
 
+/* What outputs need of a lane's four rows, read once. */
+typedef struct tern__lane_rows { float scale[4], bias[4]; } tern__lane_rows;
+
+static __device__ __forceinline__ tern__lane_rows tern__rows_from(const tern_matmul_args &a, const tern__shape &s, bool grouped, int64_t row)
+{
+    tern__lane_rows rows;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const bool there = row + i < a.m.rows;
+        rows.scale[i] = there && !grouped ? tern__scale_of(a.m, s, row + i, 0) : 0.0f;
+        rows.bias[i] = there && a.bias ? a.bias[row + i] : 0.0f;
+    }
+    return rows;
+}
+
 /* Outputs of token x, the k-th of the lane's, in its four rows. */
-template <int Tiles> static __device__ __forceinline__ void tern__outputs(const tern_matmul_args &a, const tern__shape &s, bool grouped, int64_t row, int64_t x, int k,
+template <int Tiles> static __device__ __forceinline__ void tern__outputs(const tern_matmul_args &a, const tern__lane_rows &rows, bool grouped, int64_t x, int k,
                                                                           const int dot[2][Tiles][4], const float facc[2][Tiles][4], float y[4])
 {
+    const float scale = a.scale[x];
+    const int sum = grouped ? 0 : a.sum[x];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int h = i / 2, j = k / 2, e = i % 2 * 2 + k % 2;
-        if (row + i >= a.m.rows) continue;
-        y[i] = grouped ? facc[h][j][e] * a.scale[x] : (float)(dot[h][j][e] - a.sum[x]) * (a.scale[x] * tern__scale_of(a.m, s, row + i, 0));
-        if (a.bias) y[i] = y[i] + a.bias[row + i];
+        y[i] = grouped ? facc[h][j][e] * scale : (float)(dot[h][j][e] - sum) * (scale * rows.scale[i]);
+        if (a.bias) y[i] = y[i] + rows.bias[i];
+    }
+}
+
+/* Those of all tokens of the lane, from `token` on. */
+template <int Tiles> static __device__ __forceinline__ void tern__store_many(const tern_matmul_args &a, const tern__shape &s, bool grouped, int64_t row, int64_t token,
+                                                                             const int dot[2][Tiles][4], const float facc[2][Tiles][4])
+{
+    const tern__lane_rows rows = tern__rows_from(a, s, grouped, row);
+#pragma unroll
+    for (int k = 0; k < 2 * Tiles; k++) {
+        const int64_t x = token + k / 2 * 8 + k % 2;
+        float y[4];
+        if (x >= a.n) continue;
+        tern__outputs<Tiles>(a, rows, grouped, x, k, dot, facc, y);
+        tern__store_rows(a, x, row, y);
     }
 }
 
@@ -1307,14 +1425,13 @@ static __device__ __forceinline__ void tern__many_tokens(const tern_matmul_args 
     const int warp = (int)threadIdx.x / 32, g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4, stage_bytes = 16 * Tiles * stage::bytes;
     const int64_t pair = row_tile * 4 + warp % 4;
     const int64_t row = pair * 32 + 4 * g, token = token0 + warp / 4 * 8 * Tiles + 2 * t; /* of the lane's first output */
-    const int steps = ((int)s.groups - 1) * (((int)s.group_units + stage::units - 1) / stage::units) +
-                      ((int)(s.units - (s.groups - 1) * s.group_units) + stage::units - 1) / stage::units;
+    const int steps = tern__step_count(s, stage::units);
     const uint8_t *panel = tern__lane_panel(a.m, s, pair);
     const int8_t *q = shared + (warp / 4 * 8 * Tiles + g) * stage::bytes;
     uint4 w[stage::units / 4], next[stage::units / 4];
     int dot[2][Tiles][4];
     float facc[2][Tiles][4];
-    tern__step step = tern__step_of(s, stage::units, 0);
+    tern__step step = tern__step_from(s, stage::units, 0, 0);
 #pragma unroll
     for (int i = 0; i < 8 * Tiles; i++) dot[i / (4 * Tiles)][i / 4 % Tiles][i % 4] = 0;
     tern__stage_tokens<Base3>(a, s, token0, 16 * Tiles, step, shared);
@@ -1325,7 +1442,7 @@ static __device__ __forceinline__ void tern__many_tokens(const tern_matmul_args 
 #pragma unroll
         for (int k = 0; k < stage::units / 4; k++) w[k] = next[k];
         if (i + 1 < steps) {
-            step = tern__step_of(s, stage::units, i + 1);
+            step = tern__step_after(s, stage::units, step);
             tern__stage_tokens<Base3>(a, s, token0, 16 * Tiles, step, shared + stage_bytes - side);
             tern__stage_weights<Base3>(panel, step, next);
             tern__cp_wait<1>();
@@ -1335,14 +1452,7 @@ static __device__ __forceinline__ void tern__many_tokens(const tern_matmul_args 
         __syncthreads();
         if (Grouped && here.last) tern__fold_many<Tiles>(a, s, here.group, row, token, dot, facc);
     }
-#pragma unroll
-    for (int k = 0; k < 2 * Tiles; k++) {
-        const int64_t x = token + k / 2 * 8 + k % 2;
-        float y[4];
-        if (x >= a.n) continue;
-        tern__outputs<Tiles>(a, s, Grouped, row, x, k, dot, facc, y);
-        tern__store_rows(a, x, row, y);
-    }
+    tern__store_many<Tiles>(a, s, Grouped, row, token, dot, facc);
 }
 
 template <int Tiles, bool Base3, bool Grouped>
@@ -1351,6 +1461,117 @@ static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__many_tokens_pro
     TERN__SHARED(int8_t, shared);
     tern__many_tokens<Tiles, Base3, Grouped>(a, s, blockIdx.x % row_tiles, (int64_t)(blockIdx.x / row_tiles) * 16 * Tiles, shared);
 }
+
+/* -- many tokens where there is wgmma, of 2-bit weights: tiles of as many rows as threads, 32 to a warp, by Tokens tokens. Stages of 128
+   inputs come through shared memory: q in the order that tern__wgmma_tile says, then the weights as they are. All lanes of a quad read
+   the same 16 bytes of each of two units, four rows; lane t has the quads t of both, which are inputs 4t and 16 + 4t on of the
+   instruction. Its "row g" and "row g + 8" are two of those four rows, so that sums lie as those of tern__many_tokens. -- */
+
+enum { TERN__WGMMA_UNITS = 8, TERN__WGMMA_ROW = 4 * TERN__WGMMA_UNITS /* bytes of weights */, TERN__WGMMA_STAGES = 4 };
+
+/* What a thread copies of every stage: the same piece of 16 bytes of tokens that lie Threads / 8 apart, and of two panels. */
+typedef struct tern__wgmma_source {
+    const int8_t *q;
+    const uint8_t *panel[2];
+    int tokens, room; /* from q on: tokens, and bytes of one */
+} tern__wgmma_source;
+
+template <int Threads> static __device__ tern__wgmma_source tern__wgmma_source_of(const tern_matmul_args &a, const tern__shape &s, int64_t panel0, int64_t token0)
+{
+    const int i = (int)threadIdx.x;
+    tern__wgmma_source from;
+    from.q = a.q + (token0 + i / 8) * s.stride + i % 8 * 16;
+    from.tokens = (int)tern__min(a.n - token0, Threads) - i / 8;
+    from.room = (int)s.stride - i % 8 * 16;
+    for (int k = 0; k < 2; k++) from.panel[k] = (const uint8_t *)a.m.trits + tern__min(panel0 + (i + k * Threads) / 32, s.panels - 1) * s.panel_bytes + i % 32 * 16;
+    return from;
+}
+
+/* Tokens and units that are not there are 0. Without a branch: with one, the compiler would let products wait for each other. */
+template <int Tokens, int Threads> static __device__ __forceinline__ void tern__wgmma_load(const tern__wgmma_source &from, const tern__shape &s, const tern__step &step, int8_t *to)
+{
+    const int i = (int)threadIdx.x, at = step.begin * 16, tokens = at < from.room ? from.tokens : 0;
+    int8_t *q = to + i / 8 * 128 + (i % 8 ^ i / 8 % 8) * 16, *weights = to + Tokens * 128 + i * 16;
+#pragma unroll
+    for (int k = 0; k < Tokens; k += Threads / 8) tern__cp_async16_or_zero(q + k * 128, from.q + at + k * s.stride, k < tokens);
+#pragma unroll
+    for (int k = 0; k < 2; k++)
+        tern__cp_async16_or_zero(weights + k * Threads * 16, from.panel[k] + step.begin * TERN__UNIT, step.begin + i % 32 / 4 < step.end);
+}
+
+/* Codes of the lane's rows in two units, for two products. */
+static __device__ __forceinline__ void tern__wgmma_codes(const int8_t *units, uint32_t a[2][4])
+{
+    const int shift = (int)threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int u = 0; u < 2; u++) {
+        const uint4 w = *(const uint4 *)(units + u * TERN__UNIT);
+        a[0][2 * u] = w.x >> shift & 0x03030303u;
+        a[0][2 * u + 1] = w.y >> shift & 0x03030303u;
+        a[1][2 * u] = w.z >> shift & 0x03030303u;
+        a[1][2 * u + 1] = w.w >> shift & 0x03030303u;
+    }
+}
+
+/* The tile of Threads rows and Tokens tokens that begins at these. */
+template <int Tokens, int Threads, bool Grouped>
+static __device__ __forceinline__ void tern__wgmma_tokens(const tern_matmul_args &a, const tern__shape &s, int64_t row_tile, int64_t token0, int8_t *shared)
+{
+    enum { TILES = Tokens / 8, AHEAD = TERN__WGMMA_STAGES - 2, STAGE = Tokens * 128 + Threads * TERN__WGMMA_ROW };
+    const int warp = (int)threadIdx.x / 32, g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
+    const int64_t row0 = row_tile * Threads, row = row0 + warp * 32 + 4 * g, token = token0 + 2 * t; /* the latter of the lane's first output */
+    const int steps = TERN__HAS_WGMMA ? tern__step_count(s, TERN__WGMMA_UNITS) : 0, units = Tokens * 128 + (2 * warp + g / 4) * TERN__WGMMA_UNITS * TERN__UNIT + g % 4 * 16;
+    const tern__wgmma_source from = tern__wgmma_source_of<Threads>(a, s, row0 / TERN__ROWS, token0);
+    tern__step step = tern__step_from(s, TERN__WGMMA_UNITS, 0, 0), next = step;
+    uint32_t codes[2][2][4];
+    int dot[2][TILES][4];
+    float facc[2][TILES][4];
+#pragma unroll
+    for (int i = 0; i < 8 * TILES; i++) dot[i / (4 * TILES)][i / 4 % TILES][i % 4] = 0;
+    for (int i = 0; i < AHEAD; i++) {
+        if (i < steps) tern__wgmma_load<Tokens, Threads>(from, s, next, shared + i * STAGE);
+        tern__cp_commit();
+        next = tern__step_after(s, TERN__WGMMA_UNITS, next);
+    }
+    for (int i = 0; i < steps; i++) {
+        const int8_t *here = shared + i % TERN__WGMMA_STAGES * STAGE;
+        tern__cp_wait<AHEAD - 1>();
+        tern__wgmma_publish();
+        __syncthreads(); /* stage i is there for all, and the products of stage i - 2, where the next goes, are done */
+#pragma unroll
+        for (int k = 0; k < TERN__WGMMA_UNITS / 2; k++) { /* while products are under way, codes of the next ones are made, and the next stage is asked for */
+            tern__wgmma_codes(here + units + 2 * k * TERN__UNIT, codes[k % 2]);
+            tern__wgmma_fence(codes[k % 2], dot);
+            tern__wgmma_s8(dot[0], codes[k % 2][0], tern__wgmma_tile(here) + 2 * k);
+            tern__wgmma_s8(dot[1], codes[k % 2][1], tern__wgmma_tile(here) + 2 * k);
+            tern__wgmma_commit();
+            tern__wgmma_wait<1>(dot);
+            if (k == 0) {
+                tern__wgmma_load<Tokens, Threads>(from, s, next, shared + (i + AHEAD) % TERN__WGMMA_STAGES * STAGE);
+                tern__cp_commit();
+                next = tern__step_after(s, TERN__WGMMA_UNITS, next);
+            }
+        }
+        if (Grouped && step.last) {
+            tern__wgmma_wait<0>(dot);
+            tern__fold_many<TILES>(a, s, step.group, row, token, dot, facc);
+        }
+        step = tern__step_after(s, TERN__WGMMA_UNITS, step);
+    }
+    tern__cp_wait<0>(); /* the last copies are of nothing, but into shared memory */
+    tern__wgmma_wait<0>(dot);
+    if (TERN__HAS_WGMMA) tern__store_many<TILES>(a, s, Grouped, row, token, dot, facc);
+}
+
+template <int Tokens, int Threads, bool Grouped>
+static __global__ void __launch_bounds__(Threads, 1) tern__wgmma_product(tern_matmul_args a, tern__shape s, unsigned row_tiles)
+{
+    TERN__SHARED(int8_t, shared);
+    tern__wgmma_tokens<Tokens, Threads, Grouped>(a, s, blockIdx.x % row_tiles, (int64_t)(blockIdx.x / row_tiles) * Tokens, shared);
+}
+
+/* Says of the code that is loaded here whether it is that for sm_90a. */
+static __global__ void tern__find_wgmma(int *found) { *found = TERN__HAS_WGMMA; }
 
 /* -- the operations -- */
 
@@ -1386,12 +1607,39 @@ static tern_result tern__gpu_matmul_many(tern_run *r, tern__gpu *d, const tern_m
     return TERN_OK;
 }
 
+/* Sums of groups leave room for 64 tokens. Blocks are of half the rows where there would not be one for every processor. */
+typedef struct tern__wgmma_kernel { tern__many_kernel *kernel; int rows, tokens; } tern__wgmma_kernel;
+#define TERN__WGMMA(rows) \
+    {tern__wgmma_product<64, rows, false>, rows, 64}, {tern__wgmma_product<128, rows, false>, rows, 128}, {tern__wgmma_product<64, rows, true>, rows, 64}
+static const tern__wgmma_kernel tern__wgmma_kernels[] = {TERN__WGMMA(128), TERN__WGMMA(256)};
+#undef TERN__WGMMA
+
+static int tern__wgmma_bytes(int rows, int tokens) { return TERN__WGMMA_STAGES * (tokens * 128 + rows * TERN__WGMMA_ROW); }
+
+/* Where tiles of 64 tokens, and stages of a group's inputs, are more than half full. */
+static bool tern__suits_wgmma(const tern__gpu *d, const tern_matrix &m, const tern__shape &s, int64_t n)
+{
+    return d->wgmma && m.encoding != TERN_BASE3 && n > 32 && 2 * s.group_units > tern__ceil_div(s.group_units, TERN__WGMMA_UNITS) * TERN__WGMMA_UNITS;
+}
+
+static tern_result tern__gpu_matmul_wgmma(tern_run *r, tern__gpu *d, const tern_matmul_args *a, const tern__shape &s)
+{
+    const int kind = a->m.grain > 0 ? 2 : a->n > 64;
+    const int64_t token_tiles = tern__ceil_div(a->n, tern__wgmma_kernels[kind].tokens);
+    const tern__wgmma_kernel &k = tern__wgmma_kernels[tern__mul(tern__ceil_div(a->m.rows, 256), token_tiles) >= d->processors ? 3 + kind : kind];
+    const int64_t row_tiles = tern__ceil_div(a->m.rows, k.rows), tiles = tern__mul(row_tiles, token_tiles);
+    TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: matmul: %d tiles of %d rows by %d tokens; %d are the most", tiles, (int64_t)k.rows, (int64_t)k.tokens, (int64_t)INT32_MAX);
+    TERN__LAUNCH(k.kernel, (unsigned)tiles, k.rows, tern__wgmma_bytes(k.rows, k.tokens), d->stream, *a, s, (unsigned)row_tiles);
+    return TERN_OK;
+}
+
 static tern_result tern__gpu_matmul_int8(tern_run *r, tern__gpu *d, const tern_matmul_args *a)
 {
     const tern__shape s = tern__shape_of(&a->m);
     TERN__TRY(tern__check_aligned16(r, "matmul: m.trits", a->m.trits));
     TERN__TRY(tern__check_aligned16(r, "matmul: q", a->q));
-    return a->n <= TERN__FEW_TOKENS ? tern__gpu_matmul_few(d, a, s) : tern__gpu_matmul_many(r, d, a, s);
+    if (a->n <= TERN__FEW_TOKENS) return tern__gpu_matmul_few(d, a, s);
+    return tern__suits_wgmma(d, a->m, s, a->n) ? tern__gpu_matmul_wgmma(r, d, a, s) : tern__gpu_matmul_many(r, d, a, s);
 }
 
 /* Bits as int8, in the layout of those. */
@@ -1541,6 +1789,29 @@ template <int Tiles, bool Base3, bool Grouped> static __global__ void __launch_b
     });
 }
 
+enum { TERN__WGMMA_GROUP_ROOM = (int)(sizeof(tern__group_room) + 1023) / 1024 * 1024 };
+
+template <int Tokens, bool Grouped> static __global__ void __launch_bounds__(256, 1) tern__wgmma_groups(tern__groups p, int blocks)
+{
+    TERN__SHARED(tern__group_room, my);
+    tern__each_group_tile(p, Tokens, blocks, my, [&](const tern_matmul_args &a, int64_t block) {
+        __syncthreads(); /* the tile before is done */
+        tern__wgmma_tokens<Tokens, 256, Grouped>(a, p.s, block, 0, (int8_t *)my + TERN__WGMMA_GROUP_ROOM);
+    });
+}
+
+typedef struct tern__wgmma_group_kernel { void (*kernel)(tern__groups, int); int tokens; } tern__wgmma_group_kernel;
+static const tern__wgmma_group_kernel tern__wgmma_group_kernels[] = {{tern__wgmma_groups<64, false>, 64}, {tern__wgmma_groups<128, false>, 128}, {tern__wgmma_groups<64, true>, 64}};
+
+static int tern__wgmma_group_bytes(const tern__wgmma_group_kernel &k) { return TERN__WGMMA_GROUP_ROOM + tern__wgmma_bytes(256, k.tokens); }
+
+static void tern__launch_wgmma_groups(const tern__gpu *d, const tern__groups &p, int64_t mean)
+{
+    const tern__wgmma_group_kernel &k = tern__wgmma_group_kernels[p.a.m.grain > 0 ? 2 : mean > 64];
+    const int64_t blocks = tern__ceil_div(p.a.m.rows, 256);
+    TERN__LAUNCH(k.kernel, (unsigned)tern__min(d->processors, tern__mul(p.a.n, blocks * p.sets)), 256, tern__wgmma_group_bytes(k), d->stream, p, (int)blocks);
+}
+
 /* Tiles by the mean load: what the device finds must not choose the launch. */
 static void tern__launch_groups(const tern__gpu *d, const tern__groups &p)
 {
@@ -1552,7 +1823,8 @@ static void tern__launch_groups(const tern__gpu *d, const tern__groups &p)
     static void (*const few_kernels[2][2])(tern__groups, int, int) = {{tern__few_groups<1, false>, tern__few_groups<1, true>}, {tern__few_groups<2, false>, tern__few_groups<2, true>}};
     static void (*const many_kernels[2][2][2])(tern__groups, int) = {TERN__MANY(2), TERN__MANY(4)};
 #undef TERN__MANY
-    if (mean <= TERN__FEW_TOKENS) {
+    if (tern__suits_wgmma(d, p.a.m, p.s, mean)) tern__launch_wgmma_groups(d, p, mean);
+    else if (mean <= TERN__FEW_TOKENS) {
         const auto kernel = few_kernels[few - 1][base3];
         TERN__LAUNCH(kernel, (unsigned)tern__min(2 * d->processors, tern__mul(p.a.n, few_blocks * p.sets)), TERN__THREADS,
                      sizeof(tern__group_room) + (size_t)few * tern__few_room<1>::bytes, d->stream, p, pieces, (int)few_blocks);
@@ -1605,6 +1877,21 @@ static tern_result tern__gpu_grouped(tern_run *r, tern__gpu *d, const tern_group
         if (bits) TERN__LAUNCH(tern__widen_bits, tern__grid(d, p.a.n * p.s.stride / 4, TERN__THREADS), TERN__THREADS, 0, d->stream, p.a.n, a->q + t * p.s.stride, p.s, (int8_t *)d->work);
         TERN__TRY(tern__gpu_group_products(r, d, a, &p));
     }
+    return TERN_OK;
+}
+
+/* Looks for wgmma when the device is opened. */
+static tern_result tern__gpu_open_wgmma(tern_run *r, tern__gpu *d)
+{
+    TERN__LAUNCH(tern__find_wgmma, 1, 1, 0, d->stream, (int *)d->work);
+    TERN__CUDA(r, cudaGetLastError(), "a first kernel");
+    TERN__CUDA(r, cudaMemcpyAsync(&d->wgmma, d->work, sizeof d->wgmma, cudaMemcpyDeviceToHost, d->stream), "copy");
+    TERN__CUDA(r, cudaStreamSynchronize(d->stream), "the first kernel");
+    if (!d->wgmma) return TERN_OK;
+    for (const auto &k : tern__wgmma_kernels)
+        TERN__CUDA(r, cudaFuncSetAttribute(k.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tern__wgmma_bytes(k.rows, k.tokens)), "shared memory");
+    for (const auto &k : tern__wgmma_group_kernels)
+        TERN__CUDA(r, cudaFuncSetAttribute(k.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tern__wgmma_group_bytes(k)), "shared memory");
     return TERN_OK;
 }
 
@@ -3693,12 +3980,13 @@ template <bool Base3, typename Four> static __device__ __forceinline__ void tern
             tern__warp_dot<1, Base3>(panel, q, begin, end, dot);
             if (a.m.grain > 0) tern__fold_many<1>(a, s, group, row, node + 2 * t, dot, facc);
         }
+        const tern__lane_rows rows = tern__rows_from(a, s, a.m.grain > 0, row);
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             const int x = node + 2 * t + k;
-            float y[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            float y[4];
             if (x >= n || row >= a.m.rows) continue;
-            tern__outputs<1>(a, s, a.m.grain > 0, row, x, k, dot, facc, y);
+            tern__outputs<1>(a, rows, a.m.grain > 0, x, k, dot, facc, y);
             four(x, row, y);
         }
     }
@@ -3920,7 +4208,7 @@ static tern_result tern__gpu_open_here(tern_run *r, tern__gpu *d)
     TERN__CUDA(r, cudaMalloc(&d->fault, sizeof *d->fault), "memory for faults");
     TERN__CUDA(r, cudaMalloc(&d->work, (TERN__WORK + TERN__WORK_LEVELS) * sizeof(float)), "work memory");
     TERN__CUDA(r, cudaMemsetAsync(d->fault, 0xFF, sizeof *d->fault, d->stream), "clearing faults");
-    return TERN_OK;
+    return tern__gpu_open_wgmma(r, d);
 }
 
 static void tern__gpu_close(tern_run *r)

@@ -118,15 +118,37 @@ typedef double *cudaEvent_t; /* when it came, in seconds */
 struct cuda_copy { void *to; const void *from; unsigned group; };
 struct cuda_block { size_t bytes; int device; }; /* of device memory */
 
-/* What a test breaks: a barrier (that of one line of code, numbered as they are met), waits for copies, lanes of shuffles or of mma, reads of 16 bytes, or the shared memory of a launch. */
+/* What a test breaks: a barrier (that of one line of code, numbered as they are met), waits for copies, lanes of shuffles or of mma, reads of 16 bytes, the shared
+   memory of a launch, or waits for, fences before and publishing for products of warpgroups. */
 enum cuda_sabotage_kind {
-    CUDA_INTACT, CUDA_NO_BARRIER, CUDA_NO_WAIT, CUDA_WRONG_LANE, CUDA_WRONG_MMA, CUDA_READS_BEYOND, CUDA_LITTLE_SHARED
+    CUDA_INTACT, CUDA_NO_BARRIER, CUDA_NO_WAIT, CUDA_WRONG_LANE, CUDA_WRONG_MMA, CUDA_READS_BEYOND, CUDA_LITTLE_SHARED,
+    CUDA_NO_WGMMA_WAIT, CUDA_NO_WGMMA_FENCE, CUDA_NO_WGMMA_PUBLISH
 };
 struct cuda_sabotage {
     cuda_sabotage_kind kind = CUDA_INTACT;
     size_t barrier = 0;
     long done = 0;             /* how often */
     std::vector<int> barriers; /* the lines that were met */
+};
+
+/* 16 bytes of shared memory: the thread, counted from 1, that copied there, and how often it had published before; never, while under way. */
+struct cuda_copied { unsigned thread, publishes; };
+enum : unsigned { CUDA_UNDER_WAY = UINT32_MAX };
+
+/* Of a warpgroup's product, a warp's part: 16 rows by so many columns. */
+struct cuda_product {
+    uint64_t b; /* the matrix descriptor */
+    unsigned columns, group;
+    int *d[CUDA_WARP];
+    const uint32_t *a[CUDA_WARP];
+    uint32_t rows[CUDA_WARP][4]; /* a when it was asked for, */
+    std::vector<int8_t> tile;    /* and b, [input][column] */
+};
+struct cuda_warp {
+    std::vector<cuda_product> products;              /* under way, */
+    std::map<int *, std::vector<int>> sums;          /* and what has arrived of a lane's d of theirs */
+    std::vector<std::pair<uint64_t, unsigned>> asked; /* all: descriptor and columns */
+    unsigned groups;                                 /* committed */
 };
 
 /* A place in the block. Its fiber and stack stay for the blocks and launches that follow. */
@@ -140,6 +162,8 @@ struct cuda_thread {
     void *part;
     std::vector<cuda_copy> copies; /* asynchronous, not yet waited for */
     unsigned groups;               /* of copies, committed */
+    unsigned publishes;            /* tern__wgmma_publish */
+    std::vector<std::pair<const char *, std::vector<char>>> fenced; /* registers as they were at the last tern__wgmma_fence */
 };
 
 struct cuda_emulator {
@@ -149,6 +173,7 @@ struct cuda_emulator {
     bool fuse = true;            /* false: __fmaf_rn rounds the product too, as the scalar tier of the CPU does */
     bool lazy = false;           /* nothing runs before the host waits for it */
     int devices = 1, capability = 90, processors = 4;
+    bool wgmma = true;           /* kernels are those for sm_90a */
     long malloc_countdown = -1;
     long call_countdown = -1;    /* every call but those that free; launches too */
     std::map<const char *, cuda_block> memory; /* cudaMalloc's */
@@ -168,6 +193,8 @@ struct cuda_emulator {
     size_t shared_bytes = 0;
     cuda_thread thread[CUDA_THREADS] = {};
     unsigned meeting[CUDA_THREADS / CUDA_WARP] = {}; /* lanes of a warp */
+    cuda_warp warp[CUDA_THREADS / CUDA_WARP] = {};
+    cuda_copied copied[CUDA_SHARED / 16] = {};
     std::vector<unsigned> block_order, warp_order, lane_order;
     cuda_place host = {};
     const void *host_stack = nullptr;
@@ -284,16 +311,31 @@ inline bool cuda_run_warps()
     cuda_fault("waits at %s for thread %u, which waits at %s", self->waits_at, i, other->waits_at);
 }
 
+/* No product is left under way, and the four warps of each warpgroup have asked for the same. */
+inline void cuda_check_products()
+{
+    for (unsigned warp = 0; warp < blockDim.x / CUDA_WARP; warp++) {
+        const cuda_warp *self = &test_cuda.warp[warp];
+        threadIdx.x = warp * CUDA_WARP;
+        if (!self->products.empty()) cuda_fault("returned before its products by tern__wgmma_s8");
+        if (self->asked != test_cuda.warp[warp / 4 * 4].asked) cuda_fault("other products by tern__wgmma_s8 than thread %u", warp / 4 * 4 * CUDA_WARP);
+    }
+}
+
 inline void cuda_run_block()
 {
     __asan_unpoison_memory_region(test_cuda.shared, test_cuda.shared_bytes);
     memset(test_cuda.shared, CUDA_POISON, test_cuda.shared_bytes);
+    memset(test_cuda.copied, 0, (test_cuda.shared_bytes + 15) / 16 * sizeof(cuda_copied));
+    for (unsigned i = 0; i < blockDim.x; i++) test_cuda.thread[i].fenced.clear();
+    for (unsigned i = 0; i < blockDim.x / CUDA_WARP; i++) test_cuda.warp[i] = {};
     do {
         for (unsigned i = 0; i < blockDim.x; i++) test_cuda.thread[i].state = CUDA_READY;
         while (cuda_run_warps()) {}
         for (unsigned i = 1; i < blockDim.x; i++)
             if (test_cuda.thread[i].state != test_cuda.thread[0].state) cuda_explain_stall();
     } while (test_cuda.thread[0].state == CUDA_AT_BARRIER);
+    cuda_check_products();
 }
 
 inline void cuda_run_grid(const char *kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> &body)
@@ -445,7 +487,7 @@ inline void tern__mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2])
 
 /* -- asynchronous copies: from the request on the target is poison, after the thread's wait it is the source -- */
 
-inline void tern__cp_async16(void *shared, const void *global)
+inline void tern__cp_async16_or_zero(void *shared, const void *global, bool there)
 {
     cuda_thread *self = &test_cuda.thread[threadIdx.x];
     const uintptr_t offset = reinterpret_cast<uintptr_t>(shared) - reinterpret_cast<uintptr_t>(test_cuda.shared);
@@ -454,8 +496,10 @@ inline void tern__cp_async16(void *shared, const void *global)
         cuda_fault("tern__cp_async16 to outside of shared memory");
     memset(shared, CUDA_POISON, 16);
     __asan_poison_memory_region(shared, 16);
-    self->copies.push_back({shared, static_cast<const uint4 *>(global) + cuda_sabotaged(CUDA_READS_BEYOND), self->groups});
+    test_cuda.copied[offset / 16] = {threadIdx.x + 1, CUDA_UNDER_WAY};
+    self->copies.push_back({shared, there ? static_cast<const uint4 *>(global) + cuda_sabotaged(CUDA_READS_BEYOND) : nullptr, self->groups});
 }
+inline void tern__cp_async16(void *shared, const void *global) { tern__cp_async16_or_zero(shared, global, true); }
 
 inline void tern__cp_commit() { test_cuda.thread[threadIdx.x].groups++; }
 
@@ -466,7 +510,9 @@ inline void cuda_end_copies(unsigned open)
     auto copy = self->copies.begin();
     for (; copy != self->copies.end() && (open == 0 || copy->group < open); ++copy) {
         __asan_unpoison_memory_region(copy->to, 16);
-        memcpy(copy->to, copy->from, 16);
+        if (copy->from) memcpy(copy->to, copy->from, 16);
+        else memset(copy->to, 0, 16);
+        test_cuda.copied[(static_cast<char *>(copy->to) - static_cast<char *>(test_cuda.shared)) / 16] = {threadIdx.x + 1, self->publishes};
     }
     self->copies.erase(self->copies.begin(), copy);
 }
@@ -475,6 +521,156 @@ template <unsigned Pending> inline void tern__cp_wait()
 {
     const unsigned groups = test_cuda.thread[threadIdx.x].groups;
     if (groups > Pending && !cuda_sabotaged(CUDA_NO_WAIT)) cuda_end_copies(groups - Pending);
+}
+
+/* -- products of warpgroups: wgmma.mma_async.m64nNk32.s32.s8.s8, a in registers, b in shared memory --
+   Each of the four warps has 16 rows, in registers as those of mma.m16n8k32, and goes its own way. A product may read a and b from
+   when it is asked for until it is waited for: who writes in between is caught. Until then d is poison. What has been copied to b must
+   have been published by who copied it; plain stores are not watched. */
+
+#define TERN__HAS_WGMMA test_cuda.wgmma
+
+enum { CUDA_RESERVED = 1024 }; /* bytes of shared memory before those of a kernel */
+
+inline uint32_t tern__shared_address(const void *shared)
+{
+    return CUDA_RESERVED + static_cast<uint32_t>(static_cast<const char *>(shared) - static_cast<const char *>(test_cuda.shared));
+}
+
+inline void tern__wgmma_publish()
+{
+    if (!cuda_sabotaged(CUDA_NO_WGMMA_PUBLISH)) test_cuda.thread[threadIdx.x].publishes++;
+}
+
+/* Inputs [k, k + 16) of column n, by a descriptor: bits 0 to 13 where the tile begins, 16 to 29 and 32 to 45 how far apart lie core
+   matrices (eight columns of 16 bytes, or of 32, 64 and 128 with swizzle) that are neighbours in inputs and in columns, all in 16 bytes;
+   62 and 63 the swizzle: bits 4 to 6, 4 and 5 or 4 of an address are added, without carry, to those from 7 on. */
+inline const int8_t *cuda_piece(uint64_t b, unsigned n, unsigned k)
+{
+    const unsigned start = static_cast<unsigned>(b & 0x3FFF) * 16, leading = static_cast<unsigned>(b >> 16 & 0x3FFF) * 16;
+    const unsigned stride = static_cast<unsigned>(b >> 32 & 0x3FFF) * 16, mode = static_cast<unsigned>(b >> 62), width = mode ? 256 >> mode : 16;
+    unsigned at = start + n / 8 * stride + n % 8 * width + k / width * leading + k % width;
+    if (mode) at ^= (at >> 7 & ((16u >> mode) - 1)) << 4;
+    const size_t offset = at - static_cast<size_t>(CUDA_RESERVED);
+    if (b >> 14 & 3 || b >> 30 & 3 || b >> 46 & 0xFFFF) cuda_fault("a matrix descriptor %016llx", static_cast<unsigned long long>(b));
+    if (at < CUDA_RESERVED || offset + 16 > test_cuda.shared_bytes) cuda_fault("tern__wgmma_s8 reads outside of shared memory");
+    const cuda_copied copied = test_cuda.copied[offset / 16];
+    if (copied.thread && test_cuda.thread[copied.thread - 1].publishes <= copied.publishes)
+        cuda_fault("tern__wgmma_s8 reads what thread %u has not published", copied.thread - 1);
+    return static_cast<const int8_t *>(test_cuda.shared) + offset;
+}
+inline std::vector<int8_t> cuda_tile(uint64_t b, unsigned columns)
+{
+    std::vector<int8_t> tile(32 * columns);
+    for (unsigned n = 0; n < columns; n++)
+        for (unsigned k = 0; k < 32; k += 16) {
+            const int8_t *piece = cuda_piece(b, n, k);
+            for (unsigned i = 0; i < 16; i++) tile[(k + i) * columns + n] = piece[i];
+        }
+    return tile;
+}
+
+inline void cuda_hold(const void *registers, size_t bytes)
+{
+    const char *p = static_cast<const char *>(registers);
+    test_cuda.thread[threadIdx.x].fenced.push_back({p, std::vector<char>(p, p + bytes)});
+}
+inline bool cuda_held(const cuda_thread &thread, const void *registers, size_t bytes)
+{
+    const char *p = static_cast<const char *>(registers);
+    for (const auto &held : thread.fenced)
+        if (p >= held.first && p + bytes <= held.first + held.second.size()) return memcmp(p, &held.second[static_cast<size_t>(p - held.first)], bytes) == 0;
+    return false;
+}
+
+template <int Products, int Tiles> inline void tern__wgmma_fence(uint32_t (&a)[Products][4], int (&d)[Products][Tiles][4])
+{
+    cuda_meet<void>("tern__wgmma_fence", 0xFFFFFFFFu, nullptr, [](void **) {});
+    if (cuda_sabotaged(CUDA_NO_WGMMA_FENCE)) return;
+    test_cuda.thread[threadIdx.x].fenced.clear();
+    cuda_hold(a, sizeof a);
+    cuda_hold(d, sizeof d);
+}
+
+struct cuda_wgmma { int *d; const uint32_t *a; uint64_t b; };
+template <unsigned Columns> inline void cuda_ask(cuda_wgmma **parts)
+{
+    const unsigned first = threadIdx.x / CUDA_WARP * CUDA_WARP, sums = Columns / 2;
+    cuda_warp *warp = &test_cuda.warp[threadIdx.x / CUDA_WARP];
+    cuda_product product = {parts[0]->b, Columns, warp->groups, {}, {}, {}, {}};
+    if (!test_cuda.wgmma) cuda_fault("tern__wgmma_s8 in code that has it not");
+    if (blockDim.x % (4 * CUDA_WARP) != 0) cuda_fault("tern__wgmma_s8 in a block of %u threads", blockDim.x);
+    for (unsigned i = 0; i < CUDA_WARP; i++) {
+        const cuda_wgmma *part = parts[i];
+        const cuda_thread &thread = test_cuda.thread[first + i];
+        if (part->b != product.b) cuda_fault("tern__wgmma_s8, but thread %u has another tile", first + i);
+        if (!cuda_held(thread, part->a, sizeof product.rows[i])) cuda_fault("tern__wgmma_s8, but thread %u has not fenced a", first + i);
+        if (!warp->sums.count(part->d)) {
+            if (!cuda_held(thread, part->d, sums * sizeof(int))) cuda_fault("tern__wgmma_s8, but thread %u has not fenced d", first + i);
+            warp->sums[part->d].assign(part->d, part->d + sums);
+            memset(part->d, CUDA_POISON, sums * sizeof(int));
+        }
+        product.d[i] = part->d;
+        product.a[i] = part->a;
+        memcpy(product.rows[i], part->a, sizeof product.rows[i]);
+    }
+    product.tile = cuda_tile(product.b, Columns);
+    warp->asked.push_back({product.b, Columns});
+    warp->products.push_back(std::move(product));
+}
+template <int Tiles> inline void tern__wgmma_s8(int (&d)[Tiles][4], const uint32_t (&a)[4], uint64_t b)
+{
+    static_assert(Tiles >= 1 && Tiles <= 32 && (Tiles <= 4 || Tiles % 2 == 0), "a shape that there is");
+    cuda_wgmma part = {&d[0][0], a, b};
+    cuda_meet<cuda_wgmma>("tern__wgmma_s8", 0xFFFFFFFFu, &part, cuda_ask<8 * Tiles>);
+}
+
+inline void cuda_add_product(const cuda_product &p, cuda_warp *warp)
+{
+    const unsigned columns = p.columns, wrong = cuda_sabotaged(CUDA_WRONG_MMA);
+    std::vector<int> sums(16 * columns);
+    for (unsigned lane = 0; lane < CUDA_WARP; lane++)
+        for (unsigned i = 0; i < 16; i++) {
+            const unsigned r = i / 4, k = 16 * (r / 2) + 4 * (lane % 4) + i % 4;
+            const int8_t x = static_cast<int8_t>(p.rows[(lane + wrong) % CUDA_WARP][r] >> i % 4 * 8);
+            int *row = &sums[(lane / 4 + 8 * (r % 2)) * columns];
+            for (unsigned n = 0; x && n < columns; n++) row[n] += x * p.tile[k * columns + n];
+        }
+    for (unsigned lane = 0; lane < CUDA_WARP; lane++)
+        for (unsigned i = 0; i < columns / 2; i++)
+            warp->sums[p.d[lane]][i] += sums[(lane / 4 + 8 * (i % 4 / 2)) * columns + i / 4 * 8 + lane % 4 * 2 + i % 2];
+}
+
+/* The oldest product arrives. */
+inline void cuda_end_product(cuda_warp *warp)
+{
+    const cuda_product p = std::move(warp->products.front());
+    warp->products.erase(warp->products.begin());
+    if (cuda_tile(p.b, p.columns) != p.tile) cuda_fault("shared memory changed under tern__wgmma_s8");
+    cuda_add_product(p, warp);
+    for (unsigned i = 0; i < CUDA_WARP; i++) {
+        const std::vector<char> poison(p.columns / 2 * sizeof(int), static_cast<char>(CUDA_POISON));
+        bool more = false;
+        if (memcmp(p.a[i], p.rows[i], sizeof p.rows[i]) != 0) cuda_fault("a changed under tern__wgmma_s8");
+        if (memcmp(p.d[i], poison.data(), poison.size()) != 0) cuda_fault("d changed under tern__wgmma_s8");
+        for (const cuda_product &other : warp->products) more |= other.d[i] == p.d[i];
+        if (more) continue;
+        memcpy(p.d[i], warp->sums[p.d[i]].data(), poison.size());
+        warp->sums.erase(p.d[i]);
+    }
+}
+
+inline void tern__wgmma_commit()
+{
+    cuda_meet<void>("tern__wgmma_commit", 0xFFFFFFFFu, nullptr, [](void **) { test_cuda.warp[threadIdx.x / CUDA_WARP].groups++; });
+}
+template <unsigned Pending, int Products, int Tiles> inline void tern__wgmma_wait(int (&)[Products][Tiles][4])
+{
+    cuda_meet<void>("tern__wgmma_wait", 0xFFFFFFFFu, nullptr, [](void **) {
+        cuda_warp *warp = &test_cuda.warp[threadIdx.x / CUDA_WARP];
+        if (cuda_sabotaged(CUDA_NO_WGMMA_WAIT)) return;
+        while (!warp->products.empty() && warp->products[0].group + Pending < warp->groups) cuda_end_product(warp);
+    });
 }
 
 /* A load that is told not to stay in the cache. */

@@ -56,6 +56,64 @@ static void test_cuda_mma_s8()
     CHECK_SAME(d);
 }
 
+/* -- 64 x 32 by 32 x 8 Tiles int8, two products to each warpgroup at a time, of four times 32 inputs -- */
+
+template <int Tiles> static __global__ void test_wgmma_kernel(const uint32_t *a, const int8_t *b, int *d)
+{
+    TERN__SHARED(int8_t, tile);
+    const int self = (int)threadIdx.x, threads = (int)blockDim.x;
+    uint32_t rows[4][2][4];
+    int sums[2][Tiles][4];
+    for (int i = self; i < 64 * Tiles; i += threads) tern__cp_async16(tile + i / 8 * 128 + (i % 8 ^ i / 8 % 8) * 16, b + i * 16);
+    tern__cp_commit();
+#pragma unroll
+    for (int i = 0; i < 32; i++) rows[i / 8][i / 4 % 2][i % 4] = a[(i / 4 * threads + self) * 4 + i % 4];
+#pragma unroll
+    for (int i = 0; i < 8 * Tiles; i++) sums[i / 4 / Tiles][i / 4 % Tiles][i % 4] = d[(i / 4 * threads + self) * 4 + i % 4];
+    tern__cp_wait<0>();
+    tern__wgmma_publish();
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        tern__wgmma_fence(rows[k], sums);
+        tern__wgmma_s8(sums[0], rows[k][0], tern__wgmma_tile(tile) + 2 * k);
+        tern__wgmma_s8(sums[1], rows[k][1], tern__wgmma_tile(tile) + 2 * k);
+        tern__wgmma_commit();
+    }
+    tern__wgmma_wait<0>(sums);
+#pragma unroll
+    for (int i = 0; i < 8 * Tiles; i++) d[(i / 4 * threads + self) * 4 + i % 4] = sums[i / 4 / Tiles][i / 4 % Tiles][i % 4];
+}
+
+template <int Tiles> static void test_wgmma(int threads)
+{
+    mirror<uint32_t> a(8 * threads * 4, test_word);
+    mirror<int8_t> b(8 * Tiles * 128, [] { return (int8_t)(test_random() & 255); });
+    mirror<int> d(2 * Tiles * threads * 4, [] { return (int)test_random() - (1 << 23); });
+    for (int i = 0; i < 128; i++) a[CPU][i] = 0x80808080u, b[CPU][i] = -128;
+    a.send();
+    b.send();
+    for (int warp = 0; warp < threads / 32; warp++)
+        for (int i = 0; i < 8; i++) { /* 32 inputs i / 2, product i % 2 */
+            const int8_t *rows = (const int8_t *)(a[CPU] + (i * threads + warp * 32) * 4);
+            for (int c = 0; c < 8 * Tiles; c++)
+                for (int r = 0; r < 16; r++)
+                    for (int k = 0; k < 32; k++)
+                        d[CPU][((i % 2 * Tiles + c / 8) * threads + warp * 32) * 4 + test_mma_d(r, c % 8)] += rows[test_mma_a(r, k)] * b[CPU][c * 128 + i / 2 * 32 + k];
+        }
+    TERN__LAUNCH(test_wgmma_kernel<Tiles>, 1, threads, Tiles * 1024, test_stream(), a[GPU], b[GPU], d[GPU]);
+    CHECK_SAME(d);
+}
+
+static void test_cuda_wgmma_s8()
+{
+    if (!tern__gpu_of(&test_context[GPU]->run)->wgmma) return;
+    test_wgmma<8>(128);
+    test_wgmma<8>(256);
+    test_wgmma<16>(128);
+    test_wgmma<16>(256);
+}
+
 /* -- loads and copies -- */
 
 static __global__ void test_stream_kernel(int64_t n, const uint4 *x, uint4 *y)
@@ -112,6 +170,24 @@ static void test_cuda_cp_async()
     test_async<2>(5, 96);
     test_async<4>(9, 128);
     test_async<4>(2, 32);
+}
+
+/* Every third copy is of nothing. */
+static __global__ void test_async_or_zero_kernel(const uint4 *x, uint4 *y)
+{
+    TERN__SHARED(uint4, stage);
+    tern__cp_async16_or_zero(stage + threadIdx.x, x + threadIdx.x, threadIdx.x % 3 != 1);
+    tern__cp_commit();
+    tern__cp_wait<0>();
+    y[threadIdx.x] = stage[threadIdx.x];
+}
+
+static void test_cuda_cp_async_or_zero()
+{
+    mirror<uint32_t> x(4 * 100, test_word), y(4 * 100);
+    for (int i = 0; i < 400; i++) y[CPU][i] = i / 4 % 3 != 1 ? x[CPU][i] : 0;
+    TERN__LAUNCH(test_async_or_zero_kernel, 1, 100, 1600, test_stream(), (const uint4 *)x[GPU], (uint4 *)y[GPU]);
+    CHECK_SAME(y);
 }
 
 /* -- arithmetic: the device's bits are the host's -- */
@@ -303,8 +379,10 @@ static void test_cuda_total()
 static void suite_cuda_wrappers()
 {
     RUN(test_cuda_mma_s8);
+    RUN(test_cuda_wgmma_s8);
     RUN(test_cuda_stream16);
     RUN(test_cuda_cp_async);
+    RUN(test_cuda_cp_async_or_zero);
     RUN(test_cuda_arithmetic);
     RUN(test_cuda_warp_sum);
     RUN(test_cuda_block_sum);

@@ -259,6 +259,12 @@ static void test_grouped_products(int32_t count, int32_t sets, int64_t rows, int
 
 static void test_cuda_grouped()
 {
+    for (bool wgmma : {true, false}) {
+        if (!wgmma) without_wgmma();
+        test_grouped_products(6, 2, 40, 70, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 10, 330, 150);    /* tiles of 64 */
+        test_grouped_products(5, 1, 300, 130, TERN_PER_TENSOR, TERN_2BIT, TERN_ACT_INT8, 0, 400, 260); /* of 128 */
+        test_grouped_products(5, 2, 40, 250, 100, TERN_2BIT, TERN_ACT_BIT, 5, 180, 80);
+    }
     for (tern_type encoding : {TERN_2BIT, TERN_BASE3})
         for (int32_t grain : {(int32_t)TERN_PER_ROW, 20}) {
             test_grouped_products(5, 2, 33, 70, grain, encoding, TERN_ACT_INT8, 0, 8, 2);

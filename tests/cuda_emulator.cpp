@@ -391,6 +391,105 @@ static void test_product_by_tern__mma_bf16()
     }
 }
 
+/* -- tensor cores of warpgroups -- */
+
+/* Where 16 bytes of a column lie, a piece, as the manual draws it: eight columns side by side, `width` bytes of each, in which pieces change
+   places; `stride` bytes from eight columns to the next, `leading` from these bytes of a column to the next ones. */
+struct layout { unsigned width, leading, stride, mode; };
+static const layout layouts[] = {{16, 128, 512, 0}, {16, 256, 128, 0}, {128, 0, 1024, 1}, {64, 0, 512, 2}, {32, 512, 256, 3}};
+
+static unsigned place(const layout &l, unsigned column, unsigned piece)
+{
+    const unsigned pieces = l.width / 16, eighth = column % 8;
+    return column / 8 * l.stride + piece / pieces * l.leading + eighth * l.width + (piece % pieces ^ eighth / (8 / pieces)) * 16;
+}
+static uint64_t descriptor(const layout &l, const void *tile, unsigned piece)
+{
+    const uint64_t start = tern__shared_address(tile) + (l.width < 64 ? piece * 16 / l.width * l.leading : piece * 16);
+    return start / 16 | static_cast<uint64_t>(l.leading / 16) << 16 | static_cast<uint64_t>(l.stride / 16) << 32 | static_cast<uint64_t>(l.mode) << 62;
+}
+
+enum wgmma_fault {
+    DONE, NOT_COPIED, NOT_PUBLISHED, NOT_FENCED, A_BEHIND_FENCE, D_BEHIND_FENCE, A_EARLY, D_EARLY, B_EARLY, NOT_WAITED, WAITED_FOR_ONE, NOT_COMMITTED,
+    ONE_WARP_LESS, ONE_LANE_ELSEWHERE, NO_SUCH_DESCRIPTOR, OUTSIDE
+};
+
+/* y [64 x 16] += a [64 x 64] times b, 16 columns of 64 inputs: two products of 32 inputs, one tile in shared memory. */
+__global__ void product_wgmma(wgmma_fault f, layout placed, layout described, const int8_t *a, const int8_t *b, int *y)
+{
+    TERN__SHARED(int8_t, tile);
+    const unsigned t = threadIdx.x, lane = t % 32;
+    uint32_t rows[2][1][4];
+    int sums[1][2][4];
+    if (t < 64) tern__cp_async16(tile + place(placed, t / 4, t % 4), b + t * 16);
+    tern__cp_commit();
+    if (f != NOT_COPIED) tern__cp_wait<0>();
+    if (f != NOT_PUBLISHED) tern__wgmma_publish();
+    __syncthreads();
+    for (unsigned i = 0; i < 8; i++) {
+        const int8_t *four = a + (t / 32 * 16 + lane / 4 + i % 2 * 8) * 64 + i / 4 * 32 + i % 4 / 2 * 16 + lane % 4 * 4;
+        rows[i / 4][0][i % 4] = packed(four);
+    }
+    for (unsigned i = 0; i < 8; i++) sums[0][i / 4][i % 4] = y[(t / 32 * 16 + lane / 4 + i % 4 / 2 * 8) * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2];
+    for (unsigned k = 0; k < 2; k++) {
+        uint64_t d = descriptor(described, tile, 2 * k);
+        if (f != NOT_FENCED) tern__wgmma_fence(rows[k], sums);
+        if (f == A_BEHIND_FENCE && t == 40) rows[k][0][3] ^= 1;
+        if (f == D_BEHIND_FENCE && t == 40) sums[0][1][2] ^= 1;
+        if (f == ONE_LANE_ELSEWHERE && t == 40) d += 2;
+        if (f == NO_SUCH_DESCRIPTOR) d |= 1ull << 49;
+        if (f == OUTSIDE) d += 2048 / 16;
+        if (f != ONE_WARP_LESS || t / 32 != 2 || k == 0) tern__wgmma_s8(sums[0], rows[k][0], d);
+        if (f != NOT_COMMITTED || k == 0) tern__wgmma_commit();
+    }
+    if (f == WAITED_FOR_ONE || f == A_EARLY) {
+        tern__wgmma_wait<1>(sums);
+        rows[0][0][0] ^= 1; /* its product has arrived */
+    }
+    if (f == A_EARLY && t == 40) rows[1][0][0] ^= 1;
+    if (f == D_EARLY && t == 40) sums[0][0][0] = 0;
+    if (f == B_EARLY && t == 40) tile[place(placed, 9, 3)] ^= 1;
+    if (f != NOT_WAITED && f != WAITED_FOR_ONE) tern__wgmma_wait<0>(sums);
+    for (unsigned i = 0; i < 8; i++) y[(t / 32 * 16 + lane / 4 + i % 4 / 2 * 8) * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sums[0][i / 4][i % 4];
+}
+
+static bool multiplies_by_wgmma(wgmma_fault f, const layout &placed, const layout &described, unsigned threads = 128)
+{
+    std::vector<int8_t> a(64 * 64), b(16 * 64);
+    std::vector<int> expected(64 * 16), start;
+    for (auto &v : a) v = static_cast<int8_t>(next_random());
+    for (auto &v : b) v = static_cast<int8_t>(next_random());
+    for (auto &v : expected) v = static_cast<int>(next_random());
+    start = expected;
+    for (size_t i = 0; i < expected.size(); i++)
+        for (size_t k = 0; k < 64; k++) expected[i] += a[i / 16 * 64 + k] * b[i % 16 * 64 + k];
+    device<int8_t> from_a(a), from_b(b);
+    device<int> y(start);
+    TERN__LAUNCH(product_wgmma, 1, threads, 2048, nullptr, f, placed, described, from_a.data, from_b.data, y.data);
+    return y.host() == expected;
+}
+
+static void test_product_by_tern__wgmma_s8()
+{
+    static const std::pair<wgmma_fault, const char *> faults[] = {
+        {NOT_COPIED, "reads what thread 0 has not published"}, {NOT_PUBLISHED, "reads what thread 0 has not published"}, {NOT_FENCED, "has not fenced a"},
+        {A_BEHIND_FENCE, "thread 40 has not fenced a"}, {D_BEHIND_FENCE, "thread 40 has not fenced d"}, {A_EARLY, "a changed"}, {D_EARLY, "d changed"},
+        {B_EARLY, "shared memory changed"}, {NOT_WAITED, "returned before its products"}, {WAITED_FOR_ONE, "returned before its products"},
+        {NOT_COMMITTED, "returned before its products"}, {ONE_WARP_LESS, "thread 64: other products by tern__wgmma_s8 than thread 0"},
+        {ONE_LANE_ELSEWHERE, "has another tile"}, {NO_SUCH_DESCRIPTOR, "a matrix descriptor"}, {OUTSIDE, "outside of shared memory"}
+    };
+    for (cuda_schedule schedule : schedules) {
+        test_cuda.schedule = schedule;
+        for (const layout &placed : layouts)
+            for (const layout &described : layouts) CHECK(multiplies_by_wgmma(DONE, placed, described) == (&placed == &described));
+        for (const auto &fault : faults) CHECK(dies(fault.second, [&] { multiplies_by_wgmma(fault.first, layouts[2], layouts[2]); }));
+        CHECK(dies("tern__wgmma_s8 in a block of 96 threads", [&] { multiplies_by_wgmma(DONE, layouts[2], layouts[2], 96); }));
+        test_cuda.wgmma = false;
+        CHECK(dies("in code that has it not", [&] { multiplies_by_wgmma(DONE, layouts[2], layouts[2]); }));
+        test_cuda.wgmma = true;
+    }
+}
+
 /* -- arithmetic -- */
 
 static void test_arithmetic()
@@ -511,6 +610,7 @@ int main()
 #endif
     RUN(test_product_by_tern__mma_s8);
     RUN(test_product_by_tern__mma_bf16);
+    RUN(test_product_by_tern__wgmma_s8);
     RUN(test_arithmetic);
     RUN(test_refusals);
     RUN(test_graphs);

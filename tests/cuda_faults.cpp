@@ -43,10 +43,14 @@ static const scenario products[] = {
     {"quantize", [] { check_quantize(40, 1100, TERN_PER_ROW, TERN_2BIT, true, true, false); }, {4}},
     {"few tokens", [] { check_product(test_shape(33, 300, TERN_PER_ROW, TERN_2BIT, TERN_F32), 3, true); }, {2}}, /* before the next group */
     {"few tokens, groups", [] { check_product(test_shape(33, 300, 20, TERN_BASE3, TERN_F32), 12, true); }, {}},
-    {"many tokens", [] { check_product(test_shape(33, 500, TERN_PER_ROW, TERN_2BIT, TERN_F32), 40, true); }, {}},
+    {"many tokens", [] { without_wgmma(); check_product(test_shape(33, 500, TERN_PER_ROW, TERN_2BIT, TERN_F32), 40, true); }, {}},
     {"many tokens, groups", [] { check_product(test_shape(33, 500, 250, TERN_BASE3, TERN_F32), 20, true); }, {}},
     {"layer", [] { check_layer(40, 1300, 100, TERN_BASE3, 3, false); }, {4}}, /* of sums, before the next */
     {"int8", [] { int8_check(70, 65, 300, INT8_PLAIN, INT8_TRANSPOSED, 0); }, {}},
+    {"warpgroups", [] { check_product(test_shape(33, 1000, TERN_PER_ROW, TERN_2BIT, TERN_F32), 70, true); }, {}},
+    {"warpgroups, groups of inputs", [] { check_product(test_shape(33, 500, 100, TERN_2BIT, TERN_F32), 40, true); }, {}},
+    /* of making the weights */
+    {"warpgroups, groups of tokens", [] { test_grouped_products(6, 1, 300, 130, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 270, 100); }, {1, 2, 3, 4, 5, 6, 7, 8, 9}},
 };
 
 static void check_attention()
@@ -161,7 +165,13 @@ static void test_cuda_fault_wait()
 {
     check_fault(products[3], CUDA_NO_WAIT);
     check_fault(products[4], CUDA_NO_WAIT);
-    check_fault(products[6], CUDA_NO_WAIT);
+    for (int i : {6, 7, 8, 9}) check_fault(products[i], CUDA_NO_WAIT);
+}
+
+static void test_cuda_fault_wgmma()
+{
+    for (int i : {7, 8, 9})
+        for (cuda_sabotage_kind kind : {CUDA_NO_WGMMA_WAIT, CUDA_NO_WGMMA_FENCE, CUDA_NO_WGMMA_PUBLISH}) check_fault(products[i], kind);
 }
 
 static void test_cuda_fault_shuffle()
@@ -173,18 +183,18 @@ static void test_cuda_fault_shuffle()
 
 static void test_cuda_fault_mma()
 {
-    for (int i = 1; i <= 6; i++) check_fault(products[i], CUDA_WRONG_MMA);
+    for (int i = 1; i <= 9; i++) check_fault(products[i], CUDA_WRONG_MMA);
 }
 
 static void test_cuda_fault_reads_beyond()
 {
-    for (int i = 1; i <= 6; i++) check_fault(products[i], CUDA_READS_BEYOND); /* weights, and what is copied of q */
+    for (int i = 1; i <= 9; i++) check_fault(products[i], CUDA_READS_BEYOND); /* weights, and what is copied of q */
 }
 
 #ifdef CUDA_ASAN
 static void test_cuda_fault_little_shared_memory()
 {
-    for (int i = 3; i <= 5; i++) check_fault(products[i], CUDA_LITTLE_SHARED); /* the others ask for more than they need here */
+    for (int i : {3, 4, 5, 7, 8, 9}) check_fault(products[i], CUDA_LITTLE_SHARED); /* the others ask for more than they need here */
 }
 #endif
 
@@ -194,6 +204,7 @@ static void suite_cuda_faults()
     RUN_ONCE(test_cuda_fault_sparse);
     RUN_ONCE(test_cuda_failures_of_layers);
     RUN_ONCE(test_cuda_fault_wait);
+    RUN_ONCE(test_cuda_fault_wgmma);
     RUN_ONCE(test_cuda_fault_shuffle);
     RUN_ONCE(test_cuda_fault_mma);
     RUN_ONCE(test_cuda_fault_reads_beyond);
