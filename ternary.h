@@ -9043,6 +9043,7 @@ typedef struct tern__turns {
     size_t scratch;                                        /* bytes of each thread, from scratch_base on */
     int32_t next, end;                                     /* next: atomic */
     int32_t failed[TERN__WORKERS], faulted[TERN__WORKERS]; /* each thread's first block with an error, and with a fault */
+    tern_result result[TERN__WORKERS];                     /* the error's; only some set a text */
     tern_error error[TERN__WORKERS], fault[TERN__WORKERS];
 } tern__turns;
 
@@ -9059,7 +9060,8 @@ static void tern__turns_body(tern__job *job, int64_t begin, int64_t end, int64_t
     own.run.fault.code = TERN_OK;
     own.scratch_base += (size_t)begin * t->scratch;
     while (t->failed[begin] == INT32_MAX && (block = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED)) < t->end) {
-        if (t->turn(&own, t->arg, block, begin) != TERN_OK) t->failed[begin] = block;
+        t->result[begin] = t->turn(&own, t->arg, block, begin);
+        if (t->result[begin] != TERN_OK) t->failed[begin] = block;
         if (own.run.fault.code != TERN_OK && t->faulted[begin] == INT32_MAX) t->faulted[begin] = block;
     }
     t->error[begin] = own.run.error;
@@ -9087,7 +9089,7 @@ static tern_result tern__take_turns(tern_context *c, tern__turn *turn, const voi
     if (c->run.fault.code == TERN_OK && t.faulted[faulted] != INT32_MAX) c->run.fault = t.fault[faulted];
     if (t.failed[failed] == INT32_MAX) return TERN_OK;
     c->run.error = t.error[failed];
-    return c->run.error.code;
+    return t.result[failed];
 }
 #endif
 
@@ -12381,8 +12383,8 @@ typedef struct tern__hop_work {
 
 /* All rows where the layers keep something for each, or the backend wants it; else blocks of so many that stay in cache, and
    are worth a product with the weights. Where there are several for each thread these take them by themselves; else all
-   threads share the operations of one after the other. What one thread would be long at, a hub with more than its part of
-   HOP_SHARE, is shared by all. (The tests set less.) */
+   threads share the operations of one after the other, and so they do with a block in which a hub has more edges than a
+   HOP_SHAREth of a thread's part: one alone would be long at it. (The tests set less.) */
 #ifndef TERN__HOP_ROWS
 #define TERN__HOP_ROWS 256
 #define TERN__HOP_TURNS 4

@@ -525,6 +525,14 @@ static tern_result fails_behind_four(tern_context *c, const void *arg, int64_t b
     TERN__FAIL(&c->run, TERN_E_DATA, "block %d", block);
 }
 
+static tern_result fails_silently(tern_context *c, const void *arg, int64_t block, int64_t worker)
+{
+    (void)c;
+    (void)arg;
+    (void)worker;
+    return block == 3 ? TERN_E_DEVICE : TERN_OK;
+}
+
 static void test_turns(void)
 {
     static const int64_t want[9] = {-1, -1, 2, 2, 2, 2, 1, 0, -1};
@@ -541,6 +549,7 @@ static void test_turns(void)
     CHECK_FAILS(c, tern_sync(c), TERN_E_DATA, "norm: row 99 is not finite");
     CHECK(tern__take_turns(c, fails_behind_four, who, 0, 5, 0, TERN__TASK_COST) == TERN_OK, "an error");
     CHECK_OK(c, tern_sync(c));
+    CHECK(tern__take_turns(c, fails_silently, NULL, 0, 5, 0, TERN__TASK_COST) == TERN_E_DEVICE, "an error without a text");
     tern_close(c);
     lacking.map = NULL;
     c = open_last_first(&lacking, 2);
