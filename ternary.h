@@ -844,7 +844,8 @@ struct tern_backend {
     TERN_OPS(TERN__ENTRY)
     TERN_FUSED(TERN__ENTRY)
 #undef TERN__ENTRY
-    int64_t cache; /* bytes for each worker that stay in cache between operations: a tern_hop takes so many rows at once. 0: all */
+    int64_t cache; /* bytes for each worker that stay in cache between operations: a tern_hop takes so many rows at once. 0: all.
+                      Where open is the CPU's, each worker takes rows of its own, so that operations are called side by side */
 };
 
 /* The CPU's table for a tier, or NULL where this machine or build lacks it. TERN_ISA_BEST: the best. */
@@ -1157,7 +1158,8 @@ typedef struct tern_hop {
 /* Asks for a hop whose parameters are allocated, and a graph. */
 TERN_API tern_result tern_hop_need(tern_context *c, const tern_hop *l, const tern_graph *g, tern_need *out);
 /* h [nodes, cols] -> y [nodes, rows], apart. saved: need.saved bytes, aligned to 4 (on a GPU: 16), or NULL for inference, which
-   on a CPU takes nodes in blocks that stay in cache: what is stored for all nodes is what they send, unless that is h. */
+   on a CPU takes nodes in blocks that stay in cache, each worker its own where there are enough: what is stored for all nodes is
+   what they send, unless that is h. */
 TERN_API tern_result tern_hop_forward(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, float *y, void *saved);
 /* Adds into the TERN_GRAD of all parameters where present; dh [nodes, cols] (or NULL) is overwritten. As tern_linear_backward;
    rounding to int8 passes the gradient through. */
@@ -9046,6 +9048,71 @@ static tern_result tern__run_grouped(tern_context *c, const tern_grouped_args *a
 }
 #endif
 
+#if !defined(TERNARY_NO_GRAPH) && !defined(TERNARY_NO_THREADS) /* as the pool it needs atomics */
+#define TERN__TURNS 1
+/* -- blocks of rows: each goes through several operations on one thread, whichever is free, so that threads wait for each
+   other once and not at every operation. For the CPU, whose operations share nothing but what they read -- */
+
+/* c is the thread's own: without a pool, and its scratch is no other's. worker is the thread's number. */
+typedef tern_result tern__turn(tern_context *c, const void *arg, int64_t block, int64_t worker);
+
+typedef struct tern__turns {
+    const tern_context *c;
+    tern__turn *turn;
+    const void *arg;
+    size_t scratch;                                        /* bytes of each thread, from scratch_base on */
+    int32_t next, end;                                     /* next: atomic */
+    int32_t failed[TERN__WORKERS], faulted[TERN__WORKERS]; /* each thread's first block with an error, and with a fault */
+    tern_result result[TERN__WORKERS];                     /* the error's; only some set a text */
+    tern_error error[TERN__WORKERS], fault[TERN__WORKERS];
+} tern__turns;
+
+static void tern__turns_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
+{
+    tern__turns *t = (tern__turns *)(uintptr_t)job->arg;
+    tern_context own = *t->c;
+    int32_t block;
+    (void)end;
+    (void)bad;
+    own.run.parallel.run = NULL;
+    own.run.parallel.workers = 1;
+    own.run.state = tern__first_work(job->state) + begin;
+    own.run.fault.code = TERN_OK;
+    own.scratch_base += (size_t)begin * t->scratch;
+    while (t->failed[begin] == INT32_MAX && (block = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED)) < t->end) {
+        t->result[begin] = t->turn(&own, t->arg, block, begin);
+        if (t->result[begin] != TERN_OK) t->failed[begin] = block;
+        if (own.run.fault.code != TERN_OK && t->faulted[begin] == INT32_MAX) t->faulted[begin] = block;
+    }
+    t->error[begin] = own.run.error;
+    t->fault[begin] = own.run.fault;
+}
+
+/* Blocks [begin, end). Errors and faults are those of the first block that has one, whoever took it. */
+static tern_result tern__take_turns(tern_context *c, tern__turn *turn, const void *arg, int64_t begin, int64_t end, size_t scratch, int64_t cost)
+{
+    const int32_t workers = c->run.parallel.workers;
+    int32_t i, failed = 0, faulted = 0;
+    tern__turns t;
+    t.c = c;
+    t.turn = turn;
+    t.arg = arg;
+    t.scratch = scratch;
+    t.next = (int32_t)begin;
+    t.end = (int32_t)end;
+    for (i = 0; i < workers; i++) t.failed[i] = t.faulted[i] = INT32_MAX;
+    tern__for(&c->run, tern__turns_body, &t, workers, tern__mul(end - begin, cost) / workers);
+    for (i = 1; i < workers; i++) {
+        if (t.failed[i] < t.failed[failed]) failed = i;
+        if (t.faulted[i] < t.faulted[faulted]) faulted = i;
+    }
+    if (c->run.fault.code == TERN_OK && t.faulted[faulted] != INT32_MAX) c->run.fault = t.fault[faulted];
+    if (t.failed[failed] == INT32_MAX) return TERN_OK;
+    c->run.error = t.error[failed];
+    return t.result[failed];
+}
+#endif
+
 /* ------------------------------------------------------------------------------------------------
    [TERN-15] Parameters and BitLinear
    What enters: the caller's tern_param structs. What leaves: filled buffers, and BitLinear composed of
@@ -12328,21 +12395,33 @@ typedef struct tern__hop_work {
     float *g, *m, *z, *low;                              /* ... what message and update read where that is not h, what fn reads, A h */
     float *sent, *up, *part; int8_t *q; float *scale; int32_t *sum; /* scratch: P h, B A h; segments of hubs; quantized rows */
     float *dz, *dm, *drows, *dlow, *dup, *dh;            /* and of the backward */
-    int64_t saved_bytes, scratch_bytes, nested;
-    int64_t block;                                       /* rows at once */
+    unsigned char *own;                                  /* what a block needs while it goes through, for each worker */
+    int64_t saved_bytes, scratch_bytes, own_bytes, nested; /* nested: of a layer inside, for each worker */
+    int64_t block, workers;                              /* rows at once; threads that take blocks of their own, or 1 */
     int32_t kept;                                        /* for a backward */
 } tern__hop_work;
 
-/* All rows where the layers keep something for each, or the backend wants it; else so many that stay in cache, and are worth
-   a product with the weights (the tests set less). */
+/* All rows where the layers keep something for each, or the backend wants it; else blocks of so many that stay in cache, and
+   are worth a product with the weights. Where there are several for each thread these take them by themselves; else all
+   threads share the operations of one after the other, and so they do with a block in which a hub has more edges than a
+   HOP_SHAREth of a thread's part: one alone would be long at it. (The tests set less.) */
 #ifndef TERN__HOP_ROWS
 #define TERN__HOP_ROWS 256
+#define TERN__HOP_TURNS 4
+#define TERN__HOP_SHARE 32
 #endif
-static int64_t tern__hop_block(const tern_context *c, const tern_hop *l, const tern_graph *g, int32_t kept)
+static void tern__hop_blocks(const tern_context *c, const tern_hop *l, const tern_graph *g, int32_t kept, tern__hop_work *w)
 {
     const tern__hop_shape s = tern__hop_shape_of(l);
-    const int64_t bytes = tern__mul(c->run.backend->cache, c->run.parallel.run ? c->run.parallel.workers : 1);
-    return kept || bytes == 0 ? g->nodes : tern__min(g->nodes, tern__max(TERN__HOP_ROWS, bytes / (4 * (s.in + s.sent + s.out))));
+    const int64_t workers = c->run.parallel.run ? c->run.parallel.workers : 1, row = 4 * (s.in + s.sent + s.out), cache = c->run.backend->cache;
+    w->block = g->nodes;
+    w->workers = 1;
+    if (kept || cache == 0) return;
+#ifdef TERN__TURNS
+    w->block = tern__max(TERN__HOP_ROWS, cache / row);
+    if (workers > 1 && c->run.backend->open == tern__cpu_open && g->nodes / w->block >= TERN__HOP_TURNS * workers) { w->workers = workers; return; }
+#endif
+    w->block = tern__min(g->nodes, tern__max(TERN__HOP_ROWS, tern__mul(cache, workers) / row));
 }
 
 static void tern__hop_saved(const tern_hop *l, int64_t n, void *base, tern__hop_work *w)
@@ -12372,27 +12451,37 @@ static int64_t tern__hop_nested(const tern_hop *l, int64_t n)
     return most;
 }
 
-/* All memory of a forward or backward, from base on (NULL: sizes alone). Without kept what the layers keep is scratch too. */
+/* What a block needs for itself in a forward, from base on. Without kept that is what the layers keep, too. */
+static void tern__hop_own(const tern_hop *l, void *base, tern__hop_work *w)
+{
+    const tern__hop_shape s = tern__hop_shape_of(l);
+    tern__layout p = {(unsigned char *)base, 0};
+    if (!w->kept) tern__hop_saved(l, w->block, tern__piece(&p, w->saved_bytes, 1), w);
+    if (l->message.w && l->order == TERN_PROJECT_FIRST && l->act == TERN_ACT_INT8) w->sent = tern__piece_of_floats(&p, w->block, s.sent);
+    if (l->lora_a) w->up = tern__piece_of_floats(&p, w->block, s.out);
+    w->own_bytes = p.bytes;
+}
+
+/* All memory of a forward or backward, from base on (NULL: sizes alone). */
 static void tern__hop_memory(const tern_context *c, const tern_hop *l, const tern_graph *g, int32_t backward, int32_t kept, void *saved, void *base, tern__hop_work *w)
 {
     const tern__hop_shape s = tern__hop_shape_of(l);
     const tern_matrix rows = tern__hop_rows(l);
-    const int64_t all = g->nodes, n = tern__hop_block(c, l, g, kept);
+    const int64_t n = g->nodes;
     tern__layout p = {(unsigned char *)base, 0};
     memset(w, 0, sizeof *w);
-    w->block = n;
+    tern__hop_blocks(c, l, g, kept, w);
     w->kept = kept;
-    tern__hop_saved(l, n, saved, w);
-    if (!kept) tern__hop_saved(l, n, tern__piece(&p, w->saved_bytes, 1), w);
+    tern__hop_saved(l, w->block, saved, w);
     w->part = tern__piece_of_floats(&p, tern__max(g->in.parts, g->out.parts), rows.cols);
     if (!backward) {
-        if (l->message.w && l->order == TERN_PROJECT_FIRST) w->sent = tern__piece_of_floats(&p, l->act == TERN_ACT_INT8 ? n : all, s.sent);
         if (l->act == TERN_ACT_INT8) {
-            w->q = (int8_t *)tern__piece(&p, all, tern__shape_of(&rows).stride);
-            w->scale = tern__piece_of_floats(&p, all, 1);
-            w->sum = tern__piece_of_ids(&p, all);
-        }
-        if (l->lora_a) w->up = tern__piece_of_floats(&p, n, s.out);
+            w->q = (int8_t *)tern__piece(&p, n, tern__shape_of(&rows).stride);
+            w->scale = tern__piece_of_floats(&p, n, 1);
+            w->sum = tern__piece_of_ids(&p, n);
+        } else if (l->message.w && l->order == TERN_PROJECT_FIRST) w->sent = tern__piece_of_floats(&p, n, s.sent);
+        tern__hop_own(l, NULL, w);
+        w->own = (unsigned char *)tern__piece(&p, w->own_bytes, w->workers);
     } else {
         if (l->fn != TERN_MAP_ADD) w->dz = tern__piece_of_floats(&p, n, s.out);
         if (l->update.w) w->dm = tern__piece_of_floats(&p, n, s.sent);
@@ -12404,7 +12493,7 @@ static void tern__hop_memory(const tern_context *c, const tern_hop *l, const ter
         }
     }
     w->scratch_bytes = p.bytes;
-    w->nested = tern__hop_nested(l, n);
+    w->nested = tern__scratch_piece(tern__hop_nested(l, w->block));
 }
 
 /* Scratch of a forward that keeps nothing, of one that does, or of a backward. */
@@ -12412,7 +12501,7 @@ static int64_t tern__hop_scratch(const tern_context *c, const tern_hop *l, const
 {
     tern__hop_work w;
     tern__hop_memory(c, l, g, backward, kept, NULL, NULL, &w);
-    return tern__add(w.scratch_bytes, w.nested);
+    return tern__add(w.scratch_bytes, tern__mul(w.nested, w.workers));
 }
 
 TERN_API tern_result tern_hop_need(tern_context *c, const tern_hop *l, const tern_graph *g, tern_need *out)
@@ -12482,21 +12571,15 @@ static tern_result tern__hop_quantize(tern_context *c, const tern_hop *l, const 
     return tern_map(c, &m);
 }
 
-/* What is sent, of all nodes: P h or h, in float or as int8. */
-static tern_result tern__hop_send(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, const tern__hop_work *w, const float **x)
+/* What rows [v, v + n) send: P h or h, in float or as int8. */
+static tern_result tern__hop_send(tern_context *c, const tern_hop *l, const tern_graph *g, int64_t v, int64_t n, const float *h, const tern__hop_work *w)
 {
-    const tern__hop_shape s = tern__hop_shape_of(l);
-    int64_t v;
-    *x = w->sent ? w->sent : h;
-    if (!w->sent) return l->act == TERN_ACT_INT8 ? tern__hop_quantize(c, l, g, 0, g->nodes, h, w) : TERN_OK;
-    for (v = 0; v < g->nodes; v += w->block) {
-        const int64_t n = tern__min(w->block, g->nodes - v);
-        float *sent = w->sent + (l->act == TERN_ACT_INT8 ? 0 : v * s.sent);
-        c->run.row = v;
-        TERN__TRY(tern_linear_forward(c, &l->message, n, h + v * s.in, sent, w->message));
-        if (l->act == TERN_ACT_INT8) TERN__TRY(tern__hop_quantize(c, l, g, v, n, sent, w));
+    float *sent = w->sent;
+    if (sent) {
+        if (l->act == TERN_ACT_FLOAT) sent += v * l->message.w->rows;
+        TERN__TRY(tern_linear_forward(c, &l->message, n, h, sent, w->message));
     }
-    return TERN_OK;
+    return l->act == TERN_ACT_INT8 ? tern__hop_quantize(c, l, g, v, n, sent ? sent : h, w) : TERN_OK;
 }
 
 /* Rows [v, v + n) of those that edges end at. Only the CPU, whose memory this is, has others than all. */
@@ -12577,7 +12660,7 @@ static tern_result tern__hop_fused(tern_context *c, const tern_hop *l, const ter
     return result;
 }
 
-/* y of nodes [v, v + n), from what all of them send. */
+/* y of nodes [v, v + n), from what all send: x where that is float. */
 static tern_result tern__hop_receive(tern_context *c, const tern_hop *l, const tern_graph *g, int64_t v, int64_t n, const float *x, const float *h, float *y, const tern__hop_work *w)
 {
     const tern_matrix rows = tern__hop_rows(l);
@@ -12588,6 +12671,7 @@ static tern_result tern__hop_receive(tern_context *c, const tern_hop *l, const t
     tern_result result;
     a.edges = tern__some_rows(&g->in, v, n);
     if (a.left) a.left += v;
+    if (n < g->nodes && a.edges.hubs) a.part += a.edges.part[0] * a.cols;
     a.x = x;
     if (l->act == TERN_ACT_INT8) {
         a.right = NULL;
@@ -12609,16 +12693,50 @@ static tern_result tern__hop_receive(tern_context *c, const tern_hop *l, const t
     return l->residual ? tern__apply(c, TERN_MAP_ADD, count, y, h, y) : TERN_OK;
 }
 
-/* Nodes in blocks: what lies between operations stays in cache, and is never there for all nodes. */
-static tern_result tern__hop_run(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, float *y, const tern__hop_work *w)
+/* First all nodes send, then all receive. */
+typedef struct tern__hop_pass { const tern_hop *l; const tern_graph *g; const float *h; float *y; const tern__hop_work *w; int32_t receives; } tern__hop_pass;
+
+static tern_result tern__hop_turn(tern_context *c, const void *arg, int64_t block, int64_t worker)
 {
-    const tern__hop_shape s = tern__hop_shape_of(l);
-    const float *x;
-    int64_t v;
-    TERN__TRY(tern__hop_send(c, l, g, h, w, &x));
-    for (v = 0; v < g->nodes; v += w->block) {
-        c->run.row = v;
-        TERN__TRY(tern__hop_receive(c, l, g, v, tern__min(w->block, g->nodes - v), x, h + v * s.in, y + v * s.out, w));
+    const tern__hop_pass *p = (const tern__hop_pass *)arg;
+    const tern__hop_shape s = tern__hop_shape_of(p->l);
+    const int64_t v = block * p->w->block, n = tern__min(p->w->block, p->g->nodes - v);
+    tern__hop_work w = *p->w;
+    tern__hop_own(p->l, w.own + worker * w.own_bytes, &w);
+    c->run.row = v;
+    if (!p->receives) return tern__hop_send(c, p->l, p->g, v, n, p->h + v * s.in, &w);
+    return tern__hop_receive(c, p->l, p->g, v, n, w.sent ? w.sent : p->h, p->h + v * s.in, p->y + v * s.out, &w);
+}
+
+/* Whether all threads share the operations of a block. */
+static int32_t tern__hop_shares(const tern__hop_pass *p, int64_t block)
+{
+    const tern_adjacency *e = &p->g->in;
+    const int64_t v = block * p->w->block, most = e->count / (TERN__HOP_SHARE * p->w->workers);
+    int64_t i;
+    if (p->w->workers == 1) return 1;
+    for (i = p->receives ? tern__first_hub(e, v) : e->hubs; i < e->hubs && e->hub[i] < v + p->w->block; i++)
+        if (e->start[e->hub[i] + 1] - e->start[e->hub[i]] > most) return 1;
+    return 0;
+}
+
+/* Nodes in blocks: what lies between operations stays in cache, and is never there for all nodes. */
+static tern_result tern__hop_run(tern_context *c, const tern__hop_pass *p)
+{
+    const int64_t blocks = tern__ceil_div(p->g->nodes, p->w->block);
+    int64_t i, end;
+    for (i = 0; i < blocks; i = end) {
+        for (end = i; end < blocks && !tern__hop_shares(p, end); end++) {}
+#ifdef TERN__TURNS
+        if (end > i) {
+            const tern__hop_shape s = tern__hop_shape_of(p->l);
+            const int64_t places = p->receives ? 1 + p->g->edges / p->g->nodes : 1;
+            TERN__TRY(tern__take_turns(c, tern__hop_turn, p, i, end, (size_t)p->w->nested, tern__mul(tern__mul(p->w->block, places), 2 * (s.in + s.sent + s.out))));
+            continue;
+        }
+#endif
+        TERN__TRY(tern__hop_turn(c, p, i, 0));
+        end = i + 1;
     }
     return TERN_OK;
 }
@@ -12626,13 +12744,18 @@ static tern_result tern__hop_run(tern_context *c, const tern_hop *l, const tern_
 TERN_API tern_result tern_hop_forward(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, float *y, void *saved)
 {
     tern__hop_work w;
+    tern__hop_pass p;
     tern_result result;
     if (!c) return TERN_E_ARGUMENT;
     TERN__TRY(tern__check_pointer(&c->run, "hop", "h", h, 4));
     TERN__TRY(tern__check_pointer(&c->run, "hop", "y", y, 4));
     if (saved) TERN__TRY(tern__check_pointer(&c->run, "hop", "saved", saved, 4));
     TERN__TRY(tern__hop_enter(c, l, g, 0, saved != NULL, saved, &w));
-    result = tern__hop_run(c, l, g, h, y, &w);
+    p.l = l; p.g = g; p.h = h; p.y = y; p.w = &w;
+    p.receives = 0;
+    result = w.q || w.sent ? tern__hop_run(c, &p) : TERN_OK;
+    p.receives = 1;
+    if (result == TERN_OK) result = tern__hop_run(c, &p);
     c->run.row = 0;
     c->scratch_base -= (size_t)w.scratch_bytes;
     return result;

@@ -6,7 +6,8 @@
    of gates their slope or dy, of n-grams the value's gradient or the period, of codes the last of equal ones, either sign.
    Of graphs: edges of sign 0 kept, signs lost both ways or turned round, a loop of sign -1, twice or not seen, duplicates let
    through or rows not closed up, degrees of the wrong end; of sums the finite check or its zeros, the last columns, a factor of int8 rows, the factor
-   of the whole, of hubs or not; of blocks their left, hubs, parts, first row, places, rows of h, of P h or in faults; of n-grams
+   of the whole, of hubs or not; of blocks their left, hubs, parts, first row, places, rows of h, of P h or in faults, of those that
+   workers take their scratch, its size, that of layers inside, whose error or fault it is, who has the hub; of n-grams
    the order of tokens, its number, what is unknown; distances to a shadow. */
 
 /* -- building -- */
@@ -418,10 +419,17 @@ static void hop_blocks(tern_context *c, record *r)
     for (i = 0; i < HOPS; i++) {
         hop_kit *k = hop_open(c, &hops[i], TERN_FOR_ADAMW);
         float *h = hold_floats(HOP_NODES * k->in), *y = hold_output(HOP_NODES * k->out), *want = hold_output(HOP_NODES * k->out);
+        tern__hop_work w;
+        tern__hop_pass p;
         void *saved;
         hub_edges(k);
         saved = hop_reserve(k);
-        CHECK((c->run.parallel.workers > 2 || tern__hop_block(c, &k->l, &k->w.g, 0) < HOP_NODES) && tern__hop_block(c, &k->l, &k->w.g, 1) == HOP_NODES, "hop %d: blocks of %d", i, (int)tern__hop_block(c, &k->l, &k->w.g, 0));
+        tern__hop_blocks(c, &k->l, &k->w.g, 1, &w);
+        CHECK(w.block == HOP_NODES && w.workers == 1, "hop %d, kept: blocks of %d", i, (int)w.block);
+        tern__hop_blocks(c, &k->l, &k->w.g, 0, &w);
+        CHECK(c->run.parallel.workers > 3 || (w.block < HOP_NODES && w.workers == c->run.parallel.workers), "hop %d: blocks of %d for %d workers", i, (int)w.block, (int)w.workers);
+        p.l = &k->l; p.g = &k->w.g; p.h = h; p.y = y; p.w = &w; p.receives = 1;
+        CHECK(w.workers != 2 || w.block != 3 || (tern__hop_shares(&p, 1) && !tern__hop_shares(&p, 0)), "hop %d: who takes a block with a hub", i);
         CHECK_OK(c, tern_hop_forward(c, &k->l, &k->w.g, h, want, saved));
         CHECK_OK(c, tern_hop_forward(c, &k->l, &k->w.g, h, y, NULL));
         CHECK(memcmp(y, want, (size_t)(HOP_NODES * k->out) * 4) == 0, "hop %d differs in blocks", i);
@@ -454,6 +462,106 @@ static void hop_blocks(tern_context *c, record *r)
     }
 }
 static void test_hop_blocks(void) { same_everywhere(hop_blocks, UINT64_C(0x07FD6D25F98B44DE)); }
+
+#ifndef TERNARY_NO_THREADS
+/* Tasks one after the other, the last first: it takes all blocks that it does not fail at. */
+static void last_first(void *user, tern_task task, void *arg, int32_t count)
+{
+    (void)user;
+    while (count-- > 0) task(arg, count);
+}
+
+static tern_context *open_last_first(const tern_backend *backend, int32_t workers)
+{
+    tern_context *c = NULL;
+    tern_context_desc d = TERN_ZERO;
+    d.backend = backend;
+    d.parallel.run = last_first;
+    d.parallel.workers = workers;
+    CHECK_OK(NULL, tern_open(&c, &d, NULL));
+    return c;
+}
+
+/* The last worker's scratch ends where all scratch does, and what it writes is not the first's. */
+static void test_hop_scratch(void)
+{
+    int i;
+    for (i = 0; i < HOPS; i++) {
+        tern_context *c = open_last_first(NULL, 3);
+        hop_kit *k = hop_open(c, &hops[i], TERN_FOR_ADAMW);
+        const float *h = hold_floats(HOP_NODES * k->in);
+        float *y = hold_output(HOP_NODES * k->out), *want = hold_output(HOP_NODES * k->out);
+        void *saved = hop_reserve(k);
+        unsigned char *const reserved = c->scratch;
+        const size_t bytes = c->scratch_bytes, most = (size_t)tern__hop_scratch(c, &k->l, &k->w.g, 0, 0);
+        unsigned char *poison = (unsigned char *)memset(hold(most + 1), 0x5A, most), *guarded = (unsigned char *)test_guard(poison, most, 1);
+        tern__hop_work w;
+        tern__hop_memory(c, &k->l, &k->w.g, 0, 0, NULL, guarded, &w);
+        CHECK(w.workers == 3 && most <= bytes, "hop %d: %d workers, %d bytes of %d", i, (int)w.workers, (int)most, (int)bytes);
+        CHECK_OK(c, tern_hop_forward(c, &k->l, &k->w.g, h, want, saved));
+        c->scratch = guarded;
+        c->scratch_bytes = most - 1;
+        CHECK_FAILS(c, tern_hop_forward(c, &k->l, &k->w.g, h, y, NULL), TERN_E_SCRATCH, "hop: 13 tokens need");
+        c->scratch_bytes = most;
+        CHECK_OK(c, tern_hop_forward(c, &k->l, &k->w.g, h, y, NULL));
+        CHECK(memcmp(y, want, (size_t)(HOP_NODES * k->out) * 4) == 0, "hop %d differs", i);
+        CHECK(memcmp(w.own, poison, (size_t)(2 * w.own_bytes)) == 0 && memcmp(guarded + w.scratch_bytes, poison, (size_t)(2 * w.nested)) == 0,
+              "hop %d: the last worker wrote what is another's", i);
+        c->scratch = reserved;
+        c->scratch_bytes = bytes;
+        test_unguard(guarded, most);
+        hop_close(k);
+        tern_close(c);
+        release();
+    }
+}
+
+/* Of three blocks that fail the last worker takes the first. */
+static tern_result fails_behind_four(tern_context *c, const void *arg, int64_t block, int64_t worker)
+{
+    ((int64_t *)(uintptr_t)arg)[block] = worker;
+    if (block < 5) return TERN_OK;
+    tern__set_fault(&c->run, TERN__FAULT_NORM, block);
+    TERN__FAIL(&c->run, TERN_E_DATA, "block %d", block);
+}
+
+static tern_result fails_silently(tern_context *c, const void *arg, int64_t block, int64_t worker)
+{
+    (void)c;
+    (void)arg;
+    (void)worker;
+    return block == 3 ? TERN_E_DEVICE : TERN_OK;
+}
+
+static void test_turns(void)
+{
+    static const int64_t want[9] = {-1, -1, 2, 2, 2, 2, 1, 0, -1};
+    tern_backend lacking = *tern_cpu_backend(TERN_ISA_BEST);
+    tern_context *c = open_last_first(NULL, 3);
+    int64_t who[9];
+    hop_kit *k;
+    memset(who, -1, sizeof who);
+    CHECK(tern__take_turns(c, fails_behind_four, who, 2, 9, 0, TERN__TASK_COST) == TERN_E_DATA && strcmp(tern_last_error(c)->text, "block 5") == 0, "text is \"%s\"", tern_last_error(c)->text);
+    CHECK(memcmp(who, want, sizeof who) == 0, "blocks went to others");
+    CHECK_FAILS(c, tern_sync(c), TERN_E_DATA, "norm: row 5 is not finite");
+    tern__set_fault(&c->run, TERN__FAULT_NORM, 99);
+    CHECK(tern__take_turns(c, fails_behind_four, who, 5, 9, 0, TERN__TASK_COST) == TERN_E_DATA, "no error");
+    CHECK_FAILS(c, tern_sync(c), TERN_E_DATA, "norm: row 99 is not finite");
+    CHECK(tern__take_turns(c, fails_behind_four, who, 0, 5, 0, TERN__TASK_COST) == TERN_OK, "an error");
+    CHECK_OK(c, tern_sync(c));
+    CHECK(tern__take_turns(c, fails_silently, NULL, 0, 5, 0, TERN__TASK_COST) == TERN_E_DEVICE, "an error without a text");
+    tern_close(c);
+    lacking.map = NULL;
+    c = open_last_first(&lacking, 2);
+    k = hop_open(c, &hops[5], TERN_FOR_ADAMW);
+    hop_reserve(k);
+    CHECK_FAILS(c, tern_hop_forward(c, &k->l, &k->w.g, hold_floats(HOP_NODES * k->in), hold_output(HOP_NODES * k->out), NULL), TERN_E_UNSUPPORTED, "has no operation map");
+    CHECK(c->run.row == 0, "faults would be counted from %d", (int)c->run.row);
+    hop_close(k);
+    tern_close(c);
+    release();
+}
+#endif
 
 #ifndef TERNARY_NO_TRAINING
 
@@ -1178,6 +1286,10 @@ static void suite_graph(void)
     RUN_ALONE(test_graph_faults);
     RUN(test_hop_forward);
     RUN(test_hop_blocks);
+#ifndef TERNARY_NO_THREADS
+    RUN_ALONE(test_hop_scratch);
+    RUN_ALONE(test_turns);
+#endif
 #ifndef TERNARY_NO_TRAINING
     RUN_ALONE(test_hop_gradients);
     RUN(test_hop_backward);
