@@ -103,6 +103,18 @@ template <unsigned Pending> static __device__ __forceinline__ void tern__cp_wait
 
 static __device__ uint32_t tern__lanes_below(int lane) { return (1u << lane) - 1; }
 
+/* The last i below n for which begun(i) holds, as it does from 0 up to there; 0 where there is none. */
+template <typename Begun> static __device__ __forceinline__ int64_t tern__last_at(int64_t n, Begun begun)
+{
+    int64_t low = 0, high = n - 1;
+    while (low < high) {
+        const int64_t middle = high - (high - low) / 2;
+        if (begun(middle)) low = middle;
+        else high = middle - 1;
+    }
+    return low;
+}
+
 /* The elements of [0, n) that fall to a thread of the grid. */
 #define TERN__EACH(i, n) \
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (int64_t)gridDim.x * blockDim.x)
@@ -1438,7 +1450,7 @@ static tern_result tern__gpu_matmul_quantized(tern_run *r, tern__gpu *d, const t
 
 enum { TERN__GROUP_MATRICES = 128 }; /* of a launch, among the kernel's parameters */
 
-typedef struct tern__group_matrix { const void *trits, *scales; const float *bias; } tern__group_matrix;
+typedef struct tern__group_matrix { void *trits, *scales; const float *bias; } tern__group_matrix;
 
 /* Groups [first, first + count) of `all`, of which a.n rows from `at` on are here; y_set: floats from set to set. */
 typedef struct tern__groups {
@@ -1497,19 +1509,14 @@ template <typename Body> static __device__ __forceinline__ void tern__each_group
     const int64_t items = (int64_t)my->tile[p.count] * p.sets * blocks, rows = p.a.m.rows;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const int tile = (int)(item / (p.sets * blocks)), set = (int)(item / blocks % p.sets);
-        int low = 0, high = p.count - 1;
-        while (low < high) {
-            const int middle = high - (high - low) / 2;
-            if (my->tile[middle] <= tile) low = middle;
-            else high = middle - 1;
-        }
-        const int64_t first = my->row[low] + (int64_t)(tile - my->tile[low]) * tokens;
-        const tern__group_matrix &w = p.w[low * p.sets + set];
+        const int group = (int)tern__last_at(p.count, [&](int64_t g) { return my->tile[g] <= tile; });
+        const int64_t first = my->row[group] + (int64_t)(tile - my->tile[group]) * tokens;
+        const tern__group_matrix &w = p.w[group * p.sets + set];
         tern_matmul_args a = p.a;
-        a.m.trits = (void *)(uintptr_t)w.trits;
-        a.m.scales = (void *)(uintptr_t)w.scales;
+        a.m.trits = w.trits;
+        a.m.scales = w.scales;
         a.bias = w.bias;
-        a.n = tern__min(tokens, my->row[low + 1] - first);
+        a.n = tern__min(tokens, my->row[group + 1] - first);
         a.q += first * p.s.stride;
         a.scale += first;
         a.sum += first * p.s.groups;
@@ -1533,7 +1540,7 @@ template <int Tiles, bool Base3> static __global__ void __launch_bounds__(TERN__
     });
 }
 
-template <int Tiles, bool Base3, bool Grouped> static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__many_groups(tern__groups p, int blocks)
+template <int Tiles, bool Base3, bool Grouped> static __global__ void __launch_bounds__(TERN__THREADS, Tiles == 2 && !Grouped ? 2 : 1) tern__many_groups(tern__groups p, int blocks)
 {
     TERN__SHARED(tern__group_room, my);
     tern__each_group_tile(p, 16 * Tiles, blocks, my, [&](const tern_matmul_args &a, int64_t block) {
@@ -3562,14 +3569,9 @@ static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__aggregate_rows(
 static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__aggregate_parts(tern_aggregate_args a, int wide)
 {
     for (int64_t part = blockIdx.x; part < a.edges.parts; part += gridDim.x) {
-        int64_t low = 0, high = a.edges.hubs - 1;
-        while (low < high) {
-            const int64_t middle = high - (high - low) / 2;
-            if (a.edges.part[middle] - a.edges.part[0] <= part) low = middle;
-            else high = middle - 1;
-        }
-        const int64_t row = a.edges.hub[low] - a.edges.first;
-        const int64_t first = a.edges.start[row] + (part - (a.edges.part[low] - a.edges.part[0])) * TERN__EDGES;
+        const int64_t hub = tern__last_at(a.edges.hubs, [&](int64_t h) { return a.edges.part[h] - a.edges.part[0] <= part; });
+        const int64_t row = a.edges.hub[hub] - a.edges.first;
+        const int64_t first = a.edges.start[row] + (part - (a.edges.part[hub] - a.edges.part[0])) * TERN__EDGES;
         const int count = (int)tern__min(TERN__EDGES, a.edges.start[row + 1] - first);
         tern__each4_of_row(a.cols, [&](int64_t i, int n) {
             float sum[4];
@@ -3607,20 +3609,21 @@ static tern_result tern__gpu_aggregate(tern_run *r, tern__gpu *d, const tern_agg
 /* -- hops: a block takes some nodes, whose sums, messages and quantized rows stay in shared memory; a warp takes a node, then 32 outputs of eight -- */
 
 enum { TERN__HOP_NODES = 16, TERN__HOP_BYTES = 48 << 10 };
+static_assert(TERN__HOP_BYTES / TERN__HOP_NODES < 4 * TERN__BLOCK, "a canonical sum of a node's row is one block, which takes no memory");
 
 typedef struct tern__hop_step { tern_linear_args layer; tern__shape s; tern__blame blame; } tern__hop_step;
 
-/* The layers that are there, one after the other; width, pitch and groups: of a node, floats, bytes of q and sums; room: a warp's floats for sums. */
+/* The layers that are there, one after the other; width, pitch and groups: of a node, floats, bytes of q and sums. */
 typedef struct tern__hop_plan {
     tern_hop_args a;
     tern__hop_step step[2];
     tern__blame sum;
-    int32_t steps, width, pitch, groups, room, wide, wide_out;
+    int32_t steps, width, pitch, groups, wide, wide_out;
     int64_t out; /* columns of y */
 } tern__hop_plan;
 
 /* Pieces of shared memory, which begins with rows. */
-typedef struct tern__hop_room { float *rows; int8_t *q; float *scale; int32_t *sum; float *sums; } tern__hop_room;
+typedef struct tern__hop_room { float *rows; int8_t *q; float *scale; int32_t *sum; } tern__hop_room;
 
 static __device__ tern__hop_room tern__hop_room_of(const tern__hop_plan &p, float *rows)
 {
@@ -3629,7 +3632,6 @@ static __device__ tern__hop_room tern__hop_room_of(const tern__hop_plan &p, floa
     my.q = (int8_t *)(rows + TERN__HOP_NODES * p.width);
     my.scale = (float *)(my.q + TERN__HOP_NODES * p.pitch);
     my.sum = (int32_t *)(my.scale + TERN__HOP_NODES);
-    my.sums = (float *)(my.sum + TERN__HOP_NODES * p.groups) + (int)threadIdx.x / 32 * p.room;
     return my;
 }
 
@@ -3718,7 +3720,7 @@ static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__hop_nodes(tern_
             const bool last = k == p.steps - 1;
             for (int i = warp; i < n; i += TERN__WARPS)
                 tern__quantize_row<tern__warp_team>(step.layer.quantize, step.s, first + i, my.rows + i * p.width, my.q + i * p.pitch, my.scale + i,
-                                                    my.sum + i * step.s.groups, step.blame, my.sums);
+                                                    my.sum + i * step.s.groups, step.blame, NULL);
             __syncthreads();
             const auto four = [&](int node, int64_t col, const float v[4]) {
                 if (last) tern__hop_end(p, first + node, col, v);
@@ -3766,11 +3768,10 @@ static tern_result tern__gpu_hop(tern_run *r, tern__gpu *d, const tern_hop_args 
     p.out = p.width = (int32_t)sum->cols;
     tern__hop_add(d, &p, &a->message);
     tern__hop_add(d, &p, &a->update);
-    p.room = (int32_t)tern__ceil_div(p.width, TERN__BLOCK);
     p.width = (p.width + 3) & ~3;
     p.wide = tern__wide(sum->x, sum->part, 4 * sum->cols);
     p.wide_out = tern__wide(a->add, a->residual, a->y, 4 * p.out);
-    bytes = TERN__HOP_NODES * (4 * ((int64_t)p.width + 1 + p.groups) + p.pitch) + 4 * TERN__WARPS * (int64_t)p.room;
+    bytes = TERN__HOP_NODES * (4 * ((int64_t)p.width + 1 + p.groups) + p.pitch);
     TERN__REQUIRE(r, bytes <= TERN__HOP_BYTES, TERN_E_UNSUPPORTED, "cuda: hop: %d bytes of shared memory for some nodes; %d are the most", bytes, (int64_t)TERN__HOP_BYTES);
     if (sum->q) TERN__TRY(tern__check_aligned16(r, "aggregate: q", sum->q));
     for (int i = 0; i < p.steps; i++) TERN__TRY(tern__check_aligned16(r, "linear: m.trits", p.step[i].layer.quantize.m.trits));
