@@ -118,13 +118,15 @@ typedef double *cudaEvent_t; /* when it came, in seconds */
 struct cuda_copy { void *to; const void *from; unsigned group; };
 struct cuda_block { size_t bytes; int device; }; /* of device memory */
 
-/* What a test breaks: a barrier (that of one line of code, numbered as they are met), waits for copies, lanes of shuffles or of mma, reads of 16 bytes, or the shared memory of a launch. */
+/* What a test breaks: a barrier (that of one line of code, of functions whose name begins so or of all, numbered as they are met), waits for copies, lanes of shuffles or of
+   mma, reads of 16 bytes, or the shared memory of a launch. */
 enum cuda_sabotage_kind {
     CUDA_INTACT, CUDA_NO_BARRIER, CUDA_NO_WAIT, CUDA_WRONG_LANE, CUDA_WRONG_MMA, CUDA_READS_BEYOND, CUDA_LITTLE_SHARED
 };
 struct cuda_sabotage {
     cuda_sabotage_kind kind = CUDA_INTACT;
     size_t barrier = 0;
+    const char *function = nullptr;
     long done = 0;             /* how often */
     std::vector<int> barriers; /* the lines that were met */
 };
@@ -318,20 +320,20 @@ inline void cuda_run_grid(const char *kernel, dim3 grid, dim3 block, size_t shar
 /* -- barriers and warp collectives -- */
 
 /* Whether the barrier of this line is to be left out. */
-inline bool cuda_no_barrier(int line)
+inline bool cuda_no_barrier(int line, const char *function)
 {
     cuda_sabotage *s = &test_cuda.sabotage;
-    if (s->kind != CUDA_NO_BARRIER) return false;
+    if (s->kind != CUDA_NO_BARRIER || (s->function && strncmp(function, s->function, strlen(s->function)) != 0)) return false;
     const auto found = std::find(s->barriers.begin(), s->barriers.end(), line);
     const size_t index = static_cast<size_t>(found - s->barriers.begin());
     if (found == s->barriers.end()) s->barriers.push_back(line);
     return index == s->barrier && cuda_sabotaged(CUDA_NO_BARRIER);
 }
 
-inline void __syncthreads(int line = __builtin_LINE())
+inline void __syncthreads(int line = __builtin_LINE(), const char *function = __builtin_FUNCTION())
 {
     cuda_thread *self = &test_cuda.thread[threadIdx.x];
-    if (cuda_no_barrier(line)) return;
+    if (cuda_no_barrier(line, function)) return;
     self->state = CUDA_AT_BARRIER;
     self->waits_at = "__syncthreads";
     cuda_yield();
