@@ -118,6 +118,15 @@ static void check_hop(bool layers)
     CHECK_SAME(y);
 }
 
+static void check_mixture(tern_rule router, tern_type encoding, int32_t grain)
+{
+    const fused_moe t = {{20, 4, 260, 40, 1, 0, 0, TERN_ABSMEAN, grain, encoding, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_RENORMALIZED, TERN_NORM_RMS, TERN_NORM_NONE, router,
+                          TERN_FOR_INFERENCE}, 16, MOE_NAN, 1};
+    test_fuse(false);
+    tern__gpu_of(&test_context[GPU]->run)->processors = 2; /* of which each has a block */
+    test_fused_moe(t, test_context[GPU]);
+}
+
 /* Fused kernels, whose blocks take several tiles or steps here. */
 static const scenario fused[] = {
     {"hop", [] { check_hop(true); }, {1}, "tern__hop_nodes"}, /* a warp quantizes the rows that it summed */
@@ -125,6 +134,8 @@ static const scenario fused[] = {
     {"groups, where tiles begin", [] { test_grouped_products(7, 2, 40, 70, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 3, 12, 9); }, {}, "tern__count_tiles"},
     {"groups of few", [] { test_grouped_products(7, 2, 140, 300, 20, TERN_BASE3, TERN_ACT_INT8, 3, 40, 20); }, {}, "tern__few_tokens"},
     {"groups of many", [] { test_grouped_products(3, 2, 130, 500, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 90, 70); }, {}, "tern__many_tokens"},
+    {"mixture", [] { check_mixture(TERN_DENSE, TERN_2BIT, TERN_PER_ROW); }, {}, "tern__mixture"},
+    {"mixture, ternary router", [] { check_mixture(TERN_ABSMEAN, TERN_BASE3, 20); }, {}, "tern__mixture_tokens"},
 };
 
 /* Each call of the runtime that a layer of those rooms makes fails in its turn: the layer says so. */

@@ -5,6 +5,7 @@
 #define TERN__INTEGER_PART 2048
 #define TERN__CACHE 300
 #define TERN__HOP_ROWS 3
+#define TERN__MOE_PART 8
 #include "amx.h"
 #include "../ternary.h"
 #include "test.h"
