@@ -19,6 +19,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <deque>
 #include <functional>
 #include <map>
 #include <tuple>
@@ -152,9 +153,13 @@ struct cuda_thread {
 
 /* A block that is on its way: its threads, lanes of warps that wait in a collective, and its shared memory. */
 struct cuda_room {
-    cuda_thread thread[CUDA_THREADS];
-    unsigned meeting[CUDA_THREADS / CUDA_WARP];
-    void *shared;
+    cuda_thread thread[CUDA_THREADS] = {};
+    unsigned meeting[CUDA_THREADS / CUDA_WARP] = {};
+    void *shared = nullptr;
+    cuda_room() { if (posix_memalign(&shared, 1024, CUDA_SHARED) != 0) abort(); }
+    cuda_room(const cuda_room &) = delete;
+    cuda_room &operator=(const cuda_room &) = delete;
+    ~cuda_room() { free(shared); }
 };
 
 struct cuda_emulator {
@@ -180,7 +185,7 @@ struct cuda_emulator {
     const char *kernel = nullptr;
     const std::function<void()> *body = nullptr;
     bool together = false;
-    std::vector<cuda_room *> rooms; /* the first one serves all launches but those together */
+    std::deque<cuda_room> rooms;    /* the first one serves all launches but those together */
     size_t shared_bytes = 0;
     void *shared = nullptr;         /* of the room of the running block, */
     cuda_thread *thread = nullptr;  /* as these */
@@ -304,15 +309,11 @@ inline bool cuda_run_warps()
 /* Gives the block a room, whose fibers and memory stay for later launches. */
 inline void cuda_enter(unsigned block, unsigned room)
 {
-    while (test_cuda.rooms.size() <= room) {
-        cuda_room *fresh = new cuda_room();
-        if (posix_memalign(&fresh->shared, 1024, CUDA_SHARED) != 0) abort();
-        test_cuda.rooms.push_back(fresh);
-    }
+    while (test_cuda.rooms.size() <= room) test_cuda.rooms.emplace_back();
     blockIdx = dim3(block % gridDim.x, block / gridDim.x, 0);
-    test_cuda.thread = test_cuda.rooms[room]->thread;
-    test_cuda.meeting = test_cuda.rooms[room]->meeting;
-    test_cuda.shared = test_cuda.rooms[room]->shared;
+    test_cuda.thread = test_cuda.rooms[room].thread;
+    test_cuda.meeting = test_cuda.rooms[room].meeting;
+    test_cuda.shared = test_cuda.rooms[room].shared;
 }
 
 inline void cuda_begin_block()
@@ -349,10 +350,10 @@ inline void cuda_run_together()
             cuda_enter(i, i);
             cuda_run_block();
         }
-        first = &test_cuda.rooms[0]->thread[0].state;
+        first = &test_cuda.rooms[0].thread[0].state;
         for (unsigned i = 1; i < blocks; i++) {
             const bool waits = *first == CUDA_AT_GRID_BARRIER;
-            if (test_cuda.rooms[i]->thread[0].state == *first) continue;
+            if (test_cuda.rooms[i].thread[0].state == *first) continue;
             cuda_enter(waits ? 0 : i, waits ? 0 : i);
             threadIdx.x = 0;
             cuda_fault("waits at the barrier of the grid for block %u, which has returned", waits ? i : 0);

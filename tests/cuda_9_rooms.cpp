@@ -259,6 +259,19 @@ static void test_cuda_moe_by_its_parts()
     for (const fused_moe &t : fused_moes) test_fused_moe(t, parts.c);
 }
 
+/* The same on a device that cannot launch blocks together. */
+#ifdef TEST_CUDA_H
+static void test_cuda_moe_apart()
+{
+    test_cuda.cooperative = 0;
+    const opened apart(test_backend());
+    test_cuda.cooperative = 1;
+    CHECK(apart.result == TERN_OK && !tern__gpu_of(&apart.c->run)->meet);
+    test_fuse(false);
+    test_fused_moe(fused_moes[2], apart.c);
+}
+#endif
+
 /* A mixture as one graph, replayed for tokens that choose other experts. */
 static void cuda_moe_graph(tern_dispatch dispatch)
 {
@@ -512,6 +525,9 @@ static void suite_cuda_rooms()
     RUN(test_cuda_flip_training);
     RUN(test_cuda_moe);
     RUN(test_cuda_moe_by_its_parts);
+#ifdef TEST_CUDA_H
+    RUN(test_cuda_moe_apart);
+#endif
     RUN(test_cuda_moe_graph);
     RUN(test_cuda_hop);
     RUN(test_cuda_hop_by_its_parts);
