@@ -4,7 +4,8 @@
      g++ -std=c++17 -O1 -g -x c++ -include tests/cuda.h -I. ternary_cuda.cu ...        (add -fsanitize=address)
 
    The threads of a block are fibers of the calling thread, one block runs after the other, and a schedule says in
-   which order; of a launch together, each up to the barrier of the grid. A fault (a lane missing in a collective, a barrier that not all reach) is named and ends the program.
+   which order; of a launch together, each up to the barrier of the grid. A fault (a lane missing in a collective, a barrier
+   that not all reach) is named and ends the program.
    Shared memory and fresh device memory are full of 0xCD; AddressSanitizer guards the ends of both. */
 #ifndef TEST_CUDA_H
 #define TEST_CUDA_H
