@@ -804,6 +804,24 @@ typedef struct tern_hop_args {
     float *y;                        /* [rows, columns of what comes last] */
 } tern_hop_args;
 
+/* A mixture of few tokens, whole, bit by bit what these make one after the other: the router, which is quantize and matmul where its m has
+   trits, else norm (y NULL: none) and dense, neither added nor fused, with a_col and b_row 1; route; quantize x; grouped for up, and for
+   gate where there is one; map fn, and MUL by up's; quantize hidden; grouped for down; zeros and scatter. ids, weights, loads and what
+   quantize x leaves are as those leave them; hidden, and q, scale and sum of it, in the order of grouped rows, are work memory of n k rows.
+   Experts are alike and have no dead zone. A backend may decline what is beyond its means before it writes anything: TERN_E_UNSUPPORTED. */
+typedef struct tern_moe_args {
+    tern_linear_args router;            /* m.trits NULL: dense */
+    tern_norm_args norm;
+    tern_dense_args dense;
+    tern_route_args route;
+    int32_t *loads;                     /* [count] */
+    tern_quantize_args in, inner;       /* x as up and gate read it; hidden as down reads it */
+    float *hidden;                      /* [n k, rows of up], which inner reads */
+    const struct tern_expert *experts;  /* [count] in host memory, with buffers in backend memory */
+    tern_map_fn fn;
+    float *y;                           /* [n, rows of down] */
+} tern_moe_args;
+
 #define TERN_OPS(X)                                                                    \
     X(ternarize) X(pack) X(unpack) X(quantize) X(matmul) X(matmul_fixed) X(matmul_dx) X(matmul_dw) \
     X(dense) X(dense_i8) X(gather) X(scatter) X(fill) X(cast) X(map) X(norm) X(rope)   \
@@ -812,7 +830,7 @@ typedef struct tern_hop_args {
     X(gate) X(nearest)
 
 /* Operations that a backend may leave out: layers then compose others, with the same bits. */
-#define TERN_FUSED(X) X(linear) X(grouped) X(hop)
+#define TERN_FUSED(X) X(linear) X(grouped) X(hop) X(moe)
 
 #define TERN__DECLARE(op) TERN_API tern_result tern_##op(tern_context *c, const tern_##op##_args *a);
 TERN_OPS(TERN__DECLARE)
@@ -1071,7 +1089,8 @@ typedef struct tern_moe {
 TERN_API tern_result tern_moe_need(tern_context *c, const tern_moe *m, int64_t n, tern_need *out);
 /* x [n, cols] -> y [n, cols], apart. saved: need.saved bytes, aligned to 4 (on a GPU: 16), or NULL for inference. A
    token whose logits are not finite is a data fault and goes to no expert. A GPU is waited for, once, by SPARSE where
-   experts, or the low-rank matrices in their place, read floats, or where down (low_b in its place) is rotated. */
+   experts, or the low-rank matrices in their place, read floats, or where down (low_b in its place) is rotated. It takes up to 16
+   tokens, of up to 256 places and 384 matrices, in one launch where they are int8 all along and have no dead zone. */
 TERN_API tern_result tern_moe_forward(tern_context *c, const tern_moe *m, int64_t n, const float *x, float *y, void *saved);
 /* Adds into the TERN_GRAD of all parameters where present; dx [n, cols] (or NULL) is overwritten. As tern_linear_backward.
    A GPU is waited for, once. */
@@ -8279,6 +8298,7 @@ static tern_result tern__cpu_sync(tern_run *r) { (void)r; return TERN_OK; }
 #define TERN__CACHE 524288
 #endif
 #define tern__cpu_hop NULL /* blocks of nodes that stay in cache do as well */
+#define tern__cpu_moe NULL /* nothing is launched */
 #define TERN__OP(op) tern__cpu_##op,
 #define TERN__TABLE(suffix, text)                                                              \
     static const tern_backend tern__backend_##suffix = {                                       \
@@ -11212,7 +11232,9 @@ static int64_t tern__moe_again(const tern_moe *m, int64_t n)
     return tern__max(bytes, tern__kept_at(&l, n, NULL).bytes);
 }
 
-enum { TERN__MOE_PART = 64 };
+#ifndef TERN__MOE_PART /* the tests set less, so that few tokens go in parts too */
+#define TERN__MOE_PART 256
+#endif
 
 /* Places that go through experts at once where a backend multiplies in groups: those of few tokens all together, else no
    more than all tokens at one expert. */
@@ -11565,7 +11587,7 @@ static tern_result tern__moe_low_parts(tern_context *c, const tern_moe *m, int64
     return TERN_OK;
 }
 
-static tern_result tern__moe_route(tern_context *c, const tern_moe *m, int64_t n, const float *x, const tern__moe_work *w)
+static tern_route_args tern__moe_choice(const tern_moe *m, int64_t n, const tern__moe_work *w)
 {
     tern_route_args a;
     memset(&a, 0, sizeof a);
@@ -11576,35 +11598,101 @@ static tern_result tern__moe_route(tern_context *c, const tern_moe *m, int64_t n
     a.logits = w->logits;
     a.ids = w->ids;
     a.weights = w->weights;
+    return a;
+}
+
+static tern_result tern__moe_route(tern_context *c, const tern_moe *m, int64_t n, const float *x, const tern__moe_work *w)
+{
+    const tern_route_args a = tern__moe_choice(m, n, w);
     TERN__TRY(tern_linear_forward(c, &m->router, n, x, w->logits, w->router));
     return tern_route(c, &a);
 }
 
-static tern_result tern__moe_run(tern_context *c, const tern_moe *m, int64_t n, const float *x, float *y, const tern__moe_work *w)
+/* The router of a mixture in one operation is one product, after no more than a norm. */
+static int32_t tern__moe_router_is_plain(const tern_linear *l)
+{
+    if (tern__is_quantized(l)) return !tern__reads_floats(l) && !(l->bias && l->w->dead);
+    return l->w->rule == TERN_DENSE && !tern__shadow_bytes(l->w) && !l->w->rotate && !l->lora_a && !(l->arenas > 0.0f);
+}
+
+static int32_t tern__moe_is_plain(const tern_expert *e) { return !e->up->dead && !(e->gate && e->gate->dead) && !e->down->dead; }
+
+/* Whether what the router chooses may go in one operation: few tokens, whose experts would go in groups. */
+static int32_t tern__moe_fuses(const tern_context *c, const tern_moe *m, int64_t n, const tern__moe_work *w)
+{
+    return c->run.backend->moe && !m->low_a && tern__moe_grouped(c, m) && n * m->top_k <= w->part && tern__moe_router_is_plain(&m->router) &&
+           tern__moe_is_plain(m->experts);
+}
+
+/* TERN_E_UNSUPPORTED where the backend declines. */
+static tern_result tern__moe_fused(tern_context *c, const tern_moe *m, int64_t n, const float *x, float *y, const tern__moe_work *w)
+{
+    const tern_linear front = tern__moe_front(m, m->experts->up), down = tern__moe_down(m, m->experts->down);
+    const tern_error before = c->run.error;
+    unsigned char *scratch = c->scratch + c->scratch_base; /* of the router, and then of down */
+    const tern__kept inner = tern__kept_at(&down, n * m->top_k, scratch);
+    tern__fp_mode mode;
+    tern_result result;
+    tern_moe_args a;
+    memset(&a, 0, sizeof a);
+    if (tern__is_quantized(&m->router)) {
+        const tern__kept kept = tern__kept_at(&m->router, n, w->router);
+        a.router.quantize = tern__linear_quantize(&m->router, n, x, &kept);
+        a.router.bias = tern__floats(m->router.bias ? m->router.bias : m->router.w->dead, TERN_SHADOW);
+        a.router.y = w->logits;
+    } else {
+        a.norm = tern__linear_norm(&m->router, n, x);
+        if (m->router.norm != TERN_NORM_NONE) a.norm.y = (float *)(void *)scratch;
+        a.dense = tern__linear_dense(&m->router, n, a.norm.y ? a.norm.y : x, w->logits);
+    }
+    a.route = tern__moe_choice(m, n, w);
+    a.loads = w->loads;
+    a.in = tern__linear_quantize(&front, n, x, &w->x);
+    a.inner = tern__linear_quantize(&down, n * m->top_k, w->h, &inner);
+    a.hidden = w->h;
+    a.experts = m->experts;
+    a.fn = tern__moe_fn(m);
+    a.y = y;
+    mode = tern__fp_enter();
+    result = c->run.backend->moe(&c->run, &a);
+    tern__fp_leave(mode);
+    if (result == TERN_E_UNSUPPORTED) c->run.error = before;
+    return result;
+}
+
+/* What the router chooses, into y; `all` is what experts have read. */
+static tern_result tern__moe_chosen(tern_context *c, const tern_moe *m, int64_t n, const float *x, float *y, const tern__moe_work *w, tern__moe_rows *all)
 {
     const int64_t cols = m->experts->up->cols, width = m->experts->up->rows;
     const int32_t dense = tern__moe_dense(c, m, n), grouped = !dense && tern__moe_grouped(c, m);
+    const tern_result fused = !dense && tern__moe_fuses(c, m, n, w) ? tern__moe_fused(c, m, n, x, y, w) : TERN_E_UNSUPPORTED;
     tern__moe_turn t;
-    tern__moe_rows all;
+    if (fused == TERN_OK) return tern__moe_read(c, m, n, x, w, 0, all);
+    if (fused != TERN_E_UNSUPPORTED) return fused;
     TERN__TRY(tern__moe_route(c, m, n, x, w));
     TERN__TRY(tern__moe_group(c, m, n, dense, w));
     if (!grouped) TERN__TRY(tern__moe_turns(c, m, n, dense, w, &t));
-    TERN__TRY(tern__moe_read(c, m, n, x, w, 1, &all));
+    TERN__TRY(tern__moe_read(c, m, n, x, w, 1, all));
     if (m->low_a) {
         const tern_linear down = tern__moe_down(m, m->experts->down);
-        TERN__TRY(tern__moe_hidden(c, m, m->experts, n, &all, w, w->hidden));
+        TERN__TRY(tern__moe_hidden(c, m, m->experts, n, all, w, w->hidden));
         TERN__TRY(tern__zero(c, n * width, w->sum));
-        TERN__TRY(grouped ? tern__moe_low_parts(c, m, n, &all, w) : tern__moe_lows(c, m, n, &all, w, &t));
-        TERN__TRY(tern_linear_forward(c, &down, n, w->sum, y, w->inner));
-    } else {
-        TERN__TRY(tern__zero(c, n * cols, y));
-        TERN__TRY(grouped ? tern__moe_parts(c, m, n, &all, w, y) : tern__moe_experts(c, m, n, &all, w, &t, y));
+        TERN__TRY(grouped ? tern__moe_low_parts(c, m, n, all, w) : tern__moe_lows(c, m, n, all, w, &t));
+        return tern_linear_forward(c, &down, n, w->sum, y, w->inner);
     }
+    TERN__TRY(tern__zero(c, n * cols, y));
+    return grouped ? tern__moe_parts(c, m, n, all, w, y) : tern__moe_experts(c, m, n, all, w, &t, y);
+}
+
+static tern_result tern__moe_run(tern_context *c, const tern_moe *m, int64_t n, const float *x, float *y, const tern__moe_work *w)
+{
+    tern__moe_rows all;
+    TERN__TRY(tern__moe_chosen(c, m, n, x, y, w, &all));
     if (m->always) {
         const tern_linear down = tern__moe_down(m, m->always->down);
         TERN__TRY(tern__moe_hidden(c, m, m->always, n, &all, w, w->h));
         TERN__TRY(tern_linear_forward(c, &down, n, w->h, w->out, NULL));
-        return tern__apply(c, TERN_MAP_ADD, n * cols, y, w->out, y);
+        return tern__apply(c, TERN_MAP_ADD, n * m->experts->up->cols, y, w->out, y);
     }
     return TERN_OK;
 }

@@ -49,6 +49,7 @@ Licence: MIT or Unlicense, at your choice; see the end of LICENSE.
 
 #ifdef __CUDACC__
 #define TERN__LAUNCH(kernel, grid, block, shared_bytes, stream, ...) kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+#define TERN__LAUNCH_TOGETHER(kernel, grid, block, shared_bytes, stream, ...) tern__launch_together(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 #define TERN__SHARED(type, name)                                    \
     extern __shared__ __align__(1024) unsigned char tern__shared[]; \
     type *const name = reinterpret_cast<type *>(tern__shared)
@@ -108,6 +109,29 @@ template <unsigned Pending> static __device__ __forceinline__ void tern__cp_wait
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" : : "n"(Pending) : "memory");
 #endif
+}
+
+/* A launch whose blocks are all there at once, or an error. */
+template <typename... Parameters>
+static void tern__launch_together(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Parameters... parameters)
+{
+    void *each[] = {&parameters...};
+    cudaLaunchCooperativeKernel((const void *)kernel, grid, block, each, shared_bytes, stream); /* an error stays with the runtime */
+}
+
+/* __syncthreads for all blocks of such a launch. word: of device memory, zero once; each barrier flips its highest bit and
+   leaves the others zero. */
+static __device__ __forceinline__ void tern__grid_barrier(unsigned *word)
+{
+    const unsigned flip = 0x80000000u;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        const unsigned before = atomicAdd(word, blockIdx.x == 0 ? flip - (gridDim.x - 1) : 1);
+        while (((*(volatile unsigned *)word ^ before) & flip) == 0) {}
+        __threadfence();
+    }
+    __syncthreads();
 }
 
 /* Only code for sm_90a itself has the following: elsewhere they do nothing, and TERN__HAS_WGMMA says so. */
@@ -185,6 +209,18 @@ static __device__ __forceinline__ uint64_t tern__wgmma_tile(const void *shared)
 
 static __device__ uint32_t tern__lanes_below(int lane) { return (1u << lane) - 1; }
 
+/* The last i below n for which begun(i) holds, as it does from 0 up to there; 0 where there is none. */
+template <typename Begun> static __device__ __forceinline__ int64_t tern__last_at(int64_t n, Begun begun)
+{
+    int64_t low = 0, high = n - 1;
+    while (low < high) {
+        const int64_t middle = high - (high - low) / 2;
+        if (begun(middle)) low = middle;
+        else high = middle - 1;
+    }
+    return low;
+}
+
 /* The elements of [0, n) that fall to a thread of the grid. */
 #define TERN__EACH(i, n) \
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (int64_t)gridDim.x * blockDim.x)
@@ -228,6 +264,7 @@ typedef struct tern__gpu {
     cudaStream_t stream;
     tern__key *fault; /* on the device, */
     float *work;      /* as this */
+    unsigned *meet;   /* and this, where blocks that are launched together wait; NULL where the device has no such launches */
     int64_t order;    /* operations since tern_sync */
 } tern__gpu;
 
@@ -1178,24 +1215,34 @@ static __device__ __forceinline__ void tern__warp_dot(const uint8_t *panel, cons
     for (int i = 0; i < 8 * Tiles; i++) dot[i / (4 * Tiles)][i / 4 % Tiles][i % 4] += fours[i / (4 * Tiles)][i / 4 % Tiles][i % 4] >> 2;
 }
 
+/* Where tokens are among the rows of activations, and where their outputs go: slot is the same for all matrices of a shape,
+   and of one thread. */
+struct tern__rows_in_order {
+    static __device__ int at(int token) { return token; }
+    static __device__ void put(const tern_matmul_args &a, int token, int64_t row, int, float y) { a.y[token * a.m.rows + row] = y; }
+};
+
 /* The sums of a round as outputs: those of the warps that share a pair added up, or one group after the other into facc. */
-static __device__ void tern__fold_few(const tern_matmul_args &a, const tern__shape &s, int tokens, int pieces, int64_t block, int round, int rounds, const int *dots, float *facc)
+template <typename Rows>
+static __device__ void tern__fold_few(const tern_matmul_args &a, const tern__shape &s, int tokens, int pieces, int64_t block, int round, int rounds, const int *dots, float *facc,
+                                      const Rows &rows)
 {
     for (int slot = (int)threadIdx.x; slot < TERN__WARPS / pieces * tokens * 32; slot += TERN__THREADS) {
         const int pair = slot / 32 / tokens, token = slot / 32 % tokens;
         const int64_t row = (block * (TERN__WARPS / pieces) + pair) * 32 + slot % 32;
         int total = 0;
         if (token >= a.n || row >= a.m.rows) continue;
+        const int64_t at = rows.at(token);
         for (int p = 0; p < pieces; p++) {
             const int sum = dots[((pair * pieces + p) * tokens + token) * 32 + slot % 32], g = round * pieces + p;
             total += sum;
             if (a.m.grain <= 0 || g >= s.groups) continue;
-            const float product = (float)(sum - a.sum[token * s.groups + g]) * tern__scale_of(a.m, s, row, g);
+            const float product = (float)(sum - a.sum[at * s.groups + g]) * tern__scale_of(a.m, s, row, g);
             facc[slot] = g > 0 ? facc[slot] + product : product;
         }
         if (round < rounds - 1) continue;
-        const float y = a.m.grain > 0 ? facc[slot] * a.scale[token] : (float)(total - a.sum[token]) * (a.scale[token] * tern__scale_of(a.m, s, row, 0));
-        a.y[token * a.m.rows + row] = a.bias ? y + a.bias[row] : y;
+        const float y = a.m.grain > 0 ? facc[slot] * a.scale[at] : (float)(total - a.sum[at]) * (a.scale[at] * tern__scale_of(a.m, s, row, 0));
+        rows.put(a, token, row, slot, a.bias ? y + a.bias[row] : y);
     }
 }
 
@@ -1203,8 +1250,8 @@ static __device__ void tern__fold_few(const tern_matmul_args &a, const tern__sha
 template <int Tiles> struct tern__few_room { enum { dots = TERN__WARPS * 8 * Tiles * 32, bytes = 2 * 4 * dots }; };
 
 /* `pieces` warps to a pair of panels; a block's pairs lie together. */
-template <int Tiles, bool Base3>
-static __device__ __forceinline__ void tern__few_tokens(const tern_matmul_args &a, const tern__shape &s, int pieces, int64_t block, int *dots)
+template <int Tiles, bool Base3, typename Rows = tern__rows_in_order>
+static __device__ __forceinline__ void tern__few_tokens(const tern_matmul_args &a, const tern__shape &s, int pieces, int64_t block, int *dots, const Rows &rows = Rows())
 {
     const int warp = (int)threadIdx.x / 32, g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4, units = (int)s.units;
     const int rounds = a.m.grain > 0 ? ((int)s.groups + pieces - 1) / pieces : 1;
@@ -1212,7 +1259,7 @@ static __device__ __forceinline__ void tern__few_tokens(const tern_matmul_args &
     const uint8_t *panel = tern__lane_panel(a.m, s, block * (TERN__WARPS / pieces) + warp / pieces);
     const int8_t *q[Tiles];
 #pragma unroll
-    for (int j = 0; j < Tiles; j++) q[j] = 8 * j + g < a.n ? a.q + (8 * j + g) * s.stride : NULL;
+    for (int j = 0; j < Tiles; j++) q[j] = 8 * j + g < a.n ? a.q + rows.at(8 * j + g) * s.stride : NULL;
     for (int round = 0; round < rounds; round++) {
         const int begin = a.m.grain > 0 ? (int)min((round * pieces + warp % pieces) * s.group_units, s.units) : warp % pieces * share;
         const int end = min(units, begin + (a.m.grain > 0 ? (int)s.group_units : share));
@@ -1224,7 +1271,7 @@ static __device__ __forceinline__ void tern__few_tokens(const tern_matmul_args &
             dots[(warp * 8 * Tiles + 8 * j + 2 * t + k % 2) * 32 + 4 * g + 2 * h + k / 2] = dot[h][j][k];
         }
         __syncthreads();
-        tern__fold_few(a, s, 8 * Tiles, pieces, block, round, rounds, dots, (float *)(dots + tern__few_room<Tiles>::dots));
+        tern__fold_few(a, s, 8 * Tiles, pieces, block, round, rounds, dots, (float *)(dots + tern__few_room<Tiles>::dots), rows);
         __syncthreads();
     }
 }
@@ -1264,7 +1311,8 @@ static int tern__pieces(const tern__gpu *d, const tern__shape &s, int64_t n)
     while (pieces < 8 && pairs * pieces / TERN__WARPS < 2 * d->processors) pieces *= 2;
     return pieces;
 }
-static unsigned tern__few_tokens_grid(const tern__shape &s, int pieces)
+/* Blocks of a product, each for as many pairs of panels as its warps have pieces for. */
+TERN__ANYWHERE unsigned tern__few_tokens_grid(const tern__shape &s, int pieces)
 {
     return (unsigned)tern__ceil_div(tern__ceil_div(s.panels, 2), TERN__WARPS / pieces);
 }
@@ -1686,7 +1734,7 @@ static tern_result tern__gpu_matmul_quantized(tern_run *r, tern__gpu *d, const t
 
 enum { TERN__GROUP_MATRICES = 128 }; /* of a launch, among the kernel's parameters */
 
-typedef struct tern__group_matrix { const void *trits, *scales; const float *bias; } tern__group_matrix;
+typedef struct tern__group_matrix { void *trits, *scales; const float *bias; } tern__group_matrix;
 
 /* Groups [first, first + count) of `all`, of which a.n rows from `at` on are here; y_set: floats from set to set. */
 typedef struct tern__groups {
@@ -1745,19 +1793,14 @@ template <typename Body> static __device__ __forceinline__ void tern__each_group
     const int64_t items = (int64_t)my->tile[p.count] * p.sets * blocks, rows = p.a.m.rows;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const int tile = (int)(item / (p.sets * blocks)), set = (int)(item / blocks % p.sets);
-        int low = 0, high = p.count - 1;
-        while (low < high) {
-            const int middle = high - (high - low) / 2;
-            if (my->tile[middle] <= tile) low = middle;
-            else high = middle - 1;
-        }
-        const int64_t first = my->row[low] + (int64_t)(tile - my->tile[low]) * tokens;
-        const tern__group_matrix &w = p.w[low * p.sets + set];
+        const int group = (int)tern__last_at(p.count, [&](int64_t g) { return my->tile[g] <= tile; });
+        const int64_t first = my->row[group] + (int64_t)(tile - my->tile[group]) * tokens;
+        const tern__group_matrix &w = p.w[group * p.sets + set];
         tern_matmul_args a = p.a;
-        a.m.trits = (void *)(uintptr_t)w.trits;
-        a.m.scales = (void *)(uintptr_t)w.scales;
+        a.m.trits = w.trits;
+        a.m.scales = w.scales;
         a.bias = w.bias;
-        a.n = tern__min(tokens, my->row[low + 1] - first);
+        a.n = tern__min(tokens, my->row[group + 1] - first);
         a.q += first * p.s.stride;
         a.scale += first;
         a.sum += first * p.s.groups;
@@ -1781,7 +1824,7 @@ template <int Tiles, bool Base3> static __global__ void __launch_bounds__(TERN__
     });
 }
 
-template <int Tiles, bool Base3, bool Grouped> static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__many_groups(tern__groups p, int blocks)
+template <int Tiles, bool Base3, bool Grouped> static __global__ void __launch_bounds__(TERN__THREADS, Tiles == 2 && !Grouped ? 2 : 1) tern__many_groups(tern__groups p, int blocks)
 {
     TERN__SHARED(tern__group_room, my);
     tern__each_group_tile(p, 16 * Tiles, blocks, my, [&](const tern_matmul_args &a, int64_t block) {
@@ -2967,12 +3010,18 @@ static __device__ void tern__norm_row_back(const tern_norm_args *a, int64_t t, f
     });
 }
 
+static __device__ float tern__norm_factor(const tern_norm_args &a, int64_t t, float *sums, tern__blame blame)
+{
+    const float r = tern__rms<tern__block_team>(a.cols, a.x + t * a.cols, a.eps, sums);
+    if (!(r > 0.0f) && threadIdx.x == 0) tern__report(blame, t);
+    return r;
+}
+
 static __global__ void __launch_bounds__(1024) tern__norm_rows(tern_norm_args a, int wide, tern__blame blame)
 {
     TERN__SHARED(float, sums);
     for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x) {
-        const float r = tern__rms<tern__block_team>(a.cols, a.x + t * a.cols, a.eps, sums);
-        if (!(r > 0.0f) && threadIdx.x == 0) tern__report(blame, t);
+        const float r = tern__norm_factor(a, t, sums, blame);
         if (!a.dy) tern__norm_row(&a, t, r, wide);
         else if (a.dx) tern__norm_row_back(&a, t, r, sums, wide);
     }
@@ -3635,25 +3684,30 @@ static __device__ void tern__route_token_weights(const tern_route_args &a, const
     for (int i = (int)(threadIdx.x % 32); i < k; i += 32) weights[i] = tern__route_share(x, ids[i], s) / sum;
 }
 
+/* Token t, by a warp. */
+static __device__ void tern__route_token(const tern_route_args &a, int64_t t, tern__blame blame)
+{
+    const int lane = (int)(threadIdx.x % 32);
+    const float *x = a.logits + t * a.count;
+    int32_t *ids = a.ids + t * a.k;
+    float *weights = a.weights + t * a.k;
+    tern__routed s;
+    if (tern__route_softmax_of(a.count, x, &s)) {
+        tern__route_ids(a.count, a.k, x, ids);
+        tern__route_token_weights(a, x, s, ids, weights);
+        return;
+    }
+    if (lane == 0) tern__report(blame, t);
+    for (int i = lane; i < a.k; i += 32) {
+        ids[i] = -1;
+        weights[i] = 0.0f;
+    }
+}
+
 static __global__ void __launch_bounds__(TERN__ROUTE_THREADS, 4) tern__route_tokens(tern_route_args a, tern__blame blame)
 {
-    const int lane = (int)(threadIdx.x % 32), warps = TERN__ROUTE_THREADS / 32;
-    for (int64_t t = (int64_t)blockIdx.x * warps + threadIdx.x / 32; t < a.n; t += (int64_t)gridDim.x * warps) {
-        const float *x = a.logits + t * a.count;
-        int32_t *ids = a.ids + t * a.k;
-        float *weights = a.weights + t * a.k;
-        tern__routed s;
-        if (tern__route_softmax_of(a.count, x, &s)) {
-            tern__route_ids(a.count, a.k, x, ids);
-            tern__route_token_weights(a, x, s, ids, weights);
-            continue;
-        }
-        if (lane == 0) tern__report(blame, t);
-        for (int i = lane; i < a.k; i += 32) {
-            ids[i] = -1;
-            weights[i] = 0.0f;
-        }
-    }
+    const int warps = TERN__ROUTE_THREADS / 32;
+    for (int64_t t = (int64_t)blockIdx.x * warps + threadIdx.x / 32; t < a.n; t += (int64_t)gridDim.x * warps) tern__route_token(a, t, blame);
 }
 
 static __global__ void __launch_bounds__(TERN__ROUTE_THREADS, 4) tern__route_tokens_back(tern_route_args a, float balance, tern__blame blame)
@@ -3849,14 +3903,9 @@ static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__aggregate_rows(
 static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__aggregate_parts(tern_aggregate_args a, int wide)
 {
     for (int64_t part = blockIdx.x; part < a.edges.parts; part += gridDim.x) {
-        int64_t low = 0, high = a.edges.hubs - 1;
-        while (low < high) {
-            const int64_t middle = high - (high - low) / 2;
-            if (a.edges.part[middle] - a.edges.part[0] <= part) low = middle;
-            else high = middle - 1;
-        }
-        const int64_t row = a.edges.hub[low] - a.edges.first;
-        const int64_t first = a.edges.start[row] + (part - (a.edges.part[low] - a.edges.part[0])) * TERN__EDGES;
+        const int64_t hub = tern__last_at(a.edges.hubs, [&](int64_t h) { return a.edges.part[h] - a.edges.part[0] <= part; });
+        const int64_t row = a.edges.hub[hub] - a.edges.first;
+        const int64_t first = a.edges.start[row] + (part - (a.edges.part[hub] - a.edges.part[0])) * TERN__EDGES;
         const int count = (int)tern__min(TERN__EDGES, a.edges.start[row + 1] - first);
         tern__each4_of_row(a.cols, [&](int64_t i, int n) {
             float sum[4];
@@ -3894,20 +3943,21 @@ static tern_result tern__gpu_aggregate(tern_run *r, tern__gpu *d, const tern_agg
 /* -- hops: a block takes some nodes, whose sums, messages and quantized rows stay in shared memory; a warp takes a node, then 32 outputs of eight -- */
 
 enum { TERN__HOP_NODES = 16, TERN__HOP_BYTES = 48 << 10 };
+static_assert(TERN__HOP_BYTES / TERN__HOP_NODES < 4 * TERN__BLOCK, "a canonical sum of a node's row is one block, which takes no memory");
 
 typedef struct tern__hop_step { tern_linear_args layer; tern__shape s; tern__blame blame; } tern__hop_step;
 
-/* The layers that are there, one after the other; width, pitch and groups: of a node, floats, bytes of q and sums; room: a warp's floats for sums. */
+/* The layers that are there, one after the other; width, pitch and groups: of a node, floats, bytes of q and sums. */
 typedef struct tern__hop_plan {
     tern_hop_args a;
     tern__hop_step step[2];
     tern__blame sum;
-    int32_t steps, width, pitch, groups, room, wide, wide_out;
+    int32_t steps, width, pitch, groups, wide, wide_out;
     int64_t out; /* columns of y */
 } tern__hop_plan;
 
 /* Pieces of shared memory, which begins with rows. */
-typedef struct tern__hop_room { float *rows; int8_t *q; float *scale; int32_t *sum; float *sums; } tern__hop_room;
+typedef struct tern__hop_room { float *rows; int8_t *q; float *scale; int32_t *sum; } tern__hop_room;
 
 static __device__ tern__hop_room tern__hop_room_of(const tern__hop_plan &p, float *rows)
 {
@@ -3916,7 +3966,6 @@ static __device__ tern__hop_room tern__hop_room_of(const tern__hop_plan &p, floa
     my.q = (int8_t *)(rows + TERN__HOP_NODES * p.width);
     my.scale = (float *)(my.q + TERN__HOP_NODES * p.pitch);
     my.sum = (int32_t *)(my.scale + TERN__HOP_NODES);
-    my.sums = (float *)(my.sum + TERN__HOP_NODES * p.groups) + (int)threadIdx.x / 32 * p.room;
     return my;
 }
 
@@ -3957,38 +4006,47 @@ static __device__ void tern__hop_end(const tern__hop_plan &p, int64_t row, int64
     tern__store4(TERN_F32, p.a.y, at, n, p.wide_out, y);
 }
 
+/* Outputs of a.n quantized rows, at most 8, `pitch` bytes apart, and of a pair of panels, by a warp, in fours: four(row of q, row of m, y). */
+template <bool Base3, typename Four>
+static __device__ __forceinline__ void tern__warp_product(const tern_matmul_args &a, const tern__shape &s, int64_t pitch, int64_t pair, Four four)
+{
+    const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
+    const int64_t row = pair * 32 + 4 * g;
+    const uint8_t *panel = tern__lane_panel(a.m, s, pair);
+    const int8_t *const q[1] = {g < a.n ? a.q + g * pitch : NULL};
+    int dot[2][1][4];
+    float facc[2][1][4];
+    for (int group = 0; group < s.groups; group++) {
+        const int begin = group * (int)s.group_units, end = min(begin + (int)s.group_units, (int)s.units);
+        tern__warp_dot<1, Base3>(panel, q, begin, end, dot);
+        if (a.m.grain > 0) tern__fold_many<1>(a, s, group, row, 2 * t, dot, facc);
+    }
+    const tern__lane_rows rows = tern__rows_from(a, s, a.m.grain > 0, row);
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        const int x = 2 * t + k;
+        float y[4];
+        if (x >= a.n || row >= a.m.rows) continue;
+        tern__outputs<1>(a, rows, a.m.grain > 0, x, k, dot, facc, y);
+        four(x, row, y);
+    }
+}
+
 /* Outputs of n quantized rows, in fours: four(node, column, v). */
 template <bool Base3, typename Four> static __device__ __forceinline__ void tern__hop_product(const tern__hop_plan &p, const tern__hop_step &step, int n, const tern__hop_room &my, Four four)
 {
     const tern__shape &s = step.s;
-    const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
+    const int eights = (n + 7) / 8, items = eights * (int)tern__ceil_div(s.panels, 2);
     tern_matmul_args a = {};
     a.m = step.layer.quantize.m;
-    a.n = n;
-    a.scale = my.scale;
-    a.sum = my.sum;
     a.bias = step.layer.bias;
-    const int eights = (n + 7) / 8, items = eights * (int)tern__ceil_div(s.panels, 2);
     for (int item = (int)threadIdx.x / 32; item < items; item += TERN__WARPS) {
-        const int node = item % eights * 8, row = item / eights * 32 + 4 * g;
-        const uint8_t *panel = tern__lane_panel(a.m, s, item / eights);
-        const int8_t *const q[1] = {node + g < n ? my.q + (node + g) * p.pitch : NULL};
-        int dot[2][1][4];
-        float facc[2][1][4];
-        for (int group = 0; group < s.groups; group++) {
-            const int begin = group * (int)s.group_units, end = min(begin + (int)s.group_units, (int)s.units);
-            tern__warp_dot<1, Base3>(panel, q, begin, end, dot);
-            if (a.m.grain > 0) tern__fold_many<1>(a, s, group, row, node + 2 * t, dot, facc);
-        }
-        const tern__lane_rows rows = tern__rows_from(a, s, a.m.grain > 0, row);
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-            const int x = node + 2 * t + k;
-            float y[4];
-            if (x >= n || row >= a.m.rows) continue;
-            tern__outputs<1>(a, rows, a.m.grain > 0, x, k, dot, facc, y);
-            four(x, row, y);
-        }
+        const int node = item % eights * 8;
+        a.n = min(8, n - node);
+        a.q = my.q + node * p.pitch;
+        a.scale = my.scale + node;
+        a.sum = my.sum + node * s.groups;
+        tern__warp_product<Base3>(a, s, p.pitch, item / eights, [&](int x, int64_t row, const float y[4]) { four(node + x, row, y); });
     }
 }
 
@@ -4006,7 +4064,7 @@ static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__hop_nodes(tern_
             const bool last = k == p.steps - 1;
             for (int i = warp; i < n; i += TERN__WARPS)
                 tern__quantize_row<tern__warp_team>(step.layer.quantize, step.s, first + i, my.rows + i * p.width, my.q + i * p.pitch, my.scale + i,
-                                                    my.sum + i * step.s.groups, step.blame, my.sums);
+                                                    my.sum + i * step.s.groups, step.blame, NULL);
             __syncthreads();
             const auto four = [&](int node, int64_t col, const float v[4]) {
                 if (last) tern__hop_end(p, first + node, col, v);
@@ -4054,16 +4112,327 @@ static tern_result tern__gpu_hop(tern_run *r, tern__gpu *d, const tern_hop_args 
     p.out = p.width = (int32_t)sum->cols;
     tern__hop_add(d, &p, &a->message);
     tern__hop_add(d, &p, &a->update);
-    p.room = (int32_t)tern__ceil_div(p.width, TERN__BLOCK);
     p.width = (p.width + 3) & ~3;
     p.wide = tern__wide(sum->x, sum->part, 4 * sum->cols);
     p.wide_out = tern__wide(a->add, a->residual, a->y, 4 * p.out);
-    bytes = TERN__HOP_NODES * (4 * ((int64_t)p.width + 1 + p.groups) + p.pitch) + 4 * TERN__WARPS * (int64_t)p.room;
+    bytes = TERN__HOP_NODES * (4 * ((int64_t)p.width + 1 + p.groups) + p.pitch);
     TERN__REQUIRE(r, bytes <= TERN__HOP_BYTES, TERN_E_UNSUPPORTED, "cuda: hop: %d bytes of shared memory for some nodes; %d are the most", bytes, (int64_t)TERN__HOP_BYTES);
     if (sum->q) TERN__TRY(tern__check_aligned16(r, "aggregate: q", sum->q));
     for (int i = 0; i < p.steps; i++) TERN__TRY(tern__check_aligned16(r, "linear: m.trits", p.step[i].layer.quantize.m.trits));
     if (sum->edges.hubs) TERN__LAUNCH(tern__aggregate_parts, tern__grid(d, sum->edges.parts, 1), tern__aggregate_threads(sum), 0, d->stream, *sum, p.wide);
     TERN__LAUNCH(tern__hop_nodes, tern__grid(d, sum->edges.rows, TERN__HOP_NODES), TERN__THREADS, (size_t)bytes, d->stream, p);
+    return TERN_OK;
+}
+
+/* -- a mixture of few tokens: blocks that are launched together go from phase to phase, in a shape that does not depend on the routing -- */
+
+enum {
+    TERN__MIXTURE_PLACES = TERN__THREADS, /* of a token at an expert */
+    TERN__MIXTURE_TOKENS = 16,
+    TERN__MIXTURE_EXPERTS = 8,            /* of a tile of a dense router: */
+    TERN__MIXTURE_DEPTH = 256, TERN__MIXTURE_PITCH = TERN__MIXTURE_DEPTH + 4, /* terms at a time, and floats from row to row: no two rows share a bank */
+    TERN__MIXTURE_ROWS = TERN__MIXTURE_TOKENS + TERN__MIXTURE_EXPERTS,
+#if CUDART_VERSION >= 12010 /* since when parameters may take more than 4 KB */
+    TERN__MIXTURE_MATRICES = 384
+#else
+    TERN__MIXTURE_MATRICES = 160
+#endif
+};
+static_assert(TERN__SEGMENT % TERN__MIXTURE_DEPTH == 0, "a segment ends where a chunk does");
+
+typedef struct tern__packed { void *trits, *scales; } tern__packed;
+
+/* Matrices of an expert: gate, where there is one, up and down. pieces: warps that share a pair of panels, of the router and of up. */
+typedef struct tern__mixture {
+    tern_moe_args a;
+    tern__shape router, in, inner;
+    tern__blame read, choice, in_blame, inner_blame;
+    unsigned *meet;
+    int32_t sets, router_pieces, pieces, wide;
+    tern__packed w[TERN__MIXTURE_MATRICES];
+} tern__mixture;
+
+/* Places by expert, and for each one its slot, n k of which route filled. A turn is up to eight places of one expert: its first is turn[i],
+   the last entry is where they end. */
+typedef struct tern__mixture_places {
+    int32_t ids[TERN__MIXTURE_PLACES], slot[TERN__MIXTURE_PLACES], first[TERN__MIXTURE_PLACES], turn[TERN__MIXTURE_PLACES + 1];
+    int32_t count, turns;
+} tern__mixture_places;
+
+/* What lies in shared memory, and then what each phase makes of the rest of it. */
+typedef struct tern__mixture_room {
+    tern__mixture_places places;
+    union {
+        alignas(16) float rows[TERN__MIXTURE_ROWS * TERN__MIXTURE_PITCH];
+        struct { int dots[tern__few_room<1>::bytes / sizeof(int)]; float gate[tern__few_room<1>::dots]; };
+        struct { float out[TERN__WARPS][8][32], y[TERN__MIXTURE_TOKENS][32]; };
+        float sums[TERN__ROOM / sizeof(float)];
+    };
+} tern__mixture_room;
+static_assert(sizeof(tern__mixture_room) <= 48 << 10, "a block has room on every processor");
+static_assert(sizeof(tern__mixture) <= (TERN__MIXTURE_MATRICES > 160 ? 32764 : 4096), "parameters of a kernel");
+
+/* x as the router reads it, and as experts do. */
+static __device__ void tern__mixture_read(const tern__mixture &p, float *sums)
+{
+    const tern_quantize_args &in = p.a.in, &router = p.a.router.quantize;
+    for (int64_t job = blockIdx.x; job < 2 * in.n; job += gridDim.x) {
+        const int64_t t = job / 2;
+        if (job % 2)
+            tern__quantize_row<tern__block_team>(in, p.in, t, in.x + t * in.m.cols, in.q + t * p.in.stride, in.scale + t, in.sum + t * p.in.groups, p.in_blame, sums);
+        else if (router.m.trits)
+            tern__quantize_row<tern__block_team>(router, p.router, t, router.x + t * router.m.cols, router.q + t * p.router.stride, router.scale + t,
+                                                 router.sum + t * p.router.groups, p.read, sums);
+        else if (p.a.norm.y) tern__norm_row(&p.a.norm, t, tern__norm_factor(p.a.norm, t, sums, p.read), p.wide);
+    }
+}
+
+/* Terms from `at` on of the tokens and of eight experts, on their way: four of six rows to a thread. */
+static __device__ void tern__mixture_load(const tern_dense_args &a, int64_t expert0, int64_t at, int wide, float x[6][4])
+{
+    const int column = (int)threadIdx.x % (TERN__MIXTURE_DEPTH / 4) * 4, step = TERN__THREADS / (TERN__MIXTURE_DEPTH / 4);
+    const int n = (int)tern__max(0, tern__min(4, a.k - at - column));
+#pragma unroll
+    for (int i = 0; i < 6; i++) {
+        const int row = (int)threadIdx.x / (TERN__MIXTURE_DEPTH / 4) + i * step;
+        const int64_t expert = expert0 + row - TERN__MIXTURE_TOKENS;
+        const bool token = row < TERN__MIXTURE_TOKENS;
+        tern__load4(TERN_F32, token ? a.a + row * a.a_row : a.b + expert * a.b_col, at + column, (token ? row < a.m : expert < a.n) ? n : 0, wide, x[i]);
+    }
+}
+
+/* Logits of a dense router, as the tiles of a product sum them: a thread to a token and an expert. */
+static __device__ void tern__mixture_dense(const tern__mixture &p, float *rows)
+{
+    const tern_dense_args &a = p.a.dense;
+    const int step = TERN__THREADS / (TERN__MIXTURE_DEPTH / 4), column = (int)threadIdx.x % (TERN__MIXTURE_DEPTH / 4) * 4;
+    const int token = (int)threadIdx.x / TERN__MIXTURE_EXPERTS;
+    const float *mine = rows + token * TERN__MIXTURE_PITCH, *other = rows + (TERN__MIXTURE_TOKENS + (int)threadIdx.x % TERN__MIXTURE_EXPERTS) * TERN__MIXTURE_PITCH;
+    for (int64_t expert0 = (int64_t)blockIdx.x * TERN__MIXTURE_EXPERTS; expert0 < a.n; expert0 += (int64_t)gridDim.x * TERN__MIXTURE_EXPERTS) {
+        const int64_t expert = expert0 + threadIdx.x % TERN__MIXTURE_EXPERTS;
+        float next[6][4], part = 0.0f, whole = 0.0f;
+        tern__mixture_load(a, expert0, 0, p.wide, next);
+        for (int64_t at = 0; at < a.k; at += TERN__MIXTURE_DEPTH) {
+            const int64_t end = tern__min(a.k, at + TERN__MIXTURE_DEPTH);
+#pragma unroll
+            for (int i = 0; i < 6; i++)
+                tern__store4(TERN_F32, rows, ((int)threadIdx.x / (TERN__MIXTURE_DEPTH / 4) + i * step) * TERN__MIXTURE_PITCH + column, 4, 1, next[i]);
+            __syncthreads();
+            if (end < a.k) tern__mixture_load(a, expert0, end, p.wide, next);
+            for (int i = 0; i < end - at && token < a.m; i += 4) { /* behind the end there are zeros, which add nothing */
+                const float4 x = *(const float4 *)(mine + i), w = *(const float4 *)(other + i);
+                part = part + x.x * w.x;
+                part = part + x.y * w.y;
+                part = part + x.z * w.z;
+                part = part + x.w * w.w;
+            }
+            __syncthreads();
+            if (end < a.k && end % TERN__SEGMENT != 0) continue;
+            whole = at < TERN__SEGMENT ? part : whole + part;
+            part = 0.0f;
+        }
+        if (token < a.m && expert < a.n) a.c[token * a.c_row + expert] = a.bias ? whole + a.bias[expert] : whole;
+    }
+}
+
+/* Those of a ternary one, of eight tokens at a time. */
+template <bool Base3> static __device__ void tern__mixture_logits(const tern__mixture &p, int *dots)
+{
+    const tern_quantize_args &q = p.a.router.quantize;
+    const int blocks = (int)tern__few_tokens_grid(p.router, p.router_pieces);
+    for (int item = (int)blockIdx.x; item < blocks * tern__ceil_div(q.n, 8); item += (int)gridDim.x) {
+        const int64_t t = item / blocks * 8;
+        tern_matmul_args a = {};
+        a.m = q.m;
+        a.n = tern__min(8, q.n - t);
+        a.q = q.q + t * p.router.stride;
+        a.scale = q.scale + t;
+        a.sum = q.sum + t * p.router.groups;
+        a.bias = p.a.router.bias;
+        a.y = p.a.router.y + t * q.m.rows;
+        tern__few_tokens<1, Base3>(a, p.router, p.router_pieces, item % blocks, dots);
+    }
+}
+
+/* A thread to a slot: its place is how many slots go before it, those of lower experts and earlier ones of its own. */
+static __device__ void tern__mixture_sort(const tern_route_args &a, tern__mixture_places *my)
+{
+    const int slots = (int)a.n * a.k, i = (int)threadIdx.x, id = i < slots ? a.ids[i] : -1;
+    int lower = 0, before = 0, all = 0, turns = 0, turn = 0;
+    my->ids[i] = id;
+    __syncthreads();
+    for (int j = 0; j < slots; j++) {
+        all += my->ids[j] >= 0;
+        lower += my->ids[j] >= 0 && my->ids[j] < id;
+        before += my->ids[j] == id && j < i;
+    }
+    if (id >= 0) my->slot[lower + before] = i;
+    if (id >= 0) my->first[lower + before] = before % 8 == 0;
+    __syncthreads();
+    for (int j = 0; j < all; j++) {
+        turns += my->first[j];
+        turn += my->first[j] && j < i;
+    }
+    if (i < all && my->first[i]) my->turn[turn] = i;
+    if (i == 0) {
+        my->turn[turns] = all;
+        my->turns = turns;
+        my->count = all;
+    }
+    __syncthreads();
+}
+
+static __device__ void tern__mixture_loads(const tern__mixture &p, const tern__mixture_places *my)
+{
+    const int slots = (int)p.a.route.n * p.a.route.k;
+    TERN__EACH(expert, p.a.route.count) {
+        int load = 0;
+        for (int j = 0; j < slots; j++) load += my->ids[j] == expert;
+        p.a.loads[expert] = load;
+    }
+}
+
+/* The product of a turn's expert, of its matrix `set`, with rows from `at` on. */
+static __device__ __forceinline__ tern_matmul_args tern__mixture_product(const tern__mixture &p, const tern_quantize_args &q, const tern__shape &s,
+                                                                         const tern__mixture_places *my, int turn, int set, int at)
+{
+    const tern__packed &w = p.w[my->ids[my->slot[my->turn[turn]]] * p.sets + set];
+    tern_matmul_args a = {};
+    a.m = q.m;
+    a.m.trits = w.trits;
+    a.m.scales = w.scales;
+    a.n = my->turn[turn + 1] - my->turn[turn];
+    a.q = q.q + at * s.stride;
+    a.scale = q.scale + at;
+    a.sum = q.sum + at * s.groups;
+    return a;
+}
+
+/* Rows of tokens, at places. What the gate makes of an output stays until up has made the other. */
+struct tern__mixture_rows {
+    const int32_t *slot; /* of the turn's places */
+    int k;
+    tern_map_fn fn;
+    bool gate, gated;
+    float *kept, *hidden;
+    __device__ int at(int token) const { return slot[token] / k; }
+    __device__ void put(const tern_matmul_args &a, int token, int64_t row, int i, float y) const
+    {
+        const float v = !gate && gated ? kept[i] : y, four[4] = {v, v, v, v};
+        float mapped[4];
+        if (gate) kept[i] = y;
+        if (gate) return;
+        tern__map4(fn, 1.0f, four, four, mapped);
+        hidden[token * a.m.rows + row] = gated ? mapped[0] * y : mapped[0];
+    }
+};
+
+/* hidden = fn(gate x) up x, or fn(up x). */
+template <bool Base3> static __device__ void tern__mixture_hidden(const tern__mixture &p, tern__mixture_room *my)
+{
+    const int blocks = (int)tern__few_tokens_grid(p.in, p.pieces);
+    for (int item = (int)blockIdx.x; item < my->places.turns * blocks; item += (int)gridDim.x) {
+        const int turn = item / blocks, first = my->places.turn[turn];
+        for (int set = 0; set < p.sets - 1; set++) {
+            const tern__mixture_rows rows = {my->places.slot + first, p.a.route.k, p.a.fn, set < p.sets - 2, p.sets == 3, my->gate, p.a.hidden + first * p.a.in.m.rows};
+            tern__few_tokens<1, Base3>(tern__mixture_product(p, p.a.in, p.in, &my->places, turn, set, 0), p.in, p.pieces, item % blocks, my->dots, rows);
+        }
+    }
+}
+
+/* y of 32 rows, by a block: a warp to a turn, then the sums of the tokens in the order of the experts. */
+template <bool Base3> static __device__ void tern__mixture_outputs(const tern__mixture &p, tern__mixture_room *my)
+{
+    const tern__mixture_places &places = my->places;
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, pairs = (int)tern__ceil_div(p.inner.panels, 2);
+    for (int pair = (int)blockIdx.x; pair < pairs; pair += (int)gridDim.x) {
+        for (int token = warp; token < TERN__MIXTURE_TOKENS; token += TERN__WARPS) my->y[token][lane] = 0.0f;
+        for (int turn0 = 0; turn0 < places.turns; turn0 += TERN__WARPS) {
+            if (turn0 + warp < places.turns)
+                tern__warp_product<Base3>(tern__mixture_product(p, p.a.inner, p.inner, &places, turn0 + warp, p.sets - 1, places.turn[turn0 + warp]), p.inner, p.inner.stride, pair,
+                                          [&](int x, int64_t at, const float v[4]) {
+                    for (int i = 0; i < 4; i++) my->out[warp][x][at % 32 + i] = v[i];
+                });
+            __syncthreads();
+            for (int turn = turn0; turn < min(turn0 + TERN__WARPS, places.turns); turn++)
+                for (int place = places.turn[turn]; place < places.turn[turn + 1]; place++) {
+                    const int slot = places.slot[place], token = slot / p.a.route.k;
+                    if (token % TERN__WARPS == warp)
+                        my->y[token][lane] = my->y[token][lane] + p.a.route.weights[slot] * my->out[turn - turn0][place - places.turn[turn]][lane];
+                }
+            __syncthreads(); /* out may be written again */
+        }
+        for (int token = warp; token < p.a.route.n; token += TERN__WARPS) {
+            const int64_t row = (int64_t)pair * 32 + lane;
+            if (row < p.a.inner.m.rows) p.a.y[token * p.a.inner.m.rows + row] = my->y[token][lane];
+        }
+    }
+}
+
+template <bool Base3> static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__mixture_tokens(tern__mixture p)
+{
+    TERN__SHARED(tern__mixture_room, my);
+    const tern_quantize_args &inner = p.a.inner;
+    tern__mixture_read(p, my->sums);
+    tern__grid_barrier(p.meet);
+    if (p.a.router.quantize.m.trits) tern__mixture_logits<Base3>(p, my->dots);
+    else tern__mixture_dense(p, my->rows);
+    tern__grid_barrier(p.meet);
+    for (int64_t t = blockIdx.x; t < p.a.route.n; t += gridDim.x)
+        if (threadIdx.x < 32) tern__route_token(p.a.route, t, p.choice);
+    tern__grid_barrier(p.meet);
+    tern__mixture_sort(p.a.route, &my->places);
+    tern__mixture_loads(p, &my->places);
+    tern__mixture_hidden<Base3>(p, my);
+    tern__grid_barrier(p.meet);
+    for (int64_t i = blockIdx.x; i < my->places.count; i += gridDim.x)
+        tern__quantize_row<tern__block_team>(inner, p.inner, i, inner.x + i * inner.m.cols, inner.q + i * p.inner.stride, inner.scale + i,
+                                             inner.sum + i * p.inner.groups, p.inner_blame, my->sums);
+    tern__grid_barrier(p.meet);
+    tern__mixture_outputs<Base3>(p, my);
+}
+
+/* Faults in the order of the operations that this one stands for. */
+static tern_result tern__gpu_moe(tern_run *r, tern__gpu *d, const tern_moe_args *a)
+{
+    const int sets = a->experts->gate ? 3 : 2;
+    const tern_matrix &router = a->router.quantize.m;
+    const bool base3 = a->in.m.encoding == TERN_BASE3, dense = !router.trits;
+    tern__mixture p = {};
+    TERN__REQUIRE(r, d->meet && a->route.n <= TERN__MIXTURE_TOKENS && a->route.n * a->route.k <= TERN__MIXTURE_PLACES, TERN_E_UNSUPPORTED,
+                  "cuda: moe: %d tokens of %d experts each, or no launches of blocks together", a->route.n, (int64_t)a->route.k);
+    TERN__REQUIRE(r, a->route.count * sets <= TERN__MIXTURE_MATRICES && a->in.act != TERN_ACT_BIT && a->in.m.encoding == a->inner.m.encoding, TERN_E_UNSUPPORTED,
+                  "cuda: moe: %d matrices, bits, or two encodings", (int64_t)(a->route.count * sets));
+    TERN__REQUIRE(r, dense ? a->dense.k <= TERN__LONGEST_ROW : router.encoding == a->in.m.encoding && a->router.quantize.act != TERN_ACT_BIT, TERN_E_UNSUPPORTED,
+                  "cuda: moe: a router of %d columns, bits or another encoding", dense ? a->dense.k : router.cols);
+    TERN__TRY(tern__check_aligned16(r, "moe: q", a->in.q));
+    TERN__TRY(tern__check_aligned16(r, "moe: q", a->inner.q));
+    if (!dense) TERN__TRY(tern__check_aligned16(r, "moe: q", a->router.quantize.q));
+    if (!dense) TERN__TRY(tern__check_aligned16(r, "moe: trits", router.trits));
+    p.a = *a;
+    p.in = tern__shape_of(&a->in.m);
+    p.inner = tern__shape_of(&a->inner.m);
+    if (!dense) p.router = tern__shape_of(&router);
+    p.sets = sets;
+    p.meet = d->meet;
+    p.pieces = tern__pieces(d, p.in, tern__min(8, a->route.n));
+    p.router_pieces = dense ? 1 : tern__pieces(d, p.router, tern__min(8, a->route.n));
+    p.wide = tern__wide(a->norm.x, a->norm.gain, a->norm.y, a->dense.a, a->dense.b, 4 * a->dense.k);
+    for (int32_t i = 0; i < a->route.count * sets; i++) {
+        const tern_expert *e = &a->experts[i / sets];
+        const int which = i % sets + 3 - sets;
+        const tern_matrix m = tern_param_matrix(which == 0 ? e->gate : which == 1 ? e->up : e->down);
+        p.w[i] = {m.trits, m.scales};
+        TERN__TRY(tern__check_aligned16(r, "moe: trits", m.trits));
+    }
+    p.read = tern__blame_of(d, dense ? TERN__FAULT_NORM : TERN__FAULT_QUANTIZE);
+    d->order++;
+    p.choice = tern__blame_of(d, TERN__FAULT_ROUTE);
+    d->order++;
+    p.in_blame = tern__blame_of(d, TERN__FAULT_QUANTIZE);
+    d->order++;
+    p.inner_blame = tern__blame_of(d, TERN__FAULT_QUANTIZE);
+    TERN__LAUNCH_TOGETHER((base3 ? tern__mixture_tokens<true> : tern__mixture_tokens<false>), (unsigned)d->processors, TERN__THREADS, sizeof(tern__mixture_room), d->stream, p);
     return TERN_OK;
 }
 
@@ -4198,7 +4567,7 @@ TERN_FUSED(TERN__OP)
 
 static tern_result tern__gpu_open_here(tern_run *r, tern__gpu *d)
 {
-    int major = 0, minor = 0;
+    int major = 0, minor = 0, together = 0;
     TERN__CUDA(r, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, d->device), "compute capability");
     TERN__CUDA(r, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, d->device), "compute capability");
     TERN__REQUIRE(r, 10 * major + minor >= TERN__LEAST_CAPABILITY, TERN_E_UNSUPPORTED,
@@ -4208,7 +4577,12 @@ static tern_result tern__gpu_open_here(tern_run *r, tern__gpu *d)
     TERN__CUDA(r, cudaMalloc(&d->fault, sizeof *d->fault), "memory for faults");
     TERN__CUDA(r, cudaMalloc(&d->work, (TERN__WORK + TERN__WORK_LEVELS) * sizeof(float)), "work memory");
     TERN__CUDA(r, cudaMemsetAsync(d->fault, 0xFF, sizeof *d->fault, d->stream), "clearing faults");
-    return tern__gpu_open_wgmma(r, d);
+    TERN__TRY(tern__gpu_open_wgmma(r, d));
+    TERN__CUDA(r, cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, d->device), "launches of blocks together");
+    if (!together) return TERN_OK;
+    TERN__CUDA(r, cudaMalloc(&d->meet, sizeof *d->meet), "memory for barriers");
+    TERN__CUDA(r, cudaMemsetAsync(d->meet, 0, sizeof *d->meet, d->stream), "clearing barriers");
+    return TERN_OK;
 }
 
 static void tern__gpu_close(tern_run *r)
@@ -4217,6 +4591,7 @@ static void tern__gpu_close(tern_run *r)
     tern__gpu *d = tern__gpu_of(r);
     tern__current current;
     tern__gpu_enter(r, d->device, &current);
+    if (d->meet) cudaFree(d->meet);
     if (d->work) cudaFree(d->work);
     if (d->fault) cudaFree(d->fault);
     if (d->stream) cudaStreamDestroy(d->stream);

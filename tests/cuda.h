@@ -4,7 +4,8 @@
      g++ -std=c++17 -O1 -g -x c++ -include tests/cuda.h -I. ternary_cuda.cu ...        (add -fsanitize=address)
 
    The threads of a block are fibers of the calling thread, one block runs after the other, and a schedule says in
-   which order. A fault (a lane missing in a collective, a barrier that not all reach) is named and ends the program.
+   which order; of a launch together, each up to the barrier of the grid. A fault (a lane missing in a collective, a barrier
+   that not all reach) is named and ends the program.
    Shared memory and fresh device memory are full of 0xCD; AddressSanitizer guards the ends of both. */
 #ifndef TEST_CUDA_H
 #define TEST_CUDA_H
@@ -19,6 +20,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <deque>
 #include <functional>
 #include <map>
 #include <tuple>
@@ -69,7 +71,9 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim; /* of the running thread */
 
 #define TERN__SHARED(type, name) type *const name = static_cast<type *>(test_cuda.shared)
 #define TERN__LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-    cuda_launch(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+    cuda_launch(#kernel, kernel, false, grid, block, shared_bytes, stream, __VA_ARGS__)
+#define TERN__LAUNCH_TOGETHER(kernel, grid, block, shared_bytes, stream, ...) \
+    cuda_launch(#kernel, kernel, true, grid, block, shared_bytes, stream, __VA_ARGS__)
 
 /* -- fibers -- */
 
@@ -101,13 +105,17 @@ inline void cuda_begin(cuda_place *place, char *stack, size_t bytes, void (*entr
 
 /* -- state -- */
 
-enum { CUDA_WARP = 32, CUDA_THREADS = 1024, CUDA_SHARED = 227 * 1024, CUDA_STACK = 256 * 1024, CUDA_POISON = 0xCD };
+enum {
+    CUDA_WARP = 32, CUDA_THREADS = 1024, CUDA_SHARED = 227 * 1024, CUDA_STACK = 256 * 1024, CUDA_POISON = 0xCD,
+    CUDA_PROCESSOR_THREADS = 1024, CUDA_PROCESSOR_SHARED = 64 * 1024 /* of the least architecture: what blocks launched together share */
+};
 enum cuda_schedule { CUDA_FORWARD, CUDA_REVERSE, CUDA_RANDOM }; /* of blocks, of warps between barriers, of lanes */
-enum cuda_state { CUDA_READY, CUDA_MEETING, CUDA_AT_BARRIER, CUDA_RETURNED };
+enum cuda_state { CUDA_READY, CUDA_MEETING, CUDA_AT_BARRIER, CUDA_AT_GRID_BARRIER, CUDA_RETURNED };
 
 enum cudaError_t {
     cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cudaErrorInvalidConfiguration = 9, cudaErrorNoDevice = 100,
-    cudaErrorInvalidDevice, cudaErrorInvalidResourceHandle = 400, cudaErrorIllegalState, cudaErrorStreamCaptureUnsupported = 900,
+    cudaErrorInvalidDevice, cudaErrorInvalidResourceHandle = 400, cudaErrorIllegalState,
+    cudaErrorCooperativeLaunchTooLarge = 720, cudaErrorStreamCaptureUnsupported = 900,
     cudaErrorUnknown = 999
 };
 typedef std::vector<std::function<void()>> cuda_operations;
@@ -118,8 +126,8 @@ typedef double *cudaEvent_t; /* when it came, in seconds */
 struct cuda_copy { void *to; const void *from; unsigned group; };
 struct cuda_block { size_t bytes; int device; }; /* of device memory */
 
-/* What a test breaks: a barrier (that of one line of code, numbered as they are met), waits for copies, lanes of shuffles or of mma, reads of 16 bytes, the shared
-   memory of a launch, or waits for, fences before and publishing for products of warpgroups. */
+/* What a test breaks: a barrier (that of one line of code, of functions whose name begins so or of all, numbered as they are met), waits for copies, lanes of shuffles or of
+   mma, reads of 16 bytes, the shared memory of a launch, or waits for, fences before and publishing for products of warpgroups. */
 enum cuda_sabotage_kind {
     CUDA_INTACT, CUDA_NO_BARRIER, CUDA_NO_WAIT, CUDA_WRONG_LANE, CUDA_WRONG_MMA, CUDA_READS_BEYOND, CUDA_LITTLE_SHARED,
     CUDA_NO_WGMMA_WAIT, CUDA_NO_WGMMA_FENCE, CUDA_NO_WGMMA_PUBLISH
@@ -127,6 +135,7 @@ enum cuda_sabotage_kind {
 struct cuda_sabotage {
     cuda_sabotage_kind kind = CUDA_INTACT;
     size_t barrier = 0;
+    const char *function = nullptr;
     long done = 0;             /* how often */
     std::vector<int> barriers; /* the lines that were met */
 };
@@ -166,13 +175,26 @@ struct cuda_thread {
     std::vector<std::pair<const char *, std::vector<char>>> fenced; /* registers as they were at the last tern__wgmma_fence */
 };
 
+/* A block that is on its way: its threads, lanes of warps that wait in a collective, and its shared memory. */
+struct cuda_room {
+    cuda_thread thread[CUDA_THREADS] = {};
+    unsigned meeting[CUDA_THREADS / CUDA_WARP] = {};
+    cuda_warp warp[CUDA_THREADS / CUDA_WARP] = {};
+    cuda_copied copied[CUDA_SHARED / 16] = {};
+    void *shared = nullptr;
+    cuda_room() { if (posix_memalign(&shared, 1024, CUDA_SHARED) != 0) abort(); }
+    cuda_room(const cuda_room &) = delete;
+    cuda_room &operator=(const cuda_room &) = delete;
+    ~cuda_room() { free(shared); }
+};
+
 struct cuda_emulator {
     /* Set by tests. A countdown of n lets n calls through and fails the next; below zero nothing fails. */
     cuda_schedule schedule = CUDA_FORWARD;
     uint32_t seed = 1;           /* of CUDA_RANDOM */
     bool fuse = true;            /* false: __fmaf_rn rounds the product too, as the scalar tier of the CPU does */
     bool lazy = false;           /* nothing runs before the host waits for it */
-    int devices = 1, capability = 90, processors = 4;
+    int devices = 1, capability = 90, processors = 4, cooperative = 1;
     bool wgmma = true;           /* kernels are those for sm_90a */
     long malloc_countdown = -1;
     long call_countdown = -1;    /* every call but those that free; launches too */
@@ -189,12 +211,14 @@ struct cuda_emulator {
     /* The running launch. */
     const char *kernel = nullptr;
     const std::function<void()> *body = nullptr;
-    void *shared = nullptr;
+    bool together = false;
+    std::deque<cuda_room> rooms;    /* the first one serves all launches but those together */
     size_t shared_bytes = 0;
-    cuda_thread thread[CUDA_THREADS] = {};
-    unsigned meeting[CUDA_THREADS / CUDA_WARP] = {}; /* lanes of a warp */
-    cuda_warp warp[CUDA_THREADS / CUDA_WARP] = {};
-    cuda_copied copied[CUDA_SHARED / 16] = {};
+    void *shared = nullptr;         /* of the room of the running block, */
+    cuda_thread *thread = nullptr;  /* as these */
+    unsigned *meeting = nullptr;
+    cuda_warp *warp = nullptr;
+    cuda_copied *copied = nullptr;
     std::vector<unsigned> block_order, warp_order, lane_order;
     cuda_place host = {};
     const void *host_stack = nullptr;
@@ -322,37 +346,81 @@ inline void cuda_check_products()
     }
 }
 
-inline void cuda_run_block()
+/* Gives the block a room, whose fibers and memory stay for later launches. */
+inline void cuda_enter(unsigned block, unsigned room)
 {
+    while (test_cuda.rooms.size() <= room) test_cuda.rooms.emplace_back();
+    blockIdx = dim3(block % gridDim.x, block / gridDim.x, 0);
+    test_cuda.thread = test_cuda.rooms[room].thread;
+    test_cuda.meeting = test_cuda.rooms[room].meeting;
+    test_cuda.warp = test_cuda.rooms[room].warp;
+    test_cuda.copied = test_cuda.rooms[room].copied;
+    test_cuda.shared = test_cuda.rooms[room].shared;
+}
+
+inline void cuda_begin_block()
+{
+    __asan_poison_memory_region(test_cuda.shared, CUDA_SHARED);
     __asan_unpoison_memory_region(test_cuda.shared, test_cuda.shared_bytes);
     memset(test_cuda.shared, CUDA_POISON, test_cuda.shared_bytes);
     memset(test_cuda.copied, 0, (test_cuda.shared_bytes + 15) / 16 * sizeof(cuda_copied));
     for (unsigned i = 0; i < blockDim.x; i++) test_cuda.thread[i].fenced.clear();
     for (unsigned i = 0; i < blockDim.x / CUDA_WARP; i++) test_cuda.warp[i] = {};
+    for (unsigned i = 0; i < blockDim.x; i++)
+        if (!test_cuda.thread[i].stack) cuda_new_fiber(&test_cuda.thread[i], i);
+}
+
+/* Up to the block's end, or the barrier of the grid. */
+inline void cuda_run_block()
+{
     do {
         for (unsigned i = 0; i < blockDim.x; i++) test_cuda.thread[i].state = CUDA_READY;
         while (cuda_run_warps()) {}
         for (unsigned i = 1; i < blockDim.x; i++)
             if (test_cuda.thread[i].state != test_cuda.thread[0].state) cuda_explain_stall();
     } while (test_cuda.thread[0].state == CUDA_AT_BARRIER);
-    cuda_check_products();
+    if (test_cuda.thread[0].state == CUDA_RETURNED) cuda_check_products();
 }
 
-inline void cuda_run_grid(const char *kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> &body)
+/* All blocks are there at once, in rooms of their own. */
+inline void cuda_run_together()
 {
-    if (!test_cuda.shared && posix_memalign(&test_cuda.shared, 1024, CUDA_SHARED) != 0) abort();
-    __asan_poison_memory_region(test_cuda.shared, CUDA_SHARED);
+    const unsigned blocks = gridDim.x * gridDim.y;
+    const cuda_state *first = nullptr;
+    for (unsigned i = 0; i < blocks; i++) {
+        cuda_enter(i, i);
+        cuda_begin_block();
+    }
+    do {
+        for (unsigned i : cuda_order(test_cuda.block_order, blocks)) {
+            cuda_enter(i, i);
+            cuda_run_block();
+        }
+        first = &test_cuda.rooms[0].thread[0].state;
+        for (unsigned i = 1; i < blocks; i++) {
+            const bool waits = *first == CUDA_AT_GRID_BARRIER;
+            if (test_cuda.rooms[i].thread[0].state == *first) continue;
+            cuda_enter(waits ? 0 : i, waits ? 0 : i);
+            threadIdx.x = 0;
+            cuda_fault("waits at the barrier of the grid for block %u, which has returned", waits ? i : 0);
+        }
+    } while (*first == CUDA_AT_GRID_BARRIER);
+}
+
+inline void cuda_run_grid(const char *kernel, bool together, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> &body)
+{
     test_cuda.kernel = kernel;
+    test_cuda.together = together;
     test_cuda.body = &body;
     test_cuda.shared_bytes = shared_bytes;
     if (shared_bytes > 0 && cuda_sabotaged(CUDA_LITTLE_SHARED)) test_cuda.shared_bytes -= std::min<size_t>(shared_bytes, 16);
     test_cuda.launches++;
     blockDim = block;
     gridDim = grid;
-    for (unsigned i = 0; i < block.x; i++)
-        if (!test_cuda.thread[i].stack) cuda_new_fiber(&test_cuda.thread[i], i);
+    if (together) return cuda_run_together();
     for (unsigned i : cuda_order(test_cuda.block_order, grid.x * grid.y)) {
-        blockIdx = dim3(i % grid.x, i / grid.x, 0);
+        cuda_enter(i, 0);
+        cuda_begin_block();
         cuda_run_block();
     }
 }
@@ -360,22 +428,34 @@ inline void cuda_run_grid(const char *kernel, dim3 grid, dim3 block, size_t shar
 /* -- barriers and warp collectives -- */
 
 /* Whether the barrier of this line is to be left out. */
-inline bool cuda_no_barrier(int line)
+inline bool cuda_no_barrier(int line, const char *function)
 {
     cuda_sabotage *s = &test_cuda.sabotage;
-    if (s->kind != CUDA_NO_BARRIER) return false;
+    if (s->kind != CUDA_NO_BARRIER || (s->function && strncmp(function, s->function, strlen(s->function)) != 0)) return false;
     const auto found = std::find(s->barriers.begin(), s->barriers.end(), line);
     const size_t index = static_cast<size_t>(found - s->barriers.begin());
     if (found == s->barriers.end()) s->barriers.push_back(line);
     return index == s->barrier && cuda_sabotaged(CUDA_NO_BARRIER);
 }
 
-inline void __syncthreads(int line = __builtin_LINE())
+inline void __syncthreads(int line = __builtin_LINE(), const char *function = __builtin_FUNCTION())
 {
     cuda_thread *self = &test_cuda.thread[threadIdx.x];
-    if (cuda_no_barrier(line)) return;
+    if (cuda_no_barrier(line, function)) return;
     self->state = CUDA_AT_BARRIER;
     self->waits_at = "__syncthreads";
+    cuda_yield();
+}
+
+/* Also among all threads of the grid, in a launch together. word: of device memory, zero before the first launch. */
+inline void tern__grid_barrier(unsigned *word, int line = __builtin_LINE(), const char *function = __builtin_FUNCTION())
+{
+    cuda_thread *self = &test_cuda.thread[threadIdx.x];
+    if (!test_cuda.together) cuda_fault("tern__grid_barrier in a launch whose blocks are not together");
+    if (*word != 0) cuda_fault("tern__grid_barrier with a word that is not zero");
+    if (cuda_no_barrier(line, function)) return;
+    self->state = CUDA_AT_GRID_BARRIER;
+    self->waits_at = "tern__grid_barrier";
     cuda_yield();
 }
 
@@ -723,7 +803,7 @@ CUDA_ATOMIC(atomicMax, unsigned long long, std::max(old, x))
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor,
-    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+    cudaDevAttrCooperativeLaunch = 95, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 struct cudaDeviceProp { char name[256]; size_t totalGlobalMem; int major, minor, multiProcessorCount, l2CacheSize; };
@@ -766,7 +846,7 @@ inline void cuda_submit(cudaStream_t stream, std::function<void()> operation)
 }
 
 template <typename... Parameters, typename... Arguments>
-inline void cuda_launch(const char *name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+inline void cuda_launch(const char *name, void (*kernel)(Parameters...), bool together, dim3 grid, dim3 block, size_t shared_bytes,
                         cudaStream_t stream, Arguments... arguments)
 {
     cuda_call([&] {
@@ -776,7 +856,9 @@ inline void cuda_launch(const char *name, void (*kernel)(Parameters...), dim3 gr
         if (block.x < 1 || block.x > CUDA_THREADS || block.y != 1 || block.z != 1) return cudaErrorInvalidConfiguration;
         if (grid.x < 1 || grid.x > INT32_MAX || grid.y < 1 || grid.y > 65535 || grid.z != 1) return cudaErrorInvalidConfiguration;
         if (shared_bytes > (limit == test_cuda.shared_limit.end() ? 48 * 1024 : limit->second)) return cudaErrorInvalidValue;
-        cuda_submit(stream, [=] { cuda_run_grid(name, grid, block, shared_bytes, [&] { std::apply(kernel, kept); }); });
+        const size_t resident = std::min<size_t>(CUDA_PROCESSOR_THREADS / block.x, CUDA_PROCESSOR_SHARED / std::max<size_t>(shared_bytes, 1));
+        if (together && grid.x * grid.y > resident * static_cast<size_t>(test_cuda.processors)) return cudaErrorCooperativeLaunchTooLarge;
+        cuda_submit(stream, [=] { cuda_run_grid(name, together, grid, block, shared_bytes, [&] { std::apply(kernel, kept); }); });
         return cudaSuccess;
     });
 }
@@ -809,6 +891,7 @@ inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, 
         case cudaDevAttrMultiProcessorCount: *value = test_cuda.processors; break;
         case cudaDevAttrComputeCapabilityMajor: *value = test_cuda.capability / 10; break;
         case cudaDevAttrComputeCapabilityMinor: *value = test_cuda.capability % 10; break;
+        case cudaDevAttrCooperativeLaunch: *value = test_cuda.cooperative; break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = CUDA_SHARED; break;
         }
         return cudaSuccess;

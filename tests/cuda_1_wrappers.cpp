@@ -114,6 +114,32 @@ static void test_cuda_wgmma_s8()
     test_wgmma<16>(256);
 }
 
+/* -- blocks together -- */
+
+/* In each round a thread adds what one of the next block has left in the round before. */
+static __global__ void test_grid_kernel(int rounds, unsigned *word, int *x)
+{
+    const int self = (int)(blockIdx.x * blockDim.x + threadIdx.x), all = (int)(gridDim.x * blockDim.x), other = (self + (int)blockDim.x + 1) % all;
+    for (int i = 0; i < rounds; i++) {
+        x[(i + 1) % 2 * all + self] = x[i % 2 * all + self] + x[i % 2 * all + other];
+        tern__grid_barrier(word);
+    }
+}
+
+static void test_cuda_grid_barrier()
+{
+    const tern__gpu *d = tern__gpu_of(&test_context[GPU]->run);
+    for (int blocks : {1, 2, d->processors}) {
+        const int all = blocks * 64, rounds = 20;
+        mirror<int> x(2 * all, [] { return (int)(test_random() % 1000); });
+        for (int i = 0; i < rounds; i++)
+            for (int t = 0; t < all; t++)
+                x[CPU][(i + 1) % 2 * all + t] = (int)((unsigned)x[CPU][i % 2 * all + t] + (unsigned)x[CPU][i % 2 * all + (t + 65) % all]);
+        TERN__LAUNCH_TOGETHER(test_grid_kernel, blocks, 64, 0, test_stream(), rounds, d->meet, x[GPU]);
+        CHECK_SAME(x);
+    }
+}
+
 /* -- loads and copies -- */
 
 static __global__ void test_stream_kernel(int64_t n, const uint4 *x, uint4 *y)
@@ -380,6 +406,7 @@ static void suite_cuda_wrappers()
 {
     RUN(test_cuda_mma_s8);
     RUN(test_cuda_wgmma_s8);
+    RUN(test_cuda_grid_barrier);
     RUN(test_cuda_stream16);
     RUN(test_cuda_cp_async);
     RUN(test_cuda_cp_async_or_zero);

@@ -197,8 +197,80 @@ static void test_cuda_moe()
     test_fuse(false);
     for (const moe_case &t : moe_cases)
         for (tern_dispatch dispatch : {TERN_DISPATCH_DENSE, TERN_DISPATCH_SPARSE}) test_moe(t, i++ % 3 ? 19 : 1, dispatch);
-    test_moe(moe_cases[0], 70, TERN_DISPATCH_AUTO);
+    test_moe(moe_cases[0], 300, TERN_DISPATCH_AUTO); /* in parts */
 }
+
+/* Of few tokens, in one launch and by its parts on a table without the operation: the same bits, what is saved among them, and the same
+   faults, as on the CPU. bad: no token (0), one with NaN, or one whose hidden rows are beyond int8's scale. */
+enum { MOE_GOOD, MOE_NAN, MOE_HUGE };
+struct fused_moe { moe_case c; int64_t n; int bad; long launches; };
+static const fused_moe fused_moes[] = {
+    {{1, 1, 1, 1, 0, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_RELU, TERN_ROUTE_SELECTED, TERN_NORM_NONE, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 1, MOE_GOOD, 1},
+    {{40, 8, 127, 33, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 16, MOE_NAN, 1},
+    {{9, 3, 600, 70, 1, 20, 0, TERN_ABSMEAN, 40, TERN_BASE3, TERN_ACT_INT8, TERN_MAP_GELU, TERN_ROUTE_RENORMALIZED, TERN_NORM_RMS, TERN_NORM_RMS, TERN_ABSMEAN, TERN_FOR_INFERENCE}, 9, MOE_GOOD, 8},
+    {{2, 2, 4100, 16, 0, 0, 0, TERN_ABSMEAN, TERN_PER_TENSOR, TERN_2BIT, TERN_ACT_INT4, TERN_MAP_RELU2, TERN_ROUTE_ALL, TERN_NORM_NONE, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 15, MOE_HUGE, 1},
+    {{33, 16, 64, 48, 1, 0, 0, TERN_ABSMEAN, 16, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_ALL, TERN_NORM_RMS, TERN_NORM_NONE, TERN_ABSMEAN, TERN_FOR_INFERENCE}, 16, MOE_NAN, 1},
+    {{5, 2, 40, 30, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 17, MOE_GOOD, 0}, /* too many tokens, */
+    {{33, 17, 24, 20, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 16, MOE_GOOD, 0}, /* places */
+    {{130, 1, 16, 16, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 3, MOE_GOOD, 0}, /* or matrices */
+};
+
+static void test_fused_moe(const fused_moe &t, tern_context *parts)
+{
+    moe_pair p(t.c);
+    tern_context *const contexts[] = {test_context[CPU], test_context[GPU], parts};
+    tern_need need = {};
+    char fault[3][256] = {};
+    CHECK_OK(tern_moe_need(test_context[GPU], &p.m[GPU], t.n, &need));
+    mirror<float> x(t.n * t.c.cols, test_uniform), y(t.n * t.c.cols, test_uniform), z(t.n * t.c.cols, test_uniform);
+    mirror<int8_t> saved((int64_t)need.saved), also((int64_t)need.saved);
+    for (int64_t i = 0; t.n > 8 && i < t.c.cols; i++) x[CPU][i + t.c.cols] = x[CPU][i]; /* two of the same experts, */
+    for (int64_t i = 3 * t.c.cols; i < 13 * t.c.cols && t.n > 13; i++) x[CPU][i] = x[CPU][i - t.c.cols]; /* and more than a turn takes */
+    if (t.bad == MOE_NAN) x[CPU][t.n / 2 * t.c.cols + t.c.cols - 1] = test_nan;
+    for (int64_t i = 0; t.bad == MOE_HUGE && i < t.c.cols; i++) x[CPU][t.n / 2 * t.c.cols + i] *= 1e25f;
+    x.send();
+    for (int i = 0; i < 3; i++) {
+        const int side = i ? GPU : CPU;
+        float *out = i == 2 ? z[GPU] : y[side];
+        void *keep = i == 2 ? also[GPU] : saved[side];
+#ifdef TEST_CUDA_H
+        const long before = test_cuda.launches;
+#endif
+        CHECK(tern_moe_need(contexts[i], &p.m[side], t.n, &need) == TERN_OK && tern_reserve(contexts[i], need.scratch) == TERN_OK);
+        CHECK(tern_moe_forward(contexts[i], &p.m[side], t.n, x[side], out, keep) == TERN_OK);
+#ifdef TEST_CUDA_H
+        CHECK(i != 1 || !t.launches || test_cuda.launches - before == t.launches);
+#endif
+        if (tern_sync(contexts[i]) != TERN_OK) snprintf(fault[i], sizeof fault[i], "%s", tern_last_error(contexts[i])->text);
+    }
+    CHECK_SAME(y);
+    CHECK(memcmp(z.fetch().data(), y[CPU], y.count * sizeof(float)) == 0);
+    CHECK(saved.fetch() == also.fetch());
+    CHECK(!strcmp(fault[0], fault[1]) && !strcmp(fault[0], fault[2]) && !fault[0][0] == !t.bad);
+}
+
+static void test_cuda_moe_by_its_parts()
+{
+    tern_backend table = *test_backend();
+    table.moe = nullptr;
+    const opened parts(&table);
+    CHECK(parts.result == TERN_OK);
+    test_fuse(false);
+    for (const fused_moe &t : fused_moes) test_fused_moe(t, parts.c);
+}
+
+/* The same on a device that cannot launch blocks together. */
+#ifdef TEST_CUDA_H
+static void test_cuda_moe_apart()
+{
+    test_cuda.cooperative = 0;
+    const opened apart(test_backend());
+    test_cuda.cooperative = 1;
+    CHECK(apart.result == TERN_OK && !tern__gpu_of(&apart.c->run)->meet);
+    test_fuse(false);
+    test_fused_moe(fused_moes[2], apart.c);
+}
+#endif
 
 /* A mixture as one graph, replayed for tokens that choose other experts. */
 static void cuda_moe_graph(tern_dispatch dispatch)
@@ -452,6 +524,10 @@ static void suite_cuda_rooms()
 {
     RUN(test_cuda_flip_training);
     RUN(test_cuda_moe);
+    RUN(test_cuda_moe_by_its_parts);
+#ifdef TEST_CUDA_H
+    RUN(test_cuda_moe_apart);
+#endif
     RUN(test_cuda_moe_graph);
     RUN(test_cuda_hop);
     RUN(test_cuda_hop_by_its_parts);

@@ -136,7 +136,68 @@ static void test_barrier_not_reached_by_all()
         CHECK(dies("kernel barrier_for_some, block (0, 0), thread 0: waits at __syncthreads for thread 63, which has returned",
                    [] { TERN__LAUNCH(barrier_for_some, 1, 64, 0, nullptr, 63); }));
         CHECK(dies("thread 0: waits at __syncthreads for thread 32, which waits at __syncwarp",
-                   [] { cuda_launch("mixed", barrier_or_collective, 1, 64, 0, nullptr); }));
+                   [] { cuda_launch("mixed", barrier_or_collective, false, 1, 64, 0, nullptr); }));
+    }
+}
+
+/* -- blocks together -- */
+
+/* Each block reads what another one has written, round after round. */
+__global__ void exchange_blocks(fault f, unsigned *word, int *data, int *out)
+{
+    TERN__SHARED(int, shared);
+    const unsigned t = threadIdx.x, n = blockDim.x;
+    shared[t] = static_cast<int>(blockIdx.x * n + t);
+    for (int round = 0; round < 3; round++) {
+        data[blockIdx.x * n + t] = shared[t] + round;
+        if (f != PLANTED) tern__grid_barrier(word);
+        out[blockIdx.x * n + t] = data[(blockIdx.x + 1) % gridDim.x * n + (t + n / 2) % n] + shared[t];
+        tern__grid_barrier(word);
+    }
+}
+__global__ void leave_early(unsigned *word, unsigned block)
+{
+    if (blockIdx.x != block) tern__grid_barrier(word);
+}
+__global__ void grid_barrier_for_some(unsigned *word)
+{
+    if (threadIdx.x < 33) tern__grid_barrier(word);
+    else __syncthreads();
+}
+
+static bool exchanges_blocks(fault f)
+{
+    device<unsigned> word(std::vector<unsigned>{0});
+    device<int> data(std::vector<int>(4 * 64, -1)), out(4 * 64);
+    TERN__LAUNCH_TOGETHER(exchange_blocks, 4, 64, 64 * sizeof(int), nullptr, f, word.data, data.data, out.data);
+    const std::vector<int> got = out.host();
+    bool right = cudaGetLastError() == cudaSuccess;
+    for (int i = 0; i < 4 * 64; i++) right &= got[static_cast<size_t>(i)] == (i / 64 + 1) % 4 * 64 + (i + 32) % 64 + 2 + i;
+    return right;
+}
+
+static void test_blocks_together()
+{
+    for (cuda_schedule schedule : schedules) {
+        device<unsigned> word(std::vector<unsigned>{0}), used(std::vector<unsigned>{1});
+        test_cuda.schedule = schedule;
+        CHECK(exchanges_blocks(NONE));
+        CHECK(!exchanges_blocks(PLANTED));
+        TERN__LAUNCH_TOGETHER(leave_early, 4, 64, 0, nullptr, word.data, 4u);
+        CHECK(dies("kernel leave_early, block (0, 0), thread 0: waits at the barrier of the grid for block 2, which has returned",
+                   [&] { TERN__LAUNCH_TOGETHER(leave_early, 4, 64, 0, nullptr, word.data, 2u); }));
+        CHECK(dies("block (1, 0), thread 0: waits at the barrier of the grid for block 0, which has returned",
+                   [&] { TERN__LAUNCH_TOGETHER(leave_early, 4, 64, 0, nullptr, word.data, 0u); }));
+        CHECK(dies("thread 0: waits at tern__grid_barrier for thread 33, which waits at __syncthreads",
+                   [&] { TERN__LAUNCH_TOGETHER(grid_barrier_for_some, 2, 64, 0, nullptr, word.data); }));
+        CHECK(dies("whose blocks are not together", [&] { TERN__LAUNCH(leave_early, 4, 64, 0, nullptr, word.data, 4u); }));
+        CHECK(dies("a word that is not zero", [&] { TERN__LAUNCH_TOGETHER(leave_early, 4, 64, 0, nullptr, used.data, 4u); }));
+        TERN__LAUNCH_TOGETHER(leave_early, 16, 256, 0, nullptr, word.data, 16u);
+        CHECK(cudaGetLastError() == cudaSuccess);
+        TERN__LAUNCH_TOGETHER(leave_early, 17, 256, 0, nullptr, word.data, 17u);
+        CHECK(cudaGetLastError() == cudaErrorCooperativeLaunchTooLarge);
+        TERN__LAUNCH_TOGETHER(leave_early, 5, 64, 40 << 10, nullptr, word.data, 5u);
+        CHECK(cudaGetLastError() == cudaErrorCooperativeLaunchTooLarge);
     }
 }
 
@@ -598,6 +659,7 @@ int main()
     RUN(test_schedules);
     RUN(test_missing_barrier);
     RUN(test_barrier_not_reached_by_all);
+    RUN(test_blocks_together);
     RUN(test_wrong_lane_in_a_shuffle);
     RUN(test_lane_missing_in_a_collective);
     RUN(test_votes_atomics_and_the_grid);

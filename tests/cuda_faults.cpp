@@ -4,8 +4,8 @@
 
 #include "cuda_child.h"
 
-/* spare: barriers, counted from 1, that this test does not need. */
-struct scenario { const char *name; void (*test)(); std::vector<size_t> spare; };
+/* spare: barriers, counted from 1, that this test does not need; of: the function whose barriers are counted, where not all are. */
+struct scenario { const char *name; void (*test)(); std::vector<size_t> spare; const char *of = nullptr; };
 
 enum { FAULT_UNSEEN = 0, FAULT_SEEN = 1, FAULT_NOT_MET = 2 };
 
@@ -20,6 +20,7 @@ static int fault_seen(const scenario &s, cuda_sabotage_kind kind, size_t barrier
             test_errors = 0;
             test_cuda.sabotage.kind = kind;
             test_cuda.sabotage.barrier = barrier;
+            test_cuda.sabotage.function = s.of;
             s.test();
             fflush(stdout);
             _exit(test_cuda.sabotage.done == 0 ? FAULT_NOT_MET : test_errors ? FAULT_SEEN : FAULT_UNSEEN);
@@ -95,6 +96,52 @@ static const scenario sparse[] = {
     {"flip", [] { test_flipped({test_shape(600, 40, 20, TERN_2BIT, TERN_POW2), TERN_FLIP_PROPORTIONAL, 3, 30.0f}, 0, false); }, {}},
 };
 
+/* A hop that goes in one launch, of more nodes than blocks take in a step. */
+static void check_hop(bool layers)
+{
+    const graph_pair g(600, 700, {{5, 300}});
+    both_params message(21, 37, TERN_ABSMEAN, TERN_FOR_INFERENCE, 8, TERN_BASE3), update(37, 21, TERN_ABSMEAN, TERN_FOR_INFERENCE);
+    mirror<float> h(600 * 37, test_uniform), y(600 * 37);
+    h[CPU][37] = test_infinity;
+    h.send();
+    const long before = test_cuda.launches;
+    test_both([&](tern_context *c, int side) {
+        tern_hop l = {};
+        tern_need need = {};
+        l.message.w = layers ? &message.at[side] : nullptr;
+        l.update.w = layers ? &update.at[side] : nullptr;
+        l.message.act = l.update.act = TERN_ACT_INT8;
+        l.order = layers ? TERN_AGGREGATE_FIRST : TERN_PROJECT_FIRST;
+        l.fn = TERN_MAP_RELU;
+        l.cols = 37;
+        TERN__TRY(tern_hop_need(c, &l, &g.at[side], &need));
+        TERN__TRY(tern_reserve(c, need.scratch));
+        return tern_hop_forward(c, &l, &g.at[side], h[side], y[side], nullptr);
+    });
+    CHECK(test_cuda.launches - before == 3); /* with quantize, and the parts of the hub */
+    CHECK_SAME(y);
+}
+
+static void check_mixture(tern_rule router, tern_type encoding, int32_t grain)
+{
+    const fused_moe t = {{20, 4, 260, 40, 1, 0, 0, TERN_ABSMEAN, grain, encoding, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_RENORMALIZED, TERN_NORM_RMS, TERN_NORM_NONE, router,
+                          TERN_FOR_INFERENCE}, 16, MOE_NAN, 1};
+    test_fuse(false);
+    tern__gpu_of(&test_context[GPU]->run)->processors = 2; /* of which each has a block */
+    test_fused_moe(t, test_context[GPU]);
+}
+
+/* Fused kernels, whose blocks take several tiles or steps here. */
+static const scenario fused[] = {
+    {"hop", [] { check_hop(true); }, {1}, "tern__hop_nodes"}, /* a warp quantizes the rows that it summed */
+    {"hop without layers", [] { check_hop(false); }, {}, "tern__hop_nodes"},
+    {"groups, where tiles begin", [] { test_grouped_products(7, 2, 40, 70, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 3, 12, 9); }, {}, "tern__count_tiles"},
+    {"groups of few", [] { test_grouped_products(7, 2, 140, 300, 20, TERN_BASE3, TERN_ACT_INT8, 3, 40, 20); }, {}, "tern__few_tokens"},
+    {"groups of many", [] { test_grouped_products(3, 2, 130, 500, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 90, 70); }, {}, "tern__many_tokens"},
+    {"mixture", [] { check_mixture(TERN_DENSE, TERN_2BIT, TERN_PER_ROW); }, {}, "tern__mixture"},
+    {"mixture, ternary router", [] { check_mixture(TERN_ABSMEAN, TERN_BASE3, 20); }, {}, "tern__mixture_tokens"},
+};
+
 /* Each call of the runtime that a layer of those rooms makes fails in its turn: the layer says so. */
 static void test_cuda_failures_of_layers()
 {
@@ -136,6 +183,7 @@ static void check_barriers(const scenario &s)
 {
     test_cuda.sabotage.kind = CUDA_NO_BARRIER;
     test_cuda.sabotage.barrier = SIZE_MAX;
+    test_cuda.sabotage.function = s.of;
     s.test();
     const std::vector<int> lines = test_cuda.sabotage.barriers;
     test_cuda.sabotage = {};
@@ -159,6 +207,20 @@ static void test_cuda_fault_sparse()
     for (const scenario &s : sparse)
         if (s.test != sparse[0].test) check_barriers(s); /* routing is of warps */
     for (int i : {0, 2, 4, 5}) check_fault(sparse[i], CUDA_WRONG_LANE);
+}
+
+static void test_cuda_fault_fused()
+{
+    one_processor();
+    for (const scenario &s : fused) {
+        check_barriers(s);
+        check_fault(s, CUDA_WRONG_LANE);
+        if (s.test != fused[1].test) check_fault(s, CUDA_WRONG_MMA);
+    }
+    check_fault(fused[4], CUDA_NO_WAIT);
+#ifdef CUDA_ASAN
+    for (int i : {0, 4}) check_fault(fused[i], CUDA_LITTLE_SHARED);
+#endif
 }
 
 static void test_cuda_fault_wait()
@@ -202,6 +264,7 @@ static void suite_cuda_faults()
 {
     RUN_ONCE(test_cuda_fault_barrier);
     RUN_ONCE(test_cuda_fault_sparse);
+    RUN_ONCE(test_cuda_fault_fused);
     RUN_ONCE(test_cuda_failures_of_layers);
     RUN_ONCE(test_cuda_fault_wait);
     RUN_ONCE(test_cuda_fault_wgmma);

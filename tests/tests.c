@@ -7,6 +7,7 @@
 #define TERN__HOP_ROWS 3
 #define TERN__HOP_TURNS 1
 #define TERN__HOP_SHARE 2
+#define TERN__MOE_PART 8
 #include "amx.h"
 #include "../ternary.h"
 #include "test.h"
