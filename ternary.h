@@ -170,7 +170,7 @@ NUMERICS AND DETERMINISM
     2048. No contraction, no libm; exp, log, tanh, sine and cosine are the library's own polynomials.
     So the forward pass gives the same bits from every tier, compiler and architecture, GPUs included. Gradients are
     fused where the tier can: training repeats exactly on a given tier, for any thread count; of parameters with an
-    accumulator they are exact integer products, the same everywhere. A tern_linear whose gradients are TERN_BF16 permits
+    accumulator they are exact integer products, the same everywhere. A layer whose gradients are TERN_BF16 permits
     factors rounded to bf16 in its backward, which AMX multiplies many times faster (machines with AMX-BF16 have other
     bits there than those without); the forward is the same. Signs and payloads of
     NaN are not part of the promise, nor is clang's -ffp-contract=fast, which no code can see or undo.
@@ -998,7 +998,7 @@ typedef struct tern_linear {
     float lora_scale;            /* ... y += (x~ A^T) B^T * lora_scale (Hu et al. 2021) */
     float arenas;                /* eps of y += eps x~ shadow^T, from 0; ramp it to exactly 0 before w is frozen */
     uint64_t seed;               /* of the stochastic rounding in a backward with TERN_ACCUM: another for each, e.g. step << 32 | layer */
-    tern_type gradients;         /* F32 (default), or BF16: permits factors of BF16 (tern_matmul_dx_args) in the products of w's backward */
+    tern_type gradients;         /* F32 (default), or BF16: permits factors of BF16 (tern_matmul_dx_args) in all products of the backward */
 } tern_linear;
 /* x~: the normalised (and rotated) activations in float. With LoRA or arenas and without a norm, a row with NaN gives
    a row with NaN besides the fault that is reported. */
@@ -1064,6 +1064,7 @@ typedef struct tern_moe {
     int64_t dense_max;                  /* AUTO is DENSE up to so many tokens; 0: none, but 128 on a GPU where SPARSE waits for it */
     float balance;                      /* factor of the load-balance loss (tern_route_args), whose gradient the backward adds */
     uint64_t seed;                      /* as that of tern_linear, of the experts; their names make it another for each */
+    tern_type gradients;                /* as that of tern_linear, of all but the router, which has its own */
 } tern_moe;
 /* Asks for a layer whose parameters are allocated. `saved` holds routing and quantized activations: the backward
    computes the experts again. Scratch is enough for all tokens to choose the same expert. */
@@ -1083,8 +1084,8 @@ typedef struct tern_moe_report { float entropy, balance; } tern_moe_report;
 TERN_API tern_result tern_moe_stats(tern_context *c, const tern_moe *m, int64_t n, const void *saved, int64_t *loads, tern_moe_report *out);
 /* Sets all experts, from floats of F32, F16 or BF16 in backend memory (not those of the low-rank form, which no float
    mixture has), and the router where one is given; sets of sync together. gate: NULL where there is none. bytes: those
-   of the floats and of the trits, scales and dense values that stand for them, or NULL. Missing arrays are refused before anything
-   changes; a weight that is not finite leaves the parameters before its own set. */
+   of the floats and of the trits, scales and dense values that stand for them, or NULL. All or nothing: every array is looked at
+   before the first is written. It allocates where a matrix is rotated, and waits for a GPU. */
 typedef struct tern_expert_floats { const void *gate, *up, *down; } tern_expert_floats;
 typedef struct tern_moe_bytes { size_t before, after; } tern_moe_bytes;
 TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, tern_type type, const tern_expert_floats *experts, const tern_expert_floats *always,
@@ -9246,28 +9247,38 @@ static tern_result tern__rotate(tern_context *c, const tern_param *p, int64_t n,
     return tern_hadamard(c, &a);
 }
 
-/* Sets a rotated parameter to W H. */
-static tern_result tern__param_set_rotated(tern_context *c, tern_param *p, tern_type type, const void *w)
+/* W H of a rotated parameter, as floats. */
+static tern_result tern__rotated(tern_context *c, const tern_param *p, tern_type type, const void *w, float *rows)
 {
-    const int64_t count = p->rows * p->cols;
-    tern_param plain = *p;
     tern_cast_args a;
-    tern_result result;
-    float *rows = (float *)tern_alloc(c, (size_t)count * sizeof(float));
-    TERN__REQUIRE(&c->run, rows, TERN_E_MEMORY, "%s: no memory to rotate %d weights", p->name, count);
-    plain.rotate = 0;
-    a.count = count;
+    a.count = p->rows * p->cols;
     a.from = type;
     a.to = TERN_F32;
     a.src = w;
     a.dst = rows;
     a.finite = 1;
-    result = tern_cast(c, &a);
-    if (result == TERN_OK) result = tern__rotate(c, p, p->rows, rows, rows, 0);
-    if (result == TERN_OK) result = tern_param_set(c, &plain, TERN_F32, rows);
+    TERN__TRY(tern_cast(c, &a));
+    return tern__rotate(c, p, p->rows, rows, rows, 0);
+}
+
+/* Sets a rotated parameter to W H, which is made in rows. */
+static tern_result tern__param_set_rotated(tern_context *c, tern_param *p, tern_type type, const void *w, float *rows)
+{
+    tern_param plain = *p;
+    tern_result result;
+    TERN__TRY(tern__rotated(c, p, type, w, rows));
+    plain.rotate = 0;
+    result = tern_param_set(c, &plain, TERN_F32, rows);
     p->flags = plain.flags;
-    tern_free(c, rows);
     return result;
+}
+
+/* Memory for the rows of so many floats, or NULL where there are none. */
+static tern_result tern__room_to_rotate(tern_context *c, const char *name, int64_t count, float **out)
+{
+    *out = count ? (float *)tern_alloc(c, (size_t)count * sizeof(float)) : NULL;
+    TERN__REQUIRE(&c->run, *out || !count, TERN_E_MEMORY, "%s: no memory to rotate %d weights", name, count);
+    return TERN_OK;
 }
 
 /* A learned scale that can be used, where the rule asks for one. */
@@ -9278,6 +9289,25 @@ static tern_result tern__check_alpha(tern_context *c, const tern_param *p)
     return tern__check_ready(c, p->alpha);
 }
 
+/* What is written beside trits and scales, where it is there. */
+static tern_result tern__check_beside(tern_context *c, const tern_param *p)
+{
+    int32_t i;
+    if (p->buffer[TERN_SHADOW].data) TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
+    if (p->dead) TERN__TRY(tern__check_dense_of(c, p->dead, p, "dead zone", 1, p->rows));
+    for (i = TERN_ACCUM; i <= TERN_VOTES; i++)
+        if (p->buffer[i].data) TERN__TRY(tern__check_buffer(c, p, i, tern__buffer_count(p, i)));
+    return TERN_OK;
+}
+
+/* Whether a parameter can be set, but for what it is set from. */
+static tern_result tern__check_set(tern_context *c, const tern_param *p)
+{
+    TERN__TRY(tern__check_ready(c, p));
+    TERN__TRY(tern__check_alpha(c, p));
+    return tern__check_beside(c, p);
+}
+
 /* An accumulator or votes, where they are, become zero. */
 static tern_result tern__clear_bytes(tern_context *c, const tern_param *p, int32_t which)
 {
@@ -9285,7 +9315,6 @@ static tern_result tern__clear_bytes(tern_context *c, const tern_param *p, int32
     const int64_t count = tern__buffer_count(p, which);
     int64_t at, n;
     if (!p->buffer[which].data) return TERN_OK;
-    TERN__TRY(tern__check_buffer(c, p, which, count));
     for (at = 0; at < count; at += n) {
         n = tern__min(count - at, (int64_t)sizeof zeros);
         TERN__TRY(tern_copy(c, (uint8_t *)p->buffer[which].data + at, zeros, (size_t)n, TERN_TO_DEVICE));
@@ -9297,15 +9326,19 @@ TERN_API tern_result tern_param_set(tern_context *c, tern_param *p, tern_type ty
 {
     tern_ternarize_args t;
     void *shadow;
-    TERN__TRY(tern__check_ready(c, p));
-    TERN__TRY(tern__check_alpha(c, p));
+    TERN__TRY(tern__check_set(c, p));
     shadow = p->buffer[TERN_SHADOW].data;
-    if (shadow || !w) TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
-    if (p->dead) TERN__TRY(tern__check_dense_of(c, p->dead, p, "dead zone", 1, p->rows));
-    if (w && p->rotate) return tern__param_set_rotated(c, p, type, w);
+    if (!w) TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
+    if (w && p->rotate) {
+        tern_result result;
+        float *rows;
+        TERN__TRY(tern__room_to_rotate(c, p->name, p->rows * p->cols, &rows));
+        result = tern__param_set_rotated(c, p, type, w, rows);
+        tern_free(c, rows);
+        return result;
+    }
     t = tern__param_args(p);
     if (tern__is_integer(p)) {
-        TERN__TRY(tern__check_buffer(c, p, TERN_ACCUM, p->rows * p->cols));
         t.accum = (int8_t *)p->buffer[TERN_ACCUM].data;
         t.theta = tern__theta(p);
     }
@@ -9510,11 +9543,8 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
     shadow = p->buffer[TERN_SHADOW].data != NULL;
     diluted = shadow && tern__is_diluted(p);
     alpha = tern__is_learned(p->rule) && p->alpha;
-    if (shadow) TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
     if (alpha) TERN__TRY(tern__check_alpha(c, p));
-    if (p->dead) TERN__TRY(tern__check_dense_of(c, p->dead, p, "dead zone", 1, p->rows));
-    for (i = TERN_ACCUM; i <= TERN_VOTES; i++)
-        if (p->buffer[i].data) TERN__TRY(tern__check_buffer(c, p, (int32_t)i, tern__buffer_count(p, (int32_t)i)));
+    TERN__TRY(tern__check_beside(c, p));
     m = tern_param_matrix(p);
     s = tern__shape_of(&m);
     stored = m.grain == TERN_PER_TENSOR ? 1 : m.rows * s.groups;
@@ -9897,25 +9927,31 @@ static tern_result tern__sync_blame(tern_context *c, const tern__sources *all, u
     return kept.code;
 }
 
+/* *sum = the canonical sum of |w|; add: added to it. */
+static tern_result tern__sum_sizes(tern_context *c, const tern__source *s, float *sum, int32_t add)
+{
+    tern_sum_args a;
+    a.kind = TERN_SUM_ABS;
+    a.count = s->p->rows * s->p->cols;
+    a.type = s->type;
+    a.x = s->w;
+    a.y = sum;
+    a.add = add;
+    return tern_sum(c, &a);
+}
+
 /* The set of source `first`: its scale is made in scratch and stored beside trits that were taken with it. */
 static tern_result tern__sync_set(tern_context *c, const tern__sources *all, int32_t first, const tern__step_noise *noise)
 {
     const tern_param *of = all->at(all->of, first).p;
     float *scale = (float *)(void *)c->scratch;
     int64_t weights = 0;
-    tern_sum_args sum;
     int32_t i;
-    sum.kind = TERN_SUM_ABS;
-    sum.y = scale;
     for (i = first; i < all->count; i++) {
         const tern__source s = all->at(all->of, i);
         if (!s.p || s.p->sync != of->sync) continue;
-        sum.count = s.p->rows * s.p->cols;
-        sum.type = s.type;
-        sum.x = s.w;
-        sum.add = i > first;
-        TERN__TRY(tern_sum(c, &sum));
-        weights += sum.count;
+        TERN__TRY(tern__sum_sizes(c, &s, scale, i > first));
+        weights += s.p->rows * s.p->cols;
     }
     TERN__TRY(tern__add_scaled(c, 1, scale, 1.0f / (of->rule == TERN_ABSMEAN_SIGMA ? (float)weights * TERN__ROOT_2_PI : (float)weights), NULL, scale));
     for (i = first; i < all->count; i++) {
@@ -10689,8 +10725,8 @@ static tern_result tern__integer_dw(tern_context *c, const tern_linear *l, int64
     return TERN_OK;
 }
 
-/* c [m, n] (+)= a b, with a [m, k] or transposed [k, m], and b [k, n]. */
-static tern_result tern__times_columns(tern_context *c, int64_t m, int64_t n, int64_t k, const float *a, int32_t transposed, const float *b, float *y, int32_t add)
+/* c [m, n] (+)= a b of the backward of l, with a [m, k] or transposed [k, m], and b [k, n]. */
+static tern_result tern__times_columns(tern_context *c, const tern_linear *l, int64_t m, int64_t n, int64_t k, const float *a, int32_t transposed, const float *b, float *y, int32_t add)
 {
     tern_dense_args d;
     memset(&d, 0, sizeof d);
@@ -10700,6 +10736,7 @@ static tern_result tern__times_columns(tern_context *c, int64_t m, int64_t n, in
     d.c = y; d.c_row = n;
     d.add = add;
     d.fused = 1;
+    d.factors = l->gradients;
     return tern_dense(c, &d);
 }
 
@@ -10708,17 +10745,17 @@ static tern_result tern__lora_backward(tern_context *c, const tern_linear *l, in
 {
     const int64_t rows = l->w->rows, rank = tern__rank(l);
     float *da = tern__floats(l->lora_a, TERN_GRAD), *db = tern__floats(l->lora_b, TERN_GRAD);
-    TERN__TRY(tern__times_columns(c, n, rank, rows, dy, 0, tern__floats(l->lora_b, TERN_SHADOW), dlow, 0));
+    TERN__TRY(tern__times_columns(c, l, n, rank, rows, dy, 0, tern__floats(l->lora_b, TERN_SHADOW), dlow, 0));
     TERN__TRY(tern__add_scaled(c, n * rank, dlow, l->lora_scale, NULL, dlow));
-    if (db) TERN__TRY(tern__times_columns(c, rows, rank, n, dy, 1, kept->low, db, 1));
-    return da ? tern__times_columns(c, rank, l->w->cols, n, dlow, 1, input, da, 1) : TERN_OK;
+    if (db) TERN__TRY(tern__times_columns(c, l, rows, rank, n, dy, 1, kept->low, db, 1));
+    return da ? tern__times_columns(c, l, rank, l->w->cols, n, dlow, 1, input, da, 1) : TERN_OK;
 }
 
 /* dx~ of all parts, rotated back. dlow and scaled: of LoRA, and memory for arenas * dy; integer: set with an accumulator. */
 static tern_result tern__linear_dinput(tern_context *c, const tern_linear *l, int64_t n, const float *dy, const float *dlow, float *scaled, const tern__integer *integer, float *dx)
 {
     TERN__TRY(integer->q ? tern__integer_dx(c, l, n, dy, dx, integer) : tern__linear_dx(c, l, n, dy, dx));
-    if (dlow) TERN__TRY(tern__times_columns(c, n, l->w->cols, tern__rank(l), dlow, 0, tern__floats(l->lora_a, TERN_SHADOW), dx, 1));
+    if (dlow) TERN__TRY(tern__times_columns(c, l, n, l->w->cols, tern__rank(l), dlow, 0, tern__floats(l->lora_a, TERN_SHADOW), dx, 1));
     if (scaled) {
         TERN__TRY(tern__add_scaled(c, n * l->w->rows, dy, l->arenas, NULL, scaled));
         TERN__TRY(tern__times_shadow(c, l, n, scaled, dx, 1));
@@ -10897,6 +10934,7 @@ static tern_linear tern__moe_reader(const tern_moe *m, tern_param *w)
     l.w = w;
     l.act = m->act;
     l.seed = tern__fnv(m->seed, (const uint8_t *)(const void *)w->name, strlen(w->name)); /* each its own noise */
+    l.gradients = m->gradients;
     return l;
 }
 
@@ -11795,14 +11833,125 @@ static tern__source tern__moe_source(const void *of, int32_t i)
     return s.p && s.p->buffer[TERN_SHADOW].data ? tern__source_of_shadow(s.p) : s;
 }
 
+/* Fails at the first float that is not finite or, unless any finite one will do, would be refused by ternarize. */
+static tern_result tern__look_at(tern_context *c, const tern__source *s, int32_t any, void *host)
+{
+    const int64_t width = tern__type_bytes(s->type), count = s->p->rows * s->p->cols;
+    const int32_t rounded = !any && tern__buffer_type(s->p, TERN_SHADOW) == TERN_BF16; /* perhaps up to 2^96 */
+    int64_t at, i, n;
+    for (at = 0; at < count; at += n) {
+        n = tern__min(TERN__TRANSFER / width, count - at);
+        TERN__TRY(tern_copy(c, host, (const uint8_t *)s->w + at * width, (size_t)(n * width), TERN_TO_HOST));
+        for (i = 0; i < n; i++) {
+            const float v = tern__load_float(s->type, host, i), w = rounded ? tern__from_bf16(tern__to_bf16(v)) : v;
+            TERN__REQUIRE(&c->run, any ? tern__finite(w) : tern__weight_ok(w), TERN_E_NONFINITE,
+                          any ? "%s: weights[%d][%d] is not a finite number" : "%s: weights[%d][%d] is not a finite number below 2^96",
+                          s->p->name, (at + i) / s->p->cols, (at + i) % s->p->cols);
+        }
+    }
+    return TERN_OK;
+}
+
+/* A learned scale as a source, of one that has it. */
+static tern__source tern__source_of_alpha(const tern_param *p)
+{
+    tern__source s;
+    s.p = p && tern__is_learned(p->rule) ? p->alpha : NULL;
+    s.type = TERN_F32;
+    s.w = s.p ? s.p->buffer[TERN_SHADOW].data : NULL;
+    return s;
+}
+
+static tern_result tern__look_at_all(tern_context *c, const tern__sources *all, float *rows, void *host)
+{
+    int32_t i;
+    for (i = 0; i < all->count; i++) {
+        tern__source s = all->at(all->of, i);
+        const tern__source alpha = tern__source_of_alpha(s.p);
+        if (!s.p) continue;
+        if (alpha.p) TERN__TRY(tern__look_at(c, &alpha, 0, host));
+        TERN__TRY(tern__look_at(c, &s, s.p->rule == TERN_DENSE || s.p->rotate, host));
+        if (!s.p->rotate) continue;
+        TERN__TRY(tern__rotated(c, s.p, s.type, s.w, rows));
+        s.type = TERN_F32;
+        s.w = rows;
+        TERN__TRY(tern__look_at(c, &s, 0, host));
+    }
+    return TERN_OK;
+}
+
+/* Fails where tern_param_set would, for what a source holds; rows: for a rotated one. One sum over all proves them good, also
+   when they are rotated: no sum of squares is above its square. What it does not prove is looked at. */
+static tern_result tern__check_sources(tern_context *c, const tern__sources *all, float *rows)
+{
+    float *sum = (float *)(void *)c->scratch, size;
+    tern_result result;
+    void *host;
+    int32_t i;
+    TERN__TRY(tern__zero(c, 1, sum));
+    for (i = 0; i < all->count; i++) {
+        const tern__source s = all->at(all->of, i), alpha = tern__source_of_alpha(s.p);
+        if (s.p) TERN__TRY(tern__sum_sizes(c, &s, sum, 1));
+        if (alpha.p) TERN__TRY(tern__sum_sizes(c, &alpha, sum, 1));
+    }
+    TERN__TRY(tern_copy(c, &size, sum, sizeof size, TERN_TO_HOST));
+    if (size < TERN__SURE) return TERN_OK;
+    host = tern__host_alloc(&c->run.allocator, TERN__TRANSFER);
+    TERN__REQUIRE(&c->run, host, TERN_E_MEMORY, "moe: no memory to look at %d bytes of weights", (int64_t)TERN__TRANSFER);
+    result = tern__look_at_all(c, all, rows, host);
+    tern__host_free(&c->run.allocator, host);
+    return result;
+}
+
+/* All but the floats themselves; *rotated: elements of the largest matrix that is rotated. */
+static tern_result tern__check_moe_floats(tern_context *c, const tern__sources *all, int64_t *rotated)
+{
+    int32_t i, j;
+    *rotated = 0;
+    for (i = 0; i < all->count; i++) {
+        const tern__source s = all->at(all->of, i);
+        if (!s.p) continue;
+        TERN__TRY(tern__check_pointer(&c->run, s.p->name, "its float array", s.w, tern__type_bytes(s.type)));
+        TERN__TRY(tern__check_set(c, s.p));
+        TERN__REQUIRE(&c->run, !s.p->sync || !s.p->rotate || s.p->buffer[TERN_SHADOW].data, TERN_E_UNSUPPORTED,
+                      "%s: a shared scale (sync %d) of a rotated matrix needs a shadow", s.p->name, (int64_t)s.p->sync);
+        for (j = 0; s.p->sync && j < i; j++) {
+            const tern_param *q = all->at(all->of, j).p;
+            TERN__REQUIRE(&c->run, !q || q->sync != s.p->sync || q->rule == s.p->rule, TERN_E_ARGUMENT,
+                          "%s and %s share a scale (sync %d) and differ in rule", q->name, s.p->name, (int64_t)s.p->sync);
+        }
+        if (s.p->rotate) *rotated = tern__max(*rotated, s.p->rows * s.p->cols);
+    }
+    return TERN_OK;
+}
+
+static tern_result tern__set_sources(tern_context *c, tern__sources *all, float *rows, tern_moe_bytes *bytes)
+{
+    const tern__step_noise none = {0, 0};
+    tern_audit audit;
+    int32_t i;
+    for (i = 0; i < all->count; i++) {
+        const tern__source s = all->at(all->of, i);
+        const tern_model one = {&s.p, 1};
+        if (!s.p) continue;
+        TERN__TRY(s.p->rotate ? tern__param_set_rotated(c, s.p, s.type, s.w, rows) : tern_param_set(c, s.p, s.type, s.w));
+        TERN__TRY(tern_model_audit(c, &one, &audit));
+        bytes->before += (size_t)(s.p->rows * s.p->cols * tern__type_bytes(s.type));
+        bytes->after += audit.packed_bytes;
+    }
+    all->at = tern__moe_source;
+    return tern__sync_sets(c, all, &none);
+}
+
 TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, tern_type type, const tern_expert_floats *experts, const tern_expert_floats *always,
                                          const void *router, tern_moe_bytes *bytes)
 {
-    const tern__step_noise none = {0, 0};
+    tern_moe_bytes counted = {0, 0};
     tern__moe_given f;
     tern__sources all;
-    tern_audit audit;
-    int32_t i;
+    tern_result result;
+    int64_t rotated;
+    float *rows;
     TERN__TRY(tern__check_moe(c, m, 1));
     TERN__REQUIRE(&c->run, experts && (!m->always || always), TERN_E_ARGUMENT, "moe: floats of the experts, or of the one that is always on, are NULL");
     TERN__REQUIRE(&c->run, !m->low_a, TERN_E_UNSUPPORTED, "moe: the low-rank form is not one of floats");
@@ -11815,31 +11964,13 @@ TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, ter
     all.at = tern__moe_float;
     all.of = &f;
     all.count = 3 * m->count + 4;
-    for (i = 0; i < all.count; i++) {
-        const tern__source s = all.at(&f, i);
-        int32_t j;
-        if (!s.p) continue;
-        TERN__TRY(tern__check_pointer(&c->run, s.p->name, "its float array", s.w, tern__type_bytes(type)));
-        TERN__REQUIRE(&c->run, !s.p->sync || !s.p->rotate || s.p->buffer[TERN_SHADOW].data, TERN_E_UNSUPPORTED,
-                      "%s: a shared scale (sync %d) of a rotated matrix needs a shadow", s.p->name, (int64_t)s.p->sync);
-        for (j = 0; s.p->sync && j < i; j++) {
-            const tern_param *q = all.at(&f, j).p;
-            TERN__REQUIRE(&c->run, !q || q->sync != s.p->sync || q->rule == s.p->rule, TERN_E_ARGUMENT,
-                          "%s and %s share a scale (sync %d) and differ in rule", q->name, s.p->name, (int64_t)s.p->sync);
-        }
-    }
-    if (bytes) memset(bytes, 0, sizeof *bytes);
-    for (i = 0; i < all.count; i++) {
-        const tern__source s = all.at(&f, i);
-        const tern_model one = {&s.p, 1};
-        if (!s.p) continue;
-        TERN__TRY(tern_param_set(c, s.p, type, s.w));
-        TERN__TRY(tern_model_audit(c, &one, &audit));
-        if (bytes) bytes->before += (size_t)(s.p->rows * s.p->cols * tern__type_bytes(type));
-        if (bytes) bytes->after += audit.packed_bytes;
-    }
-    all.at = tern__moe_source;
-    return tern__sync_sets(c, &all, &none);
+    TERN__TRY(tern__check_moe_floats(c, &all, &rotated));
+    TERN__TRY(tern__room_to_rotate(c, "moe", rotated, &rows));
+    result = tern__check_sources(c, &all, rows);
+    if (result == TERN_OK) result = tern__set_sources(c, &all, rows, &counted);
+    tern_free(c, rows);
+    if (result == TERN_OK && bytes) *bytes = counted;
+    return result;
 }
 
 /* -- per-layer embeddings (Gemma 3n) -- */
