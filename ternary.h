@@ -6544,6 +6544,19 @@ static tern__gemm tern__gemm_of(int64_t m, int64_t n, int64_t k, const float *a,
     return g;
 }
 
+/* A map's forward as a part of other operations; b: or NULL. */
+static void tern__map_here(const tern__kernels *k, tern_map_fn fn, int64_t n, const float *a, float alpha, const float *b, float *y)
+{
+    tern_map_args m;
+    memset(&m, 0, sizeof m);
+    m.fn = fn;
+    m.alpha = alpha;
+    m.a = a;
+    m.b = b;
+    m.y = y;
+    k->map(&m, 0, n);
+}
+
 /* Pairs where the caller permits them and the tier has them. */
 static const tern__pairs *tern__pairs_of(const tern_run *run, tern_type factors)
 {
@@ -6909,10 +6922,10 @@ static tern_result tern__cpu_matmul_dx(tern_run *run, const tern_matmul_dx_args 
 static void tern__bias_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_matmul_dw_args *a = (const tern_matmul_dw_args *)job->arg;
-    int64_t t, r;
+    float *dbias = a->dbias + begin;
+    int64_t t;
     (void)bad;
-    for (t = 0; t < a->n; t++)
-        for (r = begin; r < end; r++) a->dbias[r] = a->dbias[r] + a->dy[t * a->m.rows + r];
+    for (t = 0; t < a->n; t++) tern__map_here(job->k, TERN_MAP_ADD, end - begin, dbias, 1.0f, a->dy + t * a->m.rows + begin, dbias);
 }
 
 static tern_result tern__cpu_matmul_dw(tern_run *run, const tern_matmul_dw_args *a)
@@ -6933,6 +6946,15 @@ static tern_result tern__cpu_matmul_dw(tern_run *run, const tern_matmul_dw_args 
 }
 #endif
 
+/* x / by, 16 at a time: a constant trip count, which compilers make vectors of. */
+static void tern__divide(int64_t n, float by, float *x)
+{
+    int64_t i, j;
+    for (i = 0; i + 16 <= n; i += 16)
+        for (j = 0; j < 16; j++) x[i + j] = x[i + j] / by;
+    for (; i < n; i++) x[i] = x[i] / by;
+}
+
 /* Row i of p: softmax of the visible scores, zeros behind them. */
 static void tern__softmax_row(const tern__kernels *k, float *p, int64_t visible, int64_t keys, float scale)
 {
@@ -6940,8 +6962,8 @@ static void tern__softmax_row(const tern__kernels *k, float *p, int64_t visible,
     int64_t j;
     k->exps(visible, p, scale, k->largest(visible, p) * scale, p);
     sum = tern__sum_of(k, TERN_SUM, visible, p);
-    for (j = 0; j < visible; j++) p[j] = p[j] / sum;
-    for (; j < keys; j++) p[j] = 0.0f;
+    tern__divide(visible, sum, p);
+    for (j = visible; j < keys; j++) p[j] = 0.0f;
 }
 
 /* -- rows by id -- */
@@ -6950,15 +6972,17 @@ static void tern__gather_body(tern__job *job, int64_t begin, int64_t end, int64_
 {
     const tern_gather_args *a = (const tern_gather_args *)job->arg;
     const tern__shape s = tern__shape_of(&a->m);
-    int64_t i, j;
+    int64_t i;
     for (i = begin; i < end; i++) {
         float *y = a->y + i * a->m.cols;
+        const float *from = y;
         if (a->ids[i] < 0 || a->ids[i] >= a->m.rows) {
             *bad = tern__min(*bad, i);
             memset(y, 0, sizeof(float) * (size_t)a->m.cols);
         } else if (a->m.trits) tern__unpack_row(&a->m, &s, a->ids[i], NULL, y);
-        else memcpy(y, a->w + a->ids[i] * a->m.cols, sizeof(float) * (size_t)a->m.cols);
-        for (j = 0; a->weight && j < a->m.cols; j++) y[j] = a->weight[i] * y[j];
+        else from = a->w + a->ids[i] * a->m.cols;
+        if (a->weight) tern__map_here(job->k, TERN_MAP_SCALE, a->m.cols, from, a->weight[i], NULL, y);
+        else if (from != y) memcpy(y, from, sizeof(float) * (size_t)a->m.cols);
     }
 }
 
@@ -6999,12 +7023,11 @@ static float tern__sum_pairs(const tern__kernels *k, int32_t squares, int64_t co
 {
     float block[TERN__BLOCK];
     tern__tree tree;
-    int64_t i, j;
+    int64_t i;
     tern__tree_init(&tree, k);
     for (i = 0; i < cols; i += TERN__BLOCK) {
         const int64_t n = tern__min(TERN__BLOCK, cols - i);
-        if (squares) for (j = 0; j < n; j++) block[j] = a[i + j] - b[i + j];
-        else for (j = 0; j < n; j++) block[j] = a[i + j] * b[i + j];
+        tern__map_here(k, squares ? TERN_MAP_ADD : TERN_MAP_MUL, n, a + i, -1.0f, b + i, block);
         tern__tree_push(&tree, k->sum(squares ? TERN_SUM_SQUARES : TERN_SUM, n, block));
     }
     return tern__tree_total(&tree);
@@ -7400,61 +7423,65 @@ static tern_result tern__cpu_map(tern_run *run, const tern_map_args *a)
 
 /* -- norm -- */
 
-/* The canonical sum of g dy x over a row. */
-static float tern__norm_dot(const tern__kernels *k, const tern_norm_args *a, int64_t t)
+/* Up to 1024 of g dy: where dy lies, or in the block. */
+static const float *tern__norm_dy(const tern__kernels *k, const tern_norm_args *a, int64_t i, int64_t n, const float *dy, float *block)
 {
-    const float *x = a->x + t * a->cols, *dy = a->dy + t * a->cols;
+    if (!a->gain) return dy + i;
+    tern__map_here(k, TERN_MAP_MUL, n, a->gain + i, 0.0f, dy + i, block);
+    return block;
+}
+
+/* The canonical sum of g dy x over a row. */
+static float tern__norm_dot(const tern__kernels *k, const tern_norm_args *a, const float *x, const float *dy)
+{
     float block[TERN__BLOCK];
     tern__tree tree;
-    int64_t i, j;
+    int64_t i;
     tern__tree_init(&tree, k);
     for (i = 0; i < a->cols; i += TERN__BLOCK) {
         const int64_t n = tern__min(TERN__BLOCK, a->cols - i);
-        for (j = 0; j < n; j++) block[j] = (a->gain ? a->gain[i + j] * dy[i + j] : dy[i + j]) * x[i + j];
+        tern__map_here(k, TERN_MAP_MUL, n, tern__norm_dy(k, a, i, n, dy, block), 0.0f, x + i, block);
         tern__tree_push(&tree, k->sum(TERN_SUM, n, block));
     }
     return tern__tree_total(&tree);
 }
 
-/* y = x gain r in vectors. */
+/* y = x gain r. */
 static void tern__norm_row(const tern__kernels *k, const tern_norm_args *a, float r, const float *x, float *y)
 {
-    tern_map_args m;
-    memset(&m, 0, sizeof m);
-    m.y = y;
-    m.a = x;
-    if (a->gain) {
-        m.fn = TERN_MAP_MUL;
-        m.b = a->gain;
-        k->map(&m, 0, a->cols);
-        m.a = y;
+    if (a->gain) tern__map_here(k, TERN_MAP_MUL, a->cols, x, 0.0f, a->gain, y);
+    tern__map_here(k, TERN_MAP_SCALE, a->cols, a->gain ? y : x, r, NULL, y);
+}
+
+/* dx = r g dy - x r^3 mean(g dy x), or zero. */
+static void tern__norm_back(const tern__kernels *k, const tern_norm_args *a, float r, const float *x, const float *dy, float *dx)
+{
+    const float mean = r > 0.0f ? tern__norm_dot(k, a, x, dy) / (float)a->cols * (r * r * r) : 0.0f;
+    float block[TERN__BLOCK];
+    int64_t i;
+    for (i = 0; i < a->cols; i += TERN__BLOCK) {
+        const int64_t n = tern__min(TERN__BLOCK, a->cols - i);
+        float *to = a->add ? block : dx + i;
+        if (r > 0.0f) {
+            tern__map_here(k, TERN_MAP_SCALE, n, tern__norm_dy(k, a, i, n, dy, block), r, NULL, block);
+            tern__map_here(k, TERN_MAP_ADD, n, block, -mean, x + i, to);
+        } else memset(to, 0, sizeof(float) * (size_t)n);
+        if (a->add) tern__map_here(k, TERN_MAP_ADD, n, dx + i, 1.0f, block, dx + i);
     }
-    m.fn = TERN_MAP_SCALE;
-    m.alpha = r;
-    k->map(&m, 0, a->cols);
 }
 
 static void tern__norm_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_norm_args *a = (const tern_norm_args *)job->arg;
-    int64_t t, i;
+    int64_t t;
     for (t = begin; t < end; t++) {
         const float *x = a->x + t * a->cols;
         const float r = tern__rms(job->k, a->cols, x, a->eps);
         if (!(r > 0.0f)) *bad = tern__min(*bad, t);
-        if (!a->dy) {
-            float *y = a->y + t * a->cols;
-            if (r > 0.0f) tern__norm_row(job->k, a, r, x, y);
-            else memset(y, 0, sizeof(float) * (size_t)a->cols);
-        } else if (a->dx) { /* dx = r g dy - x r^3 mean(g dy x) */
-            const float *dy = a->dy + t * a->cols;
-            float *dx = a->dx + t * a->cols;
-            const float mean = tern__norm_dot(job->k, a, t) / (float)a->cols * (r * r * r);
-            for (i = 0; i < a->cols; i++) {
-                const float v = r > 0.0f ? r * (a->gain ? a->gain[i] * dy[i] : dy[i]) - x[i] * mean : 0.0f;
-                dx[i] = a->add ? dx[i] + v : v;
-            }
-        }
+        if (a->dy && a->dx) tern__norm_back(job->k, a, r, x, a->dy + t * a->cols, a->dx + t * a->cols);
+        if (a->dy) continue;
+        if (r > 0.0f) tern__norm_row(job->k, a, r, x, a->y + t * a->cols);
+        else memset(a->y + t * a->cols, 0, sizeof(float) * (size_t)a->cols);
     }
 }
 
@@ -7462,12 +7489,18 @@ static void tern__norm_body(tern__job *job, int64_t begin, int64_t end, int64_t 
 static void tern__norm_gain_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_norm_args *a = (const tern_norm_args *)job->arg;
+    float block[TERN__BLOCK];
     int64_t t, i;
     (void)bad;
     for (t = 0; t < a->n; t++) {
         const float *x = a->x + t * a->cols, *dy = a->dy + t * a->cols;
         const float r = tern__rms(job->k, a->cols, x, a->eps);
-        for (i = begin; r > 0.0f && i < end; i++) a->dgain[i] = a->dgain[i] + dy[i] * (x[i] * r);
+        for (i = begin; r > 0.0f && i < end; i += TERN__BLOCK) {
+            const int64_t n = tern__min(TERN__BLOCK, end - i);
+            tern__map_here(job->k, TERN_MAP_SCALE, n, x + i, r, NULL, block);
+            tern__map_here(job->k, TERN_MAP_MUL, n, dy + i, 0.0f, block, block);
+            tern__map_here(job->k, TERN_MAP_ADD, n, a->dgain + i, 1.0f, block, a->dgain + i);
+        }
     }
 }
 
@@ -7673,6 +7706,15 @@ static void tern__attention_forward(const tern__kernels *k, const tern_attention
     tern__attend(k, a, h->p, h->v, a->v_stride, 0, h->y, (int64_t)a->heads * a->dim, w);
 }
 
+/* p = p (ds - delta) scale, 16 at a time like tern__divide. */
+static void tern__score_back(int64_t n, const float *__restrict ds, float delta, float scale, float *__restrict p)
+{
+    int64_t i, j;
+    for (i = 0; i + 16 <= n; i += 16)
+        for (j = 0; j < 16; j++) p[i + j] = p[i + j] * (ds[i + j] - delta) * scale;
+    for (; i < n; i++) p[i] = p[i] * (ds[i] - delta) * scale;
+}
+
 /* Rows of dS = P (dY V^T - <dy, y>) / sqrt(dim), in place of P. */
 static void tern__attention_scores_back(const tern__kernels *k, const tern_attention_args *a, const tern__head *h, int64_t query, int64_t rows, tern__work *w)
 {
@@ -7680,7 +7722,7 @@ static void tern__attention_scores_back(const tern__kernels *k, const tern_atten
     const float *dy = a->dy + (h->y - a->y) + query * width, *y = h->y + query * width;
     const float scale = 1.0f / tern__sqrt((float)a->dim);
     float delta[TERN__QUERIES];
-    int64_t i, j, d, n0;
+    int64_t i, d, n0;
     for (i = 0; i < rows; i++)
         for (delta[i] = 0.0f, d = 0; d < a->dim; d++) delta[i] += dy[i * width + d] * y[i * width + d];
     for (n0 = 0; n0 < seen; n0 += TERN__DS) {
@@ -7689,10 +7731,7 @@ static void tern__attention_scores_back(const tern__kernels *k, const tern_atten
         g.b = h->v + n0 * a->v_stride; g.b_row = 1; g.b_col = a->v_stride;
         g.fused = !a->exact;
         tern__gemm_here(k, &g, w);
-        for (i = 0; i < rows; i++) {
-            float *p = h->p + (query + i) * a->keys + n0;
-            for (j = 0; j < lanes; j++) p[j] = p[j] * (w->ds[i * TERN__DS + j] - delta[i]) * scale;
-        }
+        for (i = 0; i < rows; i++) tern__score_back(lanes, w->ds + i * TERN__DS, delta[i], scale, h->p + (query + i) * a->keys + n0);
     }
 }
 
@@ -7758,7 +7797,10 @@ static void tern__loss_body(tern__job *job, int64_t begin, int64_t end, int64_t 
         }
         sum = tern__tree_total(&tree);
         a->losses[t] = tern__log(sum) + (largest - at_target);
-        for (i = 0; dx && i < a->classes; i++) dx[i] = (dx[i] / sum - (i == target ? 1.0f : 0.0f)) * a->scale;
+        if (!dx) continue;
+        tern__divide(a->classes, sum, dx);
+        dx[target] = dx[target] - 1.0f;
+        tern__map_here(job->k, TERN_MAP_SCALE, a->classes, dx, a->scale, NULL, dx);
     }
 }
 
@@ -9223,15 +9265,19 @@ static tern_ternarize_args tern__param_args(const tern_param *p)
     return a;
 }
 
+/* An operation's failure, with the name of the parameter it was for: which of a model's weights diverged. */
+static tern_result tern__fail_for(tern_context *c, const tern_param *p, tern_result result)
+{
+    const tern_error e = c->run.error;
+    return tern__set_error(&c->run.error, result, "%s: %s", p->name, e.text);
+}
+
 /* Trits and scales as the arguments say. */
 static tern_result tern__param_ternarize(tern_context *c, tern_param *p, const tern_ternarize_args *a)
 {
-    tern_result result = tern_ternarize(c, a);
-    if (result != TERN_OK) {
-        const tern_error e = c->run.error;
-        tern__set_error(&c->run.error, result, "%s: %s", p->name, e.text); /* which of a model's weights diverged */
-    }
-    return result == TERN_OK && p->dead ? tern__fill_dead(c, p, a->type, a->w) : result;
+    const tern_result result = tern_ternarize(c, a);
+    if (result != TERN_OK) return tern__fail_for(c, p, result);
+    return p->dead ? tern__fill_dead(c, p, a->type, a->w) : TERN_OK;
 }
 
 /* y = x H of n rows, or back. */
@@ -9918,10 +9964,7 @@ static tern_result tern__sync_blame(tern_context *c, const tern__sources *all, u
         a.count = s.p->rows * s.p->cols;
         a.from = a.to = s.type;
         a.src = a.dst = s.p->buffer[TERN_SHADOW].data; /* onto itself: it is looked at */
-        if (tern_cast(c, &a) != TERN_OK) {
-            const tern_error e = c->run.error;
-            return tern__set_error(&c->run.error, e.code, "%s: %s", s.p->name, e.text);
-        }
+        if (tern_cast(c, &a) != TERN_OK) return tern__fail_for(c, s.p, c->run.error.code);
     }
     c->run.error = kept;
     return kept.code;
@@ -10063,7 +10106,8 @@ TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern
 
 /* -- BitLinear (Wang et al. 2023; Ma et al. 2024) -- */
 
-static int32_t tern__is_quantized(const tern_linear *l) { return l->act != TERN_ACT_FLOAT && l->w->rule != TERN_DENSE; }
+static int32_t tern__quantizes(tern_act act, const tern_param *w) { return act != TERN_ACT_FLOAT && w->rule != TERN_DENSE; }
+static int32_t tern__is_quantized(const tern_linear *l) { return tern__quantizes(l->act, l->w); }
 
 /* The rank of LoRA, or 0. */
 static int64_t tern__rank(const tern_linear *l) { return l->lora_a ? l->lora_a->rows : 0; }
@@ -10955,7 +10999,7 @@ static tern_linear tern__moe_down(const tern_moe *m, tern_param *w)
     return l;
 }
 
-static int32_t tern__moe_quantizes(const tern_moe *m, const tern_param *w) { return m->act != TERN_ACT_FLOAT && w->rule != TERN_DENSE; }
+static int32_t tern__moe_quantizes(const tern_moe *m, const tern_param *w) { return tern__quantizes(m->act, w); }
 
 /* Of the parameters that read x (those beside them are alike): one that reads it quantized, and whether one reads floats. */
 static tern_param *tern__moe_quantized(const tern_moe *m)
@@ -11516,7 +11560,8 @@ static tern_result tern__moe_low_parts(tern_context *c, const tern_moe *m, int64
     return TERN_OK;
 }
 
-static tern_result tern__moe_route(tern_context *c, const tern_moe *m, int64_t n, const float *x, const tern__moe_work *w)
+/* Who is chosen, by what. */
+static tern_route_args tern__moe_choice(const tern_moe *m, int64_t n, const tern__moe_work *w)
 {
     tern_route_args a;
     memset(&a, 0, sizeof a);
@@ -11527,6 +11572,12 @@ static tern_result tern__moe_route(tern_context *c, const tern_moe *m, int64_t n
     a.logits = w->logits;
     a.ids = w->ids;
     a.weights = w->weights;
+    return a;
+}
+
+static tern_result tern__moe_route(tern_context *c, const tern_moe *m, int64_t n, const float *x, const tern__moe_work *w)
+{
+    const tern_route_args a = tern__moe_choice(m, n, w);
     TERN__TRY(tern_linear_forward(c, &m->router, n, x, w->logits, w->router));
     return tern_route(c, &a);
 }
@@ -11675,15 +11726,7 @@ static tern_result tern__moe_low_back(tern_context *c, const tern_moe *m, int64_
 
 static tern_result tern__moe_router_back(tern_context *c, const tern_moe *m, int64_t n, const float *x, const tern__moe_work *w, float *dx)
 {
-    tern_route_args a;
-    memset(&a, 0, sizeof a);
-    a.n = n;
-    a.count = m->count;
-    a.k = m->top_k;
-    a.kind = m->weights;
-    a.logits = w->logits;
-    a.ids = w->ids;
-    a.weights = w->weights;
+    tern_route_args a = tern__moe_choice(m, n, w);
     a.dweights = w->dweights;
     a.loads = m->balance != 0.0f ? w->loads : NULL;
     a.balance = m->balance;

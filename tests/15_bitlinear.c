@@ -1,9 +1,10 @@
 /* Room 15, parameters and BitLinear. Mutations that the tests of parameters see: no density or sqrt(2/pi) in the shadow of a given
    tensor, its alpha not set or (SEQ) without 1.5, rho applied to given weights or left out. Of layers, and in 14_backends.c and 21_files.c:
    the rotation left out of the forward, dx, set, rebuild or the file, its inverse in the forward's order; LoRA with
-   another sign in forward or merge, without its scale in dlow, without dx; a merge that keeps B or writes before it has
-   looked; arenas with another sign, without 1 + eps in dw, without dx; the dead zone left out of the bias, with another
-   sign in sum or spread, not computed again, not spread, trained, without column sums, kept by give or fold. */
+   another sign in forward or merge, without its scale in dlow, without dx, without the permission for factors of bf16; a
+   merge that keeps B or writes before it has looked; arenas with another sign, without 1 + eps in dw, without dx; the
+   dead zone left out of the bias, with another sign in sum or spread, not computed again, not spread, trained, without
+   column sums, kept by give or fold. */
 
 static tern_param param_of(const char *name, int64_t rows, int64_t cols, tern_rule rule, int32_t grain)
 {
