@@ -4031,7 +4031,39 @@ static const int32_t tern__places[2][32] = {
     {1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27, 81, 81, 81, 81}
 };
 
-/* Weights in training, for the same vectors. The tier brings tern__bf16_X, which widens, and tern__store_i16_X.
+/* Shadows of bf16 are decided as they are stored: where the magnitude, as an integer, is above the upper half of that of the
+   threshold. W words of a row at a time; LANES adds up as tern__add_lanes_X. limit: that half, twice in a word, of each row. */
+static const int16_t tern__half_places[2][32] = {
+    {1, 1, 1, 1, 4, 4, 4, 4, 16, 16, 16, 16, 64, 64, 64, 64},
+    {1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27, 81, 81, 81, 81}
+};
+#define TERN__ONE_LANE(v) (v)
+#define TERN__TWO_LANES(v) _mm_add_epi8(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1))
+#define TERN__X86_HALVES(X, TARGET, W, V, I, MM, LANES)                                                  \
+static inline __attribute__((always_inline)) TARGET __m128i tern__four_halves_##X(const int base3, const uint8_t *const *row, int64_t at, const int32_t *limit) \
+{                                                                                                        \
+    const int inputs = base3 ? 20 : 16;                                                                  \
+    I sum = MM##set1_epi32(0);                                                                           \
+    TERN__UNROLL for (int j = 0; j < inputs; j += W) {                                                   \
+        I place, t[4], low, high;                                                                        \
+        memcpy(&place, tern__half_places[base3] + j, sizeof place);                                      \
+        TERN__UNROLL for (int k = 0; k < 4; k++) {                                                       \
+            I v, sign;                                                                                   \
+            memcpy(&v, row[k] + 2 * (at + j), sizeof v);                                                 \
+            sign = MM##srai_epi16(v, 15);                                                                \
+            v = MM##cmpgt_epi16(v & MM##set1_epi16(0x7fff), MM##set1_epi32(limit[k]));                   \
+            t[k] = v & MM##sub_epi16(place ^ sign, sign);                                                \
+        }                                                                                                \
+        low = MM##packs_epi16(t[0], t[1]);                                                               \
+        high = MM##packs_epi16(t[2], t[3]);                                                              \
+        sum = MM##add_epi8(sum, (I)MM##shuffle_ps((V)low, (V)high, 0x88));                               \
+        sum = MM##add_epi8(sum, (I)MM##shuffle_ps((V)low, (V)high, 0xdd));                               \
+    }                                                                                                    \
+    return LANES(sum);                                                                                   \
+}
+
+/* Weights in training, for the same vectors. The tier brings tern__four_halves_X, tern__bf16_X, which widens, and
+   tern__store_i16_X.
    A 128-bit lane of packed trits holds four inputs of four rows, one digit of each of their bytes:
    tern__add_lanes_X adds up these. The panel before is what ternarize gets next, so L2 is asked for it: its statistics come
    from there. Vectors that end behind a unit of 20 take in what the next one begins with, whose place there is 0. */
@@ -4092,8 +4124,7 @@ static TARGET float tern__sum_above_##X(tern_type type, int64_t n, const void *x
     if (type == TERN_BF16) return delta < 0.0f ? tern__above_##X(1, 1, n, x, ahead, delta, count) : tern__above_##X(0, 1, n, x, ahead, delta, count); \
     return delta < 0.0f ? tern__above_##X(1, 0, n, x, ahead, delta, count) : tern__above_##X(0, 0, n, x, ahead, delta, count); \
 }                                                                                                        \
-static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(const int base3, const int bf16, const uint8_t *const *row, int64_t at, \
-                                                                                  const float *threshold) \
+static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(const int base3, const uint8_t *const *row, int64_t at, const float *threshold) \
 {                                                                                                        \
     const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
     const int inputs = base3 ? 20 : 16;                                                                  \
@@ -4102,7 +4133,7 @@ static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(
         const I place = tern__load_int_##X(tern__places[base3] + j);                                     \
         I t[4];                                                                                          \
         TERN__UNROLL for (int k = 0; k < 4; k++) {                                                       \
-            const V v = tern__get_##X(bf16, row[k], at + j);                                             \
+            const V v = tern__get_##X(0, row[k], at + j);                                                \
             const I sign = MM##srai_epi32((I)v, 31), above = (I)((V)((I)v & magnitude) > MM##set1_ps(threshold[k])); \
             t[k] = above & MM##sub_epi32(place ^ sign, sign);                                            \
         }                                                                                                \
@@ -4111,10 +4142,10 @@ static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(
     return tern__add_lanes_##X(sum);                                                                     \
 }                                                                                                        \
 static inline __attribute__((always_inline)) TARGET void tern__unit_##X(const int base3, const int bf16, const uint8_t *const *row, int64_t at, \
-                                                                        const float *threshold, uint8_t *unit) \
+                                                                        const float *threshold, const int32_t *limit, uint8_t *unit) \
 {                                                                                                        \
     TERN__UNROLL for (int r = 0; r < 16; r += 4) {                                                       \
-        const __m128i byte = tern__four_rows_##X(base3, bf16, row + r, at, threshold + r);               \
+        const __m128i byte = bf16 ? tern__four_halves_##X(base3, row + r, at, limit + r) : tern__four_rows_##X(base3, row + r, at, threshold + r); \
         _mm_storeu_si128((__m128i *)(void *)(unit + 4 * r), _mm_add_epi8(byte, _mm_set1_epi8(base3 ? 121 : 85))); \
     }                                                                                                    \
 }                                                                                                        \
@@ -4129,19 +4160,21 @@ static inline __attribute__((always_inline)) TARGET void tern__last_unit_##X(con
         for (int64_t j = 0; r < p->rows && j < tern__min(base3 ? 20 : 16, p->n - at); j++)               \
             tail[r][j] = tern__load_float(bf16 ? TERN_BF16 : TERN_F32, p->x, r * p->stride + at + j);    \
     }                                                                                                    \
-    tern__unit_##X(base3, 0, row, 0, p->threshold, unit);                                                \
+    tern__unit_##X(base3, 0, row, 0, p->threshold, NULL, unit);                                          \
 }                                                                                                        \
 static inline __attribute__((always_inline)) TARGET void tern__units_##X(const int base3, const int bf16, const tern__packing *p) \
 {                                                                                                        \
     const int inputs = base3 ? 20 : 16, bytes = bf16 ? 2 : 4;                                            \
     const uint8_t *row[16];                                                                              \
     uint8_t *unit = p->unit;                                                                             \
+    int32_t limit[16];                                                                                   \
     int64_t i, line = 0;                                                                                 \
+    for (int r = 0; r < 16; r++) limit[r] = (int32_t)((tern__bits(p->threshold[r]) >> 16) * 0x10001u);   \
     for (int r = 0; r < 16; r++) row[r] = (const uint8_t *)p->x + (r < p->rows ? r : 0) * p->stride * bytes; \
     for (i = 0; i <= p->n - (base3 ? 32 : 16); i += inputs, unit += 64) {                                \
         for (; p->step && line < (i + inputs) * bytes; line += p->step)                                  \
             TERN__UNROLL for (int r = 0; r < 16; r++) __builtin_prefetch((const void *)((uintptr_t)row[r] + (uintptr_t)(line + p->ahead * bytes)), 0, 2); \
-        tern__unit_##X(base3, bf16, row, i, p->threshold, unit);                                         \
+        tern__unit_##X(base3, bf16, row, i, p->threshold, limit, unit);                                  \
     }                                                                                                    \
     for (; i < p->n; i += inputs, unit += 64) tern__last_unit_##X(base3, bf16, p, i, unit);              \
 }                                                                                                        \
@@ -5162,6 +5195,7 @@ TERN__SSE41_INLINE __m128 tern__bf16_sse41(const uint16_t *p)
 }
 TERN__SSE41_INLINE void tern__store_i16_sse41(uint16_t *p, __m128i v) { _mm_storel_epi64((__m128i *)(void *)p, _mm_packus_epi32(v, v)); }
 TERN__X86_FLOAT(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
+TERN__X86_HALVES(sse41, TERN__SSE41, 8, __m128, __m128i, _mm_, TERN__ONE_LANE)
 TERN__X86_WEIGHTS(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 #ifndef TERNARY_NO_TRAINING
 TERN__X86_OPTIMIZE(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
@@ -5242,6 +5276,7 @@ TERN__AVX2_INLINE void tern__store_i16_avx2(uint16_t *p, __m256i v)
     _mm_storeu_si128((__m128i *)(void *)p, _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
 }
 TERN__X86_FLOAT(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
+TERN__X86_HALVES(avx2, TERN__AVX2, 16, __m256, __m256i, _mm256_, TERN__TWO_LANES)
 TERN__X86_WEIGHTS(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
 #ifndef TERNARY_NO_TRAINING
 TERN__X86_OPTIMIZE(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
@@ -5348,6 +5383,7 @@ TERN__AVX512_INLINE __m512 tern__bf16_avx512(const uint16_t *p)
 }
 TERN__AVX512_INLINE void tern__store_i16_avx512(uint16_t *p, __m512i v) { _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(v)); }
 TERN__X86_FLOAT(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
+TERN__X86_HALVES(avx512, TERN__AVX512, 16, __m256, __m256i, _mm256_, TERN__TWO_LANES)
 TERN__X86_WEIGHTS(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
 #ifndef TERNARY_NO_TRAINING
 TERN__X86_OPTIMIZE(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
