@@ -4026,17 +4026,16 @@ static TARGET int32_t tern__round_##X(int64_t n, const float *x, const float *ga
 }
 
 /* What an input of a unit is worth in its byte: digit s of each row covers inputs 4s to 4s + 3. */
-static const int32_t tern__places[2][32] = {
-    {1, 1, 1, 1, 4, 4, 4, 4, 16, 16, 16, 16, 64, 64, 64, 64},
-    {1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27, 81, 81, 81, 81}
-};
+#define TERN__PLACES                                                  \
+    {                                                                 \
+        {1, 1, 1, 1, 4, 4, 4, 4, 16, 16, 16, 16, 64, 64, 64, 64},     \
+        {1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27, 81, 81, 81, 81} \
+    }
+static const int32_t tern__places[2][32] = TERN__PLACES;
+static const int16_t tern__half_places[2][32] = TERN__PLACES;
 
 /* Shadows of bf16 are decided as they are stored: where the magnitude, as an integer, is above the upper half of that of the
    threshold. W words of a row at a time; LANES adds up as tern__add_lanes_X. limit: that half, twice in a word, of each row. */
-static const int16_t tern__half_places[2][32] = {
-    {1, 1, 1, 1, 4, 4, 4, 4, 16, 16, 16, 16, 64, 64, 64, 64},
-    {1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27, 81, 81, 81, 81}
-};
 #define TERN__ONE_LANE(v) (v)
 #define TERN__TWO_LANES(v) _mm_add_epi8(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1))
 #define TERN__X86_HALVES(X, TARGET, W, V, I, MM, LANES)                                                  \
