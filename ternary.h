@@ -170,7 +170,7 @@ NUMERICS AND DETERMINISM
     2048. No contraction, no libm; exp, log, tanh, sine and cosine are the library's own polynomials.
     So the forward pass gives the same bits from every tier, compiler and architecture, GPUs included. Gradients are
     fused where the tier can: training repeats exactly on a given tier, for any thread count; of parameters with an
-    accumulator they are exact integer products, the same everywhere. A tern_linear whose gradients are TERN_BF16 permits
+    accumulator they are exact integer products, the same everywhere. A layer whose gradients are TERN_BF16 permits
     factors rounded to bf16 in its backward, which AMX multiplies many times faster (machines with AMX-BF16 have other
     bits there than those without); the forward is the same. Signs and payloads of
     NaN are not part of the promise, nor is clang's -ffp-contract=fast, which no code can see or undo.
@@ -1017,7 +1017,7 @@ typedef struct tern_linear {
     float lora_scale;            /* ... y += (x~ A^T) B^T * lora_scale (Hu et al. 2021) */
     float arenas;                /* eps of y += eps x~ shadow^T, from 0; ramp it to exactly 0 before w is frozen */
     uint64_t seed;               /* of the stochastic rounding in a backward with TERN_ACCUM: another for each, e.g. step << 32 | layer */
-    tern_type gradients;         /* F32 (default), or BF16: permits factors of BF16 (tern_matmul_dx_args) in the products of w's backward */
+    tern_type gradients;         /* F32 (default), or BF16: permits factors of BF16 (tern_matmul_dx_args) in all products of the backward */
 } tern_linear;
 /* x~: the normalised (and rotated) activations in float. With LoRA or arenas and without a norm, a row with NaN gives
    a row with NaN besides the fault that is reported. */
@@ -1083,6 +1083,7 @@ typedef struct tern_moe {
     int64_t dense_max;                  /* AUTO is DENSE up to so many tokens; 0: none, but 128 on a GPU where SPARSE waits for it */
     float balance;                      /* factor of the load-balance loss (tern_route_args), whose gradient the backward adds */
     uint64_t seed;                      /* as that of tern_linear, of the experts; their names make it another for each */
+    tern_type gradients;                /* as that of tern_linear, of all but the router, which has its own */
 } tern_moe;
 /* Asks for a layer whose parameters are allocated. `saved` holds routing and quantized activations: the backward
    computes the experts again. Scratch is enough for all tokens to choose the same expert. */
@@ -1103,8 +1104,8 @@ typedef struct tern_moe_report { float entropy, balance; } tern_moe_report;
 TERN_API tern_result tern_moe_stats(tern_context *c, const tern_moe *m, int64_t n, const void *saved, int64_t *loads, tern_moe_report *out);
 /* Sets all experts, from floats of F32, F16 or BF16 in backend memory (not those of the low-rank form, which no float
    mixture has), and the router where one is given; sets of sync together. gate: NULL where there is none. bytes: those
-   of the floats and of the trits, scales and dense values that stand for them, or NULL. Missing arrays are refused before anything
-   changes; a weight that is not finite leaves the parameters before its own set. */
+   of the floats and of the trits, scales and dense values that stand for them, or NULL. All or nothing: every array is looked at
+   before the first is written. It allocates where a matrix is rotated, and waits for a GPU. */
 typedef struct tern_expert_floats { const void *gate, *up, *down; } tern_expert_floats;
 typedef struct tern_moe_bytes { size_t before, after; } tern_moe_bytes;
 TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, tern_type type, const tern_expert_floats *experts, const tern_expert_floats *always,
@@ -4046,12 +4047,43 @@ static TARGET int32_t tern__round_##X(int64_t n, const float *x, const float *ga
 }
 
 /* What an input of a unit is worth in its byte: digit s of each row covers inputs 4s to 4s + 3. */
-static const int32_t tern__places[2][32] = {
-    {1, 1, 1, 1, 4, 4, 4, 4, 16, 16, 16, 16, 64, 64, 64, 64},
-    {1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27, 81, 81, 81, 81}
-};
+#define TERN__PLACES                                                  \
+    {                                                                 \
+        {1, 1, 1, 1, 4, 4, 4, 4, 16, 16, 16, 16, 64, 64, 64, 64},     \
+        {1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27, 81, 81, 81, 81} \
+    }
+static const int32_t tern__places[2][32] = TERN__PLACES;
+static const int16_t tern__half_places[2][32] = TERN__PLACES;
 
-/* Weights in training, for the same vectors. The tier brings tern__bf16_X, which widens, and tern__store_i16_X.
+/* Shadows of bf16 are decided as they are stored: where the magnitude, as an integer, is above the upper half of that of the
+   threshold. W words of a row at a time; LANES adds up as tern__add_lanes_X. limit: that half, twice in a word, of each row. */
+#define TERN__ONE_LANE(v) (v)
+#define TERN__TWO_LANES(v) _mm_add_epi8(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1))
+#define TERN__X86_HALVES(X, TARGET, W, V, I, MM, LANES)                                                  \
+static inline __attribute__((always_inline)) TARGET __m128i tern__four_halves_##X(const int base3, const uint8_t *const *row, int64_t at, const int32_t *limit) \
+{                                                                                                        \
+    const int inputs = base3 ? 20 : 16;                                                                  \
+    I sum = MM##set1_epi32(0);                                                                           \
+    TERN__UNROLL for (int j = 0; j < inputs; j += W) {                                                   \
+        I place, t[4], low, high;                                                                        \
+        memcpy(&place, tern__half_places[base3] + j, sizeof place);                                      \
+        TERN__UNROLL for (int k = 0; k < 4; k++) {                                                       \
+            I v, sign;                                                                                   \
+            memcpy(&v, row[k] + 2 * (at + j), sizeof v);                                                 \
+            sign = MM##srai_epi16(v, 15);                                                                \
+            v = MM##cmpgt_epi16(v & MM##set1_epi16(0x7fff), MM##set1_epi32(limit[k]));                   \
+            t[k] = v & MM##sub_epi16(place ^ sign, sign);                                                \
+        }                                                                                                \
+        low = MM##packs_epi16(t[0], t[1]);                                                               \
+        high = MM##packs_epi16(t[2], t[3]);                                                              \
+        sum = MM##add_epi8(sum, (I)MM##shuffle_ps((V)low, (V)high, 0x88));                               \
+        sum = MM##add_epi8(sum, (I)MM##shuffle_ps((V)low, (V)high, 0xdd));                               \
+    }                                                                                                    \
+    return LANES(sum);                                                                                   \
+}
+
+/* Weights in training, for the same vectors. The tier brings tern__four_halves_X, tern__bf16_X, which widens, and
+   tern__store_i16_X.
    A 128-bit lane of packed trits holds four inputs of four rows, one digit of each of their bytes:
    tern__add_lanes_X adds up these. The panel before is what ternarize gets next, so L2 is asked for it: its statistics come
    from there. Vectors that end behind a unit of 20 take in what the next one begins with, whose place there is 0. */
@@ -4112,8 +4144,7 @@ static TARGET float tern__sum_above_##X(tern_type type, int64_t n, const void *x
     if (type == TERN_BF16) return delta < 0.0f ? tern__above_##X(1, 1, n, x, ahead, delta, count) : tern__above_##X(0, 1, n, x, ahead, delta, count); \
     return delta < 0.0f ? tern__above_##X(1, 0, n, x, ahead, delta, count) : tern__above_##X(0, 0, n, x, ahead, delta, count); \
 }                                                                                                        \
-static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(const int base3, const int bf16, const uint8_t *const *row, int64_t at, \
-                                                                                  const float *threshold) \
+static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(const int base3, const uint8_t *const *row, int64_t at, const float *threshold) \
 {                                                                                                        \
     const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
     const int inputs = base3 ? 20 : 16;                                                                  \
@@ -4122,7 +4153,7 @@ static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(
         const I place = tern__load_int_##X(tern__places[base3] + j);                                     \
         I t[4];                                                                                          \
         TERN__UNROLL for (int k = 0; k < 4; k++) {                                                       \
-            const V v = tern__get_##X(bf16, row[k], at + j);                                             \
+            const V v = tern__get_##X(0, row[k], at + j);                                                \
             const I sign = MM##srai_epi32((I)v, 31), above = (I)((V)((I)v & magnitude) > MM##set1_ps(threshold[k])); \
             t[k] = above & MM##sub_epi32(place ^ sign, sign);                                            \
         }                                                                                                \
@@ -4131,10 +4162,10 @@ static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(
     return tern__add_lanes_##X(sum);                                                                     \
 }                                                                                                        \
 static inline __attribute__((always_inline)) TARGET void tern__unit_##X(const int base3, const int bf16, const uint8_t *const *row, int64_t at, \
-                                                                        const float *threshold, uint8_t *unit) \
+                                                                        const float *threshold, const int32_t *limit, uint8_t *unit) \
 {                                                                                                        \
     TERN__UNROLL for (int r = 0; r < 16; r += 4) {                                                       \
-        const __m128i byte = tern__four_rows_##X(base3, bf16, row + r, at, threshold + r);               \
+        const __m128i byte = bf16 ? tern__four_halves_##X(base3, row + r, at, limit + r) : tern__four_rows_##X(base3, row + r, at, threshold + r); \
         _mm_storeu_si128((__m128i *)(void *)(unit + 4 * r), _mm_add_epi8(byte, _mm_set1_epi8(base3 ? 121 : 85))); \
     }                                                                                                    \
 }                                                                                                        \
@@ -4149,19 +4180,21 @@ static inline __attribute__((always_inline)) TARGET void tern__last_unit_##X(con
         for (int64_t j = 0; r < p->rows && j < tern__min(base3 ? 20 : 16, p->n - at); j++)               \
             tail[r][j] = tern__load_float(bf16 ? TERN_BF16 : TERN_F32, p->x, r * p->stride + at + j);    \
     }                                                                                                    \
-    tern__unit_##X(base3, 0, row, 0, p->threshold, unit);                                                \
+    tern__unit_##X(base3, 0, row, 0, p->threshold, NULL, unit);                                          \
 }                                                                                                        \
 static inline __attribute__((always_inline)) TARGET void tern__units_##X(const int base3, const int bf16, const tern__packing *p) \
 {                                                                                                        \
     const int inputs = base3 ? 20 : 16, bytes = bf16 ? 2 : 4;                                            \
     const uint8_t *row[16];                                                                              \
     uint8_t *unit = p->unit;                                                                             \
+    int32_t limit[16];                                                                                   \
     int64_t i, line = 0;                                                                                 \
+    for (int r = 0; r < 16; r++) limit[r] = (int32_t)((tern__bits(p->threshold[r]) >> 16) * 0x10001u);   \
     for (int r = 0; r < 16; r++) row[r] = (const uint8_t *)p->x + (r < p->rows ? r : 0) * p->stride * bytes; \
     for (i = 0; i <= p->n - (base3 ? 32 : 16); i += inputs, unit += 64) {                                \
         for (; p->step && line < (i + inputs) * bytes; line += p->step)                                  \
             TERN__UNROLL for (int r = 0; r < 16; r++) __builtin_prefetch((const void *)((uintptr_t)row[r] + (uintptr_t)(line + p->ahead * bytes)), 0, 2); \
-        tern__unit_##X(base3, bf16, row, i, p->threshold, unit);                                         \
+        tern__unit_##X(base3, bf16, row, i, p->threshold, limit, unit);                                  \
     }                                                                                                    \
     for (; i < p->n; i += inputs, unit += 64) tern__last_unit_##X(base3, bf16, p, i, unit);              \
 }                                                                                                        \
@@ -5183,6 +5216,7 @@ TERN__SSE41_INLINE __m128 tern__bf16_sse41(const uint16_t *p)
 }
 TERN__SSE41_INLINE void tern__store_i16_sse41(uint16_t *p, __m128i v) { _mm_storel_epi64((__m128i *)(void *)p, _mm_packus_epi32(v, v)); }
 TERN__X86_FLOAT(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
+TERN__X86_HALVES(sse41, TERN__SSE41, 8, __m128, __m128i, _mm_, TERN__ONE_LANE)
 TERN__X86_WEIGHTS(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 #ifndef TERNARY_NO_TRAINING
 TERN__X86_OPTIMIZE(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
@@ -5263,6 +5297,7 @@ TERN__AVX2_INLINE void tern__store_i16_avx2(uint16_t *p, __m256i v)
     _mm_storeu_si128((__m128i *)(void *)p, _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
 }
 TERN__X86_FLOAT(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
+TERN__X86_HALVES(avx2, TERN__AVX2, 16, __m256, __m256i, _mm256_, TERN__TWO_LANES)
 TERN__X86_WEIGHTS(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
 #ifndef TERNARY_NO_TRAINING
 TERN__X86_OPTIMIZE(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
@@ -5369,6 +5404,7 @@ TERN__AVX512_INLINE __m512 tern__bf16_avx512(const uint16_t *p)
 }
 TERN__AVX512_INLINE void tern__store_i16_avx512(uint16_t *p, __m512i v) { _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(v)); }
 TERN__X86_FLOAT(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
+TERN__X86_HALVES(avx512, TERN__AVX512, 16, __m256, __m256i, _mm256_, TERN__TWO_LANES)
 TERN__X86_WEIGHTS(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
 #ifndef TERNARY_NO_TRAINING
 TERN__X86_OPTIMIZE(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
@@ -6584,6 +6620,19 @@ static tern__gemm tern__gemm_of(int64_t m, int64_t n, int64_t k, const float *a,
     return g;
 }
 
+/* A map's forward as a part of other operations; b: or NULL. */
+static void tern__map_here(const tern__kernels *k, tern_map_fn fn, int64_t n, const float *a, float alpha, const float *b, float *y)
+{
+    tern_map_args m;
+    memset(&m, 0, sizeof m);
+    m.fn = fn;
+    m.alpha = alpha;
+    m.a = a;
+    m.b = b;
+    m.y = y;
+    k->map(&m, 0, n);
+}
+
 /* Pairs where the caller permits them and the tier has them. */
 static const tern__pairs *tern__pairs_of(const tern_run *run, tern_type factors)
 {
@@ -6949,10 +6998,10 @@ static tern_result tern__cpu_matmul_dx(tern_run *run, const tern_matmul_dx_args 
 static void tern__bias_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_matmul_dw_args *a = (const tern_matmul_dw_args *)job->arg;
-    int64_t t, r;
+    float *dbias = a->dbias + begin;
+    int64_t t;
     (void)bad;
-    for (t = 0; t < a->n; t++)
-        for (r = begin; r < end; r++) a->dbias[r] = a->dbias[r] + a->dy[t * a->m.rows + r];
+    for (t = 0; t < a->n; t++) tern__map_here(job->k, TERN_MAP_ADD, end - begin, dbias, 1.0f, a->dy + t * a->m.rows + begin, dbias);
 }
 
 static tern_result tern__cpu_matmul_dw(tern_run *run, const tern_matmul_dw_args *a)
@@ -6973,6 +7022,15 @@ static tern_result tern__cpu_matmul_dw(tern_run *run, const tern_matmul_dw_args 
 }
 #endif
 
+/* x / by, 16 at a time: a constant trip count, which compilers make vectors of. */
+static void tern__divide(int64_t n, float by, float *x)
+{
+    int64_t i, j;
+    for (i = 0; i + 16 <= n; i += 16)
+        for (j = 0; j < 16; j++) x[i + j] = x[i + j] / by;
+    for (; i < n; i++) x[i] = x[i] / by;
+}
+
 /* Row i of p: softmax of the visible scores, zeros behind them. */
 static void tern__softmax_row(const tern__kernels *k, float *p, int64_t visible, int64_t keys, float scale)
 {
@@ -6980,8 +7038,8 @@ static void tern__softmax_row(const tern__kernels *k, float *p, int64_t visible,
     int64_t j;
     k->exps(visible, p, scale, k->largest(visible, p) * scale, p);
     sum = tern__sum_of(k, TERN_SUM, visible, p);
-    for (j = 0; j < visible; j++) p[j] = p[j] / sum;
-    for (; j < keys; j++) p[j] = 0.0f;
+    tern__divide(visible, sum, p);
+    for (j = visible; j < keys; j++) p[j] = 0.0f;
 }
 
 /* -- rows by id -- */
@@ -6990,15 +7048,17 @@ static void tern__gather_body(tern__job *job, int64_t begin, int64_t end, int64_
 {
     const tern_gather_args *a = (const tern_gather_args *)job->arg;
     const tern__shape s = tern__shape_of(&a->m);
-    int64_t i, j;
+    int64_t i;
     for (i = begin; i < end; i++) {
         float *y = a->y + i * a->m.cols;
+        const float *from = y;
         if (a->ids[i] < 0 || a->ids[i] >= a->m.rows) {
             *bad = tern__min(*bad, i);
             memset(y, 0, sizeof(float) * (size_t)a->m.cols);
         } else if (a->m.trits) tern__unpack_row(&a->m, &s, a->ids[i], NULL, y);
-        else memcpy(y, a->w + a->ids[i] * a->m.cols, sizeof(float) * (size_t)a->m.cols);
-        for (j = 0; a->weight && j < a->m.cols; j++) y[j] = a->weight[i] * y[j];
+        else from = a->w + a->ids[i] * a->m.cols;
+        if (a->weight) tern__map_here(job->k, TERN_MAP_SCALE, a->m.cols, from, a->weight[i], NULL, y);
+        else if (from != y) memcpy(y, from, sizeof(float) * (size_t)a->m.cols);
     }
 }
 
@@ -7039,12 +7099,11 @@ static float tern__sum_pairs(const tern__kernels *k, int32_t squares, int64_t co
 {
     float block[TERN__BLOCK];
     tern__tree tree;
-    int64_t i, j;
+    int64_t i;
     tern__tree_init(&tree, k);
     for (i = 0; i < cols; i += TERN__BLOCK) {
         const int64_t n = tern__min(TERN__BLOCK, cols - i);
-        if (squares) for (j = 0; j < n; j++) block[j] = a[i + j] - b[i + j];
-        else for (j = 0; j < n; j++) block[j] = a[i + j] * b[i + j];
+        tern__map_here(k, squares ? TERN_MAP_ADD : TERN_MAP_MUL, n, a + i, -1.0f, b + i, block);
         tern__tree_push(&tree, k->sum(squares ? TERN_SUM_SQUARES : TERN_SUM, n, block));
     }
     return tern__tree_total(&tree);
@@ -7440,61 +7499,65 @@ static tern_result tern__cpu_map(tern_run *run, const tern_map_args *a)
 
 /* -- norm -- */
 
-/* The canonical sum of g dy x over a row. */
-static float tern__norm_dot(const tern__kernels *k, const tern_norm_args *a, int64_t t)
+/* Up to 1024 of g dy: where dy lies, or in the block. */
+static const float *tern__norm_dy(const tern__kernels *k, const tern_norm_args *a, int64_t i, int64_t n, const float *dy, float *block)
 {
-    const float *x = a->x + t * a->cols, *dy = a->dy + t * a->cols;
+    if (!a->gain) return dy + i;
+    tern__map_here(k, TERN_MAP_MUL, n, a->gain + i, 0.0f, dy + i, block);
+    return block;
+}
+
+/* The canonical sum of g dy x over a row. */
+static float tern__norm_dot(const tern__kernels *k, const tern_norm_args *a, const float *x, const float *dy)
+{
     float block[TERN__BLOCK];
     tern__tree tree;
-    int64_t i, j;
+    int64_t i;
     tern__tree_init(&tree, k);
     for (i = 0; i < a->cols; i += TERN__BLOCK) {
         const int64_t n = tern__min(TERN__BLOCK, a->cols - i);
-        for (j = 0; j < n; j++) block[j] = (a->gain ? a->gain[i + j] * dy[i + j] : dy[i + j]) * x[i + j];
+        tern__map_here(k, TERN_MAP_MUL, n, tern__norm_dy(k, a, i, n, dy, block), 0.0f, x + i, block);
         tern__tree_push(&tree, k->sum(TERN_SUM, n, block));
     }
     return tern__tree_total(&tree);
 }
 
-/* y = x gain r in vectors. */
+/* y = x gain r. */
 static void tern__norm_row(const tern__kernels *k, const tern_norm_args *a, float r, const float *x, float *y)
 {
-    tern_map_args m;
-    memset(&m, 0, sizeof m);
-    m.y = y;
-    m.a = x;
-    if (a->gain) {
-        m.fn = TERN_MAP_MUL;
-        m.b = a->gain;
-        k->map(&m, 0, a->cols);
-        m.a = y;
+    if (a->gain) tern__map_here(k, TERN_MAP_MUL, a->cols, x, 0.0f, a->gain, y);
+    tern__map_here(k, TERN_MAP_SCALE, a->cols, a->gain ? y : x, r, NULL, y);
+}
+
+/* dx = r g dy - x r^3 mean(g dy x), or zero. */
+static void tern__norm_back(const tern__kernels *k, const tern_norm_args *a, float r, const float *x, const float *dy, float *dx)
+{
+    const float mean = r > 0.0f ? tern__norm_dot(k, a, x, dy) / (float)a->cols * (r * r * r) : 0.0f;
+    float block[TERN__BLOCK];
+    int64_t i;
+    for (i = 0; i < a->cols; i += TERN__BLOCK) {
+        const int64_t n = tern__min(TERN__BLOCK, a->cols - i);
+        float *to = a->add ? block : dx + i;
+        if (r > 0.0f) {
+            tern__map_here(k, TERN_MAP_SCALE, n, tern__norm_dy(k, a, i, n, dy, block), r, NULL, block);
+            tern__map_here(k, TERN_MAP_ADD, n, block, -mean, x + i, to);
+        } else memset(to, 0, sizeof(float) * (size_t)n);
+        if (a->add) tern__map_here(k, TERN_MAP_ADD, n, dx + i, 1.0f, block, dx + i);
     }
-    m.fn = TERN_MAP_SCALE;
-    m.alpha = r;
-    k->map(&m, 0, a->cols);
 }
 
 static void tern__norm_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_norm_args *a = (const tern_norm_args *)job->arg;
-    int64_t t, i;
+    int64_t t;
     for (t = begin; t < end; t++) {
         const float *x = a->x + t * a->cols;
         const float r = tern__rms(job->k, a->cols, x, a->eps);
         if (!(r > 0.0f)) *bad = tern__min(*bad, t);
-        if (!a->dy) {
-            float *y = a->y + t * a->cols;
-            if (r > 0.0f) tern__norm_row(job->k, a, r, x, y);
-            else memset(y, 0, sizeof(float) * (size_t)a->cols);
-        } else if (a->dx) { /* dx = r g dy - x r^3 mean(g dy x) */
-            const float *dy = a->dy + t * a->cols;
-            float *dx = a->dx + t * a->cols;
-            const float mean = tern__norm_dot(job->k, a, t) / (float)a->cols * (r * r * r);
-            for (i = 0; i < a->cols; i++) {
-                const float v = r > 0.0f ? r * (a->gain ? a->gain[i] * dy[i] : dy[i]) - x[i] * mean : 0.0f;
-                dx[i] = a->add ? dx[i] + v : v;
-            }
-        }
+        if (a->dy && a->dx) tern__norm_back(job->k, a, r, x, a->dy + t * a->cols, a->dx + t * a->cols);
+        if (a->dy) continue;
+        if (r > 0.0f) tern__norm_row(job->k, a, r, x, a->y + t * a->cols);
+        else memset(a->y + t * a->cols, 0, sizeof(float) * (size_t)a->cols);
     }
 }
 
@@ -7502,12 +7565,18 @@ static void tern__norm_body(tern__job *job, int64_t begin, int64_t end, int64_t 
 static void tern__norm_gain_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
     const tern_norm_args *a = (const tern_norm_args *)job->arg;
+    float block[TERN__BLOCK];
     int64_t t, i;
     (void)bad;
     for (t = 0; t < a->n; t++) {
         const float *x = a->x + t * a->cols, *dy = a->dy + t * a->cols;
         const float r = tern__rms(job->k, a->cols, x, a->eps);
-        for (i = begin; r > 0.0f && i < end; i++) a->dgain[i] = a->dgain[i] + dy[i] * (x[i] * r);
+        for (i = begin; r > 0.0f && i < end; i += TERN__BLOCK) {
+            const int64_t n = tern__min(TERN__BLOCK, end - i);
+            tern__map_here(job->k, TERN_MAP_SCALE, n, x + i, r, NULL, block);
+            tern__map_here(job->k, TERN_MAP_MUL, n, dy + i, 0.0f, block, block);
+            tern__map_here(job->k, TERN_MAP_ADD, n, a->dgain + i, 1.0f, block, a->dgain + i);
+        }
     }
 }
 
@@ -7713,6 +7782,15 @@ static void tern__attention_forward(const tern__kernels *k, const tern_attention
     tern__attend(k, a, h->p, h->v, a->v_stride, 0, h->y, (int64_t)a->heads * a->dim, w);
 }
 
+/* p = p (ds - delta) scale, 16 at a time like tern__divide. */
+static void tern__score_back(int64_t n, const float *__restrict ds, float delta, float scale, float *__restrict p)
+{
+    int64_t i, j;
+    for (i = 0; i + 16 <= n; i += 16)
+        for (j = 0; j < 16; j++) p[i + j] = p[i + j] * (ds[i + j] - delta) * scale;
+    for (; i < n; i++) p[i] = p[i] * (ds[i] - delta) * scale;
+}
+
 /* Rows of dS = P (dY V^T - <dy, y>) / sqrt(dim), in place of P. */
 static void tern__attention_scores_back(const tern__kernels *k, const tern_attention_args *a, const tern__head *h, int64_t query, int64_t rows, tern__work *w)
 {
@@ -7720,7 +7798,7 @@ static void tern__attention_scores_back(const tern__kernels *k, const tern_atten
     const float *dy = a->dy + (h->y - a->y) + query * width, *y = h->y + query * width;
     const float scale = 1.0f / tern__sqrt((float)a->dim);
     float delta[TERN__QUERIES];
-    int64_t i, j, d, n0;
+    int64_t i, d, n0;
     for (i = 0; i < rows; i++)
         for (delta[i] = 0.0f, d = 0; d < a->dim; d++) delta[i] += dy[i * width + d] * y[i * width + d];
     for (n0 = 0; n0 < seen; n0 += TERN__DS) {
@@ -7729,10 +7807,7 @@ static void tern__attention_scores_back(const tern__kernels *k, const tern_atten
         g.b = h->v + n0 * a->v_stride; g.b_row = 1; g.b_col = a->v_stride;
         g.fused = !a->exact;
         tern__gemm_here(k, &g, w);
-        for (i = 0; i < rows; i++) {
-            float *p = h->p + (query + i) * a->keys + n0;
-            for (j = 0; j < lanes; j++) p[j] = p[j] * (w->ds[i * TERN__DS + j] - delta[i]) * scale;
-        }
+        for (i = 0; i < rows; i++) tern__score_back(lanes, w->ds + i * TERN__DS, delta[i], scale, h->p + (query + i) * a->keys + n0);
     }
 }
 
@@ -7798,7 +7873,10 @@ static void tern__loss_body(tern__job *job, int64_t begin, int64_t end, int64_t 
         }
         sum = tern__tree_total(&tree);
         a->losses[t] = tern__log(sum) + (largest - at_target);
-        for (i = 0; dx && i < a->classes; i++) dx[i] = (dx[i] / sum - (i == target ? 1.0f : 0.0f)) * a->scale;
+        if (!dx) continue;
+        tern__divide(a->classes, sum, dx);
+        dx[target] = dx[target] - 1.0f;
+        tern__map_here(job->k, TERN_MAP_SCALE, a->classes, dx, a->scale, NULL, dx);
     }
 }
 
@@ -9329,15 +9407,19 @@ static tern_ternarize_args tern__param_args(const tern_param *p)
     return a;
 }
 
+/* An operation's failure, with the name of the parameter it was for: which of a model's weights diverged. */
+static tern_result tern__fail_for(tern_context *c, const tern_param *p, tern_result result)
+{
+    const tern_error e = c->run.error;
+    return tern__set_error(&c->run.error, result, "%s: %s", p->name, e.text);
+}
+
 /* Trits and scales as the arguments say. */
 static tern_result tern__param_ternarize(tern_context *c, tern_param *p, const tern_ternarize_args *a)
 {
-    tern_result result = tern_ternarize(c, a);
-    if (result != TERN_OK) {
-        const tern_error e = c->run.error;
-        tern__set_error(&c->run.error, result, "%s: %s", p->name, e.text); /* which of a model's weights diverged */
-    }
-    return result == TERN_OK && p->dead ? tern__fill_dead(c, p, a->type, a->w) : result;
+    const tern_result result = tern_ternarize(c, a);
+    if (result != TERN_OK) return tern__fail_for(c, p, result);
+    return p->dead ? tern__fill_dead(c, p, a->type, a->w) : TERN_OK;
 }
 
 /* y = x H of n rows, or back. */
@@ -9353,28 +9435,38 @@ static tern_result tern__rotate(tern_context *c, const tern_param *p, int64_t n,
     return tern_hadamard(c, &a);
 }
 
-/* Sets a rotated parameter to W H. */
-static tern_result tern__param_set_rotated(tern_context *c, tern_param *p, tern_type type, const void *w)
+/* W H of a rotated parameter, as floats. */
+static tern_result tern__rotated(tern_context *c, const tern_param *p, tern_type type, const void *w, float *rows)
 {
-    const int64_t count = p->rows * p->cols;
-    tern_param plain = *p;
     tern_cast_args a;
-    tern_result result;
-    float *rows = (float *)tern_alloc(c, (size_t)count * sizeof(float));
-    TERN__REQUIRE(&c->run, rows, TERN_E_MEMORY, "%s: no memory to rotate %d weights", p->name, count);
-    plain.rotate = 0;
-    a.count = count;
+    a.count = p->rows * p->cols;
     a.from = type;
     a.to = TERN_F32;
     a.src = w;
     a.dst = rows;
     a.finite = 1;
-    result = tern_cast(c, &a);
-    if (result == TERN_OK) result = tern__rotate(c, p, p->rows, rows, rows, 0);
-    if (result == TERN_OK) result = tern_param_set(c, &plain, TERN_F32, rows);
+    TERN__TRY(tern_cast(c, &a));
+    return tern__rotate(c, p, p->rows, rows, rows, 0);
+}
+
+/* Sets a rotated parameter to W H, which is made in rows. */
+static tern_result tern__param_set_rotated(tern_context *c, tern_param *p, tern_type type, const void *w, float *rows)
+{
+    tern_param plain = *p;
+    tern_result result;
+    TERN__TRY(tern__rotated(c, p, type, w, rows));
+    plain.rotate = 0;
+    result = tern_param_set(c, &plain, TERN_F32, rows);
     p->flags = plain.flags;
-    tern_free(c, rows);
     return result;
+}
+
+/* Memory for the rows of so many floats, or NULL where there are none. */
+static tern_result tern__room_to_rotate(tern_context *c, const char *name, int64_t count, float **out)
+{
+    *out = count ? (float *)tern_alloc(c, (size_t)count * sizeof(float)) : NULL;
+    TERN__REQUIRE(&c->run, *out || !count, TERN_E_MEMORY, "%s: no memory to rotate %d weights", name, count);
+    return TERN_OK;
 }
 
 /* A learned scale that can be used, where the rule asks for one. */
@@ -9385,6 +9477,25 @@ static tern_result tern__check_alpha(tern_context *c, const tern_param *p)
     return tern__check_ready(c, p->alpha);
 }
 
+/* What is written beside trits and scales, where it is there. */
+static tern_result tern__check_beside(tern_context *c, const tern_param *p)
+{
+    int32_t i;
+    if (p->buffer[TERN_SHADOW].data) TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
+    if (p->dead) TERN__TRY(tern__check_dense_of(c, p->dead, p, "dead zone", 1, p->rows));
+    for (i = TERN_ACCUM; i <= TERN_VOTES; i++)
+        if (p->buffer[i].data) TERN__TRY(tern__check_buffer(c, p, i, tern__buffer_count(p, i)));
+    return TERN_OK;
+}
+
+/* Whether a parameter can be set, but for what it is set from. */
+static tern_result tern__check_set(tern_context *c, const tern_param *p)
+{
+    TERN__TRY(tern__check_ready(c, p));
+    TERN__TRY(tern__check_alpha(c, p));
+    return tern__check_beside(c, p);
+}
+
 /* An accumulator or votes, where they are, become zero. */
 static tern_result tern__clear_bytes(tern_context *c, const tern_param *p, int32_t which)
 {
@@ -9392,7 +9503,6 @@ static tern_result tern__clear_bytes(tern_context *c, const tern_param *p, int32
     const int64_t count = tern__buffer_count(p, which);
     int64_t at, n;
     if (!p->buffer[which].data) return TERN_OK;
-    TERN__TRY(tern__check_buffer(c, p, which, count));
     for (at = 0; at < count; at += n) {
         n = tern__min(count - at, (int64_t)sizeof zeros);
         TERN__TRY(tern_copy(c, (uint8_t *)p->buffer[which].data + at, zeros, (size_t)n, TERN_TO_DEVICE));
@@ -9404,15 +9514,19 @@ TERN_API tern_result tern_param_set(tern_context *c, tern_param *p, tern_type ty
 {
     tern_ternarize_args t;
     void *shadow;
-    TERN__TRY(tern__check_ready(c, p));
-    TERN__TRY(tern__check_alpha(c, p));
+    TERN__TRY(tern__check_set(c, p));
     shadow = p->buffer[TERN_SHADOW].data;
-    if (shadow || !w) TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
-    if (p->dead) TERN__TRY(tern__check_dense_of(c, p->dead, p, "dead zone", 1, p->rows));
-    if (w && p->rotate) return tern__param_set_rotated(c, p, type, w);
+    if (!w) TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
+    if (w && p->rotate) {
+        tern_result result;
+        float *rows;
+        TERN__TRY(tern__room_to_rotate(c, p->name, p->rows * p->cols, &rows));
+        result = tern__param_set_rotated(c, p, type, w, rows);
+        tern_free(c, rows);
+        return result;
+    }
     t = tern__param_args(p);
     if (tern__is_integer(p)) {
-        TERN__TRY(tern__check_buffer(c, p, TERN_ACCUM, p->rows * p->cols));
         t.accum = (int8_t *)p->buffer[TERN_ACCUM].data;
         t.theta = tern__theta(p);
     }
@@ -9617,11 +9731,8 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
     shadow = p->buffer[TERN_SHADOW].data != NULL;
     diluted = shadow && tern__is_diluted(p);
     alpha = tern__is_learned(p->rule) && p->alpha;
-    if (shadow) TERN__TRY(tern__check_buffer(c, p, TERN_SHADOW, p->rows * p->cols));
     if (alpha) TERN__TRY(tern__check_alpha(c, p));
-    if (p->dead) TERN__TRY(tern__check_dense_of(c, p->dead, p, "dead zone", 1, p->rows));
-    for (i = TERN_ACCUM; i <= TERN_VOTES; i++)
-        if (p->buffer[i].data) TERN__TRY(tern__check_buffer(c, p, (int32_t)i, tern__buffer_count(p, (int32_t)i)));
+    TERN__TRY(tern__check_beside(c, p));
     m = tern_param_matrix(p);
     s = tern__shape_of(&m);
     stored = m.grain == TERN_PER_TENSOR ? 1 : m.rows * s.groups;
@@ -9995,13 +10106,23 @@ static tern_result tern__sync_blame(tern_context *c, const tern__sources *all, u
         a.count = s.p->rows * s.p->cols;
         a.from = a.to = s.type;
         a.src = a.dst = s.p->buffer[TERN_SHADOW].data; /* onto itself: it is looked at */
-        if (tern_cast(c, &a) != TERN_OK) {
-            const tern_error e = c->run.error;
-            return tern__set_error(&c->run.error, e.code, "%s: %s", s.p->name, e.text);
-        }
+        if (tern_cast(c, &a) != TERN_OK) return tern__fail_for(c, s.p, c->run.error.code);
     }
     c->run.error = kept;
     return kept.code;
+}
+
+/* *sum = the canonical sum of |w|; add: added to it. */
+static tern_result tern__sum_sizes(tern_context *c, const tern__source *s, float *sum, int32_t add)
+{
+    tern_sum_args a;
+    a.kind = TERN_SUM_ABS;
+    a.count = s->p->rows * s->p->cols;
+    a.type = s->type;
+    a.x = s->w;
+    a.y = sum;
+    a.add = add;
+    return tern_sum(c, &a);
 }
 
 /* The set of source `first`: its scale is made in scratch and stored beside trits that were taken with it. */
@@ -10010,19 +10131,12 @@ static tern_result tern__sync_set(tern_context *c, const tern__sources *all, int
     const tern_param *of = all->at(all->of, first).p;
     float *scale = (float *)(void *)c->scratch;
     int64_t weights = 0;
-    tern_sum_args sum;
     int32_t i;
-    sum.kind = TERN_SUM_ABS;
-    sum.y = scale;
     for (i = first; i < all->count; i++) {
         const tern__source s = all->at(all->of, i);
         if (!s.p || s.p->sync != of->sync) continue;
-        sum.count = s.p->rows * s.p->cols;
-        sum.type = s.type;
-        sum.x = s.w;
-        sum.add = i > first;
-        TERN__TRY(tern_sum(c, &sum));
-        weights += sum.count;
+        TERN__TRY(tern__sum_sizes(c, &s, scale, i > first));
+        weights += s.p->rows * s.p->cols;
     }
     TERN__TRY(tern__add_scaled(c, 1, scale, 1.0f / (of->rule == TERN_ABSMEAN_SIGMA ? (float)weights * TERN__ROOT_2_PI : (float)weights), NULL, scale));
     for (i = first; i < all->count; i++) {
@@ -10134,7 +10248,8 @@ TERN_API tern_result tern_model_audit(tern_context *c, const tern_model *m, tern
 
 /* -- BitLinear (Wang et al. 2023; Ma et al. 2024) -- */
 
-static int32_t tern__is_quantized(const tern_linear *l) { return l->act != TERN_ACT_FLOAT && l->w->rule != TERN_DENSE; }
+static int32_t tern__quantizes(tern_act act, const tern_param *w) { return act != TERN_ACT_FLOAT && w->rule != TERN_DENSE; }
+static int32_t tern__is_quantized(const tern_linear *l) { return tern__quantizes(l->act, l->w); }
 
 /* The rank of LoRA, or 0. */
 static int64_t tern__rank(const tern_linear *l) { return l->lora_a ? l->lora_a->rows : 0; }
@@ -10796,8 +10911,8 @@ static tern_result tern__integer_dw(tern_context *c, const tern_linear *l, int64
     return TERN_OK;
 }
 
-/* c [m, n] (+)= a b, with a [m, k] or transposed [k, m], and b [k, n]. */
-static tern_result tern__times_columns(tern_context *c, int64_t m, int64_t n, int64_t k, const float *a, int32_t transposed, const float *b, float *y, int32_t add)
+/* c [m, n] (+)= a b of the backward of l, with a [m, k] or transposed [k, m], and b [k, n]. */
+static tern_result tern__times_columns(tern_context *c, const tern_linear *l, int64_t m, int64_t n, int64_t k, const float *a, int32_t transposed, const float *b, float *y, int32_t add)
 {
     tern_dense_args d;
     memset(&d, 0, sizeof d);
@@ -10807,6 +10922,7 @@ static tern_result tern__times_columns(tern_context *c, int64_t m, int64_t n, in
     d.c = y; d.c_row = n;
     d.add = add;
     d.fused = 1;
+    d.factors = l->gradients;
     return tern_dense(c, &d);
 }
 
@@ -10815,17 +10931,17 @@ static tern_result tern__lora_backward(tern_context *c, const tern_linear *l, in
 {
     const int64_t rows = l->w->rows, rank = tern__rank(l);
     float *da = tern__floats(l->lora_a, TERN_GRAD), *db = tern__floats(l->lora_b, TERN_GRAD);
-    TERN__TRY(tern__times_columns(c, n, rank, rows, dy, 0, tern__floats(l->lora_b, TERN_SHADOW), dlow, 0));
+    TERN__TRY(tern__times_columns(c, l, n, rank, rows, dy, 0, tern__floats(l->lora_b, TERN_SHADOW), dlow, 0));
     TERN__TRY(tern__add_scaled(c, n * rank, dlow, l->lora_scale, NULL, dlow));
-    if (db) TERN__TRY(tern__times_columns(c, rows, rank, n, dy, 1, kept->low, db, 1));
-    return da ? tern__times_columns(c, rank, l->w->cols, n, dlow, 1, input, da, 1) : TERN_OK;
+    if (db) TERN__TRY(tern__times_columns(c, l, rows, rank, n, dy, 1, kept->low, db, 1));
+    return da ? tern__times_columns(c, l, rank, l->w->cols, n, dlow, 1, input, da, 1) : TERN_OK;
 }
 
 /* dx~ of all parts, rotated back. dlow and scaled: of LoRA, and memory for arenas * dy; integer: set with an accumulator. */
 static tern_result tern__linear_dinput(tern_context *c, const tern_linear *l, int64_t n, const float *dy, const float *dlow, float *scaled, const tern__integer *integer, float *dx)
 {
     TERN__TRY(integer->q ? tern__integer_dx(c, l, n, dy, dx, integer) : tern__linear_dx(c, l, n, dy, dx));
-    if (dlow) TERN__TRY(tern__times_columns(c, n, l->w->cols, tern__rank(l), dlow, 0, tern__floats(l->lora_a, TERN_SHADOW), dx, 1));
+    if (dlow) TERN__TRY(tern__times_columns(c, l, n, l->w->cols, tern__rank(l), dlow, 0, tern__floats(l->lora_a, TERN_SHADOW), dx, 1));
     if (scaled) {
         TERN__TRY(tern__add_scaled(c, n * l->w->rows, dy, l->arenas, NULL, scaled));
         TERN__TRY(tern__times_shadow(c, l, n, scaled, dx, 1));
@@ -11004,6 +11120,7 @@ static tern_linear tern__moe_reader(const tern_moe *m, tern_param *w)
     l.w = w;
     l.act = m->act;
     l.seed = tern__fnv(m->seed, (const uint8_t *)(const void *)w->name, strlen(w->name)); /* each its own noise */
+    l.gradients = m->gradients;
     return l;
 }
 
@@ -11024,7 +11141,7 @@ static tern_linear tern__moe_down(const tern_moe *m, tern_param *w)
     return l;
 }
 
-static int32_t tern__moe_quantizes(const tern_moe *m, const tern_param *w) { return m->act != TERN_ACT_FLOAT && w->rule != TERN_DENSE; }
+static int32_t tern__moe_quantizes(const tern_moe *m, const tern_param *w) { return tern__quantizes(m->act, w); }
 
 /* Of the parameters that read x (those beside them are alike): one that reads it quantized, and whether one reads floats. */
 static tern_param *tern__moe_quantized(const tern_moe *m)
@@ -11587,6 +11704,7 @@ static tern_result tern__moe_low_parts(tern_context *c, const tern_moe *m, int64
     return TERN_OK;
 }
 
+/* Who is chosen, by what. */
 static tern_route_args tern__moe_choice(const tern_moe *m, int64_t n, const tern__moe_work *w)
 {
     tern_route_args a;
@@ -11812,15 +11930,7 @@ static tern_result tern__moe_low_back(tern_context *c, const tern_moe *m, int64_
 
 static tern_result tern__moe_router_back(tern_context *c, const tern_moe *m, int64_t n, const float *x, const tern__moe_work *w, float *dx)
 {
-    tern_route_args a;
-    memset(&a, 0, sizeof a);
-    a.n = n;
-    a.count = m->count;
-    a.k = m->top_k;
-    a.kind = m->weights;
-    a.logits = w->logits;
-    a.ids = w->ids;
-    a.weights = w->weights;
+    tern_route_args a = tern__moe_choice(m, n, w);
     a.dweights = w->dweights;
     a.loads = m->balance != 0.0f ? w->loads : NULL;
     a.balance = m->balance;
@@ -11970,14 +12080,125 @@ static tern__source tern__moe_source(const void *of, int32_t i)
     return s.p && s.p->buffer[TERN_SHADOW].data ? tern__source_of_shadow(s.p) : s;
 }
 
+/* Fails at the first float that is not finite or, unless any finite one will do, would be refused by ternarize. */
+static tern_result tern__look_at(tern_context *c, const tern__source *s, int32_t any, void *host)
+{
+    const int64_t width = tern__type_bytes(s->type), count = s->p->rows * s->p->cols;
+    const int32_t rounded = !any && tern__buffer_type(s->p, TERN_SHADOW) == TERN_BF16; /* perhaps up to 2^96 */
+    int64_t at, i, n;
+    for (at = 0; at < count; at += n) {
+        n = tern__min(TERN__TRANSFER / width, count - at);
+        TERN__TRY(tern_copy(c, host, (const uint8_t *)s->w + at * width, (size_t)(n * width), TERN_TO_HOST));
+        for (i = 0; i < n; i++) {
+            const float v = tern__load_float(s->type, host, i), w = rounded ? tern__from_bf16(tern__to_bf16(v)) : v;
+            TERN__REQUIRE(&c->run, any ? tern__finite(w) : tern__weight_ok(w), TERN_E_NONFINITE,
+                          any ? "%s: weights[%d][%d] is not a finite number" : "%s: weights[%d][%d] is not a finite number below 2^96",
+                          s->p->name, (at + i) / s->p->cols, (at + i) % s->p->cols);
+        }
+    }
+    return TERN_OK;
+}
+
+/* A learned scale as a source, of one that has it. */
+static tern__source tern__source_of_alpha(const tern_param *p)
+{
+    tern__source s;
+    s.p = p && tern__is_learned(p->rule) ? p->alpha : NULL;
+    s.type = TERN_F32;
+    s.w = s.p ? s.p->buffer[TERN_SHADOW].data : NULL;
+    return s;
+}
+
+static tern_result tern__look_at_all(tern_context *c, const tern__sources *all, float *rows, void *host)
+{
+    int32_t i;
+    for (i = 0; i < all->count; i++) {
+        tern__source s = all->at(all->of, i);
+        const tern__source alpha = tern__source_of_alpha(s.p);
+        if (!s.p) continue;
+        if (alpha.p) TERN__TRY(tern__look_at(c, &alpha, 0, host));
+        TERN__TRY(tern__look_at(c, &s, s.p->rule == TERN_DENSE || s.p->rotate, host));
+        if (!s.p->rotate) continue;
+        TERN__TRY(tern__rotated(c, s.p, s.type, s.w, rows));
+        s.type = TERN_F32;
+        s.w = rows;
+        TERN__TRY(tern__look_at(c, &s, 0, host));
+    }
+    return TERN_OK;
+}
+
+/* Fails where tern_param_set would, for what a source holds; rows: for a rotated one. One sum over all proves them good, also
+   when they are rotated: no sum of squares is above its square. What it does not prove is looked at. */
+static tern_result tern__check_sources(tern_context *c, const tern__sources *all, float *rows)
+{
+    float *sum = (float *)(void *)c->scratch, size;
+    tern_result result;
+    void *host;
+    int32_t i;
+    TERN__TRY(tern__zero(c, 1, sum));
+    for (i = 0; i < all->count; i++) {
+        const tern__source s = all->at(all->of, i), alpha = tern__source_of_alpha(s.p);
+        if (s.p) TERN__TRY(tern__sum_sizes(c, &s, sum, 1));
+        if (alpha.p) TERN__TRY(tern__sum_sizes(c, &alpha, sum, 1));
+    }
+    TERN__TRY(tern_copy(c, &size, sum, sizeof size, TERN_TO_HOST));
+    if (size < TERN__SURE) return TERN_OK;
+    host = tern__host_alloc(&c->run.allocator, TERN__TRANSFER);
+    TERN__REQUIRE(&c->run, host, TERN_E_MEMORY, "moe: no memory to look at %d bytes of weights", (int64_t)TERN__TRANSFER);
+    result = tern__look_at_all(c, all, rows, host);
+    tern__host_free(&c->run.allocator, host);
+    return result;
+}
+
+/* All but the floats themselves; *rotated: elements of the largest matrix that is rotated. */
+static tern_result tern__check_moe_floats(tern_context *c, const tern__sources *all, int64_t *rotated)
+{
+    int32_t i, j;
+    *rotated = 0;
+    for (i = 0; i < all->count; i++) {
+        const tern__source s = all->at(all->of, i);
+        if (!s.p) continue;
+        TERN__TRY(tern__check_pointer(&c->run, s.p->name, "its float array", s.w, tern__type_bytes(s.type)));
+        TERN__TRY(tern__check_set(c, s.p));
+        TERN__REQUIRE(&c->run, !s.p->sync || !s.p->rotate || s.p->buffer[TERN_SHADOW].data, TERN_E_UNSUPPORTED,
+                      "%s: a shared scale (sync %d) of a rotated matrix needs a shadow", s.p->name, (int64_t)s.p->sync);
+        for (j = 0; s.p->sync && j < i; j++) {
+            const tern_param *q = all->at(all->of, j).p;
+            TERN__REQUIRE(&c->run, !q || q->sync != s.p->sync || q->rule == s.p->rule, TERN_E_ARGUMENT,
+                          "%s and %s share a scale (sync %d) and differ in rule", q->name, s.p->name, (int64_t)s.p->sync);
+        }
+        if (s.p->rotate) *rotated = tern__max(*rotated, s.p->rows * s.p->cols);
+    }
+    return TERN_OK;
+}
+
+static tern_result tern__set_sources(tern_context *c, tern__sources *all, float *rows, tern_moe_bytes *bytes)
+{
+    const tern__step_noise none = {0, 0};
+    tern_audit audit;
+    int32_t i;
+    for (i = 0; i < all->count; i++) {
+        const tern__source s = all->at(all->of, i);
+        const tern_model one = {&s.p, 1};
+        if (!s.p) continue;
+        TERN__TRY(s.p->rotate ? tern__param_set_rotated(c, s.p, s.type, s.w, rows) : tern_param_set(c, s.p, s.type, s.w));
+        TERN__TRY(tern_model_audit(c, &one, &audit));
+        bytes->before += (size_t)(s.p->rows * s.p->cols * tern__type_bytes(s.type));
+        bytes->after += audit.packed_bytes;
+    }
+    all->at = tern__moe_source;
+    return tern__sync_sets(c, all, &none);
+}
+
 TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, tern_type type, const tern_expert_floats *experts, const tern_expert_floats *always,
                                          const void *router, tern_moe_bytes *bytes)
 {
-    const tern__step_noise none = {0, 0};
+    tern_moe_bytes counted = {0, 0};
     tern__moe_given f;
     tern__sources all;
-    tern_audit audit;
-    int32_t i;
+    tern_result result;
+    int64_t rotated;
+    float *rows;
     TERN__TRY(tern__check_moe(c, m, 1));
     TERN__REQUIRE(&c->run, experts && (!m->always || always), TERN_E_ARGUMENT, "moe: floats of the experts, or of the one that is always on, are NULL");
     TERN__REQUIRE(&c->run, !m->low_a, TERN_E_UNSUPPORTED, "moe: the low-rank form is not one of floats");
@@ -11990,31 +12211,13 @@ TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, ter
     all.at = tern__moe_float;
     all.of = &f;
     all.count = 3 * m->count + 4;
-    for (i = 0; i < all.count; i++) {
-        const tern__source s = all.at(&f, i);
-        int32_t j;
-        if (!s.p) continue;
-        TERN__TRY(tern__check_pointer(&c->run, s.p->name, "its float array", s.w, tern__type_bytes(type)));
-        TERN__REQUIRE(&c->run, !s.p->sync || !s.p->rotate || s.p->buffer[TERN_SHADOW].data, TERN_E_UNSUPPORTED,
-                      "%s: a shared scale (sync %d) of a rotated matrix needs a shadow", s.p->name, (int64_t)s.p->sync);
-        for (j = 0; s.p->sync && j < i; j++) {
-            const tern_param *q = all.at(&f, j).p;
-            TERN__REQUIRE(&c->run, !q || q->sync != s.p->sync || q->rule == s.p->rule, TERN_E_ARGUMENT,
-                          "%s and %s share a scale (sync %d) and differ in rule", q->name, s.p->name, (int64_t)s.p->sync);
-        }
-    }
-    if (bytes) memset(bytes, 0, sizeof *bytes);
-    for (i = 0; i < all.count; i++) {
-        const tern__source s = all.at(&f, i);
-        const tern_model one = {&s.p, 1};
-        if (!s.p) continue;
-        TERN__TRY(tern_param_set(c, s.p, type, s.w));
-        TERN__TRY(tern_model_audit(c, &one, &audit));
-        if (bytes) bytes->before += (size_t)(s.p->rows * s.p->cols * tern__type_bytes(type));
-        if (bytes) bytes->after += audit.packed_bytes;
-    }
-    all.at = tern__moe_source;
-    return tern__sync_sets(c, &all, &none);
+    TERN__TRY(tern__check_moe_floats(c, &all, &rotated));
+    TERN__TRY(tern__room_to_rotate(c, "moe", rotated, &rows));
+    result = tern__check_sources(c, &all, rows);
+    if (result == TERN_OK) result = tern__set_sources(c, &all, rows, &counted);
+    tern_free(c, rows);
+    if (result == TERN_OK && bytes) *bytes = counted;
+    return result;
 }
 
 /* -- per-layer embeddings (Gemma 3n) -- */

@@ -1057,7 +1057,7 @@ static void test_kernels_ternarize(void)
                 void *stored;
                 int64_t r, i;
                 int zeros = 0;
-                for (r = 0; r < TERN__ROWS; r++) threshold[r] = r >= rows ? FLT_MAX : r % 5 == 2 ? 0.0f : 0.40625f;
+                for (r = 0; r < TERN__ROWS; r++) threshold[r] = r >= rows ? FLT_MAX : r % 5 == 2 ? 0.0f : r % 5 == 3 ? 0.40699f : 0.40625f; /* the fourth lies between two of bf16 */
                 for (r = 0; r < rows; r++)
                     for (i = 0; i < size; i++) {
                         float *v = &x[r * stride + i];

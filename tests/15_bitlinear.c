@@ -1,9 +1,10 @@
 /* Room 15, parameters and BitLinear. Mutations that the tests of parameters see: no density or sqrt(2/pi) in the shadow of a given
    tensor, its alpha not set or (SEQ) without 1.5, rho applied to given weights or left out. Of layers, and in 14_backends.c and 21_files.c:
    the rotation left out of the forward, dx, set, rebuild or the file, its inverse in the forward's order; LoRA with
-   another sign in forward or merge, without its scale in dlow, without dx; a merge that keeps B or writes before it has
-   looked; arenas with another sign, without 1 + eps in dw, without dx; the dead zone left out of the bias, with another
-   sign in sum or spread, not computed again, not spread, trained, without column sums, kept by give or fold. */
+   another sign in forward or merge, without its scale in dlow, without dx, without the permission for factors of bf16; a
+   merge that keeps B or writes before it has looked; arenas with another sign, without 1 + eps in dw, without dx; the
+   dead zone left out of the bias, with another sign in sum or spread, not computed again, not spread, trained, without
+   column sums, kept by give or fold. */
 
 static tern_param param_of(const char *name, int64_t rows, int64_t cols, tern_rule rule, int32_t grain)
 {
@@ -806,6 +807,87 @@ static void linear_bf16_gradients(tern_context *c, record *r)
     }
 }
 static void test_linear_bf16_gradients(void) { same_for_threads(linear_bf16_gradients); }
+
+/* LoRA beside a matrix of zeros: its three products and dx, each beside float64 of the factors as they are rounded, and dx beside
+   float64 of all it is made of. */
+static void linear_bf16_lora(tern_context *c, record *r)
+{
+    const int64_t n = 70, rows = 37, cols = 45, rank = 3;
+    int variant;
+    for (variant = 0; variant <= WITH_DENSE; variant += WITH_FLOATS) {
+        const float *x = hold_floats(n * cols), *dy = hold_floats(n * rows), *a, *b, *low;
+        float *y[2], *dx[2], *da, *db, *dlow = hold_output(n * rank);
+        tern_dense_args d = TERN_ZERO;
+        void *saved;
+        int64_t t, i, j;
+        int type;
+        layer o;
+        layer_open(c, &o, rows, cols, TERN_PER_ROW, WITH_LORA | variant, n);
+        if (variant == WITH_DENSE) memset(o.w.buffer[TERN_SHADOW].data, 0, (size_t)(rows * cols) * 4);
+        else memset(o.w.buffer[TERN_SCALES].data, 0, o.w.buffer[TERN_SCALES].count * 4);
+        saved = hold(o.need.saved);
+        for (type = 0; type < 2; type++) {
+            o.l.gradients = type ? TERN_BF16 : TERN_F32;
+            y[type] = hold_output(n * rows);
+            dx[type] = hold_output(n * cols);
+            memset(grad_of(&o.lora_a), 0, (size_t)(rank * cols) * 4);
+            memset(grad_of(&o.lora_b), 0, (size_t)(rows * rank) * 4);
+            CHECK_OK(c, tern_linear_forward(c, &o.l, n, x, y[type], saved));
+            CHECK_OK(c, tern_linear_backward(c, &o.l, n, x, saved, dy, dx[type]));
+        }
+        CHECK(memcmp(y[0], y[1], (size_t)(n * rows) * 4) == 0, "variant %d: another forward", variant);
+        CHECK((memcmp(dx[0], dx[1], (size_t)(n * cols) * 4) != 0) == has_pairs(c), "variant %d: dx has factors of the other type", variant);
+        a = (const float *)o.lora_a.buffer[TERN_SHADOW].data;
+        b = (const float *)o.lora_b.buffer[TERN_SHADOW].data;
+        da = grad_of(&o.lora_a);
+        db = grad_of(&o.lora_b);
+        low = tern__kept_at(&o.l, n, saved).low;
+        d.m = n; d.n = rank; d.k = rows;
+        d.a = dy; d.a_row = rows; d.a_col = 1;
+        d.b = b; d.b_row = rank; d.b_col = 1;
+        d.c = dlow; d.c_row = rank;
+        d.fused = 1;
+        d.factors = TERN_BF16;
+        CHECK_OK(c, tern_dense(c, &d));
+        for (t = 0; t < n; t++)
+            for (j = 0; j < rank; j++) {
+                factored f = {0.0, 0.0, 0.0};
+                for (i = 0; i < rows; i++) factored_add(&f, bf16(c, dy[t * rows + i]) * bf16(c, b[i * rank + j]), (double)dy[t * rows + i] * (double)b[i * rank + j]);
+                check_factored("dlow", dlow[t * rank + j], &f, rows, 2);
+                dlow[t * rank + j] *= 0.5f; /* lora_scale */
+            }
+        for (i = 0; i < rows; i++)
+            for (j = 0; j < rank; j++) {
+                factored f = {0.0, 0.0, 0.0};
+                for (t = 0; t < n; t++) factored_add(&f, bf16(c, dy[t * rows + i]) * bf16(c, low[t * rank + j]), (double)dy[t * rows + i] * (double)low[t * rank + j]);
+                check_factored("dB", db[i * rank + j], &f, n, 2);
+            }
+        for (j = 0; j < rank; j++)
+            for (i = 0; i < cols; i++) {
+                factored f = {0.0, 0.0, 0.0};
+                for (t = 0; t < n; t++) factored_add(&f, bf16(c, dlow[t * rank + j]) * bf16(c, x[t * cols + i]), (double)dlow[t * rank + j] * (double)x[t * cols + i]);
+                check_factored("dA", da[j * cols + i], &f, n, 2);
+            }
+        for (t = 0; t < n; t++)
+            for (i = 0; i < cols; i++) {
+                factored f = {0.0, 0.0, 0.0}, whole = {0.0, 0.0, 0.0};
+                int64_t k;
+                for (j = 0; j < rank; j++) {
+                    factored_add(&f, bf16(c, dlow[t * rank + j]) * bf16(c, a[j * cols + i]), (double)dlow[t * rank + j] * (double)a[j * cols + i]);
+                    for (k = 0; k < rows; k++) factored_add(&whole, 0.0, 0.5 * (double)dy[t * rows + k] * (double)b[k * rank + j] * (double)a[j * cols + i]);
+                }
+                whole.sum = dx[1][t * cols + i];
+                check_factored("dx", dx[1][t * cols + i], &f, rank, 2);
+                check_factored("dx of all", dx[1][t * cols + i], &whole, rank * rows, 4);
+            }
+        record_words(r, dx[1], n * cols);
+        record_words(r, da, rank * cols);
+        record_words(r, db, rows * rank);
+        layer_close(c, &o);
+        release();
+    }
+}
+static void test_linear_bf16_lora(void) { same_for_threads(linear_bf16_lora); }
 
 /* -- options: rotation, LoRA, dead zone, arenas -- */
 
@@ -1643,6 +1725,7 @@ static void suite_bitlinear(void)
     RUN(test_linear_fused);
     RUN(test_linear_backward);
     RUN(test_linear_bf16_gradients);
+    RUN(test_linear_bf16_lora);
     RUN(test_linear_options);
     RUN(test_linear_option_forwards);
     RUN(test_param_rotated);

@@ -307,6 +307,32 @@ static void test_cuda_moe_graph()
     for (tern_dispatch dispatch : {TERN_DISPATCH_AUTO, TERN_DISPATCH_DENSE, TERN_DISPATCH_SPARSE}) cuda_moe_graph(dispatch);
 }
 
+/* All or nothing here too: a bad float is refused at once, and by name, not with the next tern_sync. */
+static void test_cuda_moe_from_dense()
+{
+    const moe_case &t = moe_cases[0];
+    moe_pair p(t);
+    const int64_t size = t.width * t.cols, bad = (3 * t.count - 1) * size + t.width + 1;
+    mirror<float> floats(3 * t.count * size, test_uniform);
+    std::vector<tern_expert_floats> experts[2];
+    char text[100];
+    for (int side = CPU; side <= GPU; side++)
+        for (int32_t i = 0; i < t.count; i++) experts[side].push_back({floats[side] + 3 * i * size, floats[side] + (3 * i + 1) * size, floats[side] + (3 * i + 2) * size});
+    const auto set = [&](int side) { return tern_moe_from_dense(test_context[side], &p.m[side], TERN_F32, experts[side].data(), nullptr, nullptr, nullptr); };
+    floats[CPU][bad] = test_nan;
+    floats.send();
+    for (int side = CPU; side <= GPU; side++) {
+        snprintf(text, sizeof text, "%s: weights[1][1] is not a finite number below 2^96", p.m[side].experts[t.count - 1].down->name);
+        CHECK(set(side) == TERN_E_NONFINITE && strcmp(text, tern_last_error(test_context[side])->text) == 0);
+        CHECK(tern_sync(test_context[side]) == TERN_OK);
+    }
+    CHECK(p.params.same());
+    floats[CPU][bad] = 1e28f; /* good, but only a look tells */
+    floats.send();
+    test_both([&](tern_context *, int side) { return set(side); });
+    CHECK(p.params.same());
+}
+
 /* -- graphs -- */
 
 struct hop_case { tern_hop_order order; tern_graph_norm norm; tern_act act; tern_map_fn fn; int residual, lora; int32_t mask; };
@@ -529,6 +555,7 @@ static void suite_cuda_rooms()
     RUN(test_cuda_moe_apart);
 #endif
     RUN(test_cuda_moe_graph);
+    RUN(test_cuda_moe_from_dense);
     RUN(test_cuda_hop);
     RUN(test_cuda_hop_by_its_parts);
     RUN(test_cuda_ngram);

@@ -240,7 +240,7 @@ bench_runs() { $out/bench --quick --csv; }
 # The tier amx-int8 with a tile unit in software, against the scalar tier.
 amx_in_software() {
     compile -DTEST_AMX -DTEST_THREADS=1,3 tests/tests.c -o $out/amx || return 1
-    for part in tiles kernels product shape tokens linear workers selftest; do $out/amx $part > $out/part || { cat $out/part; return 1; }; cat $out/part; tail -n 1 $out/part | grep -q "^[1-9]" || return 1; done
+    for part in tiles kernels product shape tokens linear moe_bf16 workers selftest; do $out/amx $part > $out/part || { cat $out/part; return 1; }; cat $out/part; tail -n 1 $out/part | grep -q "^[1-9]" || return 1; done
 }
 
 # The emulator that tests the CUDA backend without a GPU sees the faults that it is there to see.
