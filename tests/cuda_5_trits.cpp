@@ -223,11 +223,11 @@ static void test_cuda_product_few_tokens()
     check_product(test_shape(17, 40, 1, TERN_2BIT, TERN_F32), 5, false);
 }
 
-static void without_wgmma() { tern__gpu_of(&test_context[GPU]->run)->wgmma = 0; }
+static void use_wgmma(int wgmma) { tern__gpu_of(&test_context[GPU]->run)->wgmma = wgmma; }
 
 static void test_cuda_product_many_tokens()
 {
-    without_wgmma();
+    use_wgmma(0);
     check_products(33, 127, 17);
     check_products(130, 300, 40);
     check_products(36, 200, 70);

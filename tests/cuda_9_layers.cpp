@@ -263,7 +263,7 @@ static void test_grouped_products(int32_t count, int32_t sets, int64_t rows, int
 static void test_cuda_grouped()
 {
     for (bool wgmma : {true, false}) {
-        if (!wgmma) without_wgmma();
+        if (!wgmma) use_wgmma(0);
         test_grouped_products(6, 2, 40, 70, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 10, 330, 150);    /* tiles of 64 */
         test_grouped_products(5, 1, 300, 130, TERN_PER_TENSOR, TERN_2BIT, TERN_ACT_INT8, 0, 400, 260); /* of 128 */
         test_grouped_products(5, 2, 40, 250, 100, TERN_2BIT, TERN_ACT_BIT, 5, 180, 80);

@@ -317,7 +317,7 @@ static void test_cuda_moe_from_dense()
     const int64_t size = t.width * t.cols, bad = (3 * t.count - 1) * size + t.width + 1;
     mirror<float> floats(3 * t.count * size, test_uniform);
     std::vector<tern_expert_floats> experts[2];
-    char text[100];
+    char text[120];
     for (int side = CPU; side <= GPU; side++)
         for (int32_t i = 0; i < t.count; i++) experts[side].push_back({floats[side] + 3 * i * size, floats[side] + (3 * i + 1) * size, floats[side] + (3 * i + 2) * size});
     const auto set = [&](int side) { return tern_moe_from_dense(test_context[side], &p.m[side], TERN_F32, experts[side].data(), nullptr, nullptr, nullptr); };
