@@ -13,7 +13,8 @@ CUDA_ARCHS = 75 80 86 89 90a 100 120
 known      = $(if $(NVCC),$(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code)))
 archs      = $(filter $(CUDA_ARCHS),$(known) $(addsuffix a,$(filter 90,$(known))))
 newest     = $(lastword $(filter $(CUDA_ARCHS:%a=%),$(known)))
-native     = -arch=$(if $(filter 9.0,$(shell command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=compute_cap --format=csv,noheader)),sm_90a,native)
+gpus       = $(shell command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=compute_cap --format=csv,noheader)
+native     = -arch=$(if $(filter 9.0,$(gpus)),$(if $(filter-out 9.0,$(gpus)),native,sm_90a),native)
 fat        = -t 0 $(foreach arch,$(archs),-gencode arch=compute_$(arch),code=sm_$(arch)) -gencode arch=compute_$(newest),code=compute_$(newest)
 sanitizer  = $(firstword $(shell command -v compute-sanitizer) $(wildcard $(dir $(NVCC))compute-sanitizer))
 

@@ -130,7 +130,7 @@ MEMORY
     the only call that grows scratch, so a forward or training step never allocates. tern_LAYER_need tells
     both sizes: `saved`, the caller's, between forward and backward, and scratch. On the CPU tern_open takes
     1.6 MB (without SIMD 0.1) for each of parallel.workers, which the first float product touches. Kernels use
-    up to 100 KB of stack (300 KB in a build without optimization). The default allocator is malloc; on Linux it
+    up to 120 KB of stack (300 KB in a build without optimization). The default allocator is malloc; on Linux it
     advises huge pages for blocks of 4 MB and more.
 
 THREADS
@@ -806,8 +806,8 @@ typedef struct tern_hop_args {
 
 /* A mixture of few tokens, whole, bit by bit what these make one after the other: the router, which is quantize and matmul where its m has
    trits, else norm (y NULL: none) and dense, neither added nor fused, with a_col and b_row 1; route; quantize x; grouped for up, and for
-   gate where there is one; map fn, and MUL by up's; quantize hidden; grouped for down; zeros and scatter. ids, weights, loads and what
-   quantize x leaves are as those leave them; hidden, and q, scale and sum of it, in the order of grouped rows, are work memory of n k rows.
+   gate where there is one; map fn, and MUL by up's; quantize hidden; grouped for down; zeros and scatter. logits, ids, weights, loads
+   and what quantize of x and of the router leave are as those leave them; hidden, and q, scale and sum of it, in the order of grouped rows, are work memory of n k rows.
    Experts are alike and have no dead zone. A backend may decline what is beyond its means before it writes anything: TERN_E_UNSUPPORTED. */
 typedef struct tern_moe_args {
     tern_linear_args router;            /* m.trits NULL: dense */
@@ -863,7 +863,8 @@ struct tern_backend {
     TERN_FUSED(TERN__ENTRY)
 #undef TERN__ENTRY
     int64_t cache; /* bytes for each worker that stay in cache between operations: a tern_hop takes so many rows at once. 0: all.
-                      Where open is the CPU's, each worker takes rows of its own, so that operations are called side by side */
+                      Where open is the CPU's, each worker takes rows of its own, so that operations are called side by side
+                      (but in a build with TERNARY_NO_THREADS) */
 };
 
 /* The CPU's table for a tier, or NULL where this machine or build lacks it. TERN_ISA_BEST: the best. */
@@ -1090,8 +1091,9 @@ typedef struct tern_moe {
 TERN_API tern_result tern_moe_need(tern_context *c, const tern_moe *m, int64_t n, tern_need *out);
 /* x [n, cols] -> y [n, cols], apart. saved: need.saved bytes, aligned to 4 (on a GPU: 16), or NULL for inference. A
    token whose logits are not finite is a data fault and goes to no expert. A GPU is waited for, once, by SPARSE where
-   experts, or the low-rank matrices in their place, read floats, or where down (low_b in its place) is rotated. It takes up to 16
-   tokens, of up to 256 places and 384 matrices, in one launch where they are int8 all along and have no dead zone. */
+   experts, or the low-rank matrices in their place, read floats, or where down (low_b in its place) is rotated. On one, up to 16
+   tokens (n top_k <= 256, up to 384 matrices, 160 with CUDA 12.0) are one launch, and the calls of `always` behind it, where experts are
+   INT8 or INT4 without low_a and dead zones, and the router is dense or like them, without LoRA; but not with DENSE. */
 TERN_API tern_result tern_moe_forward(tern_context *c, const tern_moe *m, int64_t n, const float *x, float *y, void *saved);
 /* Adds into the TERN_GRAD of all parameters where present; dx [n, cols] (or NULL) is overwritten. As tern_linear_backward.
    A GPU is waited for, once. */
@@ -1105,7 +1107,8 @@ TERN_API tern_result tern_moe_stats(tern_context *c, const tern_moe *m, int64_t 
 /* Sets all experts, from floats of F32, F16 or BF16 in backend memory (not those of the low-rank form, which no float
    mixture has), and the router where one is given; sets of sync together. gate: NULL where there is none. bytes: those
    of the floats and of the trits, scales and dense values that stand for them, or NULL. All or nothing: every array is looked at
-   before the first is written. It allocates where a matrix is rotated, and waits for a GPU. */
+   before the first is written, and weights of 2^78 and more in size are refused (scales that are given, TERN_GIVEN, are not looked at).
+   It may allocate, and waits for a GPU. */
 typedef struct tern_expert_floats { const void *gate, *up, *down; } tern_expert_floats;
 typedef struct tern_moe_bytes { size_t before, after; } tern_moe_bytes;
 TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, tern_type type, const tern_expert_floats *experts, const tern_expert_floats *always,
@@ -4056,7 +4059,7 @@ static const int32_t tern__places[2][32] = TERN__PLACES;
 static const int16_t tern__half_places[2][32] = TERN__PLACES;
 
 /* Shadows of bf16 are decided as they are stored: where the magnitude, as an integer, is above the upper half of that of the
-   threshold. W words of a row at a time; LANES adds up as tern__add_lanes_X. limit: that half, twice in a word, of each row. */
+   threshold. W weights of a row at a time; LANES adds up as tern__add_lanes_X. limit: that half, twice in a word, of each row. */
 #define TERN__ONE_LANE(v) (v)
 #define TERN__TWO_LANES(v) _mm_add_epi8(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1))
 #define TERN__X86_HALVES(X, TARGET, W, V, I, MM, LANES)                                                  \
@@ -4527,7 +4530,7 @@ static inline __attribute__((always_inline)) TARGET void NAME##_block(const int 
         for (int64_t j = t->k; j > 0; j--, a += ROWS, b += 32) {                                         \
             const V b0 = MM##load_ps(b), b1 = MM##load_ps(b + W);                                        \
             __builtin_prefetch((const void *)((uintptr_t)a + 64 * ROWS));                                \
-            if (j % 16 == 0 && j <= 16 * R) tern__prefetch_lanes(ask + 4 * (uintptr_t)((j / 16 - 1) * to_row)); \
+            if (half == 0 && j % 16 == 0 && j <= 16 * R) tern__prefetch_lanes(ask + 4 * (uintptr_t)((j / 16 - 1) * to_row)); \
             TERN__UNROLL for (int i = 0; i < R; i++) {                                                   \
                 const V x = MM##set1_ps(a[i]);                                                           \
                 sum[i][0] = MADD(x, b0, sum[i][0]);                                                      \
@@ -7022,7 +7025,7 @@ static tern_result tern__cpu_matmul_dw(tern_run *run, const tern_matmul_dw_args 
 }
 #endif
 
-/* x / by, 16 at a time: a constant trip count, which compilers make vectors of. */
+/* x / by, 16 at a time: a constant trip count, of which compilers make vectors (gcc at -O2 from version 12 on). */
 static void tern__divide(int64_t n, float by, float *x)
 {
     int64_t i, j;
@@ -9186,7 +9189,7 @@ static void tern__turns_body(tern__job *job, int64_t begin, int64_t end, int64_t
     t->fault[begin] = own.run.fault;
 }
 
-/* Blocks [begin, end). Errors and faults are those of the first block that has one, whoever took it. */
+/* Blocks [begin, end). Errors and faults are those of the first block that has one, whoever took it; no fault is from behind an error. */
 static tern_result tern__take_turns(tern_context *c, tern__turn *turn, const void *arg, int64_t begin, int64_t end, size_t scratch, int64_t cost)
 {
     const int32_t workers = c->run.parallel.workers;
@@ -9204,7 +9207,7 @@ static tern_result tern__take_turns(tern_context *c, tern__turn *turn, const voi
         if (t.failed[i] < t.failed[failed]) failed = i;
         if (t.faulted[i] < t.faulted[faulted]) faulted = i;
     }
-    if (c->run.fault.code == TERN_OK && t.faulted[faulted] != INT32_MAX) c->run.fault = t.fault[faulted];
+    if (c->run.fault.code == TERN_OK && t.faulted[faulted] != INT32_MAX && t.faulted[faulted] <= t.failed[failed]) c->run.fault = t.fault[faulted];
     if (t.failed[failed] == INT32_MAX) return TERN_OK;
     c->run.error = t.error[failed];
     return t.result[failed];
@@ -11349,7 +11352,7 @@ static int64_t tern__moe_again(const tern_moe *m, int64_t n)
     return tern__max(bytes, tern__kept_at(&l, n, NULL).bytes);
 }
 
-#ifndef TERN__MOE_PART /* the tests set less, so that few tokens go in parts too */
+#ifndef TERN__MOE_PART /* as many as the GPU takes in one launch; the tests set less, so that few tokens go in parts too */
 #define TERN__MOE_PART 256
 #endif
 
@@ -11730,12 +11733,12 @@ static tern_result tern__moe_route(tern_context *c, const tern_moe *m, int64_t n
 static int32_t tern__moe_router_is_plain(const tern_linear *l)
 {
     if (tern__is_quantized(l)) return !tern__reads_floats(l) && !(l->bias && l->w->dead);
-    return l->w->rule == TERN_DENSE && !tern__shadow_bytes(l->w) && !l->w->rotate && !l->lora_a && !(l->arenas > 0.0f);
+    return l->w->rule == TERN_DENSE && !l->lora_a;
 }
 
 static int32_t tern__moe_is_plain(const tern_expert *e) { return !e->up->dead && !(e->gate && e->gate->dead) && !e->down->dead; }
 
-/* Whether what the router chooses may go in one operation: few tokens, whose experts would go in groups. */
+/* Whether what the router chooses may go in one operation: where experts would go in groups, and there is memory for all places. */
 static int32_t tern__moe_fuses(const tern_context *c, const tern_moe *m, int64_t n, const tern__moe_work *w)
 {
     return c->run.backend->moe && !m->low_a && tern__moe_grouped(c, m) && n * m->top_k <= w->part && tern__moe_router_is_plain(&m->router) &&
@@ -12080,21 +12083,18 @@ static tern__source tern__moe_source(const void *of, int32_t i)
     return s.p && s.p->buffer[TERN_SHADOW].data ? tern__source_of_shadow(s.p) : s;
 }
 
-/* Fails at the first float that is not finite or, unless any finite one will do, would be refused by ternarize. */
-static tern_result tern__look_at(tern_context *c, const tern__source *s, int32_t any, void *host)
+/* Fails at the first float that is not below 2^78 in size: then scales are below 2^96, shared ones too, and so are weights once they
+   are rotated or rounded. */
+static tern_result tern__look_at(tern_context *c, const tern__source *s, void *host)
 {
     const int64_t width = tern__type_bytes(s->type), count = s->p->rows * s->p->cols;
-    const int32_t rounded = !any && tern__buffer_type(s->p, TERN_SHADOW) == TERN_BF16; /* perhaps up to 2^96 */
     int64_t at, i, n;
     for (at = 0; at < count; at += n) {
         n = tern__min(TERN__TRANSFER / width, count - at);
         TERN__TRY(tern_copy(c, host, (const uint8_t *)s->w + at * width, (size_t)(n * width), TERN_TO_HOST));
-        for (i = 0; i < n; i++) {
-            const float v = tern__load_float(s->type, host, i), w = rounded ? tern__from_bf16(tern__to_bf16(v)) : v;
-            TERN__REQUIRE(&c->run, any ? tern__finite(w) : tern__weight_ok(w), TERN_E_NONFINITE,
-                          any ? "%s: weights[%d][%d] is not a finite number" : "%s: weights[%d][%d] is not a finite number below 2^96",
+        for (i = 0; i < n; i++)
+            TERN__REQUIRE(&c->run, tern__abs(tern__load_float(s->type, host, i)) < TERN__SURE, TERN_E_NONFINITE, "%s: weights[%d][%d] is not a finite number below 2^78",
                           s->p->name, (at + i) / s->p->cols, (at + i) % s->p->cols);
-        }
     }
     return TERN_OK;
 }
@@ -12109,27 +12109,19 @@ static tern__source tern__source_of_alpha(const tern_param *p)
     return s;
 }
 
-static tern_result tern__look_at_all(tern_context *c, const tern__sources *all, float *rows, void *host)
+static tern_result tern__look_at_all(tern_context *c, const tern__sources *all, void *host)
 {
     int32_t i;
     for (i = 0; i < all->count; i++) {
-        tern__source s = all->at(all->of, i);
-        const tern__source alpha = tern__source_of_alpha(s.p);
-        if (!s.p) continue;
-        if (alpha.p) TERN__TRY(tern__look_at(c, &alpha, 0, host));
-        TERN__TRY(tern__look_at(c, &s, s.p->rule == TERN_DENSE || s.p->rotate, host));
-        if (!s.p->rotate) continue;
-        TERN__TRY(tern__rotated(c, s.p, s.type, s.w, rows));
-        s.type = TERN_F32;
-        s.w = rows;
-        TERN__TRY(tern__look_at(c, &s, 0, host));
+        const tern__source s = all->at(all->of, i), alpha = tern__source_of_alpha(s.p);
+        if (alpha.p) TERN__TRY(tern__look_at(c, &alpha, host));
+        if (s.p) TERN__TRY(tern__look_at(c, &s, host));
     }
     return TERN_OK;
 }
 
-/* Fails where tern_param_set would, for what a source holds; rows: for a rotated one. One sum over all proves them good, also
-   when they are rotated: no sum of squares is above its square. What it does not prove is looked at. */
-static tern_result tern__check_sources(tern_context *c, const tern__sources *all, float *rows)
+/* Whether all that sources hold can be set. One sum of sizes proves them good; where it does not, each is looked at. */
+static tern_result tern__check_sources(tern_context *c, const tern__sources *all)
 {
     float *sum = (float *)(void *)c->scratch, size;
     tern_result result;
@@ -12145,7 +12137,7 @@ static tern_result tern__check_sources(tern_context *c, const tern__sources *all
     if (size < TERN__SURE) return TERN_OK;
     host = tern__host_alloc(&c->run.allocator, TERN__TRANSFER);
     TERN__REQUIRE(&c->run, host, TERN_E_MEMORY, "moe: no memory to look at %d bytes of weights", (int64_t)TERN__TRANSFER);
-    result = tern__look_at_all(c, all, rows, host);
+    result = tern__look_at_all(c, all, host);
     tern__host_free(&c->run.allocator, host);
     return result;
 }
@@ -12213,7 +12205,7 @@ TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, ter
     all.count = 3 * m->count + 4;
     TERN__TRY(tern__check_moe_floats(c, &all, &rotated));
     TERN__TRY(tern__room_to_rotate(c, "moe", rotated, &rows));
-    result = tern__check_sources(c, &all, rows);
+    result = tern__check_sources(c, &all);
     if (result == TERN_OK) result = tern__set_sources(c, &all, rows, &counted);
     tern_free(c, rows);
     if (result == TERN_OK && bytes) *bytes = counted;
@@ -13017,9 +13009,9 @@ static tern_result tern__hop_run(tern_context *c, const tern__hop_pass *p)
     const int64_t blocks = tern__ceil_div(p->g->nodes, p->w->block);
     int64_t i, end;
     for (i = 0; i < blocks; i = end) {
-        for (end = i; end < blocks && !tern__hop_shares(p, end); end++) {}
+        for (end = i; end < blocks && !tern__hop_shares(p, end); end++) {} /* fewer blocks than workers are shared, too */
 #ifdef TERN__TURNS
-        if (end > i) {
+        if (end - i >= p->w->workers) {
             const tern__hop_shape s = tern__hop_shape_of(p->l);
             const int64_t places = p->receives ? 1 + p->g->edges / p->g->nodes : 1;
             TERN__TRY(tern__take_turns(c, tern__hop_turn, p, i, end, (size_t)p->w->nested, tern__mul(tern__mul(p->w->block, places), 2 * (s.in + s.sent + s.out))));

@@ -1606,7 +1606,7 @@ static __device__ __forceinline__ void tern__wgmma_tokens(const tern_matmul_args
         }
         step = tern__step_after(s, TERN__WGMMA_UNITS, step);
     }
-    tern__cp_wait<0>(); /* the last copies are of nothing, but into shared memory */
+    tern__cp_wait<0>(); /* the last copies are of nothing that is multiplied, but into shared memory */
     tern__wgmma_wait<0>(dot);
     if (TERN__HAS_WGMMA) tern__store_many<TILES>(a, s, Grouped, row, token, dot, facc);
 }
@@ -1926,6 +1926,7 @@ static tern_result tern__gpu_grouped(tern_run *r, tern__gpu *d, const tern_group
 /* Looks for wgmma when the device is opened. */
 static tern_result tern__gpu_open_wgmma(tern_run *r, tern__gpu *d)
 {
+    TERN__CUDA(r, cudaGetLastError(), "before the first kernel");
     TERN__LAUNCH(tern__find_wgmma, 1, 1, 0, d->stream, (int *)d->work);
     TERN__CUDA(r, cudaGetLastError(), "a first kernel");
     TERN__CUDA(r, cudaMemcpyAsync(&d->wgmma, d->work, sizeof d->wgmma, cudaMemcpyDeviceToHost, d->stream), "copy");
@@ -4130,7 +4131,7 @@ enum {
     TERN__MIXTURE_PLACES = TERN__THREADS, /* of a token at an expert */
     TERN__MIXTURE_TOKENS = 16,
     TERN__MIXTURE_EXPERTS = 8,            /* of a tile of a dense router: */
-    TERN__MIXTURE_DEPTH = 256, TERN__MIXTURE_PITCH = TERN__MIXTURE_DEPTH + 4, /* terms at a time, and floats from row to row: no two rows share a bank */
+    TERN__MIXTURE_DEPTH = 256, TERN__MIXTURE_PITCH = TERN__MIXTURE_DEPTH + 4, /* terms at a time, and floats from row to row: the next rows' fours lie in other banks */
     TERN__MIXTURE_ROWS = TERN__MIXTURE_TOKENS + TERN__MIXTURE_EXPERTS,
 #if CUDART_VERSION >= 12010 /* since when parameters may take more than 4 KB */
     TERN__MIXTURE_MATRICES = 384
@@ -4433,6 +4434,22 @@ static tern_result tern__gpu_moe(tern_run *r, tern__gpu *d, const tern_moe_args 
     d->order++;
     p.inner_blame = tern__blame_of(d, TERN__FAULT_QUANTIZE);
     TERN__LAUNCH_TOGETHER((base3 ? tern__mixture_tokens<true> : tern__mixture_tokens<false>), (unsigned)d->processors, TERN__THREADS, sizeof(tern__mixture_room), d->stream, p);
+    const cudaError_t error = cudaGetLastError();
+    TERN__REQUIRE(r, error != cudaErrorCooperativeLaunchTooLarge, TERN_E_UNSUPPORTED, "cuda: moe: fewer than %d blocks are there at once", (int64_t)d->processors);
+    return tern__cuda_check(r, error, "launching moe");
+}
+
+/* Memory for the barriers of blocks that are launched together, where the device can, a block has room, and the driver passes so many parameters. */
+static tern_result tern__gpu_open_mixture(tern_run *r, tern__gpu *d)
+{
+    int together = 0, driver = 0, blocks[2] = {0, 0};
+    TERN__CUDA(r, cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, d->device), "launches of blocks together");
+    TERN__CUDA(r, cudaDriverGetVersion(&driver), "the driver's version");
+    TERN__CUDA(r, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks[0], tern__mixture_tokens<false>, TERN__THREADS, sizeof(tern__mixture_room)), "blocks at once");
+    TERN__CUDA(r, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks[1], tern__mixture_tokens<true>, TERN__THREADS, sizeof(tern__mixture_room)), "blocks at once");
+    if (!together || blocks[0] < 1 || blocks[1] < 1 || (sizeof(tern__mixture) > 4096 && driver < 12010)) return TERN_OK;
+    TERN__CUDA(r, cudaMalloc(&d->meet, sizeof *d->meet), "memory for barriers");
+    TERN__CUDA(r, cudaMemsetAsync(d->meet, 0, sizeof *d->meet, d->stream), "clearing barriers");
     return TERN_OK;
 }
 
@@ -4567,7 +4584,7 @@ TERN_FUSED(TERN__OP)
 
 static tern_result tern__gpu_open_here(tern_run *r, tern__gpu *d)
 {
-    int major = 0, minor = 0, together = 0;
+    int major = 0, minor = 0;
     TERN__CUDA(r, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, d->device), "compute capability");
     TERN__CUDA(r, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, d->device), "compute capability");
     TERN__REQUIRE(r, 10 * major + minor >= TERN__LEAST_CAPABILITY, TERN_E_UNSUPPORTED,
@@ -4578,11 +4595,7 @@ static tern_result tern__gpu_open_here(tern_run *r, tern__gpu *d)
     TERN__CUDA(r, cudaMalloc(&d->work, (TERN__WORK + TERN__WORK_LEVELS) * sizeof(float)), "work memory");
     TERN__CUDA(r, cudaMemsetAsync(d->fault, 0xFF, sizeof *d->fault, d->stream), "clearing faults");
     TERN__TRY(tern__gpu_open_wgmma(r, d));
-    TERN__CUDA(r, cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, d->device), "launches of blocks together");
-    if (!together) return TERN_OK;
-    TERN__CUDA(r, cudaMalloc(&d->meet, sizeof *d->meet), "memory for barriers");
-    TERN__CUDA(r, cudaMemsetAsync(d->meet, 0, sizeof *d->meet, d->stream), "clearing barriers");
-    return TERN_OK;
+    return tern__gpu_open_mixture(r, d);
 }
 
 static void tern__gpu_close(tern_run *r)
@@ -4601,13 +4614,62 @@ static void tern__gpu_close(tern_run *r)
 }
 
 /* The known answers, on a context that is not quite open yet. */
+/* Products by warpgroups are those by warps, which only the GPU itself can tell: the known answers are of too few tokens for them. */
+static tern_result tern__gpu_compare_wgmma(tern_context *c, tern__gpu *d, int32_t grain, int64_t n)
+{
+    enum { ROWS = 40, COLS = 300, TOKENS = 70, OUTPUTS = TOKENS * ROWS };
+    float *const w = (float *)tern_alloc(c, (ROWS * COLS + TOKENS * COLS + 2 * OUTPUTS) * sizeof(float)), *const x = w + ROWS * COLS, *const y = x + TOKENS * COLS;
+    uint8_t *const packed = (uint8_t *)tern_alloc(c, 1 << 17);
+    float *const host = (float *)tern__host_alloc(&c->run.allocator, 2 * OUTPUTS * sizeof(float));
+    tern_fill_args f = {};
+    tern_ternarize_args t = {};
+    tern_quantize_args q = {};
+    tern_matmul_args a = {};
+    tern_result result = w && packed && host ? TERN_OK : tern__set_error(&c->run.error, TERN_E_MEMORY, "selftest: no memory for products of %d tokens", n);
+    f.count = ROWS * COLS + TOKENS * COLS;
+    f.x = w;
+    f.deviation = 1.0f;
+    f.seed = 22;
+    t.m.rows = ROWS; t.m.cols = COLS;
+    t.m.grain = grain;
+    t.m.encoding = TERN_2BIT;
+    t.m.trits = packed; t.m.scales = packed + (1 << 14);
+    t.w = w;
+    q.m = a.m = t.m;
+    q.n = a.n = n;
+    q.x = x;
+    a.q = q.q = (int8_t *)packed + (1 << 15);
+    a.scale = q.scale = (float *)(void *)(packed + (1 << 16));
+    a.sum = q.sum = (int32_t *)(void *)(packed + (1 << 16) + (1 << 15));
+    if (result == TERN_OK) result = tern_fill(c, &f);
+    if (result == TERN_OK) result = tern_ternarize(c, &t);
+    if (result == TERN_OK) result = tern_quantize(c, &q);
+    for (int i = 0; i < 2 && result == TERN_OK; i++) {
+        a.y = y + i * OUTPUTS;
+        d->wgmma = !i;
+        result = tern_matmul(c, &a);
+    }
+    d->wgmma = 1;
+    if (result == TERN_OK) result = tern_copy(c, host, y, 2 * OUTPUTS * sizeof(float), TERN_TO_HOST);
+    if (result == TERN_OK && memcmp(host, host + OUTPUTS, (size_t)(n * ROWS) * sizeof(float)) != 0)
+        result = tern__set_error(&c->run.error, TERN_E_SELFTEST, "selftest: products of %d tokens by warpgroups are not those by warps on %s", n, c->run.backend->name);
+    tern__host_free(&c->run.allocator, host);
+    tern_free(c, packed);
+    tern_free(c, w);
+    return result;
+}
+
 static tern_result tern__gpu_selftest(tern_run *r)
 {
+    tern__gpu *d = tern__gpu_of(r);
     tern_context c;
     tern_result result;
     memset(&c, 0, sizeof c);
     c.run = *r;
     result = tern_selftest(&c);
+    if (result == TERN_OK && d->wgmma) result = tern__gpu_compare_wgmma(&c, d, TERN_PER_ROW, 40);
+    if (result == TERN_OK && d->wgmma) result = tern__gpu_compare_wgmma(&c, d, TERN_PER_ROW, 70);
+    if (result == TERN_OK && d->wgmma) result = tern__gpu_compare_wgmma(&c, d, 128, 40);
     r->error = c.run.error;
     return result;
 }

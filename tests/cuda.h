@@ -194,7 +194,7 @@ struct cuda_emulator {
     uint32_t seed = 1;           /* of CUDA_RANDOM */
     bool fuse = true;            /* false: __fmaf_rn rounds the product too, as the scalar tier of the CPU does */
     bool lazy = false;           /* nothing runs before the host waits for it */
-    int devices = 1, capability = 90, processors = 4, cooperative = 1;
+    int devices = 1, capability = 90, processors = 4, cooperative = 1, driver = 12010;
     bool wgmma = true;           /* kernels are those for sm_90a */
     long malloc_countdown = -1;
     long call_countdown = -1;    /* every call but those that free; launches too */
@@ -624,7 +624,7 @@ inline void tern__wgmma_publish()
 
 /* Inputs [k, k + 16) of column n, by a descriptor: bits 0 to 13 where the tile begins, 16 to 29 and 32 to 45 how far apart lie core
    matrices (eight columns of 16 bytes, or of 32, 64 and 128 with swizzle) that are neighbours in inputs and in columns, all in 16 bytes;
-   62 and 63 the swizzle: bits 4 to 6, 4 and 5 or 4 of an address are added, without carry, to those from 7 on. */
+   62 and 63 the swizzle: to bits 4 to 6, 4 and 5 or 4 of an address those from 7 on are added, without carry. */
 inline const int8_t *cuda_piece(uint64_t b, unsigned n, unsigned k)
 {
     const unsigned start = static_cast<unsigned>(b & 0x3FFF) * 16, leading = static_cast<unsigned>(b >> 16 & 0x3FFF) * 16;
@@ -800,6 +800,7 @@ CUDA_ATOMIC(atomicMax, unsigned long long, std::max(old, x))
 
 /* -- runtime -- */
 
+#define CUDART_VERSION 12010
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor,
@@ -845,6 +846,12 @@ inline void cuda_submit(cudaStream_t stream, std::function<void()> operation)
     if (!test_cuda.lazy) cuda_drain();
 }
 
+/* Blocks of a processor at once. */
+inline size_t cuda_resident(unsigned threads, size_t shared_bytes)
+{
+    return std::min<size_t>(CUDA_PROCESSOR_THREADS / threads, CUDA_PROCESSOR_SHARED / std::max<size_t>(shared_bytes, 1));
+}
+
 template <typename... Parameters, typename... Arguments>
 inline void cuda_launch(const char *name, void (*kernel)(Parameters...), bool together, dim3 grid, dim3 block, size_t shared_bytes,
                         cudaStream_t stream, Arguments... arguments)
@@ -856,8 +863,8 @@ inline void cuda_launch(const char *name, void (*kernel)(Parameters...), bool to
         if (block.x < 1 || block.x > CUDA_THREADS || block.y != 1 || block.z != 1) return cudaErrorInvalidConfiguration;
         if (grid.x < 1 || grid.x > INT32_MAX || grid.y < 1 || grid.y > 65535 || grid.z != 1) return cudaErrorInvalidConfiguration;
         if (shared_bytes > (limit == test_cuda.shared_limit.end() ? 48 * 1024 : limit->second)) return cudaErrorInvalidValue;
-        const size_t resident = std::min<size_t>(CUDA_PROCESSOR_THREADS / block.x, CUDA_PROCESSOR_SHARED / std::max<size_t>(shared_bytes, 1));
-        if (together && grid.x * grid.y > resident * static_cast<size_t>(test_cuda.processors)) return cudaErrorCooperativeLaunchTooLarge;
+        if ((sizeof(Parameters) + ... + 0) > (test_cuda.driver < 12010 ? 4096 : 32764)) return cudaErrorInvalidValue;
+        if (together && grid.x * grid.y > cuda_resident(block.x, shared_bytes) * static_cast<size_t>(test_cuda.processors)) return cudaErrorCooperativeLaunchTooLarge;
         cuda_submit(stream, [=] { cuda_run_grid(name, together, grid, block, shared_bytes, [&] { std::apply(kernel, kept); }); });
         return cudaSuccess;
     });
@@ -896,6 +903,14 @@ inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, 
         }
         return cudaSuccess;
     });
+}
+inline cudaError_t cudaDriverGetVersion(int *version)
+{
+    return cuda_call([&] { return *version = test_cuda.driver, cudaSuccess; });
+}
+template <typename Function> inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, Function * /* kernel */, int threads, size_t shared_bytes)
+{
+    return cuda_call([&] { return *blocks = static_cast<int>(cuda_resident(static_cast<unsigned>(threads), shared_bytes)), cudaSuccess; });
 }
 template <typename Function> inline cudaError_t cudaFuncSetAttribute(Function *kernel, cudaFuncAttribute /* the one */, int bytes)
 {

@@ -107,7 +107,10 @@ template <int Tiles> static void test_wgmma(int threads)
 
 static void test_cuda_wgmma_s8()
 {
-    if (!tern__gpu_of(&test_context[GPU]->run)->wgmma) return;
+    if (!tern__gpu_of(&test_context[GPU]->run)->wgmma) {
+        printf("skipped: this code has no wgmma (on an H100 or H200: -arch=sm_90a)\n");
+        return;
+    }
     test_wgmma<8>(128);
     test_wgmma<8>(256);
     test_wgmma<16>(128);
@@ -129,7 +132,9 @@ static __global__ void test_grid_kernel(int rounds, unsigned *word, int *x)
 static void test_cuda_grid_barrier()
 {
     const tern__gpu *d = tern__gpu_of(&test_context[GPU]->run);
-    for (int blocks : {1, 2, d->processors}) {
+    if (!d->meet) printf("skipped: no launches of blocks together\n");
+    for (int blocks : {1, 2, d->meet ? d->processors : 0}) {
+        if (!d->meet) break;
         const int all = blocks * 64, rounds = 20;
         mirror<int> x(2 * all, [] { return (int)(test_random() % 1000); });
         for (int i = 0; i < rounds; i++)
