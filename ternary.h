@@ -881,7 +881,8 @@ TERN_API const tern_backend *tern_cpu_backend(tern_isa isa);
 extern const tern_backend *tern_cuda_backend_checked(int32_t device, uint64_t layout);
 /* The context's cudaStream_t, on which forward and backward can be captured into a graph; NULL for another backend.
    It does not wait for the default stream, nor that for it. A graph keeps the addresses of scratch and buffers: reserve
-   before the capture and no more after it, free nothing that it uses, launch it on this stream. */
+   before the capture and no more after it, free nothing that it uses, launch it on this stream: beside the context's other
+   work it would spoil that, or never end. */
 extern void *tern_cuda_stream(const tern_context *c);
 
 /* -- parameters ([TERN-15]) -- */
