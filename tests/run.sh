@@ -125,7 +125,7 @@ language_model_recipes() (
 # zone's bias or the shared expert in training alone, with a rounding that counts the calls of a process.
 language_model_experts() (
     mkdir -p $out/experts $out/expert_parts
-    tiny="$out/language_model --text README.md --layers 2 --heads 2 --width 32 --context 16 --batch 3 --accumulate 2 --steps 12 --generate 10 --experts 6"
+    tiny="$out/language_model --text LICENSE --layers 2 --heads 2 --width 32 --context 16 --batch 3 --accumulate 2 --steps 12 --generate 10 --experts 6"
     scalar="env TERNARY_ISA=scalar $tiny"
     $tiny --out $out/experts > $out/experts/log && cat $out/experts/log && # its table compares the tiers
     grep '^experts          6 of width 64 in each block, 2 for a byte, for which 41344 parameters work' $out/experts/log &&
