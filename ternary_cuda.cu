@@ -4613,7 +4613,6 @@ static void tern__gpu_close(tern_run *r)
     r->error = kept;
 }
 
-/* The known answers, on a context that is not quite open yet. */
 /* Products by warpgroups are those by warps, which only the GPU itself can tell: the known answers are of too few tokens for them. */
 static tern_result tern__gpu_compare_wgmma(tern_context *c, tern__gpu *d, int32_t grain, int64_t n)
 {
@@ -4659,6 +4658,7 @@ static tern_result tern__gpu_compare_wgmma(tern_context *c, tern__gpu *d, int32_
     return result;
 }
 
+/* The known answers, on a context that is not quite open yet. */
 static tern_result tern__gpu_selftest(tern_run *r)
 {
     tern__gpu *d = tern__gpu_of(r);
