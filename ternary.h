@@ -10330,6 +10330,11 @@ static tern_result tern__check_linear(tern_context *c, const tern_linear *l, int
 static int32_t tern__reads_floats(const tern_linear *l) { return !tern__is_quantized(l) || l->w->rotate || l->lora_a || l->arenas > 0.0f; }
 static int32_t tern__has_input(const tern_linear *l) { return tern__reads_floats(l) && (l->norm != TERN_NORM_NONE || l->w->rotate); }
 
+#if !defined(TERNARY_NO_MOE) || !defined(TERNARY_NO_GRAPH)
+/* Whether a layer is quantize and matmul, and no more. */
+static int32_t tern__is_one_product(const tern_linear *l) { return !tern__reads_floats(l) && !(l->bias && l->w->dead); }
+#endif
+
 /* A BF16 shadow is multiplied as floats, some rows at a time. */
 static int64_t tern__shadow_rows(const tern_param *p) { return tern__buffer_type(p, TERN_SHADOW) == TERN_BF16 ? tern__chunk_rows(p, sizeof(float)) : p->rows; }
 static int64_t tern__shadow_bytes(const tern_param *p) { return tern__buffer_type(p, TERN_SHADOW) == TERN_BF16 ? tern__shadow_rows(p) * p->cols * 4 : 0; }
@@ -11733,8 +11738,7 @@ static tern_result tern__moe_route(tern_context *c, const tern_moe *m, int64_t n
 /* The router of a mixture in one operation is one product, after no more than a norm. */
 static int32_t tern__moe_router_is_plain(const tern_linear *l)
 {
-    if (tern__is_quantized(l)) return !tern__reads_floats(l) && !(l->bias && l->w->dead);
-    return l->w->rule == TERN_DENSE && !l->lora_a;
+    return tern__is_quantized(l) ? tern__is_one_product(l) : l->w->rule == TERN_DENSE && !l->lora_a;
 }
 
 static int32_t tern__moe_is_plain(const tern_expert *e) { return !e->up->dead && !(e->gate && e->gate->dead) && !e->down->dead; }
@@ -12894,10 +12898,7 @@ static tern_result tern__hop_lora(tern_context *c, const tern_hop *l, int64_t n,
 }
 
 /* A layer that is one quantized product and no more. */
-static int32_t tern__hop_is_plain(const tern_linear *l)
-{
-    return !l->w || (tern__is_quantized(l) && !tern__reads_floats(l) && !(l->bias && l->w->dead));
-}
+static int32_t tern__hop_is_plain(const tern_linear *l) { return !l->w || tern__is_one_product(l); }
 
 static tern_linear_args tern__hop_layer(const tern_linear *l)
 {
