@@ -171,7 +171,7 @@ NUMERICS AND DETERMINISM
     So the forward pass gives the same bits from every tier, compiler and architecture, GPUs included. Gradients are
     fused where the tier can: training repeats exactly on a given tier, for any thread count; of parameters with an
     accumulator they are exact integer products, the same everywhere. A layer whose gradients are TERN_BF16 permits
-    factors rounded to bf16 in its backward, which AMX multiplies many times faster (machines with AMX-BF16 have other
+    factors rounded to bf16 in its backward, which AVX512-BF16 and AMX-BF16 multiply faster (machines with either have other
     bits there than those without); the forward is the same. Signs and payloads of
     NaN are not part of the promise, nor is clang's -ffp-contract=fast, which no code can see or undo.
 
@@ -476,7 +476,7 @@ typedef struct tern_matmul_fixed_args {
 } tern_matmul_fixed_args;
 
 /* dx [n, cols] = dy [n, rows] * W. factors: F32 (default); BF16 permits what follows to backends that have products of bf16 (of
-   the CPU's the tier amx-int8, where there is AMX-BF16 too), and changes nothing elsewhere: factors are rounded to bf16, to
+   the CPU's the tiers avx512-vbmi and amx-int8, where there is AVX512-BF16 or AMX-BF16 too), and changes nothing elsewhere: factors are rounded to bf16, to
    nearest even, and what is below 2^-126 counts as 0. Sums are float32. Trits, int8 and bits are exact in bf16, and dy is
    rounded after it was multiplied with the scale of its row of W (dx) or of its token (dw): one rounding, by 2^-8 at most.
    Where dx has several groups in a row, trit * scale is rounded besides; in dw and dense, floats of both sides are. */
@@ -1408,10 +1408,15 @@ TERN_API tern_result tern_selftest(tern_context *c);
 #define TERN__WITH_AVX512_VBMI 1
 #endif
 #endif
-#if defined(TERN__WITH_AVX512_VBMI) && !defined(TERNARY_NO_AMX_INT8)
+#if defined(TERN__WITH_AVX512_VBMI) && defined(__has_include)
+#if __has_include(<avx512bf16intrin.h>) /* gcc 10, clang 9: the same */
+#define TERN__WITH_AVX512_BF16 1
+#endif
+#endif
+#if defined(TERN__WITH_AVX512_BF16) && !defined(TERNARY_NO_AMX_INT8)
 #ifdef TERN__TILE_UNIT /* a test brings its own, and says here whether it may be used */
 #define TERN__WITH_AMX_INT8 1
-#elif defined(__x86_64__) && defined(__LP64__) && defined(__linux__) && defined(__has_include)
+#elif defined(__x86_64__) && defined(__LP64__) && defined(__linux__)
 #if __has_include(<amxint8intrin.h>) || __has_include(<amxintrin.h>) /* gcc 11, clang 11: the same */
 #define TERN__WITH_AMX_INT8 1
 #endif
@@ -1449,15 +1454,17 @@ static int32_t tern__cpu_has_tiles(unsigned leaf7_edx, unsigned xcr0)
 }
 #endif
 
-#ifdef TERN__WITH_AMX_INT8
-/* Whether a tile unit has products of bf16 too: leaf 7, EDX. */
-static int32_t tern__cpu_has_pairs(void)
+#ifdef TERN__WITH_AVX512_BF16
+/* Whether the machine of a tier has products of bf16 too: AMX-BF16 (leaf 7, EDX) or AVX512-BF16 (its subleaf 1, EAX). */
+static int32_t tern__cpu_has_pairs(tern_isa tier)
 {
 #ifdef TERN__TILE_UNIT
-    return TERN__TILE_BF16;
+    return tier < TERN_ISA_AMX_INT8 || TERN__TILE_BF16;
 #else
     unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    if (tier == TERN_ISA_AMX_INT8) return d >> 22 & 1;
+    return a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 #endif
 }
 #endif
@@ -3801,8 +3808,8 @@ static const tern__kernels tern__kernels_scalar = {TERN__KERNELS(scalar, tern__t
    [TERN-11] Kernels, x86
    What enters: the tern__kernels contract of [TERN-10]. What leaves: tern__kernels_sse41 (machines with
    SSSE3 and SSE4.1), _avx2 (AVX2, FMA and F16C), _avx_vnni (AVX-VNNI besides), _avx512_vnni (AVX-512 F,
-   BW, DQ, VL and VNNI), _avx512_vbmi (VBMI and VPOPCNTDQ besides) and _amx_int8 (AMX-TILE and AMX-INT8 besides; AMX-BF16 for
-   pairs), equal to the scalar kernels bit for bit. The dispatcher of [TERN-14] calls them through the table, after asking the CPU. What
+   BW, DQ, VL and VNNI), _avx512_vbmi (VBMI and VPOPCNTDQ besides) and _amx_int8 (AMX-TILE and AMX-INT8 besides), the last two with
+   pairs of bf16 where there is AVX512-BF16 or AMX-BF16, equal to the scalar kernels bit for bit. The dispatcher of [TERN-14] calls them through the table, after asking the CPU. What
    differs between tiers only in the width of its vectors is written once, as a macro.
    Each function names its own target, so no compiler flags are needed. Float sums and products use the
    operators of the vector types and not intrinsics, and so obey the switches against contraction that
@@ -5710,6 +5717,109 @@ static void tern__dot_bits_avx512_vbmi(const tern__dot *d, tern_type encoding)
 }
 
 static const tern__kernels tern__kernels_avx512_vbmi = {TERN__KERNELS(avx512, tern__tile_fused_avx512, avx512, avx512_vbmi, avx512, avx512_vbmi, 64, 14, NULL)};
+
+#ifdef TERN__WITH_AVX512_BF16
+/* -- pairs of bf16: AVX-512 packs them for itself and for AMX -- */
+
+/* Rounded to nearest even in the high halves; the low ones are not cleared. NaN stays NaN. */
+TERN__AVX512_INLINE __m512i tern__high_bf16_avx512(__m512 x)
+{
+    const __m512i u = (__m512i)x, odd = _mm512_srli_epi32(u, 16) & _mm512_set1_epi32(1);
+    const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_mask_or_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
+}
+TERN__AVX512_INLINE __m512i tern__pair_avx512(__m512 first, __m512 second)
+{
+    return _mm512_srli_epi32(tern__high_bf16_avx512(first), 16) | (tern__high_bf16_avx512(second) & _mm512_set1_epi32((int32_t)0xffff0000));
+}
+
+static TERN__AVX512 void tern__pack_pairs_b_avx512(int64_t len, const float *b, float *to)
+{
+    for (int64_t j = 0; j < 32; j += 2, b += 64)
+        for (int64_t h = 0; h < 32; h += 16, to += 16) {
+            const __m512 first = j < len ? _mm512_loadu_ps(b + h) : _mm512_setzero_ps(), second = j + 1 < len ? _mm512_loadu_ps(b + 32 + h) : _mm512_setzero_ps();
+            tern__store_int_avx512(to, tern__pair_avx512(first, second));
+        }
+}
+
+/* 32 terms that lie in rows, and in columns: those are paired first and then turned. */
+TERN__AVX512_INLINE void tern__pack_pair_rows_avx512(int64_t rows, int64_t len, const float *a, int64_t a_row, const float *scale, uint16_t *to)
+{
+    for (int64_t i = 0; i < rows; i++, a += a_row)
+        for (int64_t j = 0; j < 32; j += 16, to += 16) {
+            const __m512 x = _mm512_mul_ps(tern__load_avx512(a + j, len - j), tern__load_avx512(scale + j, len - j));
+            tern__store_i16_avx512(to, _mm512_srli_epi32(tern__high_bf16_avx512(x), 16));
+        }
+    memset(to, 0, (size_t)(16 - rows) * 64);
+}
+TERN__AVX512_INLINE void tern__pack_pair_columns_avx512(int64_t rows, int64_t len, const float *a, int64_t a_col, const float *scale, float *to)
+{
+    float pair[16 * 16] TERN__ALIGN64;
+    for (int64_t j = 0; j < 32; j += 2, a += 2 * a_col) {
+        const __m512 first = j < len ? _mm512_mul_ps(tern__load_avx512(a, rows), _mm512_set1_ps(scale[j])) : _mm512_setzero_ps();
+        const __m512 second = j + 1 < len ? _mm512_mul_ps(tern__load_avx512(a + a_col, rows), _mm512_set1_ps(scale[j + 1])) : _mm512_setzero_ps();
+        tern__store_int_avx512(pair + j * 8, tern__pair_avx512(first, second));
+    }
+    tern__columns_avx512(16, 16, pair, 16, to, 16);
+}
+static TERN__AVX512 void tern__pack_pairs_a_avx512(int64_t rows, int64_t len, const float *a, int64_t a_row, int64_t a_col, const float *scale, float *to)
+{
+    for (; len > 0; len -= 32, a += 32 * a_col, scale += 32, to += 256) {
+        const int64_t some = tern__min(len, 32);
+        float column[32 * 16];
+        if (a_col == 1) tern__pack_pair_rows_avx512(rows, some, a, a_row, scale, (uint16_t *)(void *)to);
+        else if (a_row == 1) tern__pack_pair_columns_avx512(rows, some, a, a_col, scale, to);
+        else {
+            for (int64_t j = 0; j < some; j++)
+                for (int64_t i = 0; i < rows; i++) column[j * 16 + i] = a[i * a_row + j * a_col];
+            tern__pack_pair_columns_avx512(rows, some, column, 16, scale, to);
+        }
+    }
+}
+
+/* Finished sums of some rows to c, where they go there. */
+TERN__AVX512_INLINE void tern__pair_ends_avx512(const tern__tile *t, int64_t i, int64_t rows)
+{
+    for (int64_t r = i; t->c && r < i + rows; r++)
+        for (int64_t h = 0; h < 32; h += 16) {
+            const __m512 sum = _mm512_loadu_ps(t->p + r * 32 + h);
+            float *c = t->c + r * t->c_row + h;
+            _mm512_storeu_ps(c, t->add ? _mm512_add_ps(_mm512_loadu_ps(c), sum) : sum);
+        }
+}
+
+/* Both products of a word and the sum, denormals as zeros; asm, since the tiers share a target. A test can bring its own. */
+#ifndef TERN__PAIR_DOT
+#define TERN__PAIR_DOT(sum, a, b) __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(sum) : "v"(a), "v"(b))
+#endif
+
+/* Eight rows at a time beside 32 lanes: ten loads feed sixteen products. */
+static TERN__AVX512 void tern__pair_tiles_avx512(const tern__tile *t)
+{
+    const int64_t steps = tern__ceil_div(t->k, 32);
+    for (int64_t i = 0; i < t->rows; i += 8) {
+        const float *a = t->a + i / 16 * steps * 256 + i % 16 * 16, *b = t->b;
+        float *p = t->p + i * 32;
+        __m512 sum[8][2];
+        TERN__UNROLL for (int r = 0; r < 8; r++)
+            TERN__UNROLL for (int h = 0; h < 2; h++) sum[r][h] = t->first ? _mm512_setzero_ps() : _mm512_loadu_ps(p + r * 32 + h * 16);
+        for (int64_t left = steps; left > 0; left--, a += 256)
+            for (int64_t j = 0; j < 16; j++, b += 32) {
+                const __m512 first = _mm512_loadu_ps(b), second = _mm512_loadu_ps(b + 16);
+                TERN__UNROLL for (int r = 0; r < 8; r++) {
+                    const __m512 x = _mm512_set1_ps(a[r * 16 + j]);
+                    TERN__PAIR_DOT(sum[r][0], x, first);
+                    TERN__PAIR_DOT(sum[r][1], x, second);
+                }
+            }
+        TERN__UNROLL for (int r = 0; r < 8; r++)
+            TERN__UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(p + r * 32 + h * 16, sum[r][h]);
+        tern__pair_ends_avx512(t, i, tern__min(8, t->rows - i));
+    }
+}
+static const tern__pairs tern__pairs_avx512 = {tern__pack_pairs_a_avx512, tern__pack_pairs_b_avx512, tern__pair_tiles_avx512};
+static const tern__kernels tern__kernels_avx512_bf16 = {TERN__KERNELS(avx512, tern__tile_fused_avx512, avx512, avx512_vbmi, avx512, avx512_vbmi, 64, 14, &tern__pairs_avx512)};
+#endif /* TERN__WITH_AVX512_BF16 */
 #endif /* TERN__WITH_AVX512_VBMI */
 #undef TERN__CASE
 #endif /* TERN__WITH_AVX512_VNNI */
@@ -5900,62 +6010,6 @@ static void tern__dot_base3_amx(const tern__dot *d)
 
 /* -- pairs of bf16 -- */
 
-/* Rounded to nearest even in the high halves; the low ones are not cleared. NaN stays NaN. */
-TERN__AVX512_INLINE __m512i tern__nearest_amx(__m512 x)
-{
-    const __m512i u = (__m512i)x, odd = _mm512_srli_epi32(u, 16) & _mm512_set1_epi32(1);
-    const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    return _mm512_mask_or_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
-}
-TERN__AVX512_INLINE __m512i tern__pair_amx(__m512 first, __m512 second)
-{
-    return _mm512_srli_epi32(tern__nearest_amx(first), 16) | (tern__nearest_amx(second) & _mm512_set1_epi32((int32_t)0xffff0000));
-}
-
-static TERN__AVX512 void tern__pack_b_amx(int64_t len, const float *b, float *to)
-{
-    for (int64_t j = 0; j < 32; j += 2, b += 64)
-        for (int64_t h = 0; h < 32; h += 16, to += 16) {
-            const __m512 first = j < len ? _mm512_loadu_ps(b + h) : _mm512_setzero_ps(), second = j + 1 < len ? _mm512_loadu_ps(b + 32 + h) : _mm512_setzero_ps();
-            tern__store_int_avx512(to, tern__pair_amx(first, second));
-        }
-}
-
-/* 32 terms that lie in rows, and in columns: those are paired first and then turned. */
-TERN__AVX512_INLINE void tern__pack_rows_amx(int64_t rows, int64_t len, const float *a, int64_t a_row, const float *scale, uint16_t *to)
-{
-    for (int64_t i = 0; i < rows; i++, a += a_row)
-        for (int64_t j = 0; j < 32; j += 16, to += 16) {
-            const __m512 x = _mm512_mul_ps(tern__load_avx512(a + j, len - j), tern__load_avx512(scale + j, len - j));
-            tern__store_i16_avx512(to, _mm512_srli_epi32(tern__nearest_amx(x), 16));
-        }
-    memset(to, 0, (size_t)(16 - rows) * 64);
-}
-TERN__AVX512_INLINE void tern__pack_columns_amx(int64_t rows, int64_t len, const float *a, int64_t a_col, const float *scale, float *to)
-{
-    float pair[16 * 16] TERN__ALIGN64;
-    for (int64_t j = 0; j < 32; j += 2, a += 2 * a_col) {
-        const __m512 first = j < len ? _mm512_mul_ps(tern__load_avx512(a, rows), _mm512_set1_ps(scale[j])) : _mm512_setzero_ps();
-        const __m512 second = j + 1 < len ? _mm512_mul_ps(tern__load_avx512(a + a_col, rows), _mm512_set1_ps(scale[j + 1])) : _mm512_setzero_ps();
-        tern__store_int_avx512(pair + j * 8, tern__pair_amx(first, second));
-    }
-    tern__columns_avx512(16, 16, pair, 16, to, 16);
-}
-static TERN__AVX512 void tern__pack_a_amx(int64_t rows, int64_t len, const float *a, int64_t a_row, int64_t a_col, const float *scale, float *to)
-{
-    for (; len > 0; len -= 32, a += 32 * a_col, scale += 32, to += 256) {
-        const int64_t some = tern__min(len, 32);
-        float column[32 * 16];
-        if (a_col == 1) tern__pack_rows_amx(rows, some, a, a_row, scale, (uint16_t *)(void *)to);
-        else if (a_row == 1) tern__pack_columns_amx(rows, some, a, a_col, scale, to);
-        else {
-            for (int64_t j = 0; j < some; j++)
-                for (int64_t i = 0; i < rows; i++) column[j * 16 + i] = a[i * a_row + j * a_col];
-            tern__pack_columns_amx(rows, some, column, 16, scale, to);
-        }
-    }
-}
-
 /* R times 16 rows from row i on, beside 32 lanes: sums in tiles 0 to 3, a in 4 and 5, b in 6 and 7. */
 static inline __attribute__((always_inline)) void tern__pair_rows_amx(const int R, const tern__tile *t, int64_t i, int64_t steps)
 {
@@ -5996,16 +6050,11 @@ static TERN__AVX512 void tern__pair_tiles_amx(const tern__tile *t)
         rows = tern__min(t->rows - i, 32);
         if (rows > 16) tern__pair_rows_amx(2, t, i, steps);
         else tern__pair_rows_amx(1, t, i, steps);
-        for (int64_t r = i; t->c && r < i + rows; r++)
-            for (int64_t h = 0; h < 32; h += 16) {
-                const __m512 sum = _mm512_load_ps(t->p + r * 32 + h);
-                float *c = t->c + r * t->c_row + h;
-                _mm512_storeu_ps(c, t->add ? _mm512_add_ps(_mm512_loadu_ps(c), sum) : sum);
-            }
+        tern__pair_ends_avx512(t, i, rows);
     }
     TERN__TILE_RELEASE();
 }
-static const tern__pairs tern__pairs_amx = {tern__pack_a_amx, tern__pack_b_amx, tern__pair_tiles_amx};
+static const tern__pairs tern__pairs_amx = {tern__pack_pairs_a_avx512, tern__pack_pairs_b_avx512, tern__pair_tiles_amx};
 
 static const tern__kernels tern__kernels_amx_int8 = {TERN__KERNELS(avx512, tern__tile_fused_avx512, amx, amx, avx512, avx512_vbmi, TERN__TOKENS, 14, NULL)};
 static const tern__kernels tern__kernels_amx_bf16 = {TERN__KERNELS(avx512, tern__tile_fused_avx512, amx, amx, avx512, avx512_vbmi, TERN__TOKENS, 14, &tern__pairs_amx)};
@@ -8416,14 +8465,19 @@ TERN__TABLE(avx512_vnni, "avx512-vnni")
 #endif
 #ifdef TERN__WITH_AVX512_VBMI
 TERN__TABLE(avx512_vbmi, "avx512-vbmi")
+#ifdef TERN__WITH_AVX512_BF16
+TERN__TABLE(avx512_bf16, "avx512-vbmi") /* the same tier, where the machine has both */
+#define tern__table_avx512_vbmi (tern__cpu_has_pairs(TERN_ISA_AVX512_VBMI) ? &tern__backend_avx512_bf16 : &tern__backend_avx512_vbmi)
+#else
 #define tern__table_avx512_vbmi &tern__backend_avx512_vbmi
+#endif
 #else
 #define tern__table_avx512_vbmi NULL
 #endif
 #ifdef TERN__WITH_AMX_INT8
 TERN__TABLE(amx_int8, "amx-int8")
-TERN__TABLE(amx_bf16, "amx-int8") /* the same tier, where the machine has both */
-#define tern__table_amx_int8 (tern__cpu_has_pairs() ? &tern__backend_amx_bf16 : &tern__backend_amx_int8)
+TERN__TABLE(amx_bf16, "amx-int8") /* as above */
+#define tern__table_amx_int8 (tern__cpu_has_pairs(TERN_ISA_AMX_INT8) ? &tern__backend_amx_bf16 : &tern__backend_amx_int8)
 #else
 #define tern__table_amx_int8 NULL
 #endif

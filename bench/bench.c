@@ -2288,7 +2288,7 @@ static void target_peer_bf16(const char *text, const char *op, const char *float
 {
     const result *ours = find_result(op, place, best->name), *theirs = find_result(floats, place, "OpenBLAS");
     if (ours && theirs) print_target(text, 3.5, theirs->time / ours->time);
-    else printf("  %-66s %4.0f%%   %s\n", text, 350.0, has_pairs(best) ? "not measured" : "no amx-bf16 here");
+    else printf("  %-66s %4.0f%%   %s\n", text, 350.0, has_pairs(best) ? "not measured" : "no products of bf16 here");
 }
 
 static void targets_table(void)
@@ -2397,7 +2397,7 @@ int main(int argc, char **argv)
     }
     title("Float products: the backward and dense layers");
     for (i = 0; i < (q ? 1 : 5); i++) bench_backward(q ? 256 : layers[i][0], q ? 256 : layers[i][1], q ? 64 : layers[i][2]);
-    if (!option.csv && !has_pairs(best)) printf("  dX / dW in bf16: no amx-bf16 here\n");
+    if (!option.csv && !has_pairs(best)) printf("  dX / dW in bf16: no products of bf16 here\n");
     title("Int8 products");
     bench_int8(q ? 256 : 1024);
     title("Attention");

@@ -2,9 +2,9 @@
    Mutations that test_kernels_bits saw: high nibbles shifted by 3; a chunk's words counted by 2-bit units in base 3;
    the unit behind an odd last one read; idle nibbles counted by their units; a last group of full length. The scalar sum_above
    with a NaN taken as not above a negative bound was seen by its test and by test_ternarize_spare.
-   test_kernels_pairs (with TEST_AMX) saw: ties away from zero; truncation; a NaN rounded as a number; halves of a word exchanged;
+   test_kernels_pairs (with AVX512-BF16 or TEST_AMX) saw: ties away from zero; truncation; a NaN rounded as a number; halves of a word exchanged;
    a partner of the last odd term; rows that are missing left as they were; sums begun at zero always; c never added to; tiles
-   not released. */
+   not released; the second of a tile's two eights of rows read from the first; the lanes' halves exchanged. */
 
 /* The tier's kernels, or NULL where it is not here. */
 static const tern__kernels *kernels_of(tern_isa isa)
@@ -757,11 +757,44 @@ static void kernels_pairs(const tern__pairs *k)
             }
 }
 
+/* The software of the pairs' product against the machine's. */
+#if defined(TERN__WITH_AVX512_BF16) && !defined(TEST_AMX)
+static TERN__AVX512 void kernels_pair_dot(float *sum, const uint8_t *a, const uint8_t *b)
+{
+    __m512 s = _mm512_loadu_ps(sum);
+    TERN__PAIR_DOT(s, _mm512_loadu_si512(a), _mm512_loadu_si512(b));
+    _mm512_storeu_ps(sum, s);
+}
+static void test_kernels_pair_unit(void)
+{
+    int round, i;
+    if (!test_tier(TERN_ISA_AVX512_VBMI) || !tern__cpu_has_pairs(TERN_ISA_AVX512_VBMI)) {
+        printf("  skipped: no AVX512-BF16 here\n");
+        return;
+    }
+    for (round = 0; round < 2000; round++) {
+        uint16_t a[32], b[32];
+        float soft[16], hard[16];
+        for (i = 0; i < 32; i++) {
+            a[i] = tern__to_bf16(test_float() * (round % 3 ? 1.0f : 1e-20f));
+            b[i] = tern__to_bf16(test_float() * (round % 5 ? 1.0f : 1e-19f));
+        }
+        for (i = 0; i < 16; i++) soft[i] = hard[i] = round % 2 ? test_float() : 0.0f;
+        amx_words(soft, a, b);
+        kernels_pair_dot(hard, (const uint8_t *)a, (const uint8_t *)b);
+        CHECK(memcmp(soft, hard, sizeof soft) == 0, "round %d: %.9g, by the machine %.9g", round, (double)soft[0], (double)hard[0]);
+    }
+}
+#endif
+
 static void test_kernels_pairs(void)
 {
     int ran = 0;
     KERNELS_EACH_TIER((void)tier; if (k->pairs) kernels_pairs(k->pairs); ran += k->pairs != NULL);
-    if (!ran) printf("  skipped: no amx-bf16 here\n");
+#ifdef TEST_AMX
+    if (test_tier(TERN_ISA_AMX_INT8)) kernels_pairs(&tern__pairs_avx512);
+#endif
+    if (!ran) printf("  skipped: no products of bf16 here\n");
 }
 
 /* One rounding or two: a fused tile is within the rounding of the products. */
@@ -1174,6 +1207,9 @@ static void suite_kernels(void)
     RUN_ALONE(test_kernels_columns);
     RUN_ALONE(test_kernels_operands);
     RUN_ALONE(test_kernels_pairs);
+#if defined(TERN__WITH_AVX512_BF16) && !defined(TEST_AMX)
+    RUN_ALONE(test_kernels_pair_unit);
+#endif
     RUN_ALONE(test_kernels_tile_fused_is_close);
     RUN_ALONE(test_kernels_floats);
     RUN_ALONE(test_kernels_sum);

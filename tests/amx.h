@@ -131,11 +131,28 @@ static inline void amx_pairs(int c, int a, int b)
         }
 }
 
+/* vdpbf16ps: in each of 16 words the product of the high halves, then that of the low ones, is added to the sum. */
+static inline void amx_words(void *sum, const void *a, const void *b)
+{
+    int i, half;
+#if defined(__x86_64__) || defined(__i386__)
+    __asm__ volatile("vzeroupper");
+#endif
+    for (i = 0; i < 16; i++)
+        for (half = 1; half >= 0; half--) {
+            float x;
+            memcpy(&x, (uint8_t *)sum + 4 * i, 4);
+            x = amx_flush(fmaf(amx_bf16((const uint8_t *)a + 4 * i, half), amx_bf16((const uint8_t *)b + 4 * i, half), amx_flush(x)));
+            memcpy((uint8_t *)sum + 4 * i, &x, 4);
+        }
+}
+
 #ifdef TEST_AMX
 static int amx_asked, amx_refused; /* for permission */
 static int amx_int8_alone;         /* a machine without AMX-BF16 */
 #define TERN__TILE_BF16 (!amx_int8_alone)
 #define TERN__TILE_PAIRS(c, a, b) amx_pairs(c, a, b)
+#define TERN__PAIR_DOT(sum, a, b) amx_words(&(sum), &(a), &(b))
 #define TERN__TILE_ZERO(tile) amx_zero(tile)
 #define TERN__TILE_UNIT (amx_asked++, !amx_refused)
 #define TERN__TILE_CONFIG(from) amx_config(from)
