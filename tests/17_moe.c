@@ -934,6 +934,68 @@ static void moe_backwards(tern_context *c, record *r)
 }
 static void test_moe_backward(void) { same_for_threads(moe_backwards); }
 
+/* The backward in groups, and by a backend without them, a matrix after the other: gradients that are added to what is there, some
+   absent, of a matrix that two experts share too, and of a dead zone that more do. i >= KITS: all tokens to the same experts, factors of bf16. */
+static void moe_backward_fusions(tern_context *c, record *r)
+{
+    const tern_backend *whole = c->run.backend;
+    tern_backend lacking = *whole;
+    int i;
+    lacking.grouped = NULL;
+    for (i = 0; i < 2 * KITS; i++) {
+        const kit_options *o = &kits[i % KITS];
+        const int64_t n = i % 2 ? 67 : 3;
+        kit *k = kit_open(c, o);
+        float *x = moe_input(k, n), *dy = hold_floats(n * o->cols), *y = hold_output(n * o->cols), *dx[2], **first = (float **)hold((size_t)(k->count + 1) * sizeof *first);
+        tern_param zone = param_of("zone", 1, o->width, TERN_DENSE, 0);
+        int64_t j;
+        int32_t p, alone;
+        void *saved;
+        if (i % KITS == 0) {
+            CHECK_OK(c, tern_param_alloc(c, &zone, TERN_FOR_GRADIENT));
+            for (j = 0; j < o->count; j++) {
+                k->expert[3 * j + 1].dead = k->expert[3 * j].dead = &zone;
+                k->expert[3 * j + 1].lambda = k->expert[3 * j].lambda = 0.01f;
+            }
+        }
+        if (!o->low && o->count > 2) {
+            k->experts[1].up = k->experts[0].up;
+            tern_param_free(c, k->experts[2].down, 1 << TERN_GRAD);
+            tern_param_free(c, k->experts[2].up, 1 << TERN_GRAD);
+        }
+        for (j = 0; i >= KITS && j < n * o->cols; j++) x[j] = x[j % o->cols];
+        k->m.gradients = i < KITS ? TERN_F32 : TERN_BF16;
+        saved = kit_reserve(k, n);
+        CHECK_OK(c, tern_moe_forward(c, &k->m, n, x, y, saved));
+        for (alone = 0; alone < 2; alone++) {
+            dx[alone] = hold_output(n * o->cols);
+            c->run.backend = alone ? &lacking : whole;
+            for (p = 0; p <= k->count; p++) {
+                tern_param *q = p < k->count ? k->all[p] : &zone;
+                const int64_t count = q->rows * q->cols;
+                if (!grad_of(q)) continue;
+                if (alone) first[p] = hold_copy(grad_of(q), count);
+                for (j = 0; j < count; j++) grad_of(q)[j] = 0.01f * (float)(j % 7);
+            }
+            CHECK_OK(c, tern_moe_backward(c, &k->m, n, x, saved, dy, dx[alone]));
+            CHECK_OK(c, tern_sync(c));
+        }
+        c->run.backend = whole;
+        CHECK(memcmp(dx[0], dx[1], (size_t)(n * o->cols) * 4) == 0, "kit %d: dx in groups %g, one by one %g", i, dx[0][0], dx[1][0]);
+        record_words(r, dx[0], n * o->cols);
+        for (p = 0; p <= k->count; p++) {
+            tern_param *q = p < k->count ? k->all[p] : &zone;
+            if (!grad_of(q)) continue;
+            CHECK(memcmp(first[p], grad_of(q), (size_t)(q->rows * q->cols) * 4) == 0, "kit %d: %s in groups %g, one by one %g", i, q->name, first[p][0], grad_of(q)[0]);
+            record_words(r, first[p], q->rows * q->cols);
+        }
+        tern_param_free(c, &zone, -1);
+        kit_close(k);
+        release();
+    }
+}
+static void test_moe_backward_fusion(void) { same_for_threads(moe_backward_fusions); }
+
 /* What factors of bf16 change is small beside the largest of an array. */
 static void moe_near(const float *got, const float *want, int64_t count, int kit_index, const char *name)
 {
@@ -1776,6 +1838,7 @@ static void suite_moe(void)
     RUN(test_moe_one_for_all);
     RUN(test_moe_gradients);
     RUN(test_moe_backward);
+    RUN(test_moe_backward_fusion);
     RUN(test_moe_bf16_gradients);
     RUN(test_moe_stats);
     RUN(test_moe_refusals);
