@@ -1103,8 +1103,8 @@ TERN_API tern_result tern_moe_need(tern_context *c, const tern_moe *m, int64_t n
    INT8 or INT4 without low_a and dead zones, and the router is dense or like them, without LoRA; but not with DENSE. */
 TERN_API tern_result tern_moe_forward(tern_context *c, const tern_moe *m, int64_t n, const float *x, float *y, void *saved);
 /* Adds into the TERN_GRAD of all parameters where present; dx [n, cols] (or NULL) is overwritten. As tern_linear_backward.
-   A GPU is waited for, once, where SPARSE waits in the forward and where experts, or what is low-rank, have a TERN_ACCUM: else a
-   graph can capture it. */
+   A GPU is waited for, once, where experts, or the low-rank matrices in their place, read floats or have a TERN_ACCUM, or where
+   down (low_b) is rotated; else a graph can capture it. */
 #ifndef TERNARY_NO_TRAINING
 TERN_API tern_result tern_moe_backward(tern_context *c, const tern_moe *m, int64_t n, const float *x, const void *saved, const float *dy, float *dx);
 #endif

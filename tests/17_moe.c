@@ -996,6 +996,78 @@ static void moe_backward_fusions(tern_context *c, record *r)
 }
 static void test_moe_backward_fusion(void) { same_for_threads(moe_backward_fusions); }
 
+/* Of rows [2, 12) of groups of 5, 0, 4 and 1: dx of two sets, row by row, with zeros behind; gradients are those of the rows here. */
+static void test_moe_grouped_backward(void)
+{
+    enum { GROUPS = 4, N = 10, ROWS = 13, COLS = 21 };
+    static const int32_t loads[GROUPS] = {5, 0, 4, 1}, begin[GROUPS] = {0, 3, 3, 7}, end[GROUPS] = {3, 3, 7, 8};
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_param p[2 * GROUPS], *w[2 * GROUPS];
+    const float *x = hold_floats(N * COLS), *dy = hold_floats(2 * N * ROWS);
+    float *dx = hold_output(2 * N * COLS), *want = hold_output(COLS), *dw = hold_output(ROWS * COLS);
+    int64_t stride = 0, groups = 0, r;
+    tern_grouped_args a;
+    tern_quantize_args q;
+    int32_t i, set;
+    memset(&a, 0, sizeof a);
+    memset(&q, 0, sizeof q);
+    for (i = 0; i < 2 * GROUPS; i++) {
+        w[i] = &p[i];
+        p[i] = param_of("w", ROWS, COLS, TERN_ABSMEAN, TERN_PER_ROW);
+        CHECK_OK(t.c, tern_param_alloc(t.c, &p[i], TERN_FOR_GRADIENT));
+        set_random(t.c, &p[i]);
+    }
+    q.m = a.m = tern_param_matrix(w[0]);
+    CHECK_OK(t.c, tern_activation_shape(t.c, &a.m, &stride, &groups));
+    q.n = N;
+    q.x = x;
+    a.q = q.q = (int8_t *)hold((size_t)(N * stride));
+    a.scale = q.scale = hold_output(N);
+    q.sum = (int32_t *)hold(N * 4);
+    CHECK_OK(t.c, tern_quantize(t.c, &q));
+    a.count = GROUPS;
+    a.sets = a.step = 2;
+    a.w = w;
+    a.loads = loads;
+    a.rows = 12;
+    a.at = 2;
+    a.n = N;
+    a.dy = dy;
+    a.dx = dx;
+    for (r = 0; r < 2 * N * COLS; r++) dx[r] = 7.0f;
+    CHECK_OK(t.c, tern__run_grouped(t.c, &a));
+    for (i = 0; i < 2 * GROUPS; i++) {
+        const int32_t g = i / 2;
+        tern_matmul_dw_args d;
+        set = i % 2;
+        memset(&d, 0, sizeof d);
+        memset(dw, 0, ROWS * COLS * 4);
+        d.m = a.m;
+        d.n = end[g] - begin[g];
+        d.dy = dy + (set * N + begin[g]) * ROWS;
+        d.q = a.q + begin[g] * stride;
+        d.scale = a.scale + begin[g];
+        d.dw = dw;
+        if (d.n > 0) CHECK_OK(t.c, tern_matmul_dw(t.c, &d));
+        CHECK(memcmp(dw, grad_of(w[i]), ROWS * COLS * 4) == 0, "group %d, set %d: %g, not %g", (int)g, (int)set, (double)grad_of(w[i])[0], (double)dw[0]);
+        for (r = begin[g]; r < end[g]; r++) {
+            tern_matmul_dx_args m;
+            m.m = tern_param_matrix(w[i]);
+            m.n = 1;
+            m.dy = dy + (set * N + r) * ROWS;
+            m.dx = want;
+            m.factors = TERN_F32;
+            CHECK_OK(t.c, tern_matmul_dx(t.c, &m));
+            CHECK(memcmp(want, dx + (set * N + r) * COLS, COLS * 4) == 0, "row %d of set %d", (int)r, (int)set);
+        }
+    }
+    for (set = 0; set < 2; set++)
+        for (r = (set * N + 8) * COLS; r < (set + 1) * N * COLS; r++) CHECK(dx[r] == 0.0f, "[%d] is %g", (int)r, (double)dx[r]);
+    for (i = 0; i < 2 * GROUPS; i++) tern_param_free(t.c, &p[i], -1);
+    release();
+    test_close(&t);
+}
+
 /* What factors of bf16 change is small beside the largest of an array. */
 static void moe_near(const float *got, const float *want, int64_t count, int kit_index, const char *name)
 {
@@ -1839,6 +1911,7 @@ static void suite_moe(void)
     RUN(test_moe_gradients);
     RUN(test_moe_backward);
     RUN(test_moe_backward_fusion);
+    RUN_ALONE(test_moe_grouped_backward);
     RUN(test_moe_bf16_gradients);
     RUN(test_moe_stats);
     RUN(test_moe_refusals);
