@@ -11431,7 +11431,7 @@ static int64_t tern__moe_again(const tern_moe *m, int64_t n)
 #endif
 
 /* Places that go through experts at once where a backend multiplies in groups: those of few tokens all together, else no
-   more than all tokens at one expert. */
+   more than all tokens at one expert. Gradients are sums over those of a part, and then of the parts, on every backend. */
 static int64_t tern__moe_part(const tern_moe *m, int64_t n) { return tern__min(tern__mul(n, m->top_k), tern__max(n, TERN__MOE_PART)); }
 
 /* All memory of a forward or backward, from base on (NULL: sizes alone), with `saved` first where the caller has none. */

@@ -10,7 +10,10 @@
    their residual (forward, backward); loads not added to, entropy not a mean, balance without its factor; in
    groups no dead zone, the second matrix for the first, a group that begins in an earlier part; of a mixture that is set from
    floats no look before, none at learned scales (in the sum, or one by one) or at what is rotated, not as it is rounded, a sum
-   that proves too much, buffers that are too small found late; experts without the permission for factors of bf16. */
+   that proves too much, buffers that are too small found late; experts without the permission for factors of bf16; in the backward
+   by groups the second set's dy, dx or outputs of the first, no dead zone, scales of other rows, no zeros behind the last group, no
+   inner norm, one of two dx added, no weights' gradients or those of other places, h of the low-rank form without gradient, no room
+   for the second dx, accumulators ignored, factors of bf16 not permitted, and elsewhere no pieces that end with a part. */
 
 /* -- a layer of odd sizes, with whatever options -- */
 

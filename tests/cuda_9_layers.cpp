@@ -296,7 +296,7 @@ static void test_grouped_back(int32_t count, int32_t sets, int64_t rows, int64_t
     grouped_data d(count, sets, rows, cols, grain, encoding, act, at, n, load, TERN_FOR_GRADIENT);
     tern_context *c = test_context[GPU];
     mirror<float> dy(sets * n * rows, test_uniform), dx(sets * n * cols, test_uniform), z(sets * n * cols), ones(rows * cols, [] { return 1.0f; });
-    const int32_t last = (count - 1) * d.a.step, dead = d.a.step;
+    const int32_t last = (count - 1) * d.a.step, dead = d.a.step + sets - 1; /* the last set's */
     for (int side : {CPU, GPU}) {
         for (both_params *p : d.params)
             if (p->at[side].rows == rows && p->at[side].buffer[TERN_GRAD].data)
