@@ -779,7 +779,10 @@ typedef struct tern_linear_args { tern_quantize_args quantize; const float *bias
 /* Products of rows in groups, each of which has parameters of its own, all alike. The rows of the groups lie one after the
    other, loads[g] of group g, and here are rows [at, at + n) of all: q, scale and sum as tern_quantize gives them. y [sets][n,
    m.rows]: for set s and a row of group g what tern_matmul makes of it with w[g * step + s], whose dead zone's values are
-   the bias. Rows behind the last group's become zeros. The trits and scales of m are not read. */
+   the bias. Rows behind the last group's become zeros. The trits and scales of m are not read.
+   Backward (dy [sets][n, m.rows] set; sum and y are not used): dx [sets][n, m.cols] is for each row what tern_matmul_dx makes of its
+   dy, zeros behind the last group's. What tern_matmul_dw makes of the rows of each group that are here is added to the TERN_GRAD of
+   its parameters and of their dead zones, where present: in the order of groups and sets, should two have the same. */
 typedef struct tern_grouped_args {
     tern_matrix m;
     tern_act act;
@@ -789,6 +792,9 @@ typedef struct tern_grouped_args {
     int64_t rows, at, n;         /* rows: of all groups, at most */
     const int8_t *q; const float *scale; const int32_t *sum;
     float *y;
+    const float *dy; /* set: backward */
+    float *dx;
+    tern_type factors; /* as in tern_matmul_dx_args */
 } tern_grouped_args;
 
 /* Rows that reach the nodes of a hop: the sum, then linear with message and with update, map fn, ADD of factor * add and of
@@ -1097,7 +1103,8 @@ TERN_API tern_result tern_moe_need(tern_context *c, const tern_moe *m, int64_t n
    INT8 or INT4 without low_a and dead zones, and the router is dense or like them, without LoRA; but not with DENSE. */
 TERN_API tern_result tern_moe_forward(tern_context *c, const tern_moe *m, int64_t n, const float *x, float *y, void *saved);
 /* Adds into the TERN_GRAD of all parameters where present; dx [n, cols] (or NULL) is overwritten. As tern_linear_backward.
-   A GPU is waited for, once. */
+   A GPU is waited for, once, where experts, or the low-rank matrices in their place, read floats or have a TERN_ACCUM, or where
+   down (low_b) is rotated; else a graph can capture it. */
 #ifndef TERNARY_NO_TRAINING
 TERN_API tern_result tern_moe_backward(tern_context *c, const tern_moe *m, int64_t n, const float *x, const void *saved, const float *dy, float *dx);
 #endif
@@ -6848,17 +6855,22 @@ static void tern__grouped_body(tern__job *job, int64_t begin, int64_t end, int64
     while (tern__grouped_next(&t, &item)) tern__matmul_range(job->k, &item.a, &t.s, item.p0, item.p1, 0, item.a.n);
 }
 
-static tern_result tern__cpu_grouped(tern_run *run, const tern_grouped_args *a)
+/* Zeros behind the last group's rows, of which there are so many. */
+static void tern__grouped_end(const tern_grouped_args *a, int64_t rows, int64_t width, float *y)
+{
+    int64_t set;
+    for (set = 0; set < a->sets; set++) memset(y + (set * a->n + rows) * width, 0, sizeof(float) * (size_t)((a->n - rows) * width));
+}
+
+static tern_result tern__cpu_grouped_products(tern_run *run, const tern_grouped_args *a)
 {
     tern__grouped_turn t = tern__grouped_start(a, 0, 0);
-    int64_t rows = 0, set;
+    int64_t rows = 0;
     while (tern__grouped_group(&t)) rows = t.at + t.n;
     if (t.unit > 0) tern__for(run, tern__grouped_body, a, t.unit, a->m.cols);
-    for (set = 0; set < a->sets; set++) memset(a->y + (set * a->n + rows) * a->m.rows, 0, sizeof(float) * (size_t)((a->n - rows) * a->m.rows));
+    tern__grouped_end(a, rows, a->m.rows, a->y);
     return TERN_OK;
 }
-#else
-#define tern__cpu_grouped NULL
 #endif
 
 static tern_result tern__cpu_dense(tern_run *run, const tern_dense_args *a)
@@ -7075,6 +7087,58 @@ static tern_result tern__cpu_matmul_dw(tern_run *run, const tern_matmul_dw_args 
     if (a->dbias) tern__for(run, tern__bias_body, a, a->m.rows, tern__mul(a->n, 5));
     return TERN_OK;
 }
+#endif
+
+#ifndef TERNARY_NO_MOE
+#ifndef TERNARY_NO_TRAINING
+/* The backward of a matrix with its group's rows. */
+static tern_result tern__grouped_one_back(tern_run *run, const tern__grouped_turn *t, int32_t set)
+{
+    const tern_grouped_args *a = t->a;
+    const struct tern_param *p = a->w[(int64_t)t->group * a->step + set];
+    tern_matmul_dx_args dx;
+    tern_matmul_dw_args dw;
+    memset(&dw, 0, sizeof dw);
+    dx.m = a->m;
+    dx.m.trits = p->buffer[TERN_TRITS].data;
+    dx.m.scales = p->buffer[TERN_SCALES].data;
+    dx.n = dw.n = t->n;
+    dx.dy = dw.dy = a->dy + (set * a->n + t->at) * a->m.rows;
+    dx.dx = a->dx + (set * a->n + t->at) * a->m.cols;
+    dx.factors = dw.factors = a->factors;
+    dw.m = a->m;
+    dw.act = a->act;
+    dw.q = a->q + t->at * t->s.stride; dw.scale = a->scale + t->at;
+    dw.dw = (float *)p->buffer[TERN_GRAD].data;
+    dw.dbias = p->dead ? (float *)p->dead->buffer[TERN_GRAD].data : NULL;
+    TERN__TRY(tern__cpu_matmul_dw(run, &dw));
+    return tern__cpu_matmul_dx(run, &dx);
+}
+
+/* One after the other, each on all threads. */
+static tern_result tern__cpu_grouped_back(tern_run *run, const tern_grouped_args *a)
+{
+    tern__grouped_turn t = tern__grouped_start(a, 0, 0);
+    int64_t rows = 0;
+    int32_t set;
+    while (tern__grouped_group(&t)) {
+        for (set = 0; set < a->sets; set++) TERN__TRY(tern__grouped_one_back(run, &t, set));
+        rows = t.at + t.n;
+    }
+    tern__grouped_end(a, rows, a->m.cols, a->dx);
+    return TERN_OK;
+}
+#endif
+
+static tern_result tern__cpu_grouped(tern_run *run, const tern_grouped_args *a)
+{
+#ifndef TERNARY_NO_TRAINING
+    if (a->dy) return tern__cpu_grouped_back(run, a);
+#endif
+    return tern__cpu_grouped_products(run, a);
+}
+#else
+#define tern__cpu_grouped NULL
 #endif
 
 /* x / by, 16 at a time: a constant trip count, of which compilers make vectors (gcc at -O2 from version 12 on). */
@@ -11219,12 +11283,16 @@ static int32_t tern__moe_floats(const tern_moe *m)
     return !tern__moe_quantizes(m, m->experts->up) || (m->low_a && !tern__moe_quantizes(m, m->low_a[0]));
 }
 
-/* Whether the backend multiplies what experts have of their own in groups. */
-static int32_t tern__moe_grouped(const tern_context *c, const tern_moe *m)
+/* What experts have of their own: the first and the second that a row meets. */
+static const tern_param *tern__moe_first(const tern_moe *m) { return m->low_a ? m->low_a[0] : m->experts->up; }
+static const tern_param *tern__moe_second(const tern_moe *m) { return m->low_a ? m->low_b[0] : m->experts->down; }
+
+/* Whether it may be multiplied in groups, and whether the backend does. */
+static int32_t tern__moe_has_groups(const tern_moe *m)
 {
-    const tern_param *first = m->low_a ? m->low_a[0] : m->experts->up, *second = m->low_a ? m->low_b[0] : m->experts->down;
-    return c->run.backend->grouped && tern__moe_quantizes(m, first) && tern__moe_quantizes(m, second) && !second->rotate;
+    return tern__moe_quantizes(m, tern__moe_first(m)) && tern__moe_quantizes(m, tern__moe_second(m)) && !tern__moe_second(m)->rotate;
 }
+static int32_t tern__moe_grouped(const tern_context *c, const tern_moe *m) { return c->run.backend->grouped && tern__moe_has_groups(m); }
 
 /* In groups, what was chosen is all that is read, and nothing is waited for: few tokens need no other way. */
 static int32_t tern__moe_dense(const tern_context *c, const tern_moe *m, int64_t n)
@@ -11419,7 +11487,7 @@ static int64_t tern__moe_again(const tern_moe *m, int64_t n)
 #endif
 
 /* Places that go through experts at once where a backend multiplies in groups: those of few tokens all together, else no
-   more than all tokens at one expert. */
+   more than all tokens at one expert. Gradients are sums over those of a part, and then of the parts, on every backend. */
 static int64_t tern__moe_part(const tern_moe *m, int64_t n) { return tern__min(tern__mul(n, m->top_k), tern__max(n, TERN__MOE_PART)); }
 
 /* All memory of a forward or backward, from base on (NULL: sizes alone), with `saved` first where the caller has none. */
@@ -11457,14 +11525,14 @@ static void tern__moe_memory(const tern_moe *m, int64_t n, int32_t dense, int32_
         w->dweights = tern__piece_of_floats(&p, n, m->top_k);
         w->dlogits = tern__piece_of_floats(&p, n, m->count);
         w->dx = tern__piece_of_floats(&p, n, cols);
-        w->dout = tern__piece_of_floats(&p, n, tern__max(cols, width));
-        w->drows = tern__piece_of_floats(&p, n, cols);
-        w->dh = tern__piece_of_floats(&p, n, width);
-        w->dgate = tern__piece_of_floats(&p, n, width);
-        w->dup = tern__piece_of_floats(&p, n, width);
-        w->again = tern__piece(&p, tern__moe_again(m, n), 1);
+        w->dout = tern__piece_of_floats(&p, part, tern__max(cols, width));
+        w->drows = tern__piece_of_floats(&p, tern__mul(2, part), cols); /* of gate and up */
+        w->dh = tern__piece_of_floats(&p, part, width);
+        w->dgate = tern__piece_of_floats(&p, part, width);
+        w->dup = tern__piece_of_floats(&p, part, width);
+        w->again = tern__piece(&p, tern__moe_again(m, part), 1);
         if (m->low_a) {
-            w->dlow = tern__piece_of_floats(&p, n, rank);
+            w->dlow = tern__piece_of_floats(&p, part, rank);
             w->dsum = tern__piece_of_floats(&p, n, width);
             w->dhidden = tern__piece_of_floats(&p, n, width);
         }
@@ -11622,27 +11690,30 @@ static tern_result tern__moe_group(tern_context *c, const tern_moe *m, int64_t n
     return tern_group(c, &a);
 }
 
-/* The groups, one after the other: places [at, at + n) of tokens, slots and sorted. */
-typedef struct tern__moe_turn { int64_t at, n; int32_t expert, dense; int32_t loads[TERN__MAX_EXPERTS]; } tern__moe_turn;
+/* The groups, one after the other: places [at, at + n) of tokens, slots and sorted, in pieces that end where a part of the
+   places does, so that sums over rows are those of an operation in groups. part: its places, or 0 for no pieces. */
+typedef struct tern__moe_turn { int64_t at, n, left, tokens, part; int32_t expert, dense; int32_t loads[TERN__MAX_EXPERTS]; } tern__moe_turn;
 
-static tern_result tern__moe_turns(tern_context *c, const tern_moe *m, int64_t n, int32_t dense, const tern__moe_work *w, tern__moe_turn *t)
+static tern_result tern__moe_turns(tern_context *c, const tern_moe *m, int64_t n, int32_t dense, int64_t part, const tern__moe_work *w, tern__moe_turn *t)
 {
+    t->at = t->n = t->left = 0;
+    t->tokens = n;
+    t->part = part;
     t->expert = -1;
     t->dense = dense;
-    t->at = 0;
-    t->n = dense ? n : 0;
-    if (dense) t->at = -n;
     return dense ? TERN_OK : tern_copy(c, t->loads, w->loads, (size_t)m->count * sizeof(int32_t), TERN_TO_HOST);
 }
 
-/* The next expert that has tokens. */
+/* The next piece: of an expert that has tokens. */
 static int32_t tern__moe_next(const tern_moe *m, tern__moe_turn *t)
 {
-    do {
-        t->at += t->n;
+    t->at += t->n;
+    while (t->left == 0) {
         if (++t->expert >= m->count) return 0;
-        if (!t->dense) t->n = t->loads[t->expert];
-    } while (t->n == 0);
+        t->left = t->dense ? t->tokens : t->loads[t->expert];
+    }
+    t->n = t->part ? tern__min(t->left, t->part - t->at % t->part) : t->left;
+    t->left -= t->n;
     return 1;
 }
 
@@ -11700,10 +11771,11 @@ static tern_result tern__moe_lows(tern_context *c, const tern_moe *m, int64_t n,
 }
 
 /* Places [at, at + n) by parameters of their experts: p[0] and, with two sets, p[1] of the first, `step` on those of the next. */
-static tern_result tern__moe_products(tern_context *c, const tern_moe *m, int64_t tokens, int64_t at, int64_t n, const tern__kept *rows, tern_param *const *p, int32_t step,
-                                      int32_t sets, const tern__moe_work *w, float *y)
+static tern_grouped_args tern__moe_groups(const tern_moe *m, int64_t tokens, int64_t at, int64_t n, const tern__kept *rows, tern_param *const *p, int32_t step, int32_t sets,
+                                          const tern__moe_work *w)
 {
     tern_grouped_args a;
+    memset(&a, 0, sizeof a);
     a.m = tern_param_matrix(*p);
     a.act = m->act;
     a.count = m->count;
@@ -11715,34 +11787,58 @@ static tern_result tern__moe_products(tern_context *c, const tern_moe *m, int64_
     a.at = at;
     a.n = n;
     a.q = rows->q; a.scale = rows->scale; a.sum = rows->sum;
+    return a;
+}
+
+static tern_result tern__moe_products(tern_context *c, const tern_moe *m, int64_t tokens, int64_t at, int64_t n, const tern__kept *rows, tern_param *const *p, int32_t step,
+                                      int32_t sets, const tern__moe_work *w, float *y)
+{
+    tern_grouped_args a = tern__moe_groups(m, tokens, at, n, rows, p, step, sets, w);
     a.y = y;
     return tern__run_grouped(c, &a);
+}
+
+enum { TERN__EXPERT_STEP = sizeof(tern_expert) / sizeof(tern_param *) };
+
+/* h of a part, and what is on the way: gate and, behind it, up in w->gate (or up alone), and fn. Both may be w->gate. */
+static tern_result tern__moe_hidden_part(tern_context *c, const tern_moe *m, int64_t n, int64_t at, int64_t part, const tern__kept *rows, float *fn, float *h, const tern__moe_work *w)
+{
+    const tern_expert *e = m->experts;
+    const int64_t count = part * e->up->rows;
+    TERN__TRY(tern__moe_products(c, m, n, at, part, rows, e->gate ? &e->gate : &e->up, TERN__EXPERT_STEP, e->gate ? 2 : 1, w, w->gate));
+    if (!e->gate) return tern__apply(c, tern__moe_fn(m), count, w->gate, NULL, h);
+    TERN__TRY(tern__apply(c, tern__moe_fn(m), count, w->gate, NULL, fn));
+    return tern__apply(c, TERN_MAP_MUL, count, fn, w->gate + count, h);
 }
 
 /* The experts' outputs by groups. */
 static tern_result tern__moe_parts(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const tern__moe_work *w, float *y)
 {
-    enum { STEP = sizeof(tern_expert) / sizeof(tern_param *) };
     const tern_expert *e = m->experts;
-    const int64_t places = n * m->top_k, width = e->up->rows, cols = e->up->cols;
+    const int64_t places = n * m->top_k, cols = e->up->cols;
     const tern_linear down = tern__moe_down(m, e->down);
     int64_t at, part;
     for (at = 0; at < places; at += part) {
-        float *up, *h = w->gate;
         tern__moe_rows rows;
         tern__kept kept;
         part = tern__min(w->part, places - at);
-        up = e->gate ? w->gate + part * width : w->gate;
         TERN__TRY(tern__moe_gather(c, m, n, all, part, w->tokens + at, w, &rows));
-        TERN__TRY(tern__moe_products(c, m, n, at, part, &rows.kept, e->gate ? &e->gate : &e->up, STEP, e->gate ? 2 : 1, w, w->gate));
-        TERN__TRY(tern__apply(c, tern__moe_fn(m), part * width, w->gate, NULL, h));
-        if (e->gate) TERN__TRY(tern__apply(c, TERN_MAP_MUL, part * width, h, up, h));
+        TERN__TRY(tern__moe_hidden_part(c, m, n, at, part, &rows.kept, w->gate, w->gate, w));
         kept = tern__kept_at(&down, part, c->scratch + c->scratch_base);
-        TERN__TRY(tern__moe_quantize(c, &down, part, h, &kept));
-        TERN__TRY(tern__moe_products(c, m, n, at, part, &kept, &e->down, STEP, 1, w, w->out));
+        TERN__TRY(tern__moe_quantize(c, &down, part, w->gate, &kept));
+        TERN__TRY(tern__moe_products(c, m, n, at, part, &kept, &e->down, TERN__EXPERT_STEP, 1, w, w->out));
         TERN__TRY(tern__scatter_rows_of(c, n, cols, w->out, part, w->tokens + at, w->sorted + at, y));
     }
     return TERN_OK;
+}
+
+/* B A x of a part into w->up; kept: what B reads. */
+static tern_result tern__moe_low_part(tern_context *c, const tern_moe *m, int64_t n, int64_t at, int64_t part, const tern__kept *rows, const tern__kept *kept, const tern__moe_work *w)
+{
+    const tern_linear b = tern__moe_reader(m, m->low_b[0]);
+    TERN__TRY(tern__moe_products(c, m, n, at, part, rows, m->low_a, 1, 1, w, w->low));
+    TERN__TRY(tern__moe_quantize(c, &b, part, w->low, kept));
+    return tern__moe_products(c, m, n, at, part, kept, m->low_b, 1, 1, w, w->up);
 }
 
 /* The sum of the low-rank form by groups. */
@@ -11757,11 +11853,9 @@ static tern_result tern__moe_low_parts(tern_context *c, const tern_moe *m, int64
         tern__moe_rows rows;
         tern__kept kept;
         part = tern__min(w->part, places - at);
-        TERN__TRY(tern__moe_gather(c, m, n, &quantized, part, w->tokens + at, w, &rows));
-        TERN__TRY(tern__moe_products(c, m, n, at, part, &rows.kept, m->low_a, 1, 1, w, w->low));
         kept = tern__kept_at(&b, part, c->scratch + c->scratch_base);
-        TERN__TRY(tern__moe_quantize(c, &b, part, w->low, &kept));
-        TERN__TRY(tern__moe_products(c, m, n, at, part, &kept, m->low_b, 1, 1, w, w->up));
+        TERN__TRY(tern__moe_gather(c, m, n, &quantized, part, w->tokens + at, w, &rows));
+        TERN__TRY(tern__moe_low_part(c, m, n, at, part, &rows.kept, &kept, w));
         TERN__TRY(tern__gather_rows_of(c, n, width, w->hidden, part, w->tokens + at, NULL, w->h));
         TERN__TRY(tern__apply(c, TERN_MAP_MUL, part * width, w->h, w->up, w->fn));
         TERN__TRY(tern__scatter_rows_of(c, n, width, w->fn, part, w->tokens + at, w->sorted + at, w->sum));
@@ -11853,7 +11947,7 @@ static tern_result tern__moe_chosen(tern_context *c, const tern_moe *m, int64_t 
     if (fused != TERN_E_UNSUPPORTED) return fused;
     TERN__TRY(tern__moe_route(c, m, n, x, w));
     TERN__TRY(tern__moe_group(c, m, n, dense, w));
-    if (!grouped) TERN__TRY(tern__moe_turns(c, m, n, dense, w, &t));
+    if (!grouped) TERN__TRY(tern__moe_turns(c, m, n, dense, 0, w, &t));
     TERN__TRY(tern__moe_read(c, m, n, x, w, 1, all));
     if (m->low_a) {
         const tern_linear down = tern__moe_down(m, m->experts->down);
@@ -11893,48 +11987,53 @@ TERN_API tern_result tern_moe_forward(tern_context *c, const tern_moe *m, int64_
 /* -- backward -- */
 #ifndef TERNARY_NO_TRAINING
 
-/* dx~ of the rows into w->drows, from dy of a parameter that read them. */
-static tern_result tern__moe_reader_back(tern_context *c, const tern_moe *m, tern_param *p, int64_t n, const tern__moe_rows *rows, const float *dy, const tern__moe_work *w)
+/* dx~ of the rows, from dy of a parameter that read them. */
+static tern_result tern__moe_reader_back(tern_context *c, const tern_moe *m, tern_param *p, int64_t n, const tern__moe_rows *rows, const float *dy, float *dx)
 {
     const tern_linear l = tern__moe_reader(m, p);
-    return tern_linear_backward(c, &l, n, rows->x ? rows->x : dy, rows->kept.q, dy, w->drows);
+    return tern_linear_backward(c, &l, n, rows->x ? rows->x : dy, rows->kept.q, dy, dx);
 }
 
-/* dx~ of the tokens += that of their rows. */
-static tern_result tern__moe_add_rows(tern_context *c, const tern_moe *m, int64_t n, int64_t rows, const int32_t *tokens, const tern__moe_work *w)
+/* dx~ of the tokens += that of their rows, in w->drows for each of the parameters that read them, one or two. tokens: NULL for all. */
+static tern_result tern__moe_add_rows(tern_context *c, const tern_moe *m, int64_t n, int64_t rows, int32_t sets, const int32_t *tokens, const tern__moe_work *w)
 {
     const int64_t cols = m->experts->up->cols;
+    if (sets > 1) TERN__TRY(tern__apply(c, TERN_MAP_ADD, rows * cols, w->drows, w->drows + rows * cols, w->drows));
     if (tokens) return tern__scatter_rows_of(c, n, cols, w->drows, rows, tokens, NULL, w->dx);
     return tern__apply(c, TERN_MAP_ADD, n * cols, w->dx, w->drows, w->dx);
+}
+
+/* From dh of rows: the gradients of gate, or NULL, and up. */
+static tern_result tern__moe_fn_back(tern_context *c, const tern_moe *m, int64_t count, const float *gate, const float *up, const float *fn, const float *dh, float *dgate, float *dup)
+{
+    if (!gate) return tern__apply_back(c, tern__moe_fn(m), count, up, NULL, dh, dup, NULL);
+    TERN__TRY(tern__apply_back(c, TERN_MAP_MUL, count, fn, up, dh, dgate, dup));
+    return tern__apply_back(c, tern__moe_fn(m), count, gate, NULL, dgate, dgate, NULL);
 }
 
 /* From dh of rows whose gate, up and fn are in w: the gradients of gate and up, and dx~. tokens: NULL for all. */
 static tern_result tern__moe_hidden_back(tern_context *c, const tern_moe *m, const tern_expert *e, int64_t all_n, int64_t n, const tern__moe_rows *rows,
                                          const int32_t *tokens, const float *dh, const tern__moe_work *w)
 {
-    const int64_t count = n * e->up->rows;
-    if (e->gate) {
-        TERN__TRY(tern__apply_back(c, TERN_MAP_MUL, count, w->fn, w->up, dh, w->dgate, w->dup));
-        TERN__TRY(tern__apply_back(c, tern__moe_fn(m), count, w->gate, NULL, w->dgate, w->dgate, NULL));
-        TERN__TRY(tern__moe_reader_back(c, m, e->gate, n, rows, w->dgate, w));
-        TERN__TRY(tern__moe_add_rows(c, m, all_n, n, tokens, w));
-    } else TERN__TRY(tern__apply_back(c, tern__moe_fn(m), count, w->up, NULL, dh, w->dup, NULL));
-    TERN__TRY(tern__moe_reader_back(c, m, e->up, n, rows, w->dup, w));
-    return tern__moe_add_rows(c, m, all_n, n, tokens, w);
+    const int32_t sets = e->gate ? 2 : 1;
+    TERN__TRY(tern__moe_fn_back(c, m, n * e->up->rows, e->gate ? w->gate : NULL, w->up, w->fn, dh, w->dgate, w->dup));
+    if (e->gate) TERN__TRY(tern__moe_reader_back(c, m, e->gate, n, rows, w->dgate, w->drows));
+    TERN__TRY(tern__moe_reader_back(c, m, e->up, n, rows, w->dup, w->drows + (sets - 1) * n * e->up->cols));
+    return tern__moe_add_rows(c, m, all_n, n, sets, tokens, w);
 }
 
-/* dweights[slot] = <d[token], out of its row>, both of so many columns. */
-static tern_result tern__moe_weights_back(tern_context *c, const tern_moe *m, int64_t n, int64_t cols, const float *d, const float *out, const tern__moe_turn *t, const tern__moe_work *w)
+/* dweights[slot] = <d[token], out of its row>, both of so many columns, at places [at, at + rows). */
+static tern_result tern__moe_weights_back(tern_context *c, const tern_moe *m, int64_t n, int64_t cols, const float *d, const float *out, int64_t at, int64_t rows, const tern__moe_work *w)
 {
     tern_row_dot_args a;
     a.rows = n;
     a.cols = cols;
-    a.n = t->n;
+    a.n = rows;
     a.count = n * m->top_k;
     a.a = d;
     a.b = out;
-    a.ids = w->tokens + t->at;
-    a.to = w->slots + t->at;
+    a.ids = w->tokens + at;
+    a.to = w->slots + at;
     a.y = w->dweights;
     return tern_row_dot(c, &a);
 }
@@ -11950,7 +12049,7 @@ static tern_result tern__moe_experts_back(tern_context *c, const tern_moe *m, in
         TERN__TRY(tern__moe_gather(c, m, n, all, t->n, tokens, w, &rows));
         TERN__TRY(tern__moe_hidden(c, m, e, t->n, &rows, w, w->h));
         TERN__TRY(tern_linear_forward(c, &down, t->n, w->h, w->out, w->again));
-        TERN__TRY(tern__moe_weights_back(c, m, n, cols, dy, w->out, t, w));
+        TERN__TRY(tern__moe_weights_back(c, m, n, cols, dy, w->out, t->at, t->n, w));
         TERN__TRY(tern__gather_rows_of(c, n, cols, dy, t->n, tokens, w->sorted + t->at, w->dout));
         TERN__TRY(tern_linear_backward(c, &down, t->n, w->h, w->again, w->dout, w->dh));
         TERN__TRY(tern__moe_hidden_back(c, m, e, n, t->n, &rows, tokens, w->dh, w));
@@ -11970,24 +12069,113 @@ static tern_result tern__moe_lows_back(tern_context *c, const tern_moe *m, int64
         TERN__TRY(tern__gather_rows_of(c, n, width, w->hidden, t->n, tokens, NULL, w->h));
         TERN__TRY(tern__moe_low(c, m, t->expert, t->n, &rows, NULL, w, w->again));
         TERN__TRY(tern__apply(c, TERN_MAP_MUL, t->n * width, w->h, w->up, w->fn));
-        TERN__TRY(tern__moe_weights_back(c, m, n, width, w->dsum, w->fn, t, w));
+        TERN__TRY(tern__moe_weights_back(c, m, n, width, w->dsum, w->fn, t->at, t->n, w));
         TERN__TRY(tern__gather_rows_of(c, n, width, w->dsum, t->n, tokens, w->sorted + t->at, w->dout));
         TERN__TRY(tern__apply_back(c, TERN_MAP_MUL, t->n * width, w->h, w->up, w->dout, w->dh, w->dup));
         TERN__TRY(tern__scatter_rows_of(c, n, width, w->dh, t->n, tokens, NULL, w->dhidden));
         TERN__TRY(tern_linear_backward(c, &b, t->n, w->low, w->again, w->dup, w->dlow));
-        TERN__TRY(tern__moe_reader_back(c, m, m->low_a[t->expert], t->n, &rows, w->dlow, w));
-        TERN__TRY(tern__moe_add_rows(c, m, n, t->n, tokens, w));
+        TERN__TRY(tern__moe_reader_back(c, m, m->low_a[t->expert], t->n, &rows, w->dlow, w->drows));
+        TERN__TRY(tern__moe_add_rows(c, m, n, t->n, 1, tokens, w));
     }
     return TERN_OK;
 }
 
+/* -- the same by groups -- */
+
+/* Rounded gradients, beside an accumulator, are of all rows of an expert at once. */
+static int32_t tern__moe_back_in_parts(const tern_moe *m)
+{
+    return tern__moe_has_groups(m) && !tern__is_integer(tern__moe_first(m)) && !tern__is_integer(tern__moe_second(m));
+}
+
+/* As tern__moe_products: dx of each set, and the gradients of parameters. */
+static tern_result tern__moe_products_back(tern_context *c, const tern_moe *m, int64_t tokens, int64_t at, int64_t n, const tern__kept *rows, tern_param *const *p, int32_t step,
+                                           int32_t sets, const float *dy, float *dx, const tern__moe_work *w)
+{
+    tern_grouped_args a = tern__moe_groups(m, tokens, at, n, rows, p, step, sets, w);
+    a.dy = dy;
+    a.dx = dx;
+    a.factors = m->gradients;
+    return tern__run_grouped(c, &a);
+}
+
+/* Through the norm of what goes into down, in place. */
+static tern_result tern__moe_inner_back(tern_context *c, const tern_linear *down, int64_t n, const float *h, float *dh)
+{
+    tern_norm_args a;
+    if (down->norm == TERN_NORM_NONE) return TERN_OK;
+    a = tern__linear_norm(down, n, h);
+    a.dy = a.dx = dh;
+    return tern_norm(c, &a);
+}
+
+static tern_result tern__moe_parts_back(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const float *dy, const tern__moe_work *w)
+{
+    const tern_expert *e = m->experts;
+    const int64_t places = n * m->top_k, cols = e->up->cols;
+    const int32_t sets = e->gate ? 2 : 1;
+    const tern_linear down = tern__moe_down(m, e->down);
+    int64_t at, part;
+    for (at = 0; at < places; at += part) {
+        const int32_t *tokens = w->tokens + at;
+        tern__moe_rows rows;
+        tern__kept kept;
+        int64_t count, second; /* floats of a set; where up's begin, behind gate's */
+        part = tern__min(w->part, places - at);
+        count = part * e->up->rows;
+        second = (sets - 1) * count;
+        kept = tern__kept_at(&down, part, w->again);
+        TERN__TRY(tern__moe_gather(c, m, n, all, part, tokens, w, &rows));
+        TERN__TRY(tern__moe_hidden_part(c, m, n, at, part, &rows.kept, w->fn, w->h, w));
+        TERN__TRY(tern__moe_quantize(c, &down, part, w->h, &kept));
+        TERN__TRY(tern__moe_products(c, m, n, at, part, &kept, &e->down, TERN__EXPERT_STEP, 1, w, w->out));
+        TERN__TRY(tern__moe_weights_back(c, m, n, cols, dy, w->out, at, part, w));
+        TERN__TRY(tern__gather_rows_of(c, n, cols, dy, part, tokens, w->sorted + at, w->dout));
+        TERN__TRY(tern__moe_products_back(c, m, n, at, part, &kept, &e->down, TERN__EXPERT_STEP, 1, w->dout, w->dh, w));
+        TERN__TRY(tern__moe_inner_back(c, &down, part, w->h, w->dh));
+        TERN__TRY(tern__moe_fn_back(c, m, count, e->gate ? w->gate : NULL, w->gate + second, w->fn, w->dh, w->dgate, w->dgate + second));
+        TERN__TRY(tern__moe_products_back(c, m, n, at, part, &rows.kept, e->gate ? &e->gate : &e->up, TERN__EXPERT_STEP, sets, w->dgate, w->drows, w));
+        TERN__TRY(tern__moe_add_rows(c, m, n, part, sets, tokens, w));
+    }
+    return TERN_OK;
+}
+
+static tern_result tern__moe_low_parts_back(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const tern__moe_work *w)
+{
+    const int64_t places = n * m->top_k, width = m->experts->up->rows;
+    const tern_linear b = tern__moe_reader(m, m->low_b[0]);
+    tern__moe_rows quantized = *all;
+    int64_t at, part;
+    quantized.x = NULL; /* which the hidden ones may read, but not low_a */
+    for (at = 0; at < places; at += part) {
+        const int32_t *tokens = w->tokens + at;
+        tern__moe_rows rows;
+        tern__kept kept;
+        part = tern__min(w->part, places - at);
+        kept = tern__kept_at(&b, part, w->again);
+        TERN__TRY(tern__moe_gather(c, m, n, &quantized, part, tokens, w, &rows));
+        TERN__TRY(tern__gather_rows_of(c, n, width, w->hidden, part, tokens, NULL, w->h));
+        TERN__TRY(tern__moe_low_part(c, m, n, at, part, &rows.kept, &kept, w));
+        TERN__TRY(tern__apply(c, TERN_MAP_MUL, part * width, w->h, w->up, w->fn));
+        TERN__TRY(tern__moe_weights_back(c, m, n, width, w->dsum, w->fn, at, part, w));
+        TERN__TRY(tern__gather_rows_of(c, n, width, w->dsum, part, tokens, w->sorted + at, w->dout));
+        TERN__TRY(tern__apply_back(c, TERN_MAP_MUL, part * width, w->h, w->up, w->dout, w->dh, w->dup));
+        TERN__TRY(tern__scatter_rows_of(c, n, width, w->dh, part, tokens, NULL, w->dhidden));
+        TERN__TRY(tern__moe_products_back(c, m, n, at, part, &kept, m->low_b, 1, 1, w->dup, w->dlow, w));
+        TERN__TRY(tern__moe_products_back(c, m, n, at, part, &rows.kept, m->low_a, 1, 1, w->dlow, w->drows, w));
+        TERN__TRY(tern__moe_add_rows(c, m, n, part, 1, tokens, w));
+    }
+    return TERN_OK;
+}
+
+/* t: NULL by groups. */
 static tern_result tern__moe_low_back(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const float *dy, const tern__moe_work *w, tern__moe_turn *t)
 {
     const tern_linear down = tern__moe_down(m, m->experts->down);
     TERN__TRY(tern_linear_backward(c, &down, n, w->sum, w->inner, dy, w->dsum));
     TERN__TRY(tern__moe_hidden(c, m, m->experts, n, all, w, w->hidden));
     TERN__TRY(tern__zero(c, n * m->experts->up->rows, w->dhidden));
-    TERN__TRY(tern__moe_lows_back(c, m, n, all, w, t));
+    TERN__TRY(t ? tern__moe_lows_back(c, m, n, all, w, t) : tern__moe_low_parts_back(c, m, n, all, w));
     TERN__TRY(tern__moe_hidden(c, m, m->experts, n, all, w, w->hidden)); /* gate, up and fn of all tokens again */
     return tern__moe_hidden_back(c, m, m->experts, n, n, all, NULL, w->dhidden, w);
 }
@@ -12019,14 +12207,15 @@ static tern_result tern__moe_norm_back(tern_context *c, const tern_moe *m, int64
 
 static tern_result tern__moe_back(tern_context *c, const tern_moe *m, int64_t n, const float *x, const float *dy, float *dx, const tern__moe_work *w)
 {
+    const int32_t parts = tern__moe_back_in_parts(m), grouped = parts && c->run.backend->grouped;
     tern__moe_turn t;
     tern__moe_rows all;
     TERN__TRY(tern__moe_group(c, m, n, 0, w));
-    TERN__TRY(tern__moe_turns(c, m, n, 0, w, &t));
+    if (!grouped) TERN__TRY(tern__moe_turns(c, m, n, 0, parts ? w->part : 0, w, &t));
     TERN__TRY(tern__moe_read(c, m, n, x, w, 0, &all));
     TERN__TRY(tern__zero(c, n * m->experts->up->cols, w->dx));
-    if (m->low_a) TERN__TRY(tern__moe_low_back(c, m, n, &all, dy, w, &t));
-    else TERN__TRY(tern__moe_experts_back(c, m, n, &all, dy, w, &t));
+    if (m->low_a) TERN__TRY(tern__moe_low_back(c, m, n, &all, dy, w, grouped ? NULL : &t));
+    else TERN__TRY(grouped ? tern__moe_parts_back(c, m, n, &all, dy, w) : tern__moe_experts_back(c, m, n, &all, dy, w, &t));
     if (m->always) {
         const tern_linear down = tern__moe_down(m, m->always->down);
         TERN__TRY(tern__moe_hidden(c, m, m->always, n, &all, w, w->h));

@@ -1737,14 +1737,15 @@ enum { TERN__GROUP_MATRICES = 128 }; /* of a launch, among the kernel's paramete
 typedef struct tern__group_matrix { void *trits, *scales; const float *bias; } tern__group_matrix;
 
 /* Groups [first, first + count) of `all`, of which a.n rows from `at` on are here; y_set: floats from set to set. */
-typedef struct tern__groups {
+template <typename Matrix> struct tern__groups_of {
     tern_matmul_args a;
     tern__shape s;
     const int32_t *loads;
     int64_t at, y_set, mean; /* mean load */
     int32_t first, count, all, sets;
-    tern__group_matrix w[TERN__GROUP_MATRICES];
-} tern__groups;
+    Matrix w[TERN__GROUP_MATRICES];
+};
+typedef tern__groups_of<tern__group_matrix> tern__groups;
 static_assert(sizeof(tern__groups) <= 4096 - 64, "parameters of a kernel");
 
 /* Where each group's rows and tiles begin; the last entry: where they end. */
@@ -1762,7 +1763,7 @@ static __device__ int tern__warp_scan(int n)
 }
 
 /* Fills room, by the first warp, for tiles of so many rows. */
-static __device__ void tern__count_tiles(const tern__groups &p, int tokens, tern__group_room *my)
+template <typename Matrix> static __device__ void tern__count_tiles(const tern__groups_of<Matrix> &p, int tokens, tern__group_room *my)
 {
     const int lane = (int)threadIdx.x % 32;
     int64_t rows = 0;
@@ -1786,29 +1787,37 @@ static __device__ void tern__count_tiles(const tern__groups &p, int tokens, tern
     __syncthreads();
 }
 
-/* body(a, block) for each tile of a group and each block of rows of its matrices; after the last group there are zeros. */
-template <typename Body> static __device__ __forceinline__ void tern__each_group_tile(const tern__groups &p, int tokens, int blocks, tern__group_room *my, Body body)
+/* body(w, set, first, n, block) for each tile [first, first + n) of a group's rows and each block of its matrices; after the last
+   group there are zeros, of so many floats a row. */
+template <typename Body> static __device__ __forceinline__ void tern__each_group_block(const tern__groups &p, int tokens, int blocks, int64_t width, tern__group_room *my, Body body)
 {
     tern__count_tiles(p, tokens, my);
-    const int64_t items = (int64_t)my->tile[p.count] * p.sets * blocks, rows = p.a.m.rows;
+    const int64_t items = (int64_t)my->tile[p.count] * p.sets * blocks;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const int tile = (int)(item / (p.sets * blocks)), set = (int)(item / blocks % p.sets);
         const int group = (int)tern__last_at(p.count, [&](int64_t g) { return my->tile[g] <= tile; });
         const int64_t first = my->row[group] + (int64_t)(tile - my->tile[group]) * tokens;
-        const tern__group_matrix &w = p.w[group * p.sets + set];
+        body(p.w[group * p.sets + set], set, first, tern__min(tokens, my->row[group + 1] - first), item % blocks);
+    }
+    const int64_t left = p.first + p.count == p.all ? (p.a.n - my->row[p.count]) * width : 0;
+    TERN__EACH(i, left * p.sets) p.a.y[i / left * p.y_set + my->row[p.count] * width + i % left] = 0.0f;
+}
+
+/* body(a, block) for each tile of a group and each block of rows of its matrices. */
+template <typename Body> static __device__ __forceinline__ void tern__each_group_tile(const tern__groups &p, int tokens, int blocks, tern__group_room *my, Body body)
+{
+    tern__each_group_block(p, tokens, blocks, p.a.m.rows, my, [&](const tern__group_matrix &w, int set, int64_t first, int64_t n, int64_t block) {
         tern_matmul_args a = p.a;
         a.m.trits = w.trits;
         a.m.scales = w.scales;
         a.bias = w.bias;
-        a.n = tern__min(tokens, my->row[group + 1] - first);
+        a.n = n;
         a.q += first * p.s.stride;
         a.scale += first;
         a.sum += first * p.s.groups;
-        a.y += set * p.y_set + first * rows;
-        body(a, item % blocks);
-    }
-    const int64_t left = p.first + p.count == p.all ? (p.a.n - my->row[p.count]) * rows : 0;
-    TERN__EACH(i, left * p.sets) p.a.y[i / left * p.y_set + my->row[p.count] * rows + i % left] = 0.0f;
+        a.y += set * p.y_set + first * p.a.m.rows;
+        body(a, block);
+    });
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -1878,47 +1887,61 @@ static void tern__launch_groups(const tern__gpu *d, const tern__groups &p)
     }
 }
 
-/* Rows [p->a], of all groups, as many at a time as a launch has room for. */
-static tern_result tern__gpu_group_products(tern_run *r, const tern__gpu *d, const tern_grouped_args *a, tern__groups *p)
+/* All rows that are here, with memory behind for what a row becomes, of so many floats. */
+template <typename Matrix> static tern__groups_of<Matrix> tern__groups_for(const tern_grouped_args *a, int64_t width)
 {
-    const int32_t most = TERN__GROUP_MATRICES / a->sets;
-    for (p->first = 0; p->first < a->count; p->first += most) {
-        p->count = (int32_t)tern__min(most, a->count - p->first);
-        for (int32_t i = 0; i < p->count * a->sets; i++) {
-            const tern_param *w = a->w[(p->first + i / a->sets) * a->step + i % a->sets];
-            const tern_matrix m = tern_param_matrix(w);
-            p->w[i] = {m.trits, m.scales, tern__floats(w->dead, TERN_SHADOW)};
-            TERN__TRY(tern__check_aligned16(r, "grouped: trits", m.trits));
-        }
-        tern__launch_groups(d, *p);
-    }
-    return TERN_OK;
-}
-
-/* Bits are widened, of as many rows at a time as the work memory holds. */
-static tern_result tern__gpu_grouped(tern_run *r, tern__gpu *d, const tern_grouped_args *a)
-{
-    const bool bits = a->act == TERN_ACT_BIT;
-    tern__groups p = {};
+    tern__groups_of<Matrix> p = {};
     p.s = tern__shape_of(&a->m);
-    const int64_t room = TERN__WORK * (int64_t)sizeof(float), most = bits ? room / p.s.stride : a->n;
-    TERN__REQUIRE(r, most > 0, TERN_E_UNSUPPORTED, "cuda: grouped: bits of rows of %d bytes as int8; %d is the most", p.s.stride, room);
-    TERN__TRY(tern__check_aligned16(r, "grouped: q", a->q));
     p.loads = a->loads;
     p.all = a->count;
     p.mean = a->rows / a->count;
     p.sets = a->sets;
-    p.y_set = a->n * a->m.rows;
+    p.y_set = a->n * width;
+    p.at = a->at;
+    p.a.m = a->m;
+    p.a.n = a->n;
+    return p;
+}
+
+/* As many groups at a time as a launch has room for, with what `of` takes of their parameters. */
+template <typename Matrix, typename Of, typename Launch> static tern_result tern__each_group_launch(const tern_grouped_args *a, tern__groups_of<Matrix> *p, Of of, Launch launch)
+{
+    const int32_t most = TERN__GROUP_MATRICES / a->sets;
+    for (p->first = 0; p->first < a->count; p->first += most) {
+        p->count = (int32_t)tern__min(most, a->count - p->first);
+        for (int32_t i = 0; i < p->count * a->sets; i++) p->w[i] = of(a->w[(p->first + i / a->sets) * a->step + i % a->sets]);
+        TERN__TRY(launch());
+    }
+    return TERN_OK;
+}
+
+static tern__group_matrix tern__group_matrix_of(const tern_param *w)
+{
+    const tern_matrix m = tern_param_matrix(w);
+    return {m.trits, m.scales, tern__floats(w->dead, TERN_SHADOW)};
+}
+
+/* Bits are widened, of as many rows at a time as the work memory holds. */
+static tern_result tern__gpu_grouped_products(tern_run *r, tern__gpu *d, const tern_grouped_args *a)
+{
+    const bool bits = a->act == TERN_ACT_BIT;
+    tern__groups p = tern__groups_for<tern__group_matrix>(a, a->m.rows);
+    const int64_t room = TERN__WORK * (int64_t)sizeof(float), most = bits ? room / p.s.stride : a->n;
+    TERN__REQUIRE(r, most > 0, TERN_E_UNSUPPORTED, "cuda: grouped: bits of rows of %d bytes as int8; %d is the most", p.s.stride, room);
+    TERN__TRY(tern__check_aligned16(r, "grouped: q", a->q));
     for (int64_t t = 0; t < a->n; t += most) {
         p.at = a->at + t;
-        p.a.m = a->m;
         p.a.n = tern__min(most, a->n - t);
         p.a.q = bits ? (const int8_t *)d->work : a->q + t * p.s.stride;
         p.a.scale = a->scale + t;
         p.a.sum = a->sum + t * p.s.groups;
         p.a.y = a->y + t * a->m.rows;
         if (bits) TERN__LAUNCH(tern__widen_bits, tern__grid(d, p.a.n * p.s.stride / 4, TERN__THREADS), TERN__THREADS, 0, d->stream, p.a.n, a->q + t * p.s.stride, p.s, (int8_t *)d->work);
-        TERN__TRY(tern__gpu_group_products(r, d, a, &p));
+        TERN__TRY(tern__each_group_launch(a, &p, tern__group_matrix_of, [&] {
+            for (int32_t i = 0; i < p.count * p.sets; i++) TERN__TRY(tern__check_aligned16(r, "grouped: trits", p.w[i].trits));
+            tern__launch_groups(d, p);
+            return TERN_OK;
+        }));
     }
     return TERN_OK;
 }
@@ -2424,16 +2447,18 @@ static tern_result tern__gpu_matmul_dx(tern_run *r, tern__gpu *d, const tern_mat
 }
 
 /* Column sums in order of the tokens, many of which are on their way at once. */
+static __device__ void tern__bias_column(int64_t n, int64_t rows, const float *dy, float *dbias)
+{
+    float sum = *dbias, next[16];
+    for (int64_t t = 0; t < n; t += 16) {
+        for (int j = 0; j < 16; j++) next[j] = t + j < n ? dy[(t + j) * rows] : 0.0f;
+        for (int j = 0; j < 16; j++) sum = t + j < n ? sum + next[j] : sum;
+    }
+    *dbias = sum;
+}
 static __global__ void tern__bias_columns(int64_t n, int64_t rows, const float *dy, float *dbias)
 {
-    TERN__EACH(i, rows) {
-        float sum = dbias[i], next[16];
-        for (int64_t t = 0; t < n; t += 16) {
-            for (int j = 0; j < 16; j++) next[j] = t + j < n ? dy[(t + j) * rows + i] : 0.0f;
-            for (int j = 0; j < 16; j++) sum = t + j < n ? sum + next[j] : sum;
-        }
-        dbias[i] = sum;
-    }
+    TERN__EACH(i, rows) tern__bias_column(n, rows, dy + i, dbias + i);
 }
 
 template <bool Bits> static tern_result tern__gpu_tokens_dw(tern_run *r, tern__gpu *d, const tern_matmul_dw_args *a, const tern__product &g)
@@ -2454,6 +2479,126 @@ static tern_result tern__gpu_matmul_dw(tern_run *r, tern__gpu *d, const tern_mat
     if (a->dw && !a->q) TERN__TRY(tern__gpu_product<true>(r, d, "matmul_dw", g, tern__b_floats_of(a->x, a->m.cols, 1, none)));
     if (a->dbias) TERN__LAUNCH(tern__bias_columns, tern__grid(d, a->m.rows, 64), 64, 0, d->stream, a->n, a->m.rows, a->dy, a->dbias);
     return TERN_OK;
+}
+
+/* -- the same in groups of tokens ([CUDA-5]): tiles as of each group alone, of which the device finds where they lie -- */
+
+/* Of a gradient launch: what is added to, or NULL. */
+typedef struct tern__group_grad { float *dw, *dbias; } tern__group_grad;
+typedef tern__groups_of<tern__group_grad> tern__group_grads;
+static_assert(sizeof(tern__groups) + sizeof(tern__product) <= 4096 - 64, "parameters of a kernel");
+
+/* Blocks that stay share out tiles of dx. */
+template <int Rows> static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__group_dx(tern__groups p, tern__product g)
+{
+    TERN__SHARED(tern__group_room, my);
+    const int columns = (int)tern__ceil_div(g.n, TERN__SIDE);
+    tern__each_group_block(p, TERN__ROW_THREADS * Rows, columns, g.n, my, [&](const tern__group_matrix &w, int set, int64_t first, int64_t n, int64_t block) {
+        tern__product tile = g;
+        tern__b_weights b;
+        tile.m = n;
+        tile.a.p += (set * p.a.n + first) * g.k;
+        tile.c += (set * p.a.n + first) * g.n;
+        b.m = p.a.m;
+        b.m.trits = w.trits;
+        b.m.scales = w.scales;
+        b.s = p.s;
+        tern__product_tile<tern__b_weights, true, Rows>(tile, b, tern__which(), 0, block * TERN__SIDE, (float *)(my + 1));
+    });
+}
+
+/* A tile of dw of one matrix after the other, from the row of blocks on: of all, where two are the same. */
+template <bool Bits, int Rows> static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__group_dw(tern__group_grads p, tern__product g)
+{
+    TERN__SHARED(tern__group_room, my);
+    const int64_t rows = TERN__ROW_THREADS * Rows, strips = tern__ceil_div(g.m, rows);
+    tern__count_tiles(p, TERN__DEPTH, my);
+    for (int i = (int)blockIdx.y; i < p.count * p.sets; i += (int)gridDim.y) {
+        const int64_t first = my->row[i / p.sets];
+        tern__product tile = g;
+        tern__b_tokens<Bits> b;
+        tile.k = tile.group = my->row[i / p.sets + 1] - first;
+        tile.c = p.w[i].dw;
+        tile.a.p += (i % p.sets * p.a.n + first) * g.m;
+        b.q = p.a.q + first * p.s.stride;
+        b.scale = p.a.scale + first;
+        b.s = p.s;
+        if (tile.k > 0 && tile.c)
+            tern__product_tile<tern__b_tokens<Bits>, true, Rows>(tile, b, tern__which(), blockIdx.x % strips * rows, blockIdx.x / strips * TERN__SIDE, (float *)(my + 1));
+    }
+}
+
+static __global__ void tern__group_bias(tern__group_grads p, const float *dy)
+{
+    TERN__SHARED(tern__group_room, my);
+    const int64_t rows = p.a.m.rows;
+    tern__count_tiles(p, TERN__DEPTH, my);
+    TERN__EACH(row, rows)
+        for (int i = 0; i < p.count * p.sets; i++) {
+            const int64_t first = my->row[i / p.sets];
+            if (p.w[i].dbias) tern__bias_column(my->row[i / p.sets + 1] - first, rows, dy + (i % p.sets * p.a.n + first) * rows + row, p.w[i].dbias + row);
+        }
+}
+
+/* Low tiles where high ones would be mostly empty, or leave processors without work. */
+static bool tern__group_low(const tern__gpu *d, int64_t lines, int64_t tiles) { return lines <= TERN__ROW_THREADS || tiles < d->processors; }
+
+static tern_result tern__gpu_groups_dx(tern__gpu *d, const tern_grouped_args *a)
+{
+    const tern__steps none = tern__no_steps();
+    const int64_t columns = tern__ceil_div(a->m.cols, TERN__SIDE);
+    const tern__product g = tern__product_of(0, a->m.cols, a->m.rows, tern__strided_of(a->dy, 1, a->m.rows, none), a->dx, a->m.cols, none);
+    tern__groups p = tern__groups_for<tern__group_matrix>(a, a->m.cols);
+    p.a.y = a->dx;
+    return tern__each_group_launch(a, &p, tern__group_matrix_of, [&] {
+        const bool low = tern__group_low(d, tern__min(p.mean, a->n), tern__mul(tern__ceil_div(a->n, TERN__SIDE), columns * a->sets));
+        const unsigned grid = (unsigned)tern__min(2 * d->processors, tern__mul(a->n, columns * a->sets));
+        const size_t bytes = sizeof(tern__group_room) + TERN__TILE_BYTES;
+        if (low) TERN__LAUNCH(tern__group_dx<1>, grid, TERN__THREADS, bytes, d->stream, p, g);
+        else TERN__LAUNCH(tern__group_dx<4>, grid, TERN__THREADS, bytes, d->stream, p, g);
+        return TERN_OK;
+    });
+}
+
+/* Whether no two gradients are the same memory, so that blocks may add to them side by side. */
+static bool tern__grads_apart(const tern__group_grads &p)
+{
+    for (int i = 1; i < p.count * p.sets; i++)
+        for (int j = 0; j < i; j++)
+            if (p.w[i].dw && p.w[i].dw == p.w[j].dw) return false;
+    return true;
+}
+
+template <bool Bits> static tern_result tern__gpu_groups_dw(tern_run *r, tern__gpu *d, const tern_grouped_args *a)
+{
+    const tern__steps none = tern__no_steps();
+    const int64_t columns = tern__ceil_div(a->m.cols, TERN__SIDE), high = tern__mul(tern__ceil_div(a->m.rows, TERN__SIDE), columns);
+    const bool low = tern__group_low(d, a->m.rows, tern__mul(high, (int64_t)a->count * a->sets));
+    const int64_t tiles = low ? tern__mul(tern__ceil_div(a->m.rows, TERN__ROW_THREADS), columns) : high;
+    const size_t bytes = sizeof(tern__group_room) + TERN__TILE_BYTES;
+    tern__product g = tern__product_of(a->m.rows, a->m.cols, 0, tern__strided_of(a->dy, a->m.rows, 1, none), NULL, a->m.cols, none);
+    tern__group_grads p = tern__groups_for<tern__group_grad>(a, 0);
+    const auto grad_of = [](const tern_param *w) { tern__group_grad grad = {tern__floats(w, TERN_GRAD), tern__floats(w->dead, TERN_GRAD)}; return grad; };
+    TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: grouped: a result of %d x %d has %d tiles; %d is the most", a->m.rows, a->m.cols, tiles, (int64_t)INT32_MAX);
+    g.add = 1;
+    p.a.q = a->q;
+    p.a.scale = a->scale;
+    return tern__each_group_launch(a, &p, grad_of, [&] {
+        const dim3 grid((unsigned)tiles, tern__grads_apart(p) ? (unsigned)(p.count * p.sets) : 1);
+        bool dw = false, dbias = false;
+        for (int i = 0; i < p.count * p.sets; i++) dw = dw || p.w[i].dw, dbias = dbias || p.w[i].dbias;
+        if (dw && low) TERN__LAUNCH((tern__group_dw<Bits, 1>), grid, TERN__THREADS, bytes, d->stream, p, g);
+        if (dw && !low) TERN__LAUNCH((tern__group_dw<Bits, 4>), grid, TERN__THREADS, bytes, d->stream, p, g);
+        if (dbias) TERN__LAUNCH(tern__group_bias, tern__grid(d, a->m.rows, 64), 64, sizeof(tern__group_room), d->stream, p, a->dy);
+        return TERN_OK;
+    });
+}
+
+static tern_result tern__gpu_grouped(tern_run *r, tern__gpu *d, const tern_grouped_args *a)
+{
+    if (!a->dy) return tern__gpu_grouped_products(r, d, a);
+    TERN__TRY(a->act == TERN_ACT_BIT ? tern__gpu_groups_dw<true>(r, d, a) : tern__gpu_groups_dw<false>(r, d, a));
+    return tern__gpu_groups_dx(d, a);
 }
 
 /* -- attention -- */

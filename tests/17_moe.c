@@ -10,7 +10,10 @@
    their residual (forward, backward); loads not added to, entropy not a mean, balance without its factor; in
    groups no dead zone, the second matrix for the first, a group that begins in an earlier part; of a mixture that is set from
    floats no look before, none at learned scales (in the sum, or one by one) or at what is rotated, not as it is rounded, a sum
-   that proves too much, buffers that are too small found late; experts without the permission for factors of bf16. */
+   that proves too much, buffers that are too small found late; experts without the permission for factors of bf16; in the backward
+   by groups the second set's dy, dx or outputs of the first, no dead zone, scales of other rows, no zeros behind the last group, no
+   inner norm, one of two dx added, no weights' gradients or those of other places, h of the low-rank form without gradient, no room
+   for the second dx, accumulators ignored, factors of bf16 not permitted, and elsewhere no pieces that end with a part. */
 
 /* -- a layer of odd sizes, with whatever options -- */
 
@@ -934,6 +937,140 @@ static void moe_backwards(tern_context *c, record *r)
 }
 static void test_moe_backward(void) { same_for_threads(moe_backwards); }
 
+/* The backward in groups, and by a backend without them, a matrix after the other: gradients that are added to what is there, some
+   absent, of a matrix that two experts share too, and of a dead zone that more do. i >= KITS: all tokens to the same experts, factors of bf16. */
+static void moe_backward_fusions(tern_context *c, record *r)
+{
+    const tern_backend *whole = c->run.backend;
+    tern_backend lacking = *whole;
+    int i;
+    lacking.grouped = NULL;
+    for (i = 0; i < 2 * KITS; i++) {
+        const kit_options *o = &kits[i % KITS];
+        const int64_t n = i % 2 ? 67 : 3;
+        kit *k = kit_open(c, o);
+        float *x = moe_input(k, n), *dy = hold_floats(n * o->cols), *y = hold_output(n * o->cols), *dx[2], **first = (float **)hold((size_t)(k->count + 1) * sizeof *first);
+        tern_param zone = param_of("zone", 1, o->width, TERN_DENSE, 0);
+        int64_t j;
+        int32_t p, alone;
+        void *saved;
+        if (i % KITS == 0) {
+            CHECK_OK(c, tern_param_alloc(c, &zone, TERN_FOR_GRADIENT));
+            for (j = 0; j < o->count; j++) {
+                k->expert[3 * j + 1].dead = k->expert[3 * j].dead = &zone;
+                k->expert[3 * j + 1].lambda = k->expert[3 * j].lambda = 0.01f;
+            }
+        }
+        if (!o->low && o->count > 2) {
+            k->experts[1].up = k->experts[0].up;
+            tern_param_free(c, k->experts[2].down, 1 << TERN_GRAD);
+            tern_param_free(c, k->experts[2].up, 1 << TERN_GRAD);
+        }
+        for (j = 0; i >= KITS && j < n * o->cols; j++) x[j] = x[j % o->cols];
+        k->m.gradients = i < KITS ? TERN_F32 : TERN_BF16;
+        saved = kit_reserve(k, n);
+        CHECK_OK(c, tern_moe_forward(c, &k->m, n, x, y, saved));
+        for (alone = 0; alone < 2; alone++) {
+            dx[alone] = hold_output(n * o->cols);
+            c->run.backend = alone ? &lacking : whole;
+            for (p = 0; p <= k->count; p++) {
+                tern_param *q = p < k->count ? k->all[p] : &zone;
+                const int64_t count = q->rows * q->cols;
+                if (!grad_of(q)) continue;
+                if (alone) first[p] = hold_copy(grad_of(q), count);
+                for (j = 0; j < count; j++) grad_of(q)[j] = 0.01f * (float)(j % 7);
+            }
+            CHECK_OK(c, tern_moe_backward(c, &k->m, n, x, saved, dy, dx[alone]));
+            CHECK_OK(c, tern_sync(c));
+        }
+        c->run.backend = whole;
+        CHECK(memcmp(dx[0], dx[1], (size_t)(n * o->cols) * 4) == 0, "kit %d: dx in groups %g, one by one %g", i, dx[0][0], dx[1][0]);
+        record_words(r, dx[0], n * o->cols);
+        for (p = 0; p <= k->count; p++) {
+            tern_param *q = p < k->count ? k->all[p] : &zone;
+            if (!grad_of(q)) continue;
+            CHECK(memcmp(first[p], grad_of(q), (size_t)(q->rows * q->cols) * 4) == 0, "kit %d: %s in groups %g, one by one %g", i, q->name, first[p][0], grad_of(q)[0]);
+            record_words(r, first[p], q->rows * q->cols);
+        }
+        tern_param_free(c, &zone, -1);
+        kit_close(k);
+        release();
+    }
+}
+static void test_moe_backward_fusion(void) { same_for_threads(moe_backward_fusions); }
+
+/* Of rows [2, 12) of groups of 5, 0, 4 and 1: dx of two sets, row by row, with zeros behind; gradients are those of the rows here. */
+static void test_moe_grouped_backward(void)
+{
+    enum { GROUPS = 4, N = 10, ROWS = 13, COLS = 21 };
+    static const int32_t loads[GROUPS] = {5, 0, 4, 1}, begin[GROUPS] = {0, 3, 3, 7}, end[GROUPS] = {3, 3, 7, 8};
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    tern_param p[2 * GROUPS], *w[2 * GROUPS];
+    const float *x = hold_floats(N * COLS), *dy = hold_floats(2 * N * ROWS);
+    float *dx = hold_output(2 * N * COLS), *want = hold_output(COLS), *dw = hold_output(ROWS * COLS);
+    int64_t stride = 0, groups = 0, r;
+    tern_grouped_args a;
+    tern_quantize_args q;
+    int32_t i, set;
+    memset(&a, 0, sizeof a);
+    memset(&q, 0, sizeof q);
+    for (i = 0; i < 2 * GROUPS; i++) {
+        w[i] = &p[i];
+        p[i] = param_of("w", ROWS, COLS, TERN_ABSMEAN, TERN_PER_ROW);
+        CHECK_OK(t.c, tern_param_alloc(t.c, &p[i], TERN_FOR_GRADIENT));
+        set_random(t.c, &p[i]);
+    }
+    q.m = a.m = tern_param_matrix(w[0]);
+    CHECK_OK(t.c, tern_activation_shape(t.c, &a.m, &stride, &groups));
+    q.n = N;
+    q.x = x;
+    a.q = q.q = (int8_t *)hold((size_t)(N * stride));
+    a.scale = q.scale = hold_output(N);
+    q.sum = (int32_t *)hold(N * 4);
+    CHECK_OK(t.c, tern_quantize(t.c, &q));
+    a.count = GROUPS;
+    a.sets = a.step = 2;
+    a.w = w;
+    a.loads = loads;
+    a.rows = 12;
+    a.at = 2;
+    a.n = N;
+    a.dy = dy;
+    a.dx = dx;
+    for (r = 0; r < 2 * N * COLS; r++) dx[r] = 7.0f;
+    CHECK_OK(t.c, tern__run_grouped(t.c, &a));
+    for (i = 0; i < 2 * GROUPS; i++) {
+        const int32_t g = i / 2;
+        tern_matmul_dw_args d;
+        set = i % 2;
+        memset(&d, 0, sizeof d);
+        memset(dw, 0, ROWS * COLS * 4);
+        d.m = a.m;
+        d.n = end[g] - begin[g];
+        d.dy = dy + (set * N + begin[g]) * ROWS;
+        d.q = a.q + begin[g] * stride;
+        d.scale = a.scale + begin[g];
+        d.dw = dw;
+        if (d.n > 0) CHECK_OK(t.c, tern_matmul_dw(t.c, &d));
+        CHECK(memcmp(dw, grad_of(w[i]), ROWS * COLS * 4) == 0, "group %d, set %d: %g, not %g", (int)g, (int)set, (double)grad_of(w[i])[0], (double)dw[0]);
+        for (r = begin[g]; r < end[g]; r++) {
+            tern_matmul_dx_args m;
+            m.m = tern_param_matrix(w[i]);
+            m.n = 1;
+            m.dy = dy + (set * N + r) * ROWS;
+            m.dx = want;
+            m.factors = TERN_F32;
+            CHECK_OK(t.c, tern_matmul_dx(t.c, &m));
+            CHECK(memcmp(want, dx + (set * N + r) * COLS, COLS * 4) == 0, "row %d of set %d", (int)r, (int)set);
+        }
+    }
+    for (set = 0; set < 2; set++)
+        for (r = (set * N + 8) * COLS; r < (set + 1) * N * COLS; r++) CHECK(dx[r] == 0.0f, "[%d] is %g", (int)r, (double)dx[r]);
+    for (i = 0; i < 2 * GROUPS; i++) tern_param_free(t.c, &p[i], -1);
+    release();
+    test_close(&t);
+}
+
 /* What factors of bf16 change is small beside the largest of an array. */
 static void moe_near(const float *got, const float *want, int64_t count, int kit_index, const char *name)
 {
@@ -1776,6 +1913,8 @@ static void suite_moe(void)
     RUN(test_moe_one_for_all);
     RUN(test_moe_gradients);
     RUN(test_moe_backward);
+    RUN(test_moe_backward_fusion);
+    RUN_ALONE(test_moe_grouped_backward);
     RUN(test_moe_bf16_gradients);
     RUN(test_moe_stats);
     RUN(test_moe_refusals);

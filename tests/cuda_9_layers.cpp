@@ -201,63 +201,132 @@ static void test_cuda_linear_by_its_parts()
 
 /* -- products in groups -- */
 
-/* Against a product for each group and set by the CPU: rows of a window, groups that begin before it, end behind it or have none. */
-static void test_grouped_products(int32_t count, int32_t sets, int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_act act, int64_t at, int64_t n, uint32_t load)
-{
+/* Rows of a window, groups that begin before it, end behind it or have none, and parameters for each group and set. */
+struct grouped_data {
     std::vector<both_params *> params;
     std::vector<tern_param *> w;
-    mirror<int32_t> loads(count, [&] { return test_random() % 3 ? (int32_t)(test_random() % (load + 1)) : 0; });
-    for (int32_t i = 0; i < count * (sets + 1); i++) { /* a step of one more */
-        params.push_back(new both_params(i % (sets + 1) < sets ? rows : 1, cols, TERN_ABSMEAN, TERN_FOR_INFERENCE, grain, encoding));
-        w.push_back(&params.back()->at[GPU]);
-    }
-    both_params dead(1, rows, TERN_DENSE, TERN_FOR_INFERENCE, 0);
-    w[0]->dead = &dead.at[GPU];
-    tern_context *c = test_context[GPU];
+    mirror<int32_t> loads;
+    both_params dead;
     tern_grouped_args a = {};
     int64_t stride = 0, groups = 0;
-    a.m = tern_param_matrix(w[0]);
-    CHECK_OK(tern_activation_shape(c, &a.m, &stride, &groups));
-    mirror<float> x(n * cols, test_uniform), scale(n), y(sets * n * rows, test_uniform), z(sets * n * rows);
-    mirror<int8_t> xq(n * stride);
-    mirror<int32_t> sum(n * groups);
-    test_both([&](tern_context *side_context, int side) {
-        tern_quantize_args q = {};
-        q.m = a.m;
-        q.act = act;
-        q.n = n;
-        q.x = x[side];
-        q.q = xq[side]; q.scale = scale[side]; q.sum = sum[side];
-        return tern_quantize(side_context, &q);
-    });
-    a.act = act;
-    a.count = count;
-    a.sets = sets;
-    a.step = sets + 1;
-    a.w = w.data();
-    a.loads = loads[GPU];
-    a.rows = a.n = n; /* the kernels are chosen by it */
-    a.at = at;
-    a.q = xq[GPU]; a.scale = scale[GPU]; a.sum = sum[GPU];
-    a.y = y[GPU];
-    CHECK_OK(c->run.backend->grouped(&c->run, &a));
-    int64_t begin = -at;
-    for (int32_t g = 0; g < count; begin += loads[CPU][g++]) {
-        const int64_t from = tern__max(0, begin), to = tern__min(n, begin + loads[CPU][g]);
-        for (int32_t s = 0; s < sets && from < to; s++) {
-            tern_matmul_args m = {};
-            m.m = tern_param_matrix(&params[(size_t)(g * a.step + s)]->at[CPU]);
-            m.act = act;
-            m.n = to - from;
-            m.q = xq[CPU] + from * stride; m.scale = scale[CPU] + from; m.sum = sum[CPU] + from * groups;
-            m.bias = g + s == 0 ? tern__floats(&dead.at[CPU], TERN_SHADOW) : nullptr;
-            m.y = z[CPU] + (s * n + from) * rows;
-            CHECK(tern_matmul(test_context[CPU], &m) == TERN_OK);
+    mirror<float> *scale;
+    mirror<int8_t> *q;
+    mirror<int32_t> *sum;
+    grouped_data(int32_t count, int32_t sets, int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_act act, int64_t at, int64_t n, uint32_t load, int32_t mask)
+        : loads(count, [&] { return test_random() % 3 ? (int32_t)(test_random() % (load + 1)) : 0; }), dead(1, rows, TERN_DENSE, mask, 0)
+    {
+        for (int32_t i = 0; i < count * (sets + 1); i++) { /* a step of one more */
+            const bool read = i % (sets + 1) < sets;
+            params.push_back(new both_params(read ? rows : 1, cols, TERN_ABSMEAN, read ? mask : TERN_FOR_INFERENCE, grain, encoding));
+            w.push_back(&params.back()->at[GPU]);
+        }
+        w[0]->dead = &dead.at[GPU];
+        a.m = tern_param_matrix(w[0]);
+        CHECK_OK(tern_activation_shape(test_context[GPU], &a.m, &stride, &groups));
+        mirror<float> x(n * cols, test_uniform);
+        scale = new mirror<float>(n);
+        q = new mirror<int8_t>(n * stride);
+        sum = new mirror<int32_t>(n * groups);
+        test_both([&](tern_context *c, int side) {
+            tern_quantize_args z = {};
+            z.m = a.m;
+            z.act = act;
+            z.n = n;
+            z.x = x[side];
+            z.q = (*q)[side]; z.scale = (*scale)[side]; z.sum = (*sum)[side];
+            return tern_quantize(c, &z);
+        });
+        a.act = act;
+        a.count = count;
+        a.sets = sets;
+        a.step = sets + 1;
+        a.w = w.data();
+        a.loads = loads[GPU];
+        a.rows = a.n = n; /* the kernels are chosen by it */
+        a.at = at;
+        a.q = (*q)[GPU]; a.scale = (*scale)[GPU]; a.sum = (*sum)[GPU];
+    }
+    grouped_data(const grouped_data &) = delete;
+    grouped_data &operator=(const grouped_data &) = delete;
+    ~grouped_data()
+    {
+        for (both_params *p : params) delete p;
+        delete scale;
+        delete q;
+        delete sum;
+    }
+    /* body(parameter on the CPU, set, first, n) for each group's rows in the window. */
+    template <typename Body> void each(Body body) const
+    {
+        int64_t begin = -a.at;
+        for (int32_t g = 0; g < a.count; begin += loads[CPU][g++]) {
+            const int64_t from = tern__max(0, begin), to = tern__min(a.n, begin + loads[CPU][g]);
+            for (int32_t s = 0; s < a.sets && from < to; s++) body(g * a.step + s, s, from, to - from);
         }
     }
+};
+
+/* Against a product for each group and set by the CPU. */
+static void test_grouped_products(int32_t count, int32_t sets, int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_act act, int64_t at, int64_t n, uint32_t load)
+{
+    grouped_data d(count, sets, rows, cols, grain, encoding, act, at, n, load, TERN_FOR_INFERENCE);
+    tern_context *c = test_context[GPU];
+    mirror<float> y(sets * n * rows, test_uniform), z(sets * n * rows);
+    d.a.y = y[GPU];
+    CHECK_OK(c->run.backend->grouped(&c->run, &d.a));
+    d.each([&](int32_t i, int32_t set, int64_t from, int64_t some) {
+        tern_matmul_args m = {};
+        m.m = tern_param_matrix(&d.params[(size_t)i]->at[CPU]);
+        m.act = act;
+        m.n = some;
+        m.q = (*d.q)[CPU] + from * d.stride; m.scale = (*d.scale)[CPU] + from; m.sum = (*d.sum)[CPU] + from * d.groups;
+        m.bias = i == 0 ? tern__floats(&d.dead.at[CPU], TERN_SHADOW) : nullptr;
+        m.y = z[CPU] + (set * n + from) * rows;
+        CHECK(tern_matmul(test_context[CPU], &m) == TERN_OK);
+    });
     CHECK_OK(tern_sync(c));
     CHECK(memcmp(y.fetch().data(), z[CPU], z.count * sizeof(float)) == 0);
-    for (both_params *p : params) delete p;
+}
+
+/* The backward, against that of each group and set by the CPU: added to gradients of 1, of which one is absent, one of a dead
+   zone and, with `shared`, one of two groups. */
+static void test_grouped_back(int32_t count, int32_t sets, int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_act act, int64_t at, int64_t n, uint32_t load, bool shared)
+{
+    test_fuse(false);
+    grouped_data d(count, sets, rows, cols, grain, encoding, act, at, n, load, TERN_FOR_GRADIENT);
+    tern_context *c = test_context[GPU];
+    mirror<float> dy(sets * n * rows, test_uniform), dx(sets * n * cols, test_uniform), z(sets * n * cols), ones(rows * cols, [] { return 1.0f; });
+    const int32_t last = (count - 1) * d.a.step, dead = d.a.step + sets - 1; /* the last set's */
+    for (int side : {CPU, GPU}) {
+        for (both_params *p : d.params)
+            if (p->at[side].rows == rows && p->at[side].buffer[TERN_GRAD].data)
+                CHECK(tern_copy(test_context[side], p->at[side].buffer[TERN_GRAD].data, ones[side], (size_t)(rows * cols) * 4, TERN_ON_DEVICE) == TERN_OK);
+        tern_param_free(test_context[side], &d.params[0]->at[side], 1 << TERN_GRAD);
+    }
+    if (shared) d.w[(size_t)last] = &d.params[(size_t)dead]->at[GPU];
+    d.w[(size_t)dead]->dead = &d.dead.at[GPU];
+    d.a.sum = nullptr;
+    d.a.dy = dy[GPU];
+    d.a.dx = dx[GPU];
+    CHECK_OK(c->run.backend->grouped(&c->run, &d.a));
+    d.each([&](int32_t i, int32_t set, int64_t from, int64_t some) {
+        const tern_param *p = &d.params[(size_t)(shared && i == last ? dead : i)]->at[CPU];
+        tern_matmul_dw_args w = {};
+        tern_matmul_dx_args x = {};
+        w.m = x.m = tern_param_matrix(p);
+        w.act = act;
+        w.n = x.n = some;
+        w.dy = x.dy = dy[CPU] + (set * n + from) * rows;
+        w.q = (*d.q)[CPU] + from * d.stride; w.scale = (*d.scale)[CPU] + from;
+        w.dw = tern__floats(p, TERN_GRAD);
+        w.dbias = i == 0 || p == &d.params[(size_t)dead]->at[CPU] ? tern__floats(&d.dead.at[CPU], TERN_GRAD) : nullptr;
+        x.dx = z[CPU] + (set * n + from) * cols;
+        CHECK(tern_matmul_dw(test_context[CPU], &w) == TERN_OK && tern_matmul_dx(test_context[CPU], &x) == TERN_OK);
+    });
+    CHECK_OK(tern_sync(c));
+    CHECK(memcmp(dx.fetch().data(), z[CPU], z.count * sizeof(float)) == 0);
+    for (both_params *p : d.params) CHECK(p->same());
+    CHECK(d.dead.same());
 }
 
 static void test_cuda_grouped()
@@ -277,6 +346,21 @@ static void test_cuda_grouped()
         }
     test_grouped_products(70, 2, 16, 16, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 24, 1);  /* two launches */
     test_grouped_products(4, 1, 33, 70, TERN_PER_ROW, TERN_BASE3, TERN_ACT_BIT, 1, 30, 9);
+}
+
+static void test_cuda_grouped_backward()
+{
+    for (tern_type encoding : {TERN_2BIT, TERN_BASE3})
+        for (int32_t grain : {(int32_t)TERN_PER_ROW, 20}) {
+            test_grouped_back(5, 2, 33, 70, grain, encoding, TERN_ACT_INT8, 0, 8, 2, true);
+            test_grouped_back(7, 1, 40, 150, grain, encoding, TERN_ACT_INT4, 3, 40, 20, false);
+            test_grouped_back(3, 2, 130, 50, grain, encoding, TERN_ACT_BIT, 10, 90, 70, true);
+        }
+    test_grouped_back(2, 1, 20, 50, TERN_PER_TENSOR, TERN_2BIT, TERN_ACT_INT8, 0, 150, 140, false);
+    test_grouped_back(70, 2, 16, 16, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 24, 1, true); /* two launches */
+    tern__gpu_of(&test_context[GPU]->run)->processors = 1; /* high tiles, of which a block takes several */
+    test_grouped_back(6, 2, 70, 150, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 5, 150, 90, false);
+    test_grouped_back(2, 1, 17, 17, TERN_PER_ROW, TERN_BASE3, TERN_ACT_BIT, 0, 4200, 4100, true); /* and segments */
 }
 
 /* -- embedding -- */
@@ -808,6 +892,7 @@ static void suite_cuda_layers()
     RUN(test_cuda_linear_fault);
     RUN(test_cuda_linear_by_its_parts);
     RUN(test_cuda_grouped);
+    RUN(test_cuda_grouped_backward);
     RUN(test_cuda_embedding);
     RUN(test_cuda_parameters);
     RUN(test_cuda_training);

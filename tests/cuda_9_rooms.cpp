@@ -283,11 +283,10 @@ static void test_cuda_moe_apart()
 }
 #endif
 
-/* A mixture as one graph, replayed for tokens that choose other experts. */
-static void cuda_moe_graph(tern_dispatch dispatch)
+/* A mixture as one graph, forward or, with `saved`, that and backward, replayed for tokens that choose other experts; in the last
+   round all of them the same. */
+static void cuda_moe_graph(const moe_case &t, int64_t n, tern_dispatch dispatch, bool backward)
 {
-    const moe_case &t = moe_cases[0];
-    const int64_t n = 5;
     moe_pair p(t);
     tern_need need = {};
     cudaStream_t stream = (cudaStream_t)tern_cuda_stream(test_context[GPU]);
@@ -297,17 +296,25 @@ static void cuda_moe_graph(tern_dispatch dispatch)
         p.m[side].dispatch = dispatch;
         CHECK(tern_moe_need(test_context[side], &p.m[side], n, &need) == TERN_OK && tern_reserve(test_context[side], need.scratch) == TERN_OK);
     }
-    mirror<float> x(n * t.cols, test_uniform), y(n * t.cols);
+    mirror<float> x(n * t.cols, test_uniform), y(n * t.cols), dy(n * t.cols, test_uniform), dx(n * t.cols);
+    mirror<int8_t> saved((int64_t)need.saved);
+    const auto learn = [&](int side) {
+        TERN__TRY(tern_moe_forward(test_context[side], &p.m[side], n, x[side], y[side], backward ? saved[side] : nullptr));
+        return backward ? tern_moe_backward(test_context[side], &p.m[side], n, x[side], saved[side], dy[side], dx[side]) : TERN_OK;
+    };
+    test_fuse(false);
     CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess);
-    CHECK_OK(tern_moe_forward(test_context[GPU], &p.m[GPU], n, x[GPU], y[GPU], nullptr));
+    CHECK_OK(learn(GPU));
     CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess && cudaGraphInstantiate(&ready, graph, 0) == cudaSuccess);
     for (int i = 0; i < 3; i++) {
-        for (int64_t j = 0; j < n * t.cols; j++) x[CPU][j] = test_uniform();
+        for (int64_t j = 0; j < n * t.cols; j++) x[CPU][j] = i < 2 || j < t.cols ? test_uniform() : x[CPU][j - t.cols];
         x.send();
-        CHECK(tern_moe_forward(test_context[CPU], &p.m[CPU], n, x[CPU], y[CPU], nullptr) == TERN_OK);
+        CHECK(learn(CPU) == TERN_OK);
         CHECK(cudaGraphLaunch(ready, stream) == cudaSuccess);
         CHECK_OK(tern_sync(test_context[GPU]));
         CHECK_SAME(y);
+        CHECK_SAME(dx);
+        CHECK(p.params.same());
     }
     cudaGraphExecDestroy(ready);
     cudaGraphDestroy(graph);
@@ -315,7 +322,46 @@ static void cuda_moe_graph(tern_dispatch dispatch)
 
 static void test_cuda_moe_graph()
 {
-    for (tern_dispatch dispatch : {TERN_DISPATCH_AUTO, TERN_DISPATCH_DENSE, TERN_DISPATCH_SPARSE}) cuda_moe_graph(dispatch);
+    for (tern_dispatch dispatch : {TERN_DISPATCH_AUTO, TERN_DISPATCH_DENSE, TERN_DISPATCH_SPARSE}) {
+        cuda_moe_graph(moe_cases[0], 5, dispatch, false);
+        for (int i : {0, 1, 4}) cuda_moe_graph(moe_cases[i], 5, dispatch, true);
+    }
+    cuda_moe_graph(moe_cases[0], 300, TERN_DISPATCH_AUTO, true); /* in parts */
+}
+
+/* The backward in groups, and on a table without them, a matrix after the other: the same bits, of fused products too. */
+static void test_cuda_moe_backward_by_its_parts()
+{
+    tern_backend table = *test_backend();
+    table.grouped = nullptr;
+    const opened parts(&table);
+    tern_context *const contexts[] = {test_context[GPU], parts.c};
+    CHECK(parts.result == TERN_OK);
+    for (int i : {0, 1, 4, 0}) {
+        const moe_case &t = moe_cases[i];
+        const int64_t n = test_random() % 2 ? 300 : 19;
+        moe_pair p(t);
+        tern_need need = {};
+        std::vector<std::vector<float>> got[2];
+        mirror<float> x(n * t.cols, test_uniform), y(n * t.cols), dy(n * t.cols, test_uniform), dx(n * t.cols);
+        for (int which = 0; which < 2; which++) {
+            tern_context *c = contexts[which];
+            CHECK(tern_moe_need(c, &p.m[GPU], n, &need) == TERN_OK && tern_reserve(c, need.scratch) == TERN_OK);
+            mirror<int8_t> saved((int64_t)need.saved);
+            CHECK(tern_moe_forward(c, &p.m[GPU], n, x[GPU], y[GPU], saved[GPU]) == TERN_OK);
+            CHECK(tern_moe_backward(c, &p.m[GPU], n, x[GPU], saved[GPU], dy[GPU], dx[GPU]) == TERN_OK && tern_sync(c) == TERN_OK);
+            got[which].push_back(dx.fetch());
+            for (both_params *q : p.params.all) {
+                const tern_buffer &grad = q->at[GPU].buffer[TERN_GRAD];
+                std::vector<float> back(grad.count);
+                CHECK(tern_copy(c, back.data(), grad.data, grad.count * 4, TERN_TO_HOST) == TERN_OK);
+                got[which].push_back(back);
+                back.assign(back.size(), 0.0f);
+                CHECK(tern_copy(c, grad.data, back.data(), grad.count * 4, TERN_TO_DEVICE) == TERN_OK);
+            }
+        }
+        for (size_t j = 0; j < got[0].size(); j++) CHECK(memcmp(got[0][j].data(), got[1][j].data(), got[0][j].size() * 4) == 0);
+    }
 }
 
 /* All or nothing here too: a bad float is refused at once, and by name, not with the next tern_sync. */
@@ -566,6 +612,7 @@ static void suite_cuda_rooms()
     RUN(test_cuda_moe_apart);
 #endif
     RUN(test_cuda_moe_graph);
+    RUN(test_cuda_moe_backward_by_its_parts);
     RUN(test_cuda_moe_from_dense);
     RUN(test_cuda_hop);
     RUN(test_cuda_hop_by_its_parts);

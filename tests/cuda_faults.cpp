@@ -141,6 +141,11 @@ static const scenario fused[] = {
     {"mixture, ternary router", [] { check_mixture(TERN_ABSMEAN, TERN_BASE3, 20); }, {}, "tern__mixture_tokens"},
 };
 
+static const scenario grouped_back[] = {
+    {"groups, backward", [] { test_grouped_back(3, 2, 70, 150, 20, TERN_BASE3, TERN_ACT_INT8, 3, 40, 30, false); }, {}, "tern__product_tile"},
+    {"groups, where their rows begin", [] { test_grouped_back(4, 2, 20, 40, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 3, 30, 15, true); }, {}, "tern__count_tiles"},
+};
+
 /* Each call of the runtime that a layer of those rooms makes fails in its turn: the layer says so. */
 static void test_cuda_failures_of_layers()
 {
@@ -157,6 +162,7 @@ static void test_cuda_failures_of_layers()
     tern_need need = {};
     size_t most = 0;
     CHECK_OK(tern_moe_need(c, &p.m[GPU], 7, &need));
+    mirror<int8_t> saved((int64_t)need.saved);
     most = need.scratch;
     CHECK_OK(tern_vq_need(c, &vq, 40, &need));
     most = std::max(most, need.scratch);
@@ -169,7 +175,8 @@ static void test_cuda_failures_of_layers()
             return result;
         });
     };
-    each([&] { return tern_moe_forward(c, &p.m[GPU], 7, x[GPU], y[GPU], nullptr); });
+    each([&] { return tern_moe_forward(c, &p.m[GPU], 7, x[GPU], y[GPU], saved[GPU]); });
+    each([&] { return tern_moe_backward(c, &p.m[GPU], 7, x[GPU], saved[GPU], x[GPU], y[GPU]); });
     each([&] { return tern_hop_forward(c, &hop, &g.at[GPU], x[GPU], y[GPU], nullptr); });
     each([&] { return tern_vq_forward(c, &vq, 40, x[GPU], ids[GPU], y[GPU], distance[GPU]); });
     CHECK_OK(tern_sync(c));
@@ -216,9 +223,14 @@ static void test_cuda_fault_fused()
         check_fault(s, CUDA_WRONG_LANE);
         if (s.test != fused[1].test) check_fault(s, CUDA_WRONG_MMA);
     }
+    for (const scenario &s : grouped_back) {
+        check_barriers(s);
+        check_fault(s, CUDA_WRONG_LANE);
+    }
     check_fault(fused[4], CUDA_NO_WAIT);
 #ifdef CUDA_ASAN
     for (int i : {0, 4}) check_fault(fused[i], CUDA_LITTLE_SHARED);
+    check_fault(grouped_back[0], CUDA_LITTLE_SHARED);
 #endif
 }
 
