@@ -41,8 +41,8 @@ bench-cuda: build/bench-cuda        # the GPU's limits, then each operation as a
 # The stricter checks. ONLY=part, here and for test, runs the tests whose names contain it.
 sanitize: build/tests-asan build/tests-amx build/tests-emulated # addresses and undefined behaviour; AMX and CUDA in software
 	build/tests-amx kernels && build/tests-asan $(ONLY) && build/tests-emulated $(ONLY)
-tsan: build/tests-tsan              # data races
-	build/tests-tsan $(ONLY)
+tsan: build/tests-tsan              # data races; the tiers share what runs in threads, so three of them do
+	TERNARY_ISA=avx2 build/tests-tsan $(ONLY)
 msan: build/tests-msan              # uninitialised memory; needs clang
 	build/tests-msan $(ONLY)
 valgrind: build/tests-plain         # leaks and uninitialised memory, on the scalar tier

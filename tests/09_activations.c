@@ -140,7 +140,7 @@ static void test_activations_against_the_definition(void)
         test_context t = test_open(isa, 2);
         for (k = 0; t.c && k < 8; k++)
             for (g = 0; g < 7; g++)
-                for (variant = 0; variant < 8; variant++)
+                for (variant = k < 6 ? 0 : (k + g) % 2; variant < 8; variant += k < 6 ? 1 : 2) /* long rows: half of them */
                     for (i = 0; i < 3; i++)
                         if (acts[i] != TERN_ACT_BIT || variant % 4 == 0) activations_define(t.c, acts[i], columns[k], grains[g], variant, test_tier_name[isa]);
         test_close(&t);
