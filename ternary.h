@@ -93,11 +93,12 @@ TRUE-TERNARY TRAINING
 GRAPHS
 
     tern_graph_build makes a graph of an edge list, or of rows of edges, whose edges count +1, 0 or -1. A tern_hop sends
-    messages along it: what nodes send is projected once for each node, or once for each sum, never for an edge. Several
-    hops are several calls; with the same parameters their gradients add up. A two-hop classifier of nodes:
+    messages along it: what nodes send is projected once for each node, or once for each sum, never for an edge. To train
+    several hops is several calls; with the same parameters their gradients add up. A two-hop classifier of nodes:
         tern_graph_build(c, &edges, &graph);          edges: nodes, count, from, to, both_ways, loops
-        hop.message.w = &w; hop.norm = TERN_GRAPH_SYMMETRIC; hop.fn = TERN_MAP_RELU;
-        tern_hop_forward(c, &hop, &graph, x, h, saved);
+        hop[i].message.w = &w[i]; hop[i].norm = TERN_GRAPH_SYMMETRIC; hop[0].fn = TERN_MAP_RELU;
+        tern_hop_forward(c, &hop[0], &graph, x, h, saved[0]);          and so on, and tern_hop_backward from the last
+        tern_hops_forward(c, hop, 2, &graph, x, logits);               for inference; a small graph's are one launch on a GPU
     tern_ngram (rows of a table named by the last tokens) and tern_vq (the nearest row of a codebook) go before or between.
 
 WHAT IT DOES NOT DO
