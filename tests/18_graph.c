@@ -7,7 +7,8 @@
    Of graphs: edges of sign 0 kept, signs lost both ways or turned round, a loop of sign -1, twice or not seen, duplicates let
    through or rows not closed up, degrees of the wrong end; of sums the finite check or its zeros, the last columns, a factor of int8 rows, the factor
    of the whole, of hubs or not; of blocks their left, hubs, parts, first row, places, rows of h, of P h or in faults, of those that
-   workers take their scratch, its size, that of layers inside, whose error or fault it is, who has the hub; of n-grams
+   workers take their scratch, its size, that of layers inside, whose error or fault it is, who has the hub; of several hops a
+   piece of scratch that two share, its size or base, who is offered to a backend and what stays of its answer; of n-grams
    the order of tokens, its number, what is unknown; distances to a shadow. */
 
 /* -- building -- */
@@ -916,14 +917,26 @@ static void test_hops_in_one(void)
     tern_backend table = *tern_cpu_backend(TERN_ISA_BEST);
     tern_context_desc d = TERN_ZERO;
     tern_context *c = NULL;
+    tern_need need = TERN_ZERO;
     chain_kit x;
     float *h, *y;
     table.hops = note_hops;
+    memset(&offers, 0, sizeof offers);
     d.backend = &table;
     CHECK_OK(NULL, tern_open(&c, &d, NULL));
     x = chain_open(c);
     h = hold_floats(HOP_NODES * 9);
     y = hold_output(HOP_NODES * 9);
+    offers.answer = TERN_E_UNSUPPORTED;
+    CHECK_OK(c, tern_hops_need(c, &x.l[4], 1, x.g, &need)); /* of what is sent most is there twice */
+    CHECK_OK(c, tern_reserve(c, need.scratch));
+    offers.end = c->scratch + need.scratch;
+    CHECK_OK(c, tern_hops_forward(c, &x.l[4], 1, x.g, h, y));
+    CHECK(offers.calls == 1, "%d offers", offers.calls);
+    CHECK_OK(c, tern_hops_need(c, &x.l[4], 2, x.g, &need));
+    CHECK_OK(c, tern_reserve(c, need.scratch));
+    offers.end = c->scratch + need.scratch;
+    CHECK_OK(c, tern_hops_forward(c, &x.l[4], 2, x.g, h, hold_output(HOP_NODES * 13)));
     memset(&offers, 0, sizeof offers);
     offers.answer = TERN_E_UNSUPPORTED;
     chain_scratch(c, &x, CHAIN);
