@@ -176,6 +176,8 @@ static void test_cuda_failures_of_layers()
     CHECK_OK(tern_vq_need(c, &vq, 40, &need));
     most = std::max(most, need.scratch);
     CHECK_OK(tern_hop_need(c, &hop, &g.at[GPU], &need));
+    most = std::max(most, need.scratch);
+    CHECK_OK(tern_hops_need(c, &hop, 1, &g.at[GPU], &need));
     CHECK_OK(tern_reserve(c, std::max(most, need.scratch)));
     const auto each = [&](auto call) {
         test_each_failing(&test_cuda.call_countdown, 7, [&](tern_error *error) {
@@ -186,6 +188,7 @@ static void test_cuda_failures_of_layers()
     };
     each([&] { return tern_moe_forward(c, &p.m[GPU], 7, x[GPU], y[GPU], nullptr); });
     each([&] { return tern_hop_forward(c, &hop, &g.at[GPU], x[GPU], y[GPU], nullptr); });
+    each([&] { return tern_hops_forward(c, &hop, 1, &g.at[GPU], x[GPU], y[GPU]); });
     each([&] { return tern_vq_forward(c, &vq, 40, x[GPU], ids[GPU], y[GPU], distance[GPU]); });
     CHECK_OK(tern_sync(c));
 }
