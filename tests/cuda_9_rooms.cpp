@@ -542,6 +542,7 @@ static void test_chained(const std::vector<hop_shape> &shapes, const graph_pair 
 
 static const hop_shape
     chain_projected = {37, 21, 37, {TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_RELU, 1, 0, 0}, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT8, 0, 0, 0},
+    chain_overflows = {37, 21, 37, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 1},
     chain_summed = {37, 70, 16, {TERN_AGGREGATE_FIRST, TERN_GRAPH_MEAN, TERN_ACT_INT8, TERN_MAP_SILU, 0, 0, 0}, 20, TERN_2BIT, TERN_ACT_INT4, 0, 0, 0},
     chain_floats = {16, 20, 0, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_ADD, 0, 0, 0}, TERN_PER_TENSOR, TERN_2BIT, TERN_ACT_INT8, 0, 0, 1},
     chain_bare = {20, 0, 0, {TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_GELU, 1, 0, 0}, 0, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0},
@@ -578,6 +579,9 @@ static void test_cuda_hops()
         test_chained({chain_bare_floats, chain_bare, chain_bare_floats}, few, parts.c, bad, 1);
         test_chained({chain_bare, chain_bare, chain_bare_floats}, few, parts.c, bad, 1);
     }
+    test_chained({chain_overflows}, few, parts.c, CHAIN_NAN | CHAIN_LARGE, 1); /* what a layer reads is to blame before what it makes */
+    const graph_pair hub(16, 20, {{0, 2500}}); /* of more segments than the block has warps */
+    test_chained({chain_bare_floats, chain_bare}, hub, parts.c, 0, 1);
     test_chained({chain_long, chain_same}, no_hubs, parts.c, 0, 1);
 }
 
