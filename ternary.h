@@ -13124,8 +13124,8 @@ TERN_API tern_result tern_hops_need(tern_context *c, const tern_hop *hops, int32
     TERN__REQUIRE(&c->run, hops && out && count >= 1, TERN_E_ARGUMENT, "hops: hops or out is NULL, or there are %d", (int64_t)count);
     for (i = 0; i < count; i++) {
         TERN__TRY(tern__check_hop(c, &hops[i], g));
-        TERN__REQUIRE(&c->run, i == 0 || tern__hop_shape_of(&hops[i]).in == tern__hop_shape_of(&hops[i - 1]).out, TERN_E_SHAPE, "hops: hop %d reads %d columns, and hop %d makes %d",
-                      (int64_t)i, tern__hop_shape_of(&hops[i]).in, (int64_t)i - 1, tern__hop_shape_of(&hops[i - 1]).out);
+        TERN__REQUIRE(&c->run, i == 0 || tern__hop_shape_of(&hops[i]).in == tern__hop_shape_of(&hops[i - 1]).out, TERN_E_SHAPE,
+                      "hops: hop %d reads %d columns, and hop %d makes %d", (int64_t)i, tern__hop_shape_of(&hops[i]).in, (int64_t)i - 1, tern__hop_shape_of(&hops[i - 1]).out);
         alone = tern__max(alone, tern__hop_scratch(c, &hops[i], g, 0, 0));
     }
     tern__hops_memory(c, hops, count, g, NULL, &w);

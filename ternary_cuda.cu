@@ -4066,7 +4066,8 @@ static __device__ __forceinline__ void tern__hop_layer(const tern__hop_plan &p, 
                                                        const tern__hop_room &my, Four four)
 {
     for (int i = (int)threadIdx.x / 32; i < n; i += TERN__WARPS)
-        tern__quantize_row<tern__warp_team>(step.layer.quantize, step.s, first + i, x + i * apart, my.q + i * p.pitch, my.scale + i, my.sum + i * step.s.groups, step.blame, NULL);
+        tern__quantize_row<tern__warp_team>(step.layer.quantize, step.s, first + i, x + i * apart, my.q + i * p.pitch, my.scale + i,
+                                            my.sum + i * step.s.groups, step.blame, NULL);
     __syncthreads();
     if (step.layer.quantize.m.encoding == TERN_BASE3) tern__hop_product<true>(p, step, n, my, four);
     else tern__hop_product<false>(p, step, n, my, four);
@@ -4086,9 +4087,11 @@ static __device__ __forceinline__ void tern__hop_phase(const tern__hop_plan &p, 
             const tern_linear_args &layer = p.step[k].layer;
             const int64_t cols = layer.quantize.m.cols, outputs = layer.quantize.m.rows;
             const bool last = !sends && k == p.steps - 1, apart = sends && !rows.q;
-            tern__hop_layer(p, p.step[k], first, n, sends ? layer.quantize.x + first * cols : my.rows, sends ? cols : p.width, my, [&](int node, int64_t col, const float v[4]) {
+            const float *x = sends ? layer.quantize.x + first * cols : my.rows;
+            tern__hop_layer(p, p.step[k], first, n, x, sends ? cols : p.width, my, [&](int node, int64_t col, const float v[4]) {
+                float *to = apart ? layer.y + (first + node) * outputs : my.rows + node * p.width;
                 if (last) tern__hop_end(p, first + node, col, v);
-                else tern__store4(TERN_F32, apart ? layer.y + (first + node) * outputs : my.rows + node * p.width, col, (int)tern__min(4, outputs - col), apart ? p.wide : 1, v);
+                else tern__store4(TERN_F32, to, col, (int)tern__min(4, outputs - col), apart ? p.wide : 1, v);
             });
         }
         for (int i = warp; sends && rows.q && i < n; i += TERN__WARPS) {
@@ -4136,8 +4139,8 @@ static tern_result tern__hop_plan_of(tern_run *r, tern__gpu *d, const tern_whole
     const tern_hop_args *a = &hop->to;
     const tern_aggregate_args *sum = &a->sum;
     const tern_quantize_args *project = &hop->project.quantize;
-    TERN__REQUIRE(r, sum->cols <= TERN__HOP_BYTES && a->message.quantize.m.rows <= TERN__HOP_BYTES && project->m.cols <= TERN__HOP_BYTES && project->act != TERN_ACT_BIT &&
-                  a->message.quantize.act != TERN_ACT_BIT && a->update.quantize.act != TERN_ACT_BIT, TERN_E_UNSUPPORTED, "cuda: hop: bits, or rows of more than %d",
+    TERN__REQUIRE(r, sum->cols <= TERN__HOP_BYTES && a->message.quantize.m.rows <= TERN__HOP_BYTES && project->m.cols <= TERN__HOP_BYTES &&
+                  project->act != TERN_ACT_BIT && a->message.quantize.act != TERN_ACT_BIT && a->update.quantize.act != TERN_ACT_BIT, TERN_E_UNSUPPORTED, "cuda: hop: bits, or rows of more than %d",
                   (int64_t)TERN__HOP_BYTES);
     TERN__REQUIRE(r, !project->m.trits || project->m.cols <= TERN__BLOCK || (project->norm == TERN_NORM_NONE && project->act == TERN_ACT_INT8), TERN_E_UNSUPPORTED,
                   "cuda: hop: sums of %d columns; %d are the most", project->m.cols, (int64_t)TERN__BLOCK);
@@ -4165,7 +4168,8 @@ static tern_result tern__hop_plan_of(tern_run *r, tern__gpu *d, const tern_whole
     p->wide = tern__wide(sum->x, sum->part, 4 * sum->cols);
     p->wide_out = tern__wide(a->add, a->residual, a->y, 4 * p->out);
     *bytes = TERN__HOP_NODES * (4 * ((int64_t)p->width + 1 + p->groups) + p->pitch);
-    TERN__REQUIRE(r, *bytes <= TERN__HOP_BYTES, TERN_E_UNSUPPORTED, "cuda: hop: %d bytes of shared memory for some nodes; %d are the most", *bytes, (int64_t)TERN__HOP_BYTES);
+    TERN__REQUIRE(r, *bytes <= TERN__HOP_BYTES, TERN_E_UNSUPPORTED,
+                  "cuda: hop: %d bytes of shared memory for some nodes; %d are the most", *bytes, (int64_t)TERN__HOP_BYTES);
     if (sum->q) TERN__TRY(tern__check_aligned16(r, "aggregate: q", sum->q));
     for (int i = 0; i < p->steps; i++) TERN__TRY(tern__check_aligned16(r, "linear: m.trits", p->step[i].layer.quantize.m.trits));
     return TERN_OK;
