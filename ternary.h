@@ -93,11 +93,12 @@ TRUE-TERNARY TRAINING
 GRAPHS
 
     tern_graph_build makes a graph of an edge list, or of rows of edges, whose edges count +1, 0 or -1. A tern_hop sends
-    messages along it: what nodes send is projected once for each node, or once for each sum, never for an edge. Several
-    hops are several calls; with the same parameters their gradients add up. A two-hop classifier of nodes:
+    messages along it: what nodes send is projected once for each node, or once for each sum, never for an edge. To train
+    several hops is several calls; with the same parameters their gradients add up. A two-hop classifier of nodes:
         tern_graph_build(c, &edges, &graph);          edges: nodes, count, from, to, both_ways, loops
-        hop.message.w = &w; hop.norm = TERN_GRAPH_SYMMETRIC; hop.fn = TERN_MAP_RELU;
-        tern_hop_forward(c, &hop, &graph, x, h, saved);
+        hop[i].message.w = &w[i]; hop[i].norm = TERN_GRAPH_SYMMETRIC; hop[0].fn = TERN_MAP_RELU;
+        tern_hop_forward(c, &hop[0], &graph, x, h, saved[0]);          and so on, and tern_hop_backward from the last
+        tern_hops_forward(c, hop, 2, &graph, x, logits);               for inference; a small graph's are one launch on a GPU
     tern_ngram (rows of a table named by the last tokens) and tern_vq (the nearest row of a codebook) go before or between.
 
 WHAT IT DOES NOT DO
@@ -810,6 +811,18 @@ typedef struct tern_hop_args {
     float *y;                        /* [rows, columns of what comes last] */
 } tern_hop_args;
 
+/* Hops one after the other, each whole, bit by bit what these make of all rows: of what nodes send linear with project (m.trits NULL:
+   none; y NULL: only the next reads it), quantize into rows (q NULL: none) and MUL of its scales by from (NULL: none); then to, as hop.
+   All are over the same edges, and each reads the y of the one before it; what one sends is apart from what the one before it sent. A
+   backend may decline what is beyond its means before it writes anything: TERN_E_UNSUPPORTED. */
+enum { TERN_HOPS_AT_ONCE = 4 };
+typedef struct tern_whole_hop {
+    tern_linear_args project;
+    tern_quantize_args rows; const float *from; /* [n] */
+    tern_hop_args to;
+} tern_whole_hop;
+typedef struct tern_hops_args { int32_t count; tern_whole_hop hop[TERN_HOPS_AT_ONCE]; } tern_hops_args; /* count: 1 and more */
+
 /* A mixture of few tokens, whole, bit by bit what these make one after the other: the router, which is quantize and matmul where its m has
    trits, else norm (y NULL: none) and dense, neither added nor fused, with a_col and b_row 1; route; quantize x; grouped for up, and for
    gate where there is one; map fn, and MUL by up's; quantize hidden; grouped for down; zeros and scatter. logits, ids, weights, loads
@@ -836,7 +849,7 @@ typedef struct tern_moe_args {
     X(gate) X(nearest)
 
 /* Operations that a backend may leave out: layers then compose others, with the same bits. */
-#define TERN_FUSED(X) X(linear) X(grouped) X(hop) X(moe)
+#define TERN_FUSED(X) X(linear) X(grouped) X(hop) X(hops) X(moe)
 
 #define TERN__DECLARE(op) TERN_API tern_result tern_##op(tern_context *c, const tern_##op##_args *a);
 TERN_OPS(TERN__DECLARE)
@@ -1192,6 +1205,13 @@ TERN_API tern_result tern_hop_need(tern_context *c, const tern_hop *l, const ter
    on a CPU takes nodes in blocks that stay in cache, each worker its own where there are enough: what is stored for all nodes is
    what they send, unless that is h. */
 TERN_API tern_result tern_hop_forward(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, float *y, void *saved);
+/* Hops one after the other for inference, count of them, 1 and more: each reads what the one before it makes, the first h and the
+   last makes y, with the bits and the faults of as many calls of tern_hop_forward. y may be h where there are two and more. On a GPU up to
+   four over a small graph (64 nodes for each multiprocessor: 8448 for 132) are one cooperative launch, if their layers are quantized, not to
+   bits, without LoRA and rotation, 16 nodes' rows fit into shared memory and no projection normalises more than 1024 columns; elsewhere
+   each goes by itself. */
+TERN_API tern_result tern_hops_need(tern_context *c, const tern_hop *hops, int32_t count, const tern_graph *g, tern_need *out);
+TERN_API tern_result tern_hops_forward(tern_context *c, const tern_hop *hops, int32_t count, const tern_graph *g, const float *h, float *y);
 /* Adds into the TERN_GRAD of all parameters where present; dh [nodes, cols] (or NULL) is overwritten. As tern_linear_backward;
    rounding to int8 passes the gradient through. */
 #ifndef TERNARY_NO_TRAINING
@@ -8495,6 +8515,7 @@ static tern_result tern__cpu_sync(tern_run *r) { (void)r; return TERN_OK; }
 #define TERN__CACHE 524288
 #endif
 #define tern__cpu_hop NULL /* blocks of nodes that stay in cache do as well */
+#define tern__cpu_hops NULL /* nothing is launched */
 #define tern__cpu_moe NULL /* nothing is launched */
 #define TERN__OP(op) tern__cpu_##op,
 #define TERN__TABLE(suffix, text)                                                              \
@@ -12995,30 +13016,37 @@ static void tern__hop_own(const tern_hop *l, void *base, tern__hop_work *w)
     w->own_bytes = p.bytes;
 }
 
+/* What a forward sums: parts of hubs, and what nodes send where that is not h. */
+static void tern__hop_sent(const tern_hop *l, const tern_graph *g, tern__layout *p, tern__hop_work *w)
+{
+    const tern_matrix rows = tern__hop_rows(l);
+    w->part = tern__piece_of_floats(p, tern__max(g->in.parts, g->out.parts), rows.cols);
+    if (l->act == TERN_ACT_INT8) {
+        w->q = (int8_t *)tern__piece(p, g->nodes, tern__shape_of(&rows).stride);
+        w->scale = tern__piece_of_floats(p, g->nodes, 1);
+        w->sum = tern__piece_of_ids(p, g->nodes);
+    } else if (l->message.w && l->order == TERN_PROJECT_FIRST) w->sent = tern__piece_of_floats(p, g->nodes, rows.cols);
+}
+
 /* All memory of a forward or backward, from base on (NULL: sizes alone). */
 static void tern__hop_memory(const tern_context *c, const tern_hop *l, const tern_graph *g, int32_t backward, int32_t kept, void *saved, void *base, tern__hop_work *w)
 {
     const tern__hop_shape s = tern__hop_shape_of(l);
-    const tern_matrix rows = tern__hop_rows(l);
-    const int64_t n = g->nodes;
+    const int64_t n = g->nodes, cols = tern__hop_width(l);
     tern__layout p = {(unsigned char *)base, 0};
     memset(w, 0, sizeof *w);
     tern__hop_blocks(c, l, g, kept, w);
     w->kept = kept;
     tern__hop_saved(l, w->block, saved, w);
-    w->part = tern__piece_of_floats(&p, tern__max(g->in.parts, g->out.parts), rows.cols);
     if (!backward) {
-        if (l->act == TERN_ACT_INT8) {
-            w->q = (int8_t *)tern__piece(&p, n, tern__shape_of(&rows).stride);
-            w->scale = tern__piece_of_floats(&p, n, 1);
-            w->sum = tern__piece_of_ids(&p, n);
-        } else if (l->message.w && l->order == TERN_PROJECT_FIRST) w->sent = tern__piece_of_floats(&p, n, s.sent);
+        tern__hop_sent(l, g, &p, w);
         tern__hop_own(l, NULL, w);
         w->own = (unsigned char *)tern__piece(&p, w->own_bytes, w->workers);
     } else {
+        w->part = tern__piece_of_floats(&p, tern__max(g->in.parts, g->out.parts), cols);
         if (l->fn != TERN_MAP_ADD) w->dz = tern__piece_of_floats(&p, n, s.out);
         if (l->update.w) w->dm = tern__piece_of_floats(&p, n, s.sent);
-        if (l->message.w) w->drows = tern__piece_of_floats(&p, n, rows.cols);
+        if (l->message.w) w->drows = tern__piece_of_floats(&p, n, cols);
         if (l->lora_a) {
             w->dup = tern__piece_of_floats(&p, n, s.out);
             w->dlow = tern__piece_of_floats(&p, n, l->lora_a->rows);
@@ -13082,11 +13110,21 @@ static tern_aggregate_args tern__hop_sum(const tern_hop *l, const tern_graph *g,
     return a;
 }
 
-/* Rows [v, v + n) as int8; what an edge multiplies by, besides its sign, goes into their scales. */
-static tern_result tern__hop_quantize(tern_context *c, const tern_hop *l, const tern_graph *g, int64_t v, int64_t n, const float *x, const tern__hop_work *w)
+/* What they sum: x, or w's int8. */
+static void tern__hop_reads(const tern_hop *l, const float *x, const tern__hop_work *w, tern_aggregate_args *a)
+{
+    const tern_matrix rows = tern__hop_rows(l);
+    a->x = x;
+    if (l->act != TERN_ACT_INT8) return;
+    a->right = NULL;
+    a->q = w->q;
+    a->scale = w->scale;
+    a->q_row = tern__shape_of(&rows).stride;
+}
+
+static tern_quantize_args tern__hop_int8(const tern_hop *l, int64_t v, int64_t n, const float *x, const tern__hop_work *w)
 {
     tern_quantize_args q;
-    tern_map_args m;
     memset(&q, 0, sizeof q);
     q.m = tern__hop_rows(l);
     q.n = n;
@@ -13094,6 +13132,14 @@ static tern_result tern__hop_quantize(tern_context *c, const tern_hop *l, const 
     q.q = w->q + v * tern__shape_of(&q.m).stride;
     q.scale = w->scale + v;
     q.sum = w->sum + v;
+    return q;
+}
+
+/* Rows [v, v + n) as int8; what an edge multiplies by, besides its sign, goes into their scales. */
+static tern_result tern__hop_quantize(tern_context *c, const tern_hop *l, const tern_graph *g, int64_t v, int64_t n, const float *x, const tern__hop_work *w)
+{
+    const tern_quantize_args q = tern__hop_int8(l, v, n, x, w);
+    tern_map_args m;
     TERN__TRY(tern_quantize(c, &q));
     if (l->norm != TERN_GRAPH_SYMMETRIC) return TERN_OK;
     memset(&m, 0, sizeof m);
@@ -13165,23 +13211,30 @@ static int32_t tern__hop_fuses(const tern_context *c, const tern_hop *l, const t
            (!l->lora_a || (l->lora_a->rule == TERN_DENSE && l->lora_b->rule == TERN_DENSE));
 }
 
-/* With LoRA's part in w->up. TERN_E_UNSUPPORTED where the backend declines. */
-static tern_result tern__hop_fused(tern_context *c, const tern_hop *l, const tern_aggregate_args *sum, const float *h, float *y, const tern__hop_work *w)
+/* What reaches nodes, with LoRA's part in w->up. */
+static tern_hop_args tern__hop_to(const tern_hop *l, const tern_aggregate_args *sum, const float *h, float *y, const tern__hop_work *w)
 {
-    const tern_error before = c->run.error;
-    tern__fp_mode mode;
-    tern_result result;
     tern_hop_args a;
     memset(&a, 0, sizeof a);
     a.sum = *sum;
     a.sum.y = y;
-    if (w->g) a.message = tern__hop_layer(&l->message);
+    if (l->order == TERN_AGGREGATE_FIRST) a.message = tern__hop_layer(&l->message);
     a.update = tern__hop_layer(&l->update);
     a.fn = l->fn;
     a.factor = l->lora_scale;
     a.add = l->lora_a ? w->up : NULL;
     a.residual = l->residual ? h : NULL;
     a.y = y;
+    return a;
+}
+
+/* TERN_E_UNSUPPORTED where the backend declines. */
+static tern_result tern__hop_fused(tern_context *c, const tern_hop *l, const tern_aggregate_args *sum, const float *h, float *y, const tern__hop_work *w)
+{
+    const tern_error before = c->run.error;
+    const tern_hop_args a = tern__hop_to(l, sum, h, y, w);
+    tern__fp_mode mode;
+    tern_result result;
     TERN__TRY(tern__check_aggregate(&c->run, &a.sum));
     mode = tern__fp_enter();
     result = c->run.backend->hop(&c->run, &a);
@@ -13193,7 +13246,6 @@ static tern_result tern__hop_fused(tern_context *c, const tern_hop *l, const ter
 /* y of nodes [v, v + n), from what all send: x where that is float. */
 static tern_result tern__hop_receive(tern_context *c, const tern_hop *l, const tern_graph *g, int64_t v, int64_t n, const float *x, const float *h, float *y, const tern__hop_work *w)
 {
-    const tern_matrix rows = tern__hop_rows(l);
     const int64_t count = n * tern__hop_shape_of(l).out;
     const int32_t fuses = tern__hop_fuses(c, l, w);
     float *z = w->z ? w->z : y, *m = w->m ? w->m : z;
@@ -13202,13 +13254,7 @@ static tern_result tern__hop_receive(tern_context *c, const tern_hop *l, const t
     a.edges = tern__some_rows(&g->in, v, n);
     if (a.left) a.left += v;
     if (n < g->nodes && a.edges.hubs) a.part += a.edges.part[0] * a.cols;
-    a.x = x;
-    if (l->act == TERN_ACT_INT8) {
-        a.right = NULL;
-        a.q = w->q;
-        a.scale = w->scale;
-        a.q_row = tern__shape_of(&rows).stride;
-    }
+    tern__hop_reads(l, x, w, &a);
     if (l->lora_a && fuses) TERN__TRY(tern__hop_lora(c, l, n, h, w));
     result = fuses ? tern__hop_fused(c, l, &a, h, y, w) : TERN_E_UNSUPPORTED;
     if (result != TERN_E_UNSUPPORTED) return result;
@@ -13288,6 +13334,136 @@ TERN_API tern_result tern_hop_forward(tern_context *c, const tern_hop *l, const 
     if (result == TERN_OK) result = tern__hop_run(c, &p);
     c->run.row = 0;
     c->scratch_base -= (size_t)w.scratch_bytes;
+    return result;
+}
+
+/* -- several hops, for inference -- */
+
+/* Scratch, in pairs whose turn it is: rows that the next hop reads, and behind them what whole hops send. */
+typedef struct tern__hops_work { float *rows[2]; unsigned char *sent[2]; int64_t rows_bytes, bytes; } tern__hops_work;
+
+static void tern__hops_memory(const tern_context *c, const tern_hop *hops, int32_t count, const tern_graph *g, void *base, tern__hops_work *w)
+{
+    tern__layout p = {(unsigned char *)base, 0};
+    int64_t cols[2] = {0, 0}, sent = 0;
+    int32_t i;
+    for (i = 0; i + 1 < count; i++) cols[i % 2] = tern__max(cols[i % 2], tern__hop_shape_of(&hops[i]).out);
+    for (i = 0; i < count && c->run.backend->hops; i++) {
+        tern__layout of = {NULL, 0};
+        tern__hop_work whole;
+        tern__hop_sent(&hops[i], g, &of, &whole);
+        sent = tern__max(sent, of.bytes);
+    }
+    for (i = 0; i < 2; i++) w->rows[i] = tern__piece_of_floats(&p, g->nodes, cols[i]);
+    w->rows_bytes = p.bytes;
+    for (i = 0; i < 2; i++) w->sent[i] = (unsigned char *)tern__piece(&p, sent, 1);
+    w->bytes = p.bytes;
+}
+
+TERN_API tern_result tern_hops_need(tern_context *c, const tern_hop *hops, int32_t count, const tern_graph *g, tern_need *out)
+{
+    tern__hops_work w;
+    int64_t alone = 0, scratch;
+    int32_t i;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__REQUIRE(&c->run, hops && out && count >= 1, TERN_E_ARGUMENT, "hops: hops or out is NULL, or there are %d", (int64_t)count);
+    for (i = 0; i < count; i++) {
+        TERN__TRY(tern__check_hop(c, &hops[i], g));
+        TERN__REQUIRE(&c->run, i == 0 || tern__hop_shape_of(&hops[i]).in == tern__hop_shape_of(&hops[i - 1]).out, TERN_E_SHAPE,
+                      "hops: hop %d reads %d columns, and hop %d makes %d", (int64_t)i, tern__hop_shape_of(&hops[i]).in, (int64_t)i - 1, tern__hop_shape_of(&hops[i - 1]).out);
+        alone = tern__max(alone, tern__hop_scratch(c, &hops[i], g, 0, 0));
+    }
+    tern__hops_memory(c, hops, count, g, NULL, &w);
+    scratch = tern__max(tern__add(w.rows_bytes, alone), w.bytes);
+    TERN__REQUIRE(&c->run, tern__fits(scratch), TERN_E_OVERFLOW, "hops: the scratch of %d nodes overflows", g->nodes);
+    out->saved = 0;
+    out->scratch = (size_t)scratch;
+    return TERN_OK;
+}
+
+/* Whether a backend can be asked for the whole hop: every layer is plain, and nothing is beside them. */
+static int32_t tern__hop_is_whole(const tern_hop *l) { return tern__hop_is_plain(&l->message) && tern__hop_is_plain(&l->update) && !l->lora_a; }
+
+static tern_whole_hop tern__whole_hop(const tern_hop *l, const tern_graph *g, const float *h, float *y, void *base)
+{
+    const float *sent = h;
+    tern__layout p = {(unsigned char *)base, 0};
+    tern_aggregate_args sum;
+    tern_whole_hop a;
+    tern__hop_work w;
+    memset(&a, 0, sizeof a);
+    memset(&w, 0, sizeof w);
+    tern__hop_sent(l, g, &p, &w);
+    if (l->message.w && l->order == TERN_PROJECT_FIRST) {
+        a.project = tern__hop_layer(&l->message);
+        a.project.quantize.n = g->nodes;
+        a.project.quantize.x = h;
+        sent = a.project.y = w.sent;
+    }
+    if (w.q) a.rows = tern__hop_int8(l, 0, g->nodes, sent, &w);
+    if (w.q && l->norm == TERN_GRAPH_SYMMETRIC) a.from = g->from;
+    sum = tern__hop_sum(l, g, 0, &w, y);
+    tern__hop_reads(l, sent, &w, &sum);
+    a.to = tern__hop_to(l, &sum, h, y, &w);
+    return a;
+}
+
+/* The hops of a call; each one's h and y. */
+typedef struct tern__hops_pass { const tern_hop *hops; int32_t count; const tern_graph *g; const float *h; float *y; tern__hops_work w; } tern__hops_pass;
+
+static const float *tern__hops_from(const tern__hops_pass *p, int32_t i) { return i == 0 ? p->h : p->w.rows[(i - 1) % 2]; }
+static float *tern__hops_to(const tern__hops_pass *p, int32_t i) { return i == p->count - 1 ? p->y : p->w.rows[i % 2]; }
+
+/* From hop i on as many as are whole, as one operation. TERN_E_UNSUPPORTED where the backend declines, or there is none. */
+static tern_result tern__hops_fused(tern_context *c, const tern__hops_pass *p, int32_t i, int32_t *n)
+{
+    const tern_error before = c->run.error;
+    tern__fp_mode mode;
+    tern_result result;
+    tern_hops_args a;
+    a.count = 0;
+    for (; c->run.backend->hops && i < p->count && a.count < TERN_HOPS_AT_ONCE && tern__hop_is_whole(&p->hops[i]); i++) {
+        tern_whole_hop *hop = &a.hop[a.count++];
+        *hop = tern__whole_hop(&p->hops[i], p->g, tern__hops_from(p, i), tern__hops_to(p, i), p->w.sent[i % 2]);
+        TERN__TRY(tern__check_aggregate(&c->run, &hop->to.sum));
+    }
+    *n = (int32_t)tern__max(a.count, 1);
+    if (!a.count) return TERN_E_UNSUPPORTED;
+    mode = tern__fp_enter();
+    result = c->run.backend->hops(&c->run, &a);
+    tern__fp_leave(mode);
+    if (result == TERN_E_UNSUPPORTED) c->run.error = before;
+    return result;
+}
+
+static tern_result tern__hops_run(tern_context *c, const tern__hops_pass *p)
+{
+    int32_t i, end, n;
+    for (i = 0; i < p->count; i = end) {
+        const tern_result result = tern__hops_fused(c, p, i, &n);
+        end = i + n;
+        if (result == TERN_OK) continue;
+        if (result != TERN_E_UNSUPPORTED) return result;
+        for (; i < end; i++) TERN__TRY(tern_hop_forward(c, &p->hops[i], p->g, tern__hops_from(p, i), tern__hops_to(p, i), NULL));
+    }
+    return TERN_OK;
+}
+
+TERN_API tern_result tern_hops_forward(tern_context *c, const tern_hop *hops, int32_t count, const tern_graph *g, const float *h, float *y)
+{
+    tern_need need = TERN_ZERO;
+    tern__hops_pass p;
+    tern_result result;
+    if (!c) return TERN_E_ARGUMENT;
+    TERN__TRY(tern__check_pointer(&c->run, "hops", "h", h, 4));
+    TERN__TRY(tern__check_pointer(&c->run, "hops", "y", y, 4));
+    TERN__TRY(tern_hops_need(c, hops, count, g, &need));
+    TERN__TRY(tern__begin_scratch(c, "hops", g->nodes, need.scratch));
+    p.hops = hops; p.count = count; p.g = g; p.h = h; p.y = y;
+    tern__hops_memory(c, hops, count, g, c->scratch + c->scratch_base, &p.w);
+    c->scratch_base += (size_t)p.w.rows_bytes;
+    result = tern__hops_run(c, &p);
+    c->scratch_base -= (size_t)p.w.rows_bytes;
     return result;
 }
 

@@ -4044,21 +4044,25 @@ static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__aggregate_rows(
     }
 }
 
-/* Segments of hubs, a block to each: that of a hub is the last one whose first segment is not behind it. Hubs and segments
-   are numbered as in the whole graph. */
+/* A segment of a hub, by a team: the hub is the last one whose first segment is not behind it. Hubs and segments are numbered
+   as in the whole graph. */
+template <typename Team> static __device__ __forceinline__ void tern__aggregate_part(const tern_aggregate_args &a, int64_t part, int wide)
+{
+    const int64_t hub = tern__last_at(a.edges.hubs, [&](int64_t h) { return a.edges.part[h] - a.edges.part[0] <= part; });
+    const int64_t row = a.edges.hub[hub] - a.edges.first;
+    const int64_t first = a.edges.start[row] + (part - (a.edges.part[hub] - a.edges.part[0])) * TERN__EDGES;
+    const int count = (int)tern__min(TERN__EDGES, a.edges.start[row + 1] - first);
+    for (int64_t i = 4 * Team::thread(); i < a.cols; i += 4 * Team::threads()) {
+        const int n = (int)tern__min(4, a.cols - i);
+        float sum[4];
+        tern__edges_sum(a, first, count, i, n, wide, sum);
+        tern__store4(TERN_F32, a.part, part * a.cols + i, n, wide, sum);
+    }
+}
+
 static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__aggregate_parts(tern_aggregate_args a, int wide)
 {
-    for (int64_t part = blockIdx.x; part < a.edges.parts; part += gridDim.x) {
-        const int64_t hub = tern__last_at(a.edges.hubs, [&](int64_t h) { return a.edges.part[h] - a.edges.part[0] <= part; });
-        const int64_t row = a.edges.hub[hub] - a.edges.first;
-        const int64_t first = a.edges.start[row] + (part - (a.edges.part[hub] - a.edges.part[0])) * TERN__EDGES;
-        const int count = (int)tern__min(TERN__EDGES, a.edges.start[row + 1] - first);
-        tern__each4_of_row(a.cols, [&](int64_t i, int n) {
-            float sum[4];
-            tern__edges_sum(a, first, count, i, n, wide, sum);
-            tern__store4(TERN_F32, a.part, part * a.cols + i, n, wide, sum);
-        });
-    }
+    for (int64_t part = blockIdx.x; part < a.edges.parts; part += gridDim.x) tern__aggregate_part<tern__block_team>(a, part, wide);
 }
 
 /* Hubs, from their segments in order. */
@@ -4088,17 +4092,22 @@ static tern_result tern__gpu_aggregate(tern_run *r, tern__gpu *d, const tern_agg
 
 /* -- hops: a block takes some nodes, whose sums, messages and quantized rows stay in shared memory; a warp takes a node, then 32 outputs of eight -- */
 
-enum { TERN__HOP_NODES = 16, TERN__HOP_BYTES = 48 << 10 };
+enum { TERN__HOP_NODES = 16, TERN__HOP_BYTES = 48 << 10, TERN__HOPS_TURNS = 4 /* of a block that takes part in whole hops, at most */ };
 static_assert(TERN__HOP_BYTES / TERN__HOP_NODES < 4 * TERN__BLOCK, "a canonical sum of a node's row is one block, which takes no memory");
 
 typedef struct tern__hop_step { tern_linear_args layer; tern__shape s; tern__blame blame; } tern__hop_step;
 
-/* The layers that are there, one after the other; width, pitch and groups: of a node, floats, bytes of q and sums. */
+/* The layers that are there, one after the other, of which `projects`, none or one, are before the sum; width, pitch and groups: of a
+   node, floats, bytes of q and sums. */
 typedef struct tern__hop_plan {
-    tern_hop_args a;
-    tern__hop_step step[2];
-    tern__blame sum;
-    int32_t steps, width, pitch, groups, wide, wide_out;
+    tern_aggregate_args sum;
+    tern_map_fn fn;
+    float factor; const float *add, *residual;
+    float *y;
+    tern__hop_step step[2], rows; /* rows: of a whole hop that quantizes what nodes send, as a layer without a product */
+    const float *from;
+    tern__blame blame;            /* of the sum */
+    int32_t projects, steps, width, pitch, groups, wide, wide_out;
     int64_t out; /* columns of y */
 } tern__hop_plan;
 
@@ -4118,7 +4127,7 @@ static __device__ tern__hop_room tern__hop_room_of(const tern__hop_plan &p, floa
 /* The sum of a node's row, by a warp; zero where it is not finite. */
 static __device__ void tern__hop_sum_row(const tern__hop_plan &p, int64_t row, float *to)
 {
-    const tern_aggregate_args &a = p.a.sum;
+    const tern_aggregate_args &a = p.sum;
     const int64_t first = a.edges.start[row], count = a.edges.start[row + 1] - first;
     const int lane = (int)threadIdx.x % 32;
     const int64_t part = count > TERN__EDGES ? a.edges.part[tern__first_hub(&a.edges, row)] - a.edges.part[0] : 0;
@@ -4132,7 +4141,7 @@ static __device__ void tern__hop_sum_row(const tern__hop_plan &p, int64_t row, f
         tern__store4(TERN_F32, to, i, n, 1, sum);
     }
     if (tern__finite(tern__float(tern__warp_most(most)))) return;
-    if (lane == 0) tern__report(p.sum, row);
+    if (lane == 0) tern__report(p.blame, row);
     __syncwarp(); /* other lanes stored these */
     for (int i = lane; i < a.cols; i += 32) to[i] = 0.0f;
 }
@@ -4144,12 +4153,12 @@ static __device__ void tern__hop_end(const tern__hop_plan &p, int64_t row, int64
     const int64_t at = row * p.out + col;
     float y[4], z[4];
     for (int k = 0; k < 4; k++) y[k] = v[k];
-    if (p.a.fn != TERN_MAP_ADD) tern__map4(p.a.fn, 1.0f, v, v, y);
-    if (p.a.add) tern__load4(TERN_F32, p.a.add, at, n, p.wide_out, z);
-    for (int k = 0; k < 4 && p.a.add; k++) y[k] = y[k] + p.a.factor * z[k];
-    if (p.a.residual) tern__load4(TERN_F32, p.a.residual, at, n, p.wide_out, z);
-    for (int k = 0; k < 4 && p.a.residual; k++) y[k] = y[k] + z[k];
-    tern__store4(TERN_F32, p.a.y, at, n, p.wide_out, y);
+    if (p.fn != TERN_MAP_ADD) tern__map4(p.fn, 1.0f, v, v, y);
+    if (p.add) tern__load4(TERN_F32, p.add, at, n, p.wide_out, z);
+    for (int k = 0; k < 4 && p.add; k++) y[k] = y[k] + p.factor * z[k];
+    if (p.residual) tern__load4(TERN_F32, p.residual, at, n, p.wide_out, z);
+    for (int k = 0; k < 4 && p.residual; k++) y[k] = y[k] + z[k];
+    tern__store4(TERN_F32, p.y, at, n, p.wide_out, y);
 }
 
 /* Outputs of a.n quantized rows, at most 8, `pitch` bytes apart, and of a pair of panels, by a warp, in fours: four(row of q, row of m, y). */
@@ -4196,38 +4205,61 @@ template <bool Base3, typename Four> static __device__ __forceinline__ void tern
     }
 }
 
-static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__hop_nodes(tern__hop_plan p)
+/* A layer of n nodes from `first` on, whose rows lie `apart` floats from each other: four(node, column, v). */
+template <typename Four>
+static __device__ __forceinline__ void tern__hop_layer(const tern__hop_plan &p, const tern__hop_step &step, int64_t first, int n, const float *x, int64_t apart,
+                                                       const tern__hop_room &my, Four four)
 {
-    TERN__SHARED(float, rows);
-    const tern__hop_room my = tern__hop_room_of(p, rows);
-    const int warp = (int)threadIdx.x / 32;
-    for (int64_t first = (int64_t)blockIdx.x * TERN__HOP_NODES; first < p.a.sum.edges.rows; first += (int64_t)gridDim.x * TERN__HOP_NODES) {
-        const int n = (int)tern__min(TERN__HOP_NODES, p.a.sum.edges.rows - first);
-        for (int i = warp; i < n; i += TERN__WARPS) tern__hop_sum_row(p, first + i, my.rows + i * p.width);
-        __syncthreads();
-        for (int k = 0; k < p.steps; k++) {
-            const tern__hop_step &step = p.step[k];
-            const bool last = k == p.steps - 1;
-            for (int i = warp; i < n; i += TERN__WARPS)
-                tern__quantize_row<tern__warp_team>(step.layer.quantize, step.s, first + i, my.rows + i * p.width, my.q + i * p.pitch, my.scale + i,
-                                                    my.sum + i * step.s.groups, step.blame, NULL);
-            __syncthreads();
-            const auto four = [&](int node, int64_t col, const float v[4]) {
+    for (int i = (int)threadIdx.x / 32; i < n; i += TERN__WARPS)
+        tern__quantize_row<tern__warp_team>(step.layer.quantize, step.s, first + i, x + i * apart, my.q + i * p.pitch, my.scale + i,
+                                            my.sum + i * step.s.groups, step.blame, NULL);
+    __syncthreads();
+    if (step.layer.quantize.m.encoding == TERN_BASE3) tern__hop_product<true>(p, step, n, my, four);
+    else tern__hop_product<false>(p, step, n, my, four);
+    __syncthreads(); /* q may be written again, or rows */
+}
+
+/* What the block's nodes send, or what reaches them. */
+static __device__ __forceinline__ void tern__hop_phase(const tern__hop_plan &p, const tern__hop_room &my, bool sends)
+{
+    const tern_quantize_args &rows = p.rows.layer.quantize;
+    const int warp = (int)threadIdx.x / 32, begin = sends ? 0 : p.projects, end = sends ? p.projects : p.steps;
+    for (int64_t first = (int64_t)blockIdx.x * TERN__HOP_NODES; first < p.sum.edges.rows; first += (int64_t)gridDim.x * TERN__HOP_NODES) {
+        const int n = (int)tern__min(TERN__HOP_NODES, p.sum.edges.rows - first);
+        for (int i = warp; !sends && i < n; i += TERN__WARPS) tern__hop_sum_row(p, first + i, my.rows + i * p.width);
+        if (!sends) __syncthreads();
+        for (int k = begin; k < end; k++) {
+            const tern_linear_args &layer = p.step[k].layer;
+            const int64_t cols = layer.quantize.m.cols, outputs = layer.quantize.m.rows;
+            const bool last = !sends && k == p.steps - 1, apart = sends && !rows.q;
+            const float *x = sends ? layer.quantize.x + first * cols : my.rows;
+            tern__hop_layer(p, p.step[k], first, n, x, sends ? cols : p.width, my, [&](int node, int64_t col, const float v[4]) {
+                float *to = apart ? layer.y + (first + node) * outputs : my.rows + node * p.width;
                 if (last) tern__hop_end(p, first + node, col, v);
-                else tern__store4(TERN_F32, my.rows + node * p.width, col, (int)tern__min(4, step.layer.quantize.m.rows - col), 1, v);
-            };
-            if (step.layer.quantize.m.encoding == TERN_BASE3) tern__hop_product<true>(p, step, n, my, four);
-            else tern__hop_product<false>(p, step, n, my, four);
-            __syncthreads(); /* q may be written again, or rows */
+                else tern__store4(TERN_F32, to, col, (int)tern__min(4, outputs - col), apart ? p.wide : 1, v);
+            });
         }
-        for (int64_t i = threadIdx.x, fours = tern__ceil_div(p.out, 4); p.steps == 0 && i < n * fours; i += TERN__THREADS) {
+        for (int i = warp; sends && rows.q && i < n; i += TERN__WARPS) {
+            const int64_t row = first + i;
+            tern__quantize_row<tern__warp_team>(rows, p.rows.s, row, p.projects ? my.rows + i * p.width : rows.x + row * rows.m.cols, rows.q + row * p.rows.s.stride,
+                                                rows.scale + row, rows.sum + row, p.rows.blame, NULL);
+            if (p.from && threadIdx.x % 32 == 0) rows.scale[row] = rows.scale[row] * p.from[row];
+        }
+        if (sends || begin < end) continue;
+        for (int64_t i = threadIdx.x, fours = tern__ceil_div(p.out, 4); i < n * fours; i += TERN__THREADS) {
             float v[4];
             const int64_t col = i % fours * 4;
             tern__load4(TERN_F32, my.rows + i / fours * p.width, col, (int)tern__min(4, p.out - col), 1, v);
             tern__hop_end(p, first + i / fours, col, v);
         }
-        if (p.steps == 0) __syncthreads();
+        __syncthreads(); /* rows may be written again */
     }
+}
+
+static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__hop_nodes(tern__hop_plan p)
+{
+    TERN__SHARED(float, shared);
+    tern__hop_phase(p, tern__hop_room_of(p, shared), false);
 }
 
 /* Faults of a layer come behind those of what was before it. */
@@ -4235,10 +4267,10 @@ static void tern__hop_add(tern__gpu *d, tern__hop_plan *p, const tern_linear_arg
 {
     tern__hop_step *step = &p->step[p->steps];
     if (!layer->quantize.m.trits) return;
-    d->order++;
     step->layer = *layer;
     step->s = tern__shape_of(&layer->quantize.m);
     step->blame = tern__blame_of(d, TERN__FAULT_QUANTIZE);
+    d->order++;
     p->steps++;
     p->width = (int32_t)tern__max(p->width, p->out);
     p->pitch = (int32_t)tern__max(p->pitch, tern__ceil_div(step->s.stride, 128) * 128 + 64); /* quarters of a warp meet all banks */
@@ -4246,28 +4278,105 @@ static void tern__hop_add(tern__gpu *d, tern__hop_plan *p, const tern_linear_arg
     p->out = layer->quantize.m.rows;
 }
 
+/* bytes: of shared memory. */
+static tern_result tern__hop_plan_of(tern_run *r, tern__gpu *d, const tern_whole_hop *hop, tern__hop_plan *p, int64_t *bytes)
+{
+    const tern_hop_args *a = &hop->to;
+    const tern_aggregate_args *sum = &a->sum;
+    const tern_quantize_args *project = &hop->project.quantize;
+    TERN__REQUIRE(r, sum->cols <= TERN__HOP_BYTES && a->message.quantize.m.rows <= TERN__HOP_BYTES && project->m.cols <= TERN__HOP_BYTES &&
+                  project->act != TERN_ACT_BIT && a->message.quantize.act != TERN_ACT_BIT && a->update.quantize.act != TERN_ACT_BIT, TERN_E_UNSUPPORTED, "cuda: hop: bits, or rows of more than %d",
+                  (int64_t)TERN__HOP_BYTES);
+    TERN__REQUIRE(r, !project->m.trits || project->m.cols <= TERN__BLOCK || (project->norm == TERN_NORM_NONE && project->act == TERN_ACT_INT8), TERN_E_UNSUPPORTED,
+                  "cuda: hop: sums of %d columns; %d are the most", project->m.cols, (int64_t)TERN__BLOCK);
+    tern__hop_add(d, p, &hop->project);
+    p->projects = p->steps;
+    if (hop->rows.q) {
+        p->rows.layer.quantize = hop->rows;
+        p->rows.s = tern__shape_of(&hop->rows.m);
+        p->rows.blame = tern__blame_of(d, TERN__FAULT_QUANTIZE);
+        p->from = hop->from;
+        d->order++;
+    }
+    p->sum = *sum;
+    p->blame = tern__blame_of(d, TERN__FAULT_AGGREGATE);
+    d->order++;
+    p->out = p->width = (int32_t)sum->cols;
+    tern__hop_add(d, p, &a->message);
+    tern__hop_add(d, p, &a->update);
+    p->fn = a->fn;
+    p->factor = a->factor;
+    p->add = a->add;
+    p->residual = a->residual;
+    p->y = a->y;
+    p->width = (p->width + 3) & ~3;
+    p->wide = tern__wide(sum->x, sum->part, 4 * sum->cols);
+    p->wide_out = tern__wide(a->add, a->residual, a->y, 4 * p->out);
+    *bytes = TERN__HOP_NODES * (4 * ((int64_t)p->width + 1 + p->groups) + p->pitch);
+    TERN__REQUIRE(r, *bytes <= TERN__HOP_BYTES, TERN_E_UNSUPPORTED,
+                  "cuda: hop: %d bytes of shared memory for some nodes; %d are the most", *bytes, (int64_t)TERN__HOP_BYTES);
+    if (sum->q) TERN__TRY(tern__check_aligned16(r, "aggregate: q", sum->q));
+    for (int i = 0; i < p->steps; i++) TERN__TRY(tern__check_aligned16(r, "linear: m.trits", p->step[i].layer.quantize.m.trits));
+    return TERN_OK;
+}
+
 static tern_result tern__gpu_hop(tern_run *r, tern__gpu *d, const tern_hop_args *a)
 {
-    const tern_aggregate_args *sum = &a->sum;
+    tern_whole_hop hop = {};
     tern__hop_plan p = {};
     int64_t bytes;
-    TERN__REQUIRE(r, sum->cols <= TERN__HOP_BYTES && a->message.quantize.m.rows <= TERN__HOP_BYTES && a->message.quantize.act != TERN_ACT_BIT &&
-                  a->update.quantize.act != TERN_ACT_BIT, TERN_E_UNSUPPORTED, "cuda: hop: bits, or rows of more than %d", (int64_t)TERN__HOP_BYTES);
-    p.a = *a;
-    p.sum = tern__blame_of(d, TERN__FAULT_AGGREGATE);
-    p.out = p.width = (int32_t)sum->cols;
-    tern__hop_add(d, &p, &a->message);
-    tern__hop_add(d, &p, &a->update);
-    p.width = (p.width + 3) & ~3;
-    p.wide = tern__wide(sum->x, sum->part, 4 * sum->cols);
-    p.wide_out = tern__wide(a->add, a->residual, a->y, 4 * p.out);
-    bytes = TERN__HOP_NODES * (4 * ((int64_t)p.width + 1 + p.groups) + p.pitch);
-    TERN__REQUIRE(r, bytes <= TERN__HOP_BYTES, TERN_E_UNSUPPORTED, "cuda: hop: %d bytes of shared memory for some nodes; %d are the most", bytes, (int64_t)TERN__HOP_BYTES);
-    if (sum->q) TERN__TRY(tern__check_aligned16(r, "aggregate: q", sum->q));
-    for (int i = 0; i < p.steps; i++) TERN__TRY(tern__check_aligned16(r, "linear: m.trits", p.step[i].layer.quantize.m.trits));
-    if (sum->edges.hubs) TERN__LAUNCH(tern__aggregate_parts, tern__grid(d, sum->edges.parts, 1), tern__aggregate_threads(sum), 0, d->stream, *sum, p.wide);
-    TERN__LAUNCH(tern__hop_nodes, tern__grid(d, sum->edges.rows, TERN__HOP_NODES), TERN__THREADS, (size_t)bytes, d->stream, p);
+    hop.to = *a;
+    TERN__TRY(tern__hop_plan_of(r, d, &hop, &p, &bytes));
+    if (p.sum.edges.hubs) TERN__LAUNCH(tern__aggregate_parts, tern__grid(d, p.sum.edges.parts, 1), tern__aggregate_threads(&p.sum), 0, d->stream, p.sum, p.wide);
+    TERN__LAUNCH(tern__hop_nodes, tern__grid(d, p.sum.edges.rows, TERN__HOP_NODES), TERN__THREADS, (size_t)bytes, d->stream, p);
     return TERN_OK;
+}
+
+/* -- whole hops, one after the other: blocks that are launched together keep their nodes, and meet where rows of others are read -- */
+
+typedef struct tern__hops {
+    tern__hop_plan hop[TERN_HOPS_AT_ONCE];
+    unsigned *meet;
+    int32_t count;
+} tern__hops;
+static_assert(sizeof(tern__hops) <= 4096, "parameters of a kernel");
+
+/* A block sends rows that it made itself. What it sends lies elsewhere than what the hop before sent, which others may still read. */
+static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__hops_nodes(tern__hops p)
+{
+    TERN__SHARED(float, shared);
+    for (int phase = 0; phase < 2 * p.count; phase++) {
+        const tern__hop_plan &hop = p.hop[phase / 2];
+        const tern_adjacency &edges = hop.sum.edges;
+        const bool sends = phase % 2 == 0;
+        if (!sends) tern__grid_barrier(p.meet);
+        if (!sends && edges.hubs) {
+            for (int64_t part = (int64_t)blockIdx.x * TERN__WARPS + threadIdx.x / 32; part < edges.parts; part += (int64_t)gridDim.x * TERN__WARPS)
+                tern__aggregate_part<tern__warp_team>(hop.sum, part, hop.wide);
+            tern__grid_barrier(p.meet);
+        }
+        tern__hop_phase(hop, tern__hop_room_of(hop, shared), sends);
+    }
+}
+
+/* A block to a multiprocessor. Beyond some turns of each launches weigh little, and more blocks share the work better. */
+static tern_result tern__gpu_hops(tern_run *r, tern__gpu *d, const tern_hops_args *a)
+{
+    const int64_t nodes = a->hop[0].to.sum.edges.rows, blocks = tern__min(tern__ceil_div(nodes, TERN__HOP_NODES), d->processors);
+    int64_t bytes = 0, mine;
+    tern__hops p = {};
+    TERN__REQUIRE(r, d->meet && nodes <= (int64_t)TERN__HOPS_TURNS * TERN__HOP_NODES * d->processors, TERN_E_UNSUPPORTED,
+                  "cuda: hops: %d nodes for %d blocks, or no launches of blocks together", nodes, blocks);
+    p.meet = d->meet;
+    p.count = a->count;
+    for (int32_t i = 0; i < a->count; i++) {
+        TERN__TRY(tern__hop_plan_of(r, d, &a->hop[i], &p.hop[i], &mine));
+        bytes = tern__max(bytes, mine);
+    }
+    TERN__LAUNCH_TOGETHER(tern__hops_nodes, (unsigned)blocks, TERN__THREADS, (size_t)bytes, d->stream, p);
+    const cudaError_t error = cudaGetLastError();
+    TERN__REQUIRE(r, error != cudaErrorCooperativeLaunchTooLarge, TERN_E_UNSUPPORTED, "cuda: hops: fewer than %d blocks are there at once", blocks);
+    return tern__cuda_check(r, error, "launching hops");
 }
 
 /* -- a mixture of few tokens: blocks that are launched together go from phase to phase, in a shape that does not depend on the routing -- */

@@ -1095,8 +1095,8 @@ static void bench_moe(int64_t cols, int64_t width, int32_t count, int32_t top_k,
     }
 }
 
-/* Unique bytes: rows of h and y, edges, starts. */
-static void bench_hop(int64_t nodes, int64_t edges, int64_t cols)
+/* Unique bytes: rows of h and y, edges, starts. few: several hops, too. */
+static void bench_hop(int64_t nodes, int64_t edges, int64_t cols, bool few)
 {
     memory m;
     std::vector<int32_t> from((size_t)edges), to((size_t)edges);
@@ -1107,7 +1107,7 @@ static void bench_hop(int64_t nodes, int64_t edges, int64_t cols)
     tern_need need = {};
     uint64_t seed = 1;
     const std::string shape = text("%ldx%ld %ld edges", (long)nodes, (long)cols, (long)edges);
-    if (!wanted("hop", shape)) return;
+    if (!wanted("hop, 4 hops, 4 hops at once", shape)) return;
     for (int64_t i = 0; i < edges; i++) {
         seed = seed * 6364136223846793005u + 1442695040888963407u;
         from[(size_t)i] = (int32_t)((seed >> 33) % (uint64_t)nodes);
@@ -1128,8 +1128,16 @@ static void bench_hop(int64_t nodes, int64_t edges, int64_t cols)
     l.residual = 1;
     must(tern_hop_need(gpu, &l, &g, &need));
     must(tern_reserve(gpu, need.scratch));
-    measure(BYTES, "hop", shape, READ, 8.0 * (double)(nodes * cols) + 4.0 * (double)edges + 8.0 * (double)nodes, 1,
-            [&] { return tern_hop_forward(gpu, &l, &g, h, y, NULL); });
+    const double work = 8.0 * (double)(nodes * cols) + 4.0 * (double)edges + 8.0 * (double)nodes;
+    const auto hop = [&] { return tern_hop_forward(gpu, &l, &g, h, y, NULL); };
+    measure(BYTES, "hop", shape, READ, work, 1, hop);
+    if (few) {
+        const tern_hop hops[] = {l, l, l, l};
+        must(tern_hops_need(gpu, hops, 4, &g, &need));
+        must(tern_reserve(gpu, need.scratch));
+        measure(BYTES, "4 hops", shape, READ, 4 * work, 1, [&] { for (int i = 0; i < 3; i++) must(hop()); return hop(); });
+        measure(BYTES, "4 hops at once", shape, READ, 4 * work, 1, [&] { return tern_hops_forward(gpu, hops, 4, &g, h, y); });
+    }
     tern_graph_free(gpu, &g);
 }
 
@@ -1298,7 +1306,8 @@ static void bench_all()
     title("Mixtures, graphs, a training");
     if (q) bench_moe(32, 16, 4, 2, {1, 17});
     else bench_moe(2048, 768, 128, 8, {1, 16, 4096});
-    bench_hop(q ? 40 : 1000000, q ? 120 : 10000000, q ? 32 : 256);
+    bench_hop(q ? 40 : 1000000, q ? 120 : 10000000, q ? 32 : 256, false);
+    bench_hop(q ? 40 : 1000, q ? 130 : 4000, q ? 32 : 64, true);
     bench_training(q ? 32 : 8192, q ? 2 : 16, q ? 17 : 4096);
     title("Small operations: what a call costs");
     bench_small(q ? 64 : 4096);

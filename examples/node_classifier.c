@@ -227,6 +227,7 @@ static void build_graph(tern_context *c, network *net)
 static void open_network(tern_context *c, network *net, const task *t, const recipe *how, int seed)
 {
     const int widths[HOPS + 1] = {t->features, t->hidden, t->classes};
+    tern_need need;
     memset(net, 0, sizeof *net);
     net->t = t;
     net->model.items = net->list;
@@ -235,7 +236,6 @@ static void open_network(tern_context *c, network *net, const task *t, const rec
         tern_param *w = &net->weights[i];
         tern_hop *hop = &net->hops[i];
         tern_fill_args noise = TERN_ZERO;
-        tern_need need;
         snprintf(w->name, sizeof w->name, "hop%d.weight", i);
         w->rows = widths[i + 1];
         w->cols = widths[i];
@@ -260,6 +260,8 @@ static void open_network(tern_context *c, network *net, const task *t, const rec
         check(c, tern_reserve(c, need.scratch));
         net->saved[i] = take(c, need.saved);
     }
+    check(c, tern_hops_need(c, net->hops, HOPS, &net->graph, &need));
+    check(c, tern_reserve(c, need.scratch));
     for (int i = 0; i <= HOPS; i++) {
         net->x[i] = (float *)take(c, (size_t)t->nodes * (size_t)widths[i] * sizeof(float));
         net->dx[i] = i ? (float *)take(c, (size_t)t->nodes * (size_t)widths[i] * sizeof(float)) : NULL;
@@ -316,13 +318,18 @@ static void multiply(tern_context *c, const network *net, float *x, const float 
     if (keep) check(c, tern_map(c, &a));
 }
 
-static void forward(tern_context *c, network *net, const float *keep, int training)
+static void forward(tern_context *c, network *net, const float *keep)
 {
     for (int i = 0; i < HOPS; i++) {
-        check(c, tern_hop_forward(c, &net->hops[i], &net->graph, net->x[i], net->x[i + 1], training ? net->saved[i] : NULL));
+        check(c, tern_hop_forward(c, &net->hops[i], &net->graph, net->x[i], net->x[i + 1], net->saved[i]));
         if (i == 0) multiply(c, net, net->x[1], keep);
     }
-    if (training) return;
+}
+
+/* All hops at once, without dropout. */
+static void infer(tern_context *c, network *net)
+{
+    check(c, tern_hops_forward(c, net->hops, HOPS, &net->graph, net->x[0], net->x[HOPS]));
     check(c, tern_copy(c, net->logits, net->x[HOPS], (size_t)(net->t->nodes * net->t->classes) * sizeof(float), TERN_TO_HOST));
 }
 
@@ -412,7 +419,7 @@ static void learn(tern_context *c, network *net, const recipe *how, int epoch, f
     for (int i = 0; i < hidden; i++) net->host[i] = random_unit() < dropout ? 0 : 1 / (1 - dropout);
     check(c, tern_copy(c, keep, net->host, (size_t)hidden * sizeof(float), TERN_TO_DEVICE));
     load_features(c, net, dropout);
-    forward(c, net, keep, 1);
+    forward(c, net, keep);
     loss_of(c, net, TRAIN, 1);
     backward(c, net, keep);
     step.rate = how->rate;
@@ -434,7 +441,7 @@ static double train(tern_context *c, network *net, const recipe *how, int seed, 
         double loss;
         learn(c, net, how, epoch, keep);
         load_features(c, net, 0);
-        forward(c, net, NULL, 0);
+        infer(c, net);
         loss = validated ? mean_loss(c, net, VALIDATION) - 0.1 * accuracy(net, VALIDATION) : -epoch;
         if (loss < best) {
             best = loss;
@@ -538,7 +545,7 @@ static void compare_bits(tern_context *c, const network *net, const recipe *how)
         check(c, tern_copy(c, again.weights[i].buffer[TERN_SCALES].data, m.scales, scales, TERN_TO_HOST));
     }
     load_features(cpu, &again, 0);
-    forward(cpu, &again, NULL, 0);
+    infer(cpu, &again);
     if (memcmp(net->logits, again.logits, (size_t)(net->t->nodes * net->t->classes) * sizeof(float)))
         stop(how->name, "has other bits on the CPU");
     printf("%-14s  the same bits on the tiers %s and %s\n", how->name, tern_backend_name(c), tern_backend_name(cpu));

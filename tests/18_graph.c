@@ -7,7 +7,8 @@
    Of graphs: edges of sign 0 kept, signs lost both ways or turned round, a loop of sign -1, twice or not seen, duplicates let
    through or rows not closed up, degrees of the wrong end; of sums the finite check or its zeros, the last columns, a factor of int8 rows, the factor
    of the whole, of hubs or not; of blocks their left, hubs, parts, first row, places, rows of h, of P h or in faults, of those that
-   workers take their scratch, its size, that of layers inside, whose error or fault it is, who has the hub; of n-grams
+   workers take their scratch, its size, that of layers inside, whose error or fault it is, who has the hub; of several hops a
+   piece of scratch that two share, its size or base, who is offered to a backend and what stays of its answer; of n-grams
    the order of tokens, its number, what is unknown; distances to a shadow. */
 
 /* -- building -- */
@@ -784,6 +785,203 @@ static void test_hop_refusals(void)
     test_close(&t);
 }
 
+/* -- several hops -- */
+
+/* Hops whose widths follow one another; the fourth one has LoRA. */
+static const hop_options chain[] = {
+    {9, 6, 21, TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 1, TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_RMS},
+    {21, 17, 21, TERN_AGGREGATE_FIRST, TERN_GRAPH_MEAN, TERN_ACT_FLOAT, TERN_MAP_SILU, 1, 0, 0, TERN_ABSMEAN, TERN_ACT_INT4, TERN_NORM_NONE},
+    {21, 9, 0, TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_ADD, 0, 0, 1, TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_NONE},
+    {9, 7, 9, TERN_AGGREGATE_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_GELU, 1, 1, 0, TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_NONE},
+    {9, 0, 0, TERN_PROJECT_FIRST, TERN_GRAPH_MEAN, TERN_ACT_INT8, TERN_MAP_RELU2, 1, 0, 0, TERN_DENSE, TERN_ACT_FLOAT, TERN_NORM_NONE},
+    {9, 0, 13, TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_SILU, 0, 0, 1, TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_RMS},
+    {13, 9, 0, TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0, TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_NONE},
+    {9, 9, 0, TERN_AGGREGATE_FIRST, TERN_GRAPH_MEAN, TERN_ACT_INT8, TERN_MAP_SILU, 1, 0, 0, TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_NONE},
+    {9, 5, 9, TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_RELU, 1, 0, 0, TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_NONE},
+};
+enum { CHAIN = sizeof chain / sizeof chain[0] };
+typedef struct chain_kit { hop_kit *k[CHAIN]; tern_hop l[CHAIN]; const tern_graph *g; } chain_kit;
+
+static chain_kit chain_open(tern_context *c)
+{
+    chain_kit x;
+    int i;
+    for (i = 0; i < CHAIN; i++) {
+        x.k[i] = hop_open(c, &chain[i], TERN_FOR_ADAMW);
+        x.l[i] = x.k[i]->l;
+    }
+    hub_edges(x.k[0]);
+    x.g = &x.k[0]->w.g;
+    return x;
+}
+
+static void chain_close(chain_kit *x)
+{
+    int i;
+    for (i = 0; i < CHAIN; i++) hop_close(x->k[i]);
+}
+
+/* As many calls, each with memory of its own. */
+static const float *chain_apart(tern_context *c, const chain_kit *x, int count, const float *h)
+{
+    int i;
+    for (i = 0; i < count; i++) {
+        float *y = hold_output(HOP_NODES * x->k[i]->out);
+        tern_need need = TERN_ZERO;
+        CHECK_OK(c, tern_hop_need(c, &x->l[i], x->g, &need));
+        CHECK_OK(c, tern_reserve(c, need.scratch));
+        CHECK_OK(c, tern_hop_forward(c, &x->l[i], x->g, h, y, NULL));
+        h = y;
+    }
+    return h;
+}
+
+static size_t chain_scratch(tern_context *c, const chain_kit *x, int count)
+{
+    tern_need need = {1, 0};
+    CHECK_OK(c, tern_hops_need(c, x->l, count, x->g, &need));
+    CHECK(need.saved == 0, "hops keep %d bytes", (int)need.saved);
+    CHECK_OK(c, tern_reserve(c, need.scratch));
+    return need.scratch;
+}
+
+/* In scratch that ends where they say, and in place. */
+static void hops_forward(tern_context *c, record *r)
+{
+    int count;
+    for (count = 1; count <= CHAIN; count++) {
+        chain_kit x = chain_open(c);
+        const size_t bytes = (size_t)(HOP_NODES * x.k[count - 1]->out) * 4, need = chain_scratch(c, &x, count);
+        float *h = hold_floats(HOP_NODES * x.k[0]->in), *y = hold_output(HOP_NODES * x.k[count - 1]->out);
+        const float *want = chain_apart(c, &x, count, h);
+        unsigned char *const scratch = c->scratch, *const guarded = (unsigned char *)test_guard(memset(hold(need + 1), 0x5A, need), need, 1);
+        const size_t reserved = c->scratch_bytes;
+        c->scratch = guarded;
+        c->scratch_bytes = need - 1;
+        CHECK_FAILS(c, tern_hops_forward(c, x.l, count, x.g, h, y), TERN_E_SCRATCH, "hops: 13 tokens need");
+        c->scratch_bytes = need;
+        CHECK_OK(c, tern_hops_forward(c, x.l, count, x.g, h, y));
+        CHECK(memcmp(y, want, bytes) == 0, "%d hops differ", count);
+        record_words(r, y, HOP_NODES * x.k[count - 1]->out);
+        if (count > 1 && x.k[count - 1]->out == x.k[0]->in) {
+            CHECK_OK(c, tern_hops_forward(c, x.l, count, x.g, h, h));
+            CHECK(memcmp(h, want, bytes) == 0, "%d hops differ in place", count);
+        }
+        CHECK_OK(c, tern_sync(c));
+        c->scratch = scratch;
+        c->scratch_bytes = reserved;
+        test_unguard(guarded, need);
+        chain_close(&x);
+        release();
+    }
+}
+static void test_hops_forward(void) { same_everywhere(hops_forward, UINT64_C(0x4B8EFC0D955747D6)); }
+
+static void test_hops_faults(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    chain_kit x = chain_open(t.c);
+    float *h = hold_floats(HOP_NODES * 9), *y = hold_output(HOP_NODES * 9);
+    char want[256];
+    chain_scratch(t.c, &x, CHAIN);
+    h[4 * 9 + 5] = NAN;
+    chain_apart(t.c, &x, CHAIN, h);
+    CHECK_FAILS(t.c, tern_sync(t.c), TERN_E_DATA, "quantize: activation row 4 ");
+    strcpy(want, tern_last_error(t.c)->text);
+    CHECK_OK(t.c, tern_hops_forward(t.c, x.l, CHAIN, x.g, h, y));
+    CHECK_FAILS(t.c, tern_sync(t.c), TERN_E_DATA, want);
+    chain_close(&x);
+    release();
+    test_close(&t);
+}
+
+/* A backend that is asked for several at once. */
+static struct { int offered[CHAIN], calls; tern_result answer; const unsigned char *end; } offers;
+
+static tern_result note_hops(tern_run *r, const tern_hops_args *a)
+{
+    int i;
+    offers.offered[offers.calls++] = a->count;
+    for (i = 0; i < a->count; i++) {
+        const tern_whole_hop *hop = &a->hop[i];
+        if (i) CHECK(hop->project.quantize.m.trits ? hop->project.quantize.x == hop[-1].to.y : hop->rows.q ? hop->rows.x == hop[-1].to.y : hop->to.sum.x == hop[-1].to.y, "hop %d reads", i);
+        if (i && hop->rows.q && hop[-1].rows.q) CHECK(hop->rows.q != hop[-1].rows.q, "hop %d sends where the one before it has", i);
+        CHECK(!hop->rows.q || (const unsigned char *)(hop->rows.sum + HOP_NODES) <= offers.end, "hop %d sends beyond scratch", i);
+    }
+    if (offers.answer != TERN_OK) tern__set_error(&r->error, offers.answer, "hops: no");
+    return offers.answer;
+}
+
+static void test_hops_in_one(void)
+{
+    tern_backend table = *tern_cpu_backend(TERN_ISA_BEST);
+    tern_context_desc d = TERN_ZERO;
+    tern_context *c = NULL;
+    tern_need need = TERN_ZERO;
+    chain_kit x;
+    float *h, *y;
+    table.hops = note_hops;
+    memset(&offers, 0, sizeof offers);
+    d.backend = &table;
+    CHECK_OK(NULL, tern_open(&c, &d, NULL));
+    x = chain_open(c);
+    h = hold_floats(HOP_NODES * 9);
+    y = hold_output(HOP_NODES * 9);
+    offers.answer = TERN_E_UNSUPPORTED;
+    CHECK_OK(c, tern_hops_need(c, &x.l[4], 1, x.g, &need)); /* of what is sent most is there twice */
+    CHECK_OK(c, tern_reserve(c, need.scratch));
+    offers.end = c->scratch + need.scratch;
+    CHECK_OK(c, tern_hops_forward(c, &x.l[4], 1, x.g, h, y));
+    CHECK(offers.calls == 1, "%d offers", offers.calls);
+    CHECK_OK(c, tern_hops_need(c, &x.l[4], 2, x.g, &need));
+    CHECK_OK(c, tern_reserve(c, need.scratch));
+    offers.end = c->scratch + need.scratch;
+    CHECK_OK(c, tern_hops_forward(c, &x.l[4], 2, x.g, h, hold_output(HOP_NODES * 13)));
+    memset(&offers, 0, sizeof offers);
+    offers.answer = TERN_E_UNSUPPORTED;
+    chain_scratch(c, &x, CHAIN);
+    offers.end = c->scratch + c->scratch_bytes;
+    CHECK_OK(c, tern_hops_forward(c, x.l, CHAIN, x.g, h, y));
+    CHECK(memcmp(y, chain_apart(c, &x, CHAIN, h), HOP_NODES * 9 * 4) == 0, "hops that were declined differ");
+    CHECK(offers.calls == 3 && offers.offered[0] == 3 && offers.offered[1] == TERN_HOPS_AT_ONCE && offers.offered[2] == 1, "%d offers of %d, %d, %d", offers.calls,
+          offers.offered[0], offers.offered[1], offers.offered[2]);
+    CHECK(tern_last_error(c)->code == TERN_OK, "an offer that was declined left \"%s\"", tern_last_error(c)->text);
+    offers.answer = TERN_E_DEVICE;
+    offers.end = c->scratch + c->scratch_bytes;
+    CHECK_FAILS(c, tern_hops_forward(c, x.l, CHAIN, x.g, h, y), TERN_E_DEVICE, "hops: no");
+    chain_close(&x);
+    tern_close(c);
+    release();
+}
+
+static void test_hops_refusals(void)
+{
+    test_context t = test_open(TERN_ISA_BEST, 1);
+    chain_kit x = chain_open(t.c);
+    float *h = hold_floats(HOP_NODES * 9), *y = hold_output(HOP_NODES * 9), *before = hold_output(HOP_NODES * 9);
+    tern_need need = TERN_ZERO;
+    tern_graph none = TERN_ZERO;
+    memcpy(before, y, HOP_NODES * 9 * 4);
+    chain_scratch(t.c, &x, CHAIN);
+    CHECK_FAILS(t.c, tern_hops_need(t.c, NULL, 1, x.g, &need), TERN_E_ARGUMENT, "hops or out is NULL");
+    CHECK_FAILS(t.c, tern_hops_need(t.c, x.l, 1, x.g, NULL), TERN_E_ARGUMENT, "hops or out is NULL");
+    CHECK_FAILS(t.c, tern_hops_need(t.c, x.l, 1, &none, &need), TERN_E_ARGUMENT, "was not built");
+    CHECK_FAILS(t.c, tern_hops_forward(t.c, x.l, 0, x.g, h, y), TERN_E_ARGUMENT, "there are 0");
+    CHECK_FAILS(t.c, tern_hops_forward(t.c, x.l, -3, x.g, h, y), TERN_E_ARGUMENT, "there are -3");
+    CHECK_FAILS(t.c, tern_hops_forward(t.c, x.l, 2, NULL, h, y), TERN_E_ARGUMENT, "graph is NULL");
+    CHECK_FAILS(t.c, tern_hops_forward(t.c, x.l, 2, x.g, NULL, y), TERN_E_ARGUMENT, "h is NULL");
+    CHECK_FAILS(t.c, tern_hops_forward(t.c, x.l, 2, x.g, h, NULL), TERN_E_ARGUMENT, "y is NULL");
+    CHECK(tern_hops_need(NULL, x.l, 1, x.g, &need) == TERN_E_ARGUMENT && tern_hops_forward(NULL, x.l, 1, x.g, h, y) == TERN_E_ARGUMENT, "no context");
+    x.l[2] = x.l[6];
+    CHECK_FAILS(t.c, tern_hops_forward(t.c, x.l, 3, x.g, h, y), TERN_E_SHAPE, "hops: hop 2 reads 13 columns, and hop 1 makes 21");
+    x.l[2].act = TERN_ACT_BIT;
+    CHECK_FAILS(t.c, tern_hops_forward(t.c, x.l, 3, x.g, h, y), TERN_E_ARGUMENT, "act 3");
+    CHECK(memcmp(before, y, HOP_NODES * 9 * 4) == 0, "a refusal wrote");
+    chain_close(&x);
+    release();
+    test_close(&t);
+}
+
 /* -- memory of n-grams -- */
 
 enum { GRAM_ROWS = 50, GRAM_COLS = 9, GRAM_WIDTH = 7, GRAM_TOKENS = 11 };
@@ -1296,6 +1494,10 @@ static void suite_graph(void)
     RUN(test_hop_in_integers);
 #endif
     RUN_ALONE(test_hop_refusals);
+    RUN(test_hops_forward);
+    RUN_ALONE(test_hops_faults);
+    RUN_ALONE(test_hops_in_one);
+    RUN_ALONE(test_hops_refusals);
     RUN_ALONE(test_ngram_ids);
     RUN(test_ngram_gate);
     RUN(test_ngram_forward);

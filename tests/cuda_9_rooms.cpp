@@ -445,7 +445,7 @@ static void test_cuda_hop()
 
 /* In one launch, or two, and by its parts on a table without the operation: the same bits and the same faults, of every form.
    launches: hubs' segments, two of LoRA, what is sent, and one for all the rest. */
-struct hop_shape { int64_t cols, sent, out; hop_case c; int32_t grain; tern_type encoding; tern_act act; int bad; long launches; };
+struct hop_shape { int64_t cols, sent, out; hop_case c; int32_t grain; tern_type encoding; tern_act act; int bad; long launches; int plain = 0; }; /* plain: messages without norm */
 static const hop_shape hop_shapes[] = {
     {1, 1, 1, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_ADD, 1, 1, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 4},
     {16, 33, 16, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_SILU, 1, 1, 0}, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT4, 0, 6},
@@ -457,32 +457,45 @@ static const hop_shape hop_shapes[] = {
     {1100, 0, 5, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_ADD, 0, 0, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0}, /* too wide for one launch */
 };
 
+struct shaped_hop {
+    const hop_shape t;
+    const int64_t sent, out;
+    both_params message, update, bias, gain, a, b;
+    explicit shaped_hop(const hop_shape &shape) : t(shape), sent(t.sent ? t.sent : t.cols), out(t.out ? t.out : sent),
+        message(t.sent ? t.sent : 1, t.cols, TERN_ABSMEAN, TERN_FOR_INFERENCE, t.grain, t.encoding), update(out, sent, TERN_ABSMEAN, TERN_FOR_INFERENCE, t.grain, TERN_2BIT),
+        bias(1, out, TERN_DENSE, TERN_FOR_INFERENCE, 0), gain(1, t.cols, TERN_DENSE, TERN_FOR_INFERENCE, 0),
+        a(3, t.cols, TERN_DENSE, TERN_FOR_INFERENCE, 0), b(out, 3, TERN_DENSE, TERN_FOR_INFERENCE, 0) {}
+    tern_hop on(int side)
+    {
+        tern_hop l = {};
+        l.message.w = t.sent ? at(&message, side) : nullptr;
+        l.message.norm = t.plain ? TERN_NORM_NONE : TERN_NORM_RMS;
+        l.message.gain = t.plain ? nullptr : at(&gain, side);
+        l.message.act = l.update.act = t.act;
+        l.update.w = t.out ? at(&update, side) : nullptr;
+        l.update.bias = at(&bias, side);
+        l.order = t.c.order;
+        l.norm = t.c.norm;
+        l.act = t.c.act;
+        l.fn = t.c.fn;
+        l.residual = t.c.residual;
+        l.lora_a = t.c.lora ? at(&a, side) : nullptr;
+        l.lora_b = t.c.lora ? at(&b, side) : nullptr;
+        l.lora_scale = 0.5f;
+        l.cols = t.cols;
+        return l;
+    }
+};
+
 static void test_fused_hop(const hop_shape &t, const graph_pair &g, tern_context *parts)
 {
-    const int64_t nodes = g.at[GPU].nodes, sent = t.sent ? t.sent : t.cols, out = t.out ? t.out : sent;
+    shaped_hop hop(t);
+    const int64_t nodes = g.at[GPU].nodes;
     tern_context *const contexts[] = {test_context[GPU], parts};
-    mirror<float> h(nodes * t.cols, test_uniform), y(nodes * out), z(nodes * out);
-    both_params message(t.sent ? t.sent : 1, t.cols, TERN_ABSMEAN, TERN_FOR_INFERENCE, t.grain, t.encoding), update(out, sent, TERN_ABSMEAN, TERN_FOR_INFERENCE, t.grain, TERN_2BIT);
-    both_params bias(1, out, TERN_DENSE, TERN_FOR_INFERENCE, 0), gain(1, t.cols, TERN_DENSE, TERN_FOR_INFERENCE, 0);
-    both_params a(3, t.cols, TERN_DENSE, TERN_FOR_INFERENCE, 0), b(out, 3, TERN_DENSE, TERN_FOR_INFERENCE, 0);
+    mirror<float> h(nodes * t.cols, test_uniform), y(nodes * hop.out), z(nodes * hop.out);
     mirror<float> *const result[] = {&y, &z};
     char fault[2][256] = {};
-    tern_hop l = {};
-    l.message.w = t.sent ? at(&message, GPU) : nullptr;
-    l.message.norm = TERN_NORM_RMS;
-    l.message.gain = at(&gain, GPU);
-    l.message.act = l.update.act = t.act;
-    l.update.w = t.out ? at(&update, GPU) : nullptr;
-    l.update.bias = at(&bias, GPU);
-    l.order = t.c.order;
-    l.norm = t.c.norm;
-    l.act = t.c.act;
-    l.fn = t.c.fn;
-    l.residual = t.c.residual;
-    l.lora_a = t.c.lora ? at(&a, GPU) : nullptr;
-    l.lora_b = t.c.lora ? at(&b, GPU) : nullptr;
-    l.lora_scale = 0.5f;
-    l.cols = t.cols;
+    const tern_hop l = hop.on(GPU);
     if (t.bad == 1) h[CPU][5 * t.cols] = test_infinity;
     if (t.bad == 2) for (int64_t i = 5 * t.cols; i < 6 * t.cols; i++) h[CPU][i] = h[CPU][i] * 1e25f; /* finite sums without a mean square */
     h.send();
@@ -512,6 +525,159 @@ static void test_cuda_hop_by_its_parts()
     const opened parts(&table);
     CHECK(parts.result == TERN_OK);
     for (const hop_shape &t : hop_shapes) test_fused_hop(t, g, parts.c);
+}
+
+/* Several hops, by the CPU and here at once, in place where they may be, and each by itself on a table without the operation. launches:
+   of the four that go first, of a hop with LoRA four (of hubs' segments, its products and the rest), of the others. */
+enum { CHAIN_NAN = 1, CHAIN_LARGE = 2 }; /* added up */
+
+struct chain_of_hops {
+    std::deque<shaped_hop> made;
+    std::vector<tern_hop> hops[2];
+    mirror<float> h, y;
+    chain_of_hops(const std::vector<hop_shape> &shapes, int64_t nodes, int bad) :
+        h(nodes * shapes[0].cols, [&] { return test_uniform() * (bad & CHAIN_LARGE ? 3.0e38f : 1.0f); }), y(nodes * end_of(shapes.back()))
+    {
+        for (const hop_shape &t : shapes) {
+            made.emplace_back(t);
+            for (int side = CPU; side <= GPU; side++) hops[side].push_back(made.back().on(side));
+        }
+        if (bad & CHAIN_NAN) h[CPU][30 * shapes[0].cols] = test_nan;
+        h.send();
+    }
+    static int64_t end_of(const hop_shape &t) { return t.out ? t.out : t.sent ? t.sent : t.cols; }
+    tern_result forward(tern_context *c, int side, const graph_pair &g, float *to)
+    {
+        tern_need need = {};
+        TERN__TRY(tern_hops_need(c, hops[side].data(), (int32_t)hops[side].size(), &g.at[side], &need));
+        TERN__TRY(tern_reserve(c, need.scratch));
+        return tern_hops_forward(c, hops[side].data(), (int32_t)hops[side].size(), &g.at[side], h[side], to);
+    }
+};
+
+/* launches: 0 where each hop goes by itself. */
+static void test_chained(const std::vector<hop_shape> &shapes, const graph_pair &g, tern_context *parts, int bad, long launches)
+{
+    chain_of_hops x(shapes, g.at[GPU].nodes, bad);
+    mirror<float> z((int64_t)x.y.count);
+    char fault[256] = {};
+#ifdef TEST_CUDA_H
+    const long before = test_cuda.launches;
+#endif
+    test_both([&](tern_context *c, int side) { return x.forward(c, side, g, x.y[side]); });
+    if (!bad) CHECK_SAME(x.y); /* NaN of a residual are any */
+#ifdef TEST_CUDA_H
+    const long together = test_cuda.launches - before;
+#endif
+    CHECK(x.forward(parts, GPU, g, z[GPU]) == TERN_OK);
+    CHECK((tern_sync(parts) != TERN_OK) == (bad != 0));
+    snprintf(fault, sizeof fault, "%s", bad ? tern_last_error(parts)->text : "");
+    x.y.fetch();
+    z.fetch();
+    CHECK(memcmp(x.y.back.data(), z.back.data(), z.count * sizeof(float)) == 0);
+#ifdef TEST_CUDA_H
+    const long apart = test_cuda.launches - before - together;
+    if (launches ? together != launches : together != apart) test_errors++, printf("  %ld launches, not %ld; %ld apart\n", together, launches, apart);
+#endif
+    if (shapes.size() < 2 || x.y.count != x.h.count) return;
+    CHECK_OK(x.forward(test_context[GPU], GPU, g, x.h[GPU]));
+    if (tern_sync(test_context[GPU]) != TERN_OK) CHECK(!strcmp(fault, tern_last_error(test_context[GPU])->text));
+    x.h.fetch();
+    CHECK(memcmp(x.h.back.data(), z.back.data(), z.count * sizeof(float)) == 0);
+}
+
+static const hop_shape
+    chain_projected = {37, 21, 37, {TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_RELU, 1, 0, 0}, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT8, 0, 0, 0},
+    chain_overflows = {37, 21, 37, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 1},
+    chain_summed = {37, 70, 16, {TERN_AGGREGATE_FIRST, TERN_GRAPH_MEAN, TERN_ACT_INT8, TERN_MAP_SILU, 0, 0, 0}, 20, TERN_2BIT, TERN_ACT_INT4, 0, 0, 0},
+    chain_floats = {16, 20, 0, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_ADD, 0, 0, 0}, TERN_PER_TENSOR, TERN_2BIT, TERN_ACT_INT8, 0, 0, 1},
+    chain_bare = {20, 0, 0, {TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_GELU, 1, 0, 0}, 0, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0},
+    chain_bare_floats = {20, 0, 0, {TERN_AGGREGATE_FIRST, TERN_GRAPH_MEAN, TERN_ACT_FLOAT, TERN_MAP_RELU, 1, 0, 0}, 0, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0},
+    chain_back = {20, 33, 37, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_RELU2, 0, 0, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0},
+    chain_lora = {37, 21, 37, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_SILU, 1, 1, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0},
+    chain_same = {37, 37, 0, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_SILU, 1, 0, 0}, 8, TERN_BASE3, TERN_ACT_INT8, 0, 0, 0},
+    chain_bits = {37, 37, 0, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_BIT, 0, 0, 1},
+    chain_long = {1433, 16, 37, {TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 1},
+    chain_long_norm = {1025, 16, 37, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0},
+    chain_wide = {37, 700, 37, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0};
+
+static tern_backend without_hops()
+{
+    tern_backend table = *test_backend();
+    table.hops = nullptr;
+    return table;
+}
+
+static void test_cuda_hops()
+{
+    const tern_backend table = without_hops();
+    const opened parts(&table);
+    CHECK(parts.result == TERN_OK);
+    const graph_pair few(40, 150, {{3, 300}, {39, 700}}), many(201, 500, {{9, 600}}), no_hubs(33, 60, {});
+    const std::vector<hop_shape> all = {chain_projected, chain_summed, chain_floats, chain_bare, chain_bare_floats, chain_back};
+    for (size_t count = 1; count <= all.size(); count++) test_chained({all.begin(), all.begin() + (std::ptrdiff_t)count}, few, parts.c, 0, count > 4 ? 2 : 1);
+    test_chained(all, many, parts.c, 0, 2); /* blocks have several turns */
+    test_chained({chain_projected, chain_same, chain_same, chain_projected}, no_hubs, parts.c, 0, 1);
+    test_chained({chain_bare_floats, chain_bare_floats, chain_bare_floats}, many, parts.c, 0, 1);
+    test_chained({chain_same, chain_lora, chain_same, chain_projected}, few, parts.c, 0, 6);
+    for (int bad : {1, 2, 3}) {
+        test_chained({chain_projected, chain_same, chain_same}, few, parts.c, bad, 1);
+        test_chained({chain_bare_floats, chain_bare, chain_bare_floats}, few, parts.c, bad, 1);
+        test_chained({chain_bare, chain_bare, chain_bare_floats}, few, parts.c, bad, 1);
+    }
+    test_chained({chain_overflows}, few, parts.c, CHAIN_NAN | CHAIN_LARGE, 1); /* what a layer reads is to blame before what it makes */
+    const graph_pair hub(16, 20, {{0, 2500}}); /* of more segments than the block has warps */
+    test_chained({chain_bare_floats, chain_bare}, hub, parts.c, 0, 1);
+    test_chained({chain_long, chain_same}, no_hubs, parts.c, 0, 1);
+}
+
+/* What one launch cannot do goes by itself: nothing is written, and no error stays. */
+static void test_cuda_hops_apart()
+{
+    const tern_backend table = without_hops();
+    const opened parts(&table);
+    const graph_pair few(40, 150, {{3, 300}});
+    CHECK(parts.result == TERN_OK);
+    test_chained({chain_bits, chain_same}, few, parts.c, 0, 0);
+    test_chained({chain_same, chain_wide}, few, parts.c, 0, 0);
+    test_chained({chain_long_norm, chain_same}, few, parts.c, 0, 0);
+#ifdef TEST_CUDA_H
+    tern__gpu *const d = tern__gpu_of(&test_context[GPU]->run);
+    const graph_pair most(256, 300, {}), more(257, 300, {});
+    test_chained({chain_same, chain_same}, most, parts.c, 0, 1);
+    test_chained({chain_same, chain_same}, more, parts.c, 0, 0);
+    d->processors = 100; /* than which the device has fewer */
+    test_chained({chain_same, chain_same}, more, parts.c, 0, 0);
+    d->processors = 4;
+    unsigned *const meet = d->meet;
+    d->meet = nullptr;
+    test_chained({chain_same, chain_same}, few, parts.c, 0, 0);
+    d->meet = meet;
+#endif
+}
+
+/* As one graph, replayed for other features. */
+static void test_cuda_hops_graph()
+{
+    const graph_pair g(40, 150, {{3, 300}});
+    chain_of_hops x({chain_projected, chain_same, chain_projected}, 40, 0);
+    cudaStream_t stream = (cudaStream_t)tern_cuda_stream(test_context[GPU]);
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t ready = nullptr;
+    CHECK_OK(x.forward(test_context[GPU], GPU, g, x.y[GPU]));
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess);
+    CHECK_OK(x.forward(test_context[GPU], GPU, g, x.y[GPU]));
+    CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess && cudaGraphInstantiate(&ready, graph, 0) == cudaSuccess);
+    for (int i = 0; i < 3; i++) {
+        for (size_t j = 0; j < x.h.count; j++) x.h[CPU][j] = test_uniform();
+        x.h.send();
+        CHECK(x.forward(test_context[CPU], CPU, g, x.y[CPU]) == TERN_OK);
+        CHECK(cudaGraphLaunch(ready, stream) == cudaSuccess);
+        CHECK_OK(tern_sync(test_context[GPU]));
+        CHECK_SAME(x.y);
+    }
+    cudaGraphExecDestroy(ready);
+    cudaGraphDestroy(graph);
 }
 
 static void test_cuda_ngram()
@@ -616,6 +782,9 @@ static void suite_cuda_rooms()
     RUN(test_cuda_moe_from_dense);
     RUN(test_cuda_hop);
     RUN(test_cuda_hop_by_its_parts);
+    RUN(test_cuda_hops);
+    RUN(test_cuda_hops_apart);
+    RUN(test_cuda_hops_graph);
     RUN(test_cuda_ngram);
     RUN(test_cuda_vq);
     RUN(test_cuda_ple);

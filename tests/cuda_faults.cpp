@@ -121,6 +121,19 @@ static void check_hop(bool layers)
     CHECK_SAME(y);
 }
 
+/* Blocks that go from hop to hop together, and take more nodes than one step has. */
+static void check_hops(bool layers)
+{
+    const graph_pair g(100, 150, {{5, 300}});
+    const std::vector<hop_shape> ternary = {chain_projected, chain_same, chain_same, chain_projected}, bare = {chain_bare_floats, chain_bare_floats, chain_bare_floats};
+    chain_of_hops x(layers ? ternary : bare, 100, layers ? 0 : CHAIN_NAN);
+    tern__gpu_of(&test_context[GPU]->run)->processors = 2;
+    const long before = test_cuda.launches;
+    test_both([&](tern_context *c, int side) { return x.forward(c, side, g, x.y[side]); });
+    CHECK(test_cuda.launches - before == 1);
+    CHECK_SAME(x.y);
+}
+
 static void check_mixture(tern_rule router, tern_type encoding, int32_t grain)
 {
     const fused_moe t = {{20, 4, 260, 40, 1, 0, 0, TERN_ABSMEAN, grain, encoding, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_RENORMALIZED, TERN_NORM_RMS, TERN_NORM_NONE, router,
@@ -132,12 +145,14 @@ static void check_mixture(tern_rule router, tern_type encoding, int32_t grain)
 
 /* Fused kernels, whose blocks take several tiles or steps here. */
 static const scenario fused[] = {
-    {"hop", [] { check_hop(true); }, {1}, "tern__hop_nodes"}, /* a warp quantizes the rows that it summed */
-    {"hop without layers", [] { check_hop(false); }, {}, "tern__hop_nodes"},
+    {"hop", [] { check_hop(true); }, {1}, "tern__hop_"}, /* a warp quantizes the rows that it summed */
+    {"hop without layers", [] { check_hop(false); }, {}, "tern__hop_"},
     {"groups, where tiles begin", [] { test_grouped_products(7, 2, 40, 70, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 3, 12, 9); }, {}, "tern__count_tiles"},
     {"groups of few", [] { test_grouped_products(7, 2, 140, 300, 20, TERN_BASE3, TERN_ACT_INT8, 3, 40, 20); }, {}, "tern__few_tokens"},
     {"groups of many", [] { test_grouped_products(3, 2, 130, 500, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 90, 70); }, {}, "tern__many_tokens"},
     {"mixture", [] { check_mixture(TERN_DENSE, TERN_2BIT, TERN_PER_ROW); }, {}, "tern__mixture"},
+    {"hops", [] { check_hops(true); }, {}, "tern__hops_nodes"},
+    {"hops without layers", [] { check_hops(false); }, {}, "tern__hops_nodes"},
     {"mixture, ternary router", [] { check_mixture(TERN_ABSMEAN, TERN_BASE3, 20); }, {}, "tern__mixture_tokens"},
 };
 
@@ -167,6 +182,8 @@ static void test_cuda_failures_of_layers()
     CHECK_OK(tern_vq_need(c, &vq, 40, &need));
     most = std::max(most, need.scratch);
     CHECK_OK(tern_hop_need(c, &hop, &g.at[GPU], &need));
+    most = std::max(most, need.scratch);
+    CHECK_OK(tern_hops_need(c, &hop, 1, &g.at[GPU], &need));
     CHECK_OK(tern_reserve(c, std::max(most, need.scratch)));
     const auto each = [&](auto call) {
         test_each_failing(&test_cuda.call_countdown, 7, [&](tern_error *error) {
@@ -178,6 +195,7 @@ static void test_cuda_failures_of_layers()
     each([&] { return tern_moe_forward(c, &p.m[GPU], 7, x[GPU], y[GPU], saved[GPU]); });
     each([&] { return tern_moe_backward(c, &p.m[GPU], 7, x[GPU], saved[GPU], x[GPU], y[GPU]); });
     each([&] { return tern_hop_forward(c, &hop, &g.at[GPU], x[GPU], y[GPU], nullptr); });
+    each([&] { return tern_hops_forward(c, &hop, 1, &g.at[GPU], x[GPU], y[GPU]); });
     each([&] { return tern_vq_forward(c, &vq, 40, x[GPU], ids[GPU], y[GPU], distance[GPU]); });
     CHECK_OK(tern_sync(c));
 }
@@ -221,7 +239,7 @@ static void test_cuda_fault_fused()
     for (const scenario &s : fused) {
         check_barriers(s);
         check_fault(s, CUDA_WRONG_LANE);
-        if (s.test != fused[1].test) check_fault(s, CUDA_WRONG_MMA);
+        if (strstr(s.name, "without layers") == nullptr) check_fault(s, CUDA_WRONG_MMA);
     }
     for (const scenario &s : grouped_back) {
         check_barriers(s);

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <deque>
 #include <vector>
 
 /* On a device too, tests can do without fused products, which the scalar tier of the CPU has not. */
