@@ -477,8 +477,8 @@ typedef struct tern_matmul_fixed_args {
 } tern_matmul_fixed_args;
 
 /* dx [n, cols] = dy [n, rows] * W. factors: F32 (default); BF16 permits what follows to backends that have products of bf16 (of
-   the CPU's the tiers avx512-vbmi and amx-int8, where there is AVX512-BF16 or AMX-BF16 too), and changes nothing elsewhere: factors are rounded to bf16, to
-   nearest even, and what is below 2^-126 counts as 0. Sums are float32. Trits, int8 and bits are exact in bf16, and dy is
+   the CPU's the tiers avx512-vbmi and amx-int8, where there is AVX512-BF16 or AMX-BF16 too), and changes nothing elsewhere:
+   factors are rounded to bf16, to nearest even, and what is below 2^-126 counts as 0. Sums are float32. Trits, int8 and bits are exact in bf16, and dy is
    rounded after it was multiplied with the scale of its row of W (dx) or of its token (dw): one rounding, by 2^-8 at most.
    Where dx has several groups in a row, trit * scale is rounded besides; in dw and dense, floats of both sides are. */
 typedef struct tern_matmul_dx_args { tern_matrix m; int64_t n; const float *dy; float *dx; tern_type factors; } tern_matmul_dx_args;
@@ -520,8 +520,8 @@ typedef struct tern_dense_i8_args {
 
 /* y [n, cols] = rows ids[i] of a packed matrix, or of w [rows, cols] when m.trits is NULL, whose words are moved as
    they are, be they floats or not; with weight [n], row i is multiplied by weight[i]. An id out of range is a data
-   fault and a zero row. */
-typedef struct tern_gather_args { tern_matrix m; const float *w; int64_t n; const int32_t *ids; const float *weight; float *y; } tern_gather_args;
+   fault and a zero row; with holes -1 is a zero row and no fault. */
+typedef struct tern_gather_args { tern_matrix m; const float *w; int64_t n; const int32_t *ids; const float *weight; float *y; int32_t holes; } tern_gather_args;
 
 /* Adds dy [n, cols], times weight [n] where that is not NULL, into rows ids[i] of dw [rows, cols], in order of i. Ids out
    of range are skipped. */
@@ -813,8 +813,8 @@ typedef struct tern_hop_args {
 
 /* Hops one after the other, each whole, bit by bit what these make of all rows: of what nodes send linear with project (m.trits NULL:
    none; y NULL: only the next reads it), quantize into rows (q NULL: none) and MUL of its scales by from (NULL: none); then to, as hop.
-   All are over the same edges, and each reads the y of the one before it; what one sends is apart from what the one before it sent. A
-   backend may decline what is beyond its means before it writes anything: TERN_E_UNSUPPORTED. */
+   All are over the same edges, and each reads the y of the one before it; what one sends is apart from what the one before it sent. Its y
+   may be memory that an earlier one reads, so it is written only once those have ended. A backend may decline what is beyond its means before it writes anything: TERN_E_UNSUPPORTED. */
 enum { TERN_HOPS_AT_ONCE = 4 };
 typedef struct tern_whole_hop {
     tern_linear_args project;
@@ -1208,8 +1208,8 @@ TERN_API tern_result tern_hop_forward(tern_context *c, const tern_hop *l, const 
 /* Hops one after the other for inference, count of them, 1 and more: each reads what the one before it makes, the first h and the
    last makes y, with the bits and the faults of as many calls of tern_hop_forward. y may be h where there are two and more. On a GPU up to
    four over a small graph (64 nodes for each multiprocessor: 8448 for 132) are one cooperative launch, if their layers are quantized, not to
-   bits, without LoRA and rotation, 16 nodes' rows fit into shared memory and no projection normalises more than 1024 columns; elsewhere
-   each goes by itself. */
+   bits, without LoRA and rotation, 16 nodes' rows fit into shared memory and no projection of more than 1024 columns normalises or reads
+   int4; elsewhere each goes by itself. */
 TERN_API tern_result tern_hops_need(tern_context *c, const tern_hop *hops, int32_t count, const tern_graph *g, tern_need *out);
 TERN_API tern_result tern_hops_forward(tern_context *c, const tern_hop *hops, int32_t count, const tern_graph *g, const float *h, float *y);
 /* Adds into the TERN_GRAD of all parameters where present; dh [nodes, cols] (or NULL) is overwritten. As tern_linear_backward;
@@ -3835,9 +3835,9 @@ static const tern__kernels tern__kernels_scalar = {TERN__KERNELS(scalar, tern__t
    [TERN-11] Kernels, x86
    What enters: the tern__kernels contract of [TERN-10]. What leaves: tern__kernels_sse41 (machines with
    SSSE3 and SSE4.1), _avx2 (AVX2, FMA and F16C), _avx_vnni (AVX-VNNI besides), _avx512_vnni (AVX-512 F,
-   BW, DQ, VL and VNNI), _avx512_vbmi (VBMI and VPOPCNTDQ besides) and _amx_int8 (AMX-TILE and AMX-INT8 besides), the last two with
-   pairs of bf16 where there is AVX512-BF16 or AMX-BF16, equal to the scalar kernels bit for bit. The dispatcher of [TERN-14] calls them through the table, after asking the CPU. What
-   differs between tiers only in the width of its vectors is written once, as a macro.
+   BW, DQ, VL and VNNI), _avx512_vbmi (VBMI and VPOPCNTDQ besides) and _amx_int8 (AMX-TILE and AMX-INT8 besides), the last two
+   with pairs of bf16 where there is AVX512-BF16 or AMX-BF16, equal to the scalar kernels bit for bit. The dispatcher of
+   [TERN-14] calls them through the table, after asking the CPU. What differs between tiers only in the width of its vectors is written once, as a macro.
    Each function names its own target, so no compiler flags are needed. Float sums and products use the
    operators of the vector types and not intrinsics, and so obey the switches against contraction that
    surround this code (clang's -ffp-contract=fast alone overrides them, there as everywhere).
@@ -3885,7 +3885,7 @@ static void tern__tile_tokens(const tern__dot *all, const tern__quads *k, int64_
 
 /* Slow loops defeat the hardware prefetcher, so every stream of weights asks 4 KB ahead: behind the end of its
    panel for the one that this stream reads next, `panels` on. Into L2, which has more misses in flight than L1:
-   on a Zen 4 with one thread 21 GB/s in place of 17. */
+   on a Zen 4 with one thread 21 GB/s in place of 17 (beside float activations nothing is that fast). */
 static inline __attribute__((always_inline)) void tern__prefetch(const tern__dot *d, const uint8_t *unit, int64_t i, int32_t panels)
 {
     const int64_t ahead = TERN__AHEAD + (i * 64 + TERN__AHEAD >= d->left ? (panels - 1) * d->panel_stride : 0);
@@ -7192,7 +7192,7 @@ static void tern__gather_body(tern__job *job, int64_t begin, int64_t end, int64_
         float *y = a->y + i * a->m.cols;
         const float *from = y;
         if (a->ids[i] < 0 || a->ids[i] >= a->m.rows) {
-            *bad = tern__min(*bad, i);
+            if (!a->holes || a->ids[i] != -1) *bad = tern__min(*bad, i);
             memset(y, 0, sizeof(float) * (size_t)a->m.cols);
         } else if (a->m.trits) tern__unpack_row(&a->m, &s, a->ids[i], NULL, y);
         else from = a->w + a->ids[i] * a->m.cols;
@@ -11212,12 +11212,12 @@ TERN_API tern_result tern_embedding_forward(tern_context *c, const tern_embeddin
     TERN__REQUIRE(&c->run, e, TERN_E_ARGUMENT, "embedding: the embedding is NULL");
     TERN__TRY(tern__check_ready(c, e->w));
     TERN__REQUIRE(&c->run, !e->w->rotate && !e->w->dead, TERN_E_UNSUPPORTED, "%s: an embedding has neither a rotation nor a dead zone", e->w->name);
+    memset(&a, 0, sizeof a);
     a.m = tern_param_matrix(e->w);
     if (e->w->rule == TERN_DENSE) a.m.trits = NULL;
     a.w = tern__floats(e->w, TERN_SHADOW);
     a.n = n;
     a.ids = ids;
-    a.weight = NULL;
     a.y = y;
     return tern_gather(c, &a);
 }
@@ -11508,7 +11508,8 @@ static int64_t tern__moe_again(const tern_moe *m, int64_t n)
 #endif
 
 /* Places that go through experts at once where a backend multiplies in groups: those of few tokens all together, else no
-   more than all tokens at one expert. Gradients are sums over those of a part, and then of the parts, on every backend. */
+   more than all tokens at one expert. Gradients of experts that may go in groups are sums over those of a part, and then of the
+   parts, on every backend; the order differs only for a matrix that is both a down and an up or gate. */
 static int64_t tern__moe_part(const tern_moe *m, int64_t n) { return tern__min(tern__mul(n, m->top_k), tern__max(n, TERN__MOE_PART)); }
 
 /* All memory of a forward or backward, from base on (NULL: sizes alone), with `saved` first where the caller has none. */
@@ -11596,6 +11597,7 @@ static tern_result tern__moe_leave(tern_context *c, const tern__moe_work *w, ter
 
 /* -- rows -- */
 
+/* ids: of tern_group, where a place of a token that goes to no expert has -1. */
 static tern_result tern__gather_rows_of(tern_context *c, int64_t rows, int64_t cols, const void *from, int64_t n, const int32_t *ids, const float *weight, void *to)
 {
     tern_gather_args a;
@@ -11607,6 +11609,7 @@ static tern_result tern__gather_rows_of(tern_context *c, int64_t rows, int64_t c
     a.ids = ids;
     a.weight = weight;
     a.y = (float *)to;
+    a.holes = 1;
     return tern_gather(c, &a);
 }
 

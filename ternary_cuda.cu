@@ -265,6 +265,7 @@ typedef struct tern__gpu {
     tern__key *fault; /* on the device, */
     float *work;      /* as this */
     unsigned *meet;   /* and this, where blocks that are launched together wait; NULL where the device has no such launches */
+    bool mixtures;    /* whether a mixture can be one of these */
     int64_t order;    /* operations since tern_sync */
 } tern__gpu;
 
@@ -2377,10 +2378,12 @@ static tern__product tern__product_of(int64_t m, int64_t n, int64_t k, tern__str
 }
 
 /* Low tiles where high ones would be mostly empty, or leave processors without work. */
+static bool tern__low_tiles(const tern__gpu *d, int64_t lines, int64_t tiles) { return lines <= TERN__ROW_THREADS || tiles < d->processors; }
+
 template <bool Fused, typename B> static tern_result tern__gpu_product(tern_run *r, const tern__gpu *d, const char *op, const tern__product &g, const B &b)
 {
     const int64_t columns = tern__ceil_div(g.n, TERN__SIDE), high = tern__mul(tern__ceil_div(g.m, TERN__SIDE), columns);
-    const bool low = g.m <= TERN__ROW_THREADS || tern__mul(high, g.items) < d->processors;
+    const bool low = tern__low_tiles(d, g.m, tern__mul(high, g.items));
     const int64_t tiles = low ? tern__mul(tern__ceil_div(g.m, TERN__ROW_THREADS), columns) : high;
     TERN__REQUIRE(r, g.k <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: %s: sums of %d terms; %d is the most", op, g.k, (int64_t)INT32_MAX);
     TERN__REQUIRE(r, g.items <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: %s: %d heads; %d is the most", op, g.items, (int64_t)INT32_MAX);
@@ -2540,9 +2543,6 @@ static __global__ void tern__group_bias(tern__group_grads p, const float *dy)
         }
 }
 
-/* Low tiles where high ones would be mostly empty, or leave processors without work. */
-static bool tern__group_low(const tern__gpu *d, int64_t lines, int64_t tiles) { return lines <= TERN__ROW_THREADS || tiles < d->processors; }
-
 static tern_result tern__gpu_groups_dx(tern__gpu *d, const tern_grouped_args *a)
 {
     const tern__steps none = tern__no_steps();
@@ -2551,7 +2551,7 @@ static tern_result tern__gpu_groups_dx(tern__gpu *d, const tern_grouped_args *a)
     tern__groups p = tern__groups_for<tern__group_matrix>(a, a->m.cols);
     p.a.y = a->dx;
     return tern__each_group_launch(a, &p, tern__group_matrix_of, [&] {
-        const bool low = tern__group_low(d, tern__min(p.mean, a->n), tern__mul(tern__ceil_div(a->n, TERN__SIDE), columns * a->sets));
+        const bool low = tern__low_tiles(d, tern__min(p.mean, a->n), tern__mul(tern__ceil_div(a->n, TERN__SIDE), columns * a->sets));
         const unsigned grid = (unsigned)tern__min(2 * d->processors, tern__mul(a->n, columns * a->sets));
         const size_t bytes = sizeof(tern__group_room) + TERN__TILE_BYTES;
         if (low) TERN__LAUNCH(tern__group_dx<1>, grid, TERN__THREADS, bytes, d->stream, p, g);
@@ -2573,7 +2573,7 @@ template <bool Bits> static tern_result tern__gpu_groups_dw(tern_run *r, tern__g
 {
     const tern__steps none = tern__no_steps();
     const int64_t columns = tern__ceil_div(a->m.cols, TERN__SIDE), high = tern__mul(tern__ceil_div(a->m.rows, TERN__SIDE), columns);
-    const bool low = tern__group_low(d, a->m.rows, tern__mul(high, (int64_t)a->count * a->sets));
+    const bool low = tern__low_tiles(d, a->m.rows, tern__mul(high, (int64_t)a->count * a->sets));
     const int64_t tiles = low ? tern__mul(tern__ceil_div(a->m.rows, TERN__ROW_THREADS), columns) : high;
     const size_t bytes = sizeof(tern__group_room) + TERN__TILE_BYTES;
     tern__product g = tern__product_of(a->m.rows, a->m.cols, 0, tern__strided_of(a->dy, a->m.rows, 1, none), NULL, a->m.cols, none);
@@ -2597,6 +2597,7 @@ template <bool Bits> static tern_result tern__gpu_groups_dw(tern_run *r, tern__g
 static tern_result tern__gpu_grouped(tern_run *r, tern__gpu *d, const tern_grouped_args *a)
 {
     if (!a->dy) return tern__gpu_grouped_products(r, d, a);
+    TERN__REQUIRE(r, a->m.rows <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: grouped: sums of %d terms; %d is the most", a->m.rows, (int64_t)INT32_MAX);
     TERN__TRY(a->act == TERN_ACT_BIT ? tern__gpu_groups_dw<true>(r, d, a) : tern__gpu_groups_dw<false>(r, d, a));
     return tern__gpu_groups_dx(d, a);
 }
@@ -2937,7 +2938,7 @@ static __global__ void tern__gather_rows(tern_gather_args a, tern__shape s, int 
         const int64_t id = a.ids[i];
         const int usable = id >= 0 && id < a.m.rows;
         float *y = a.y + i * a.m.cols;
-        if (!usable && threadIdx.x == 0) tern__report(blame, i);
+        if (!usable && !(a.holes && id == -1) && threadIdx.x == 0) tern__report(blame, i);
         if (usable && a.m.trits) tern__gather_packed(&a.m, &s, id, wide, y);
         else tern__gather_dense(usable ? a.w + id * a.m.cols : NULL, a.m.cols, wide, y);
         if (!usable || !a.weight) continue;
@@ -4359,6 +4360,14 @@ static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__hops_nodes(tern
     }
 }
 
+/* After a launch of blocks together. */
+static tern_result tern__launched_together(tern_run *r, const char *what, int64_t blocks)
+{
+    const cudaError_t error = cudaGetLastError();
+    TERN__REQUIRE(r, error != cudaErrorCooperativeLaunchTooLarge, TERN_E_UNSUPPORTED, "cuda: %s: fewer than %d blocks are there at once", what, blocks);
+    return tern__cuda_check(r, error, what);
+}
+
 /* A block to a multiprocessor. Beyond some turns of each launches weigh little, and more blocks share the work better. */
 static tern_result tern__gpu_hops(tern_run *r, tern__gpu *d, const tern_hops_args *a)
 {
@@ -4374,9 +4383,7 @@ static tern_result tern__gpu_hops(tern_run *r, tern__gpu *d, const tern_hops_arg
         bytes = tern__max(bytes, mine);
     }
     TERN__LAUNCH_TOGETHER(tern__hops_nodes, (unsigned)blocks, TERN__THREADS, (size_t)bytes, d->stream, p);
-    const cudaError_t error = cudaGetLastError();
-    TERN__REQUIRE(r, error != cudaErrorCooperativeLaunchTooLarge, TERN_E_UNSUPPORTED, "cuda: hops: fewer than %d blocks are there at once", blocks);
-    return tern__cuda_check(r, error, "launching hops");
+    return tern__launched_together(r, "hops", blocks);
 }
 
 /* -- a mixture of few tokens: blocks that are launched together go from phase to phase, in a shape that does not depend on the routing -- */
@@ -4654,7 +4661,7 @@ static tern_result tern__gpu_moe(tern_run *r, tern__gpu *d, const tern_moe_args 
     const tern_matrix &router = a->router.quantize.m;
     const bool base3 = a->in.m.encoding == TERN_BASE3, dense = !router.trits;
     tern__mixture p = {};
-    TERN__REQUIRE(r, d->meet && a->route.n <= TERN__MIXTURE_TOKENS && a->route.n * a->route.k <= TERN__MIXTURE_PLACES, TERN_E_UNSUPPORTED,
+    TERN__REQUIRE(r, d->mixtures && a->route.n <= TERN__MIXTURE_TOKENS && a->route.n * a->route.k <= TERN__MIXTURE_PLACES, TERN_E_UNSUPPORTED,
                   "cuda: moe: %d tokens of %d experts each, or no launches of blocks together", a->route.n, (int64_t)a->route.k);
     TERN__REQUIRE(r, a->route.count * sets <= TERN__MIXTURE_MATRICES && a->in.act != TERN_ACT_BIT && a->in.m.encoding == a->inner.m.encoding, TERN_E_UNSUPPORTED,
                   "cuda: moe: %d matrices, bits, or two encodings", (int64_t)(a->route.count * sets));
@@ -4688,20 +4695,20 @@ static tern_result tern__gpu_moe(tern_run *r, tern__gpu *d, const tern_moe_args 
     d->order++;
     p.inner_blame = tern__blame_of(d, TERN__FAULT_QUANTIZE);
     TERN__LAUNCH_TOGETHER((base3 ? tern__mixture_tokens<true> : tern__mixture_tokens<false>), (unsigned)d->processors, TERN__THREADS, sizeof(tern__mixture_room), d->stream, p);
-    const cudaError_t error = cudaGetLastError();
-    TERN__REQUIRE(r, error != cudaErrorCooperativeLaunchTooLarge, TERN_E_UNSUPPORTED, "cuda: moe: fewer than %d blocks are there at once", (int64_t)d->processors);
-    return tern__cuda_check(r, error, "launching moe");
+    return tern__launched_together(r, "moe", d->processors);
 }
 
-/* Memory for the barriers of blocks that are launched together, where the device can, a block has room, and the driver passes so many parameters. */
-static tern_result tern__gpu_open_mixture(tern_run *r, tern__gpu *d)
+/* Memory for the barriers of blocks that are launched together, where the device can. A mixture asks besides for a block's room, and for a driver that
+   passes so many parameters. */
+static tern_result tern__gpu_open_together(tern_run *r, tern__gpu *d)
 {
     int together = 0, driver = 0, blocks[2] = {0, 0};
     TERN__CUDA(r, cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, d->device), "launches of blocks together");
     TERN__CUDA(r, cudaDriverGetVersion(&driver), "the driver's version");
     TERN__CUDA(r, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks[0], tern__mixture_tokens<false>, TERN__THREADS, sizeof(tern__mixture_room)), "blocks at once");
     TERN__CUDA(r, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks[1], tern__mixture_tokens<true>, TERN__THREADS, sizeof(tern__mixture_room)), "blocks at once");
-    if (!together || blocks[0] < 1 || blocks[1] < 1 || (sizeof(tern__mixture) > 4096 && driver < 12010)) return TERN_OK;
+    if (!together) return TERN_OK;
+    d->mixtures = blocks[0] > 0 && blocks[1] > 0 && (sizeof(tern__mixture) <= 4096 || driver >= 12010);
     TERN__CUDA(r, cudaMalloc(&d->meet, sizeof *d->meet), "memory for barriers");
     TERN__CUDA(r, cudaMemsetAsync(d->meet, 0, sizeof *d->meet, d->stream), "clearing barriers");
     return TERN_OK;
@@ -4849,7 +4856,7 @@ static tern_result tern__gpu_open_here(tern_run *r, tern__gpu *d)
     TERN__CUDA(r, cudaMalloc(&d->work, (TERN__WORK + TERN__WORK_LEVELS) * sizeof(float)), "work memory");
     TERN__CUDA(r, cudaMemsetAsync(d->fault, 0xFF, sizeof *d->fault, d->stream), "clearing faults");
     TERN__TRY(tern__gpu_open_wgmma(r, d));
-    return tern__gpu_open_mixture(r, d);
+    return tern__gpu_open_together(r, d);
 }
 
 static void tern__gpu_close(tern_run *r)

@@ -1022,7 +1022,7 @@ static void linear_options(tern_context *c, record *r)
         literal_matrix(&o, &t, want);
         for (i = 0; i < rows * cols; i++) CHECK(fabs(m[i] - want[i]) < 1e-5, "variant %d: rebuilt[%d] %g, not %g", variant, (int)i, m[i], want[i]);
 #define GRADIENT(name, place, got, count) /* the other numbers of threads give the same bits */            \
-        for (i = 0; i < (count) && c->run.parallel.workers <= test_threads[0]; i++) {                                                                    \
+        for (i = 0; i < (count) && c->run.parallel.workers <= test_threads[0]; i++) {                        \
             const double slope = literal_slope(&o, &t, n, xd, dy, (place) + i);                            \
             CHECK(fabs((got)[i] - slope) < 1e-4 * (1 + fabs(slope)), "variant %d: " name "[%d] %g, not %g", variant, (int)i, (got)[i], slope); \
         }
@@ -1046,6 +1046,8 @@ static void linear_options(tern_context *c, record *r)
         record_words(r, grad_of(&o.lora_a), 3 * cols);
         record_words(r, grad_of(&o.lora_b), 3 * rows);
         record_words(r, grad_of(&o.dead), rows);
+        record_words(r, grad_of(&o.gain), cols);
+        record_words(r, grad_of(&o.bias), rows);
         layer_close(c, &o);
         release();
     }

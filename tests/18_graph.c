@@ -907,6 +907,8 @@ static tern_result note_hops(tern_run *r, const tern_hops_args *a)
         if (i) CHECK(hop->project.quantize.m.trits ? hop->project.quantize.x == hop[-1].to.y : hop->rows.q ? hop->rows.x == hop[-1].to.y : hop->to.sum.x == hop[-1].to.y, "hop %d reads", i);
         if (i && hop->rows.q && hop[-1].rows.q) CHECK(hop->rows.q != hop[-1].rows.q, "hop %d sends where the one before it has", i);
         CHECK(!hop->rows.q || (const unsigned char *)(hop->rows.sum + HOP_NODES) <= offers.end, "hop %d sends beyond scratch", i);
+        if (i && hop->project.y && hop[-1].project.y) CHECK(hop->project.y != hop[-1].project.y, "hop %d projects where the one before it has", i);
+        CHECK(!hop->project.y || (const unsigned char *)(hop->project.y + HOP_NODES * hop->project.quantize.m.rows) <= offers.end, "hop %d projects beyond scratch", i);
     }
     if (offers.answer != TERN_OK) tern__set_error(&r->error, offers.answer, "hops: no");
     return offers.answer;

@@ -108,7 +108,7 @@ static inline float amx_bf16(const uint8_t *word, int half)
 
 /* tdpbf16ps: for each c[m][n] the products of the words' low halves are summed over k from 0 on, those of the high halves apart,
    by FMA; the second sum is added to the first, and both to c. */
-static inline void amx_pairs(int c, int a, int b)
+static __attribute__((noinline, unused)) void amx_pairs(int c, int a, int b)
 {
     int m, n, k;
 #if defined(__x86_64__) || defined(__i386__)
@@ -132,7 +132,7 @@ static inline void amx_pairs(int c, int a, int b)
 }
 
 /* vdpbf16ps: in each of 16 words the product of the high halves, then that of the low ones, is added to the sum. */
-static inline void amx_words(void *sum, const void *a, const void *b)
+static __attribute__((noinline, unused)) void amx_words(void *sum, const void *a, const void *b)
 {
     int i, half;
 #if defined(__x86_64__) || defined(__i386__)

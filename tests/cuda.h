@@ -413,7 +413,7 @@ inline void cuda_run_grid(const char *kernel, bool together, dim3 grid, dim3 blo
     test_cuda.together = together;
     test_cuda.body = &body;
     test_cuda.shared_bytes = shared_bytes;
-    if (shared_bytes > 0 && cuda_sabotaged(CUDA_LITTLE_SHARED)) test_cuda.shared_bytes -= std::min<size_t>(shared_bytes, 16);
+    if (shared_bytes > 0 && cuda_sabotaged(CUDA_LITTLE_SHARED)) test_cuda.shared_bytes -= std::min<size_t>(shared_bytes, 32); /* past the padding of a tile */
     test_cuda.launches++;
     blockDim = block;
     gridDim = grid;

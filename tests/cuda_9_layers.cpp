@@ -255,7 +255,7 @@ struct grouped_data {
         delete q;
         delete sum;
     }
-    /* body(parameter on the CPU, set, first, n) for each group's rows in the window. */
+    /* body(index of the parameter, set, first, n) for each group's rows in the window. */
     template <typename Body> void each(Body body) const
     {
         int64_t begin = -a.at;

@@ -273,7 +273,7 @@ static void test_cuda_moe_apart()
         const opened apart(test_backend());
         test_cuda.driver = 12010;
         test_cuda.cooperative = 1;
-        CHECK(apart.result == TERN_OK && !tern__gpu_of(&apart.c->run)->meet);
+        CHECK(apart.result == TERN_OK && !tern__gpu_of(&apart.c->run)->mixtures && !tern__gpu_of(&apart.c->run)->meet == !i);
         test_fused_moe(fused_moes[3], apart.c);
     }
     const opened fewer(test_backend());
@@ -337,19 +337,24 @@ static void test_cuda_moe_backward_by_its_parts()
     const opened parts(&table);
     tern_context *const contexts[] = {test_context[GPU], parts.c};
     CHECK(parts.result == TERN_OK);
-    for (int i : {0, 1, 4, 0}) {
-        const moe_case &t = moe_cases[i];
-        const int64_t n = test_random() % 2 ? 300 : 19;
+    for (int i : {0, 1, 4, 10, 11, 14}) { /* from 10 on: in parts, with a token that goes to no expert where the router reads it as it is */
+        moe_case t = moe_cases[i % 10];
+        const int64_t n = i < 10 ? 19 : 300;
+        if (i == 10) t.norm = TERN_NORM_NONE;
         moe_pair p(t);
+        char told[2][256];
         tern_need need = {};
         std::vector<std::vector<float>> got[2];
         mirror<float> x(n * t.cols, test_uniform), y(n * t.cols), dy(n * t.cols, test_uniform), dx(n * t.cols);
+        if (i == 10) x[CPU][7 * t.cols + 3] = NAN;
+        x.send();
         for (int which = 0; which < 2; which++) {
             tern_context *c = contexts[which];
             CHECK(tern_moe_need(c, &p.m[GPU], n, &need) == TERN_OK && tern_reserve(c, need.scratch) == TERN_OK);
             mirror<int8_t> saved((int64_t)need.saved);
-            CHECK(tern_moe_forward(c, &p.m[GPU], n, x[GPU], y[GPU], saved[GPU]) == TERN_OK);
-            CHECK(tern_moe_backward(c, &p.m[GPU], n, x[GPU], saved[GPU], dy[GPU], dx[GPU]) == TERN_OK && tern_sync(c) == TERN_OK);
+            CHECK(tern_moe_forward(c, &p.m[GPU], n, x[GPU], y[GPU], saved[GPU]) == TERN_OK && (tern_sync(c) == TERN_OK) == (i != 10));
+            CHECK(tern_moe_backward(c, &p.m[GPU], n, x[GPU], saved[GPU], dy[GPU], dx[GPU]) == TERN_OK && (tern_sync(c) == TERN_OK) == (i != 10));
+            snprintf(told[which], sizeof told[which], "%s", i == 10 ? tern_last_error(c)->text : "");
             got[which].push_back(dx.fetch());
             for (both_params *q : p.params.all) {
                 const tern_buffer &grad = q->at[GPU].buffer[TERN_GRAD];
@@ -360,6 +365,7 @@ static void test_cuda_moe_backward_by_its_parts()
                 CHECK(tern_copy(c, grad.data, back.data(), grad.count * 4, TERN_TO_DEVICE) == TERN_OK);
             }
         }
+        CHECK(strcmp(told[0], told[1]) == 0);
         for (size_t j = 0; j < got[0].size(); j++) CHECK(memcmp(got[0][j].data(), got[1][j].data(), got[0][j].size() * 4) == 0);
     }
 }
