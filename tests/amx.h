@@ -87,6 +87,16 @@ static inline void amx_dot(int c, int a, int b)
         }
 }
 
+/* gcc's code comes here with upper halves in use, and then each fmaf takes a hundred times as long. */
+#if defined(__x86_64__)
+#define AMX_CLEAR_UPPER() \
+    __asm__ volatile("vzeroupper" : : : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15")
+#elif defined(__i386__)
+#define AMX_CLEAR_UPPER() __asm__ volatile("vzeroupper" : : : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7")
+#else
+#define AMX_CLEAR_UPPER() ((void)0)
+#endif
+
 /* Two bf16 of a word, and sums, where denormals are zeros (to nearest even otherwise). */
 static inline float amx_flush(float x)
 {
@@ -111,9 +121,7 @@ static inline float amx_bf16(const uint8_t *word, int half)
 static __attribute__((noinline, unused)) void amx_pairs(int c, int a, int b)
 {
     int m, n, k;
-#if defined(__x86_64__) || defined(__i386__)
-    __asm__ volatile("vzeroupper"); /* gcc's code comes here with upper halves in use, and then each fmaf takes a hundred times as long */
-#endif
+    AMX_CLEAR_UPPER();
     amx_check(c);
     amx_check(a);
     amx_check(b);
@@ -135,9 +143,7 @@ static __attribute__((noinline, unused)) void amx_pairs(int c, int a, int b)
 static __attribute__((noinline, unused)) void amx_words(void *sum, const void *a, const void *b)
 {
     int i, half;
-#if defined(__x86_64__) || defined(__i386__)
-    __asm__ volatile("vzeroupper");
-#endif
+    AMX_CLEAR_UPPER();
     for (i = 0; i < 16; i++)
         for (half = 1; half >= 0; half--) {
             float x;
