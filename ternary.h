@@ -11856,32 +11856,33 @@ static tern_result tern__moe_parts(tern_context *c, const tern_moe *m, int64_t n
     return TERN_OK;
 }
 
-/* B A x of a part into w->up; kept: what B reads. */
-static tern_result tern__moe_low_part(tern_context *c, const tern_moe *m, int64_t n, int64_t at, int64_t part, const tern__kept *rows, const tern__kept *kept, const tern__moe_work *w)
+/* Of a part: B A x in w->up, hidden in w->h, their product in w->fn; rows: what A reads, kept: what B reads, in memory at `own`. */
+static tern_result tern__moe_low_part(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, int64_t at, int64_t part, void *own, const tern__moe_work *w,
+                                      tern__moe_rows *rows, tern__kept *kept)
 {
+    const int64_t width = m->experts->up->rows;
     const tern_linear b = tern__moe_reader(m, m->low_b[0]);
-    TERN__TRY(tern__moe_products(c, m, n, at, part, rows, m->low_a, 1, 1, w, w->low));
+    tern__moe_rows quantized = *all;
+    quantized.x = NULL; /* which the hidden ones may read, but not low_a */
+    *kept = tern__kept_at(&b, part, own);
+    TERN__TRY(tern__moe_gather(c, m, n, &quantized, part, w->tokens + at, w, rows));
+    TERN__TRY(tern__moe_products(c, m, n, at, part, &rows->kept, m->low_a, 1, 1, w, w->low));
     TERN__TRY(tern__moe_quantize(c, &b, part, w->low, kept));
-    return tern__moe_products(c, m, n, at, part, kept, m->low_b, 1, 1, w, w->up);
+    TERN__TRY(tern__moe_products(c, m, n, at, part, kept, m->low_b, 1, 1, w, w->up));
+    TERN__TRY(tern__gather_rows_of(c, n, width, w->hidden, part, w->tokens + at, NULL, w->h));
+    return tern__apply(c, TERN_MAP_MUL, part * width, w->h, w->up, w->fn);
 }
 
 /* The sum of the low-rank form by groups. */
 static tern_result tern__moe_low_parts(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const tern__moe_work *w)
 {
     const int64_t places = n * m->top_k, width = m->experts->up->rows;
-    const tern_linear b = tern__moe_reader(m, m->low_b[0]);
-    tern__moe_rows quantized = *all;
     int64_t at, part;
-    quantized.x = NULL; /* which the hidden ones may read, but not low_a */
     for (at = 0; at < places; at += part) {
         tern__moe_rows rows;
         tern__kept kept;
         part = tern__min(w->part, places - at);
-        kept = tern__kept_at(&b, part, c->scratch + c->scratch_base);
-        TERN__TRY(tern__moe_gather(c, m, n, &quantized, part, w->tokens + at, w, &rows));
-        TERN__TRY(tern__moe_low_part(c, m, n, at, part, &rows.kept, &kept, w));
-        TERN__TRY(tern__gather_rows_of(c, n, width, w->hidden, part, w->tokens + at, NULL, w->h));
-        TERN__TRY(tern__apply(c, TERN_MAP_MUL, part * width, w->h, w->up, w->fn));
+        TERN__TRY(tern__moe_low_part(c, m, n, all, at, part, c->scratch + c->scratch_base, w, &rows, &kept));
         TERN__TRY(tern__scatter_rows_of(c, n, width, w->fn, part, w->tokens + at, w->sorted + at, w->sum));
     }
     return TERN_OK;
@@ -12167,20 +12168,13 @@ static tern_result tern__moe_parts_back(tern_context *c, const tern_moe *m, int6
 static tern_result tern__moe_low_parts_back(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const tern__moe_work *w)
 {
     const int64_t places = n * m->top_k, width = m->experts->up->rows;
-    const tern_linear b = tern__moe_reader(m, m->low_b[0]);
-    tern__moe_rows quantized = *all;
     int64_t at, part;
-    quantized.x = NULL; /* which the hidden ones may read, but not low_a */
     for (at = 0; at < places; at += part) {
         const int32_t *tokens = w->tokens + at;
         tern__moe_rows rows;
         tern__kept kept;
         part = tern__min(w->part, places - at);
-        kept = tern__kept_at(&b, part, w->again);
-        TERN__TRY(tern__moe_gather(c, m, n, &quantized, part, tokens, w, &rows));
-        TERN__TRY(tern__gather_rows_of(c, n, width, w->hidden, part, tokens, NULL, w->h));
-        TERN__TRY(tern__moe_low_part(c, m, n, at, part, &rows.kept, &kept, w));
-        TERN__TRY(tern__apply(c, TERN_MAP_MUL, part * width, w->h, w->up, w->fn));
+        TERN__TRY(tern__moe_low_part(c, m, n, all, at, part, w->again, w, &rows, &kept));
         TERN__TRY(tern__moe_weights_back(c, m, n, width, w->dsum, w->fn, at, part, w));
         TERN__TRY(tern__gather_rows_of(c, n, width, w->dsum, part, tokens, w->sorted + at, w->dout));
         TERN__TRY(tern__apply_back(c, TERN_MAP_MUL, part * width, w->h, w->up, w->dout, w->dh, w->dup));
