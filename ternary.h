@@ -3834,13 +3834,14 @@ static const tern__kernels tern__kernels_scalar = {TERN__KERNELS(scalar, tern__t
 /* ------------------------------------------------------------------------------------------------
    [TERN-11] Kernels, x86
    What enters: the tern__kernels contract of [TERN-10]. What leaves: tern__kernels_sse41 (machines with
-   SSSE3 and SSE4.1), _avx2 (AVX2, FMA and F16C), _avx_vnni (AVX-VNNI besides), _avx512_vnni (AVX-512 F,
-   BW, DQ, VL and VNNI), _avx512_vbmi (VBMI and VPOPCNTDQ besides) and _amx_int8 (AMX-TILE and AMX-INT8 besides), the last two
-   with pairs of bf16 where there is AVX512-BF16 or AMX-BF16, equal to the scalar kernels bit for bit. The dispatcher of
-   [TERN-14] calls them through the table, after asking the CPU. What differs between tiers only in the width of its vectors is written once, as a macro.
-   Each function names its own target, so no compiler flags are needed. Float sums and products use the
-   operators of the vector types and not intrinsics, and so obey the switches against contraction that
-   surround this code (clang's -ffp-contract=fast alone overrides them, there as everywhere).
+   SSSE3 and SSE4.1), _avx2 (AVX2, FMA and F16C), _avx_vnni (AVX-VNNI besides), _avx512_vnni (AVX-512 F, BW,
+   DQ, VL and VNNI), _avx512_vbmi (VBMI and VPOPCNTDQ besides) and _amx_int8 (AMX-TILE and AMX-INT8
+   besides), the last two with pairs of bf16 where there is AVX512-BF16 or AMX-BF16, equal to the scalar
+   kernels bit for bit. The dispatcher of [TERN-14] calls them through the table, after asking the CPU. What
+   differs between tiers only in the width of its vectors is written once, as a macro. Each function names
+   its own target, so no compiler flags are needed. Float sums and products use the operators of the vector
+   types and not intrinsics, and so obey the switches against contraction that surround this code (clang's
+   -ffp-contract=fast alone overrides them, there as everywhere).
    ------------------------------------------------------------------------------------------------ */
 #ifdef TERN__X86
 

@@ -324,6 +324,9 @@ plain_text() {
     ! LC_ALL=C grep -n '[^ -~]' $files && ! grep -nE ' $|/(home|Users|work)/' $files
 }
 
+check "table of contents" contents
+check "references to rooms" references
+check "plain text" plain_text
 compile tests/tests.c -o $out/tests > $out/tests.log 2>&1 &
 compiling=$!
 cuda_tests "$@" > $out/cuda_tests.log 2>&1 &
@@ -358,9 +361,6 @@ check "amx-int8 in software" amx_in_software
 grep -m1 'skipped: no tier amx-int8' $out/log
 check "CUDA emulator" cuda_emulator
 grep '^skipped: ' $out/log
-check "table of contents" contents
-check "references to rooms" references
-check "plain text" plain_text
 
 # The counts that end a test program's log.
 count() {
