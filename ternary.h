@@ -2316,15 +2316,15 @@ typedef struct tern__float_dot {
 typedef struct tern__optimize_work { const tern_optimize_args *a; float factor, correct1, correct2; } tern__optimize_work;
 
 /* Packed units of n inputs of up to 16 rows, `stride` elements apart, f32 or bf16: sign(x) where |x| > threshold[row], else and
-   behind the ends 0. Of the 16 thresholds none is negative and those without a row are FLT_MAX. Of what lies `ahead` elements
-   from here a line in `step` bytes is asked for. */
+   behind the ends 0. Of the 16 thresholds none is negative and those without a row are FLT_MAX. Of what lies at `ask` as many
+   halves of the bytes of x are asked for. */
 typedef struct tern__packing {
     tern_type type; const void *x;
     int64_t n, rows, stride;
     const float *threshold;
     uint8_t *unit;
-    int64_t ahead, step; /* step 0: nothing */
-    int32_t base3;
+    const uint8_t *ask;
+    int32_t halves, base3;
 } tern__packing;
 
 /* Random halves: those of block b are the eight of Philox (seed, b, step, stream). */
@@ -2387,9 +2387,9 @@ typedef struct tern__kernels {
     void (*scaled)(int64_t len, int64_t lanes, const int8_t *q, int64_t stride, const float *scale, float *b); /* b[j][lane] = q[j * stride + lane] * scale[j]; up to 32 lanes */
     void (*trits)(int32_t base3, int64_t units, const uint8_t *unit, int8_t *t); /* of up to 3 units: t[row][64] */
     float (*sum)(int32_t kind, int64_t n, const float *x);              /* canonical, n <= 1024, kind a tern_sum_kind */
-    /* The same of |x|, f32 or bf16, but 0 where it is not above delta; counts those that are. A negative delta: of all. `ahead`
-       elements from here lies what is wanted next; every other line of it is asked for, ternarize asks for the rest. */
-    float (*sum_above)(tern_type type, int64_t n, const void *x, int64_t ahead, float delta, int64_t *count);
+    /* The same of |x|, f32 or bf16, but 0 where it is not above delta; counts those that are. A negative delta: of all. What
+       lies at `ask`, or NULL, is wanted next: half as many bytes as x has are asked for. */
+    float (*sum_above)(tern_type type, int64_t n, const void *x, const uint8_t *ask, float delta, int64_t *count);
     uint32_t (*absmax)(int64_t n, const float *x, const float *gain);   /* largest bits of |x gain|: NaN and Inf win */
     int32_t (*round)(int64_t n, const float *x, const float *gain, float inverse, int32_t most, int8_t *q); /* q = rne(x gain inverse), |it| < 2^22, held to -most - 1..most; their sum */
     /* The same dots with bytes in place of trits, for any number of tokens: a unit is a quad, whose byte 4r+j is code
@@ -2524,16 +2524,43 @@ static const float *tern__load_block(const tern__kernels *k, const tern_ternariz
     return tern__floats_at(k, a->type, a->w, i, n, buffer);
 }
 
+/* Canonical sum over n weights from element i: of the |w| above delta (all, for a negative delta), counted. */
+static float tern__sum_block(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, const uint8_t *ask,
+                             float delta, int64_t *count)
+{
+    float buffer[TERN__BLOCK] TERN__ALIGN64;
+    if (a->type == TERN_BF16) return k->sum_above(TERN_BF16, n, (const uint16_t *)a->w + i, ask, delta, count);
+    return k->sum_above(TERN_F32, n, tern__load_block(k, a, i, n, buffer), a->type == TERN_F16 ? NULL : ask, delta, count);
+}
+
+static float tern__sum_row(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, const uint8_t *ask,
+                           float delta, int64_t *count)
+{
+    const int64_t step = TERN__BLOCK * tern__type_bytes(a->type) / 2;
+    tern__tree tree;
+    int64_t len;
+    if (n <= TERN__BLOCK) return tern__sum_block(k, a, i, n, ask, delta, count);
+    tern__tree_init(&tree, k);
+    for (; n > 0; i += len, n -= len, ask = ask ? ask + step : NULL)
+        tern__tree_push(&tree, tern__sum_block(k, a, i, len = tern__min(n, TERN__BLOCK), ask, delta, count));
+    return tern__tree_total(&tree);
+}
+
+/* A sum of |w| below this proves its weights good; it may be their mean, for rows are no longer than 2^18. */
+#define TERN__SURE 3.0223145490365729e23f /* 2^78 */
+
 /* The first bad one of n weights from element i, or INT64_MAX. */
 static int64_t tern__first_bad(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n)
 {
     float buffer[TERN__BLOCK] TERN__ALIGN64;
-    int64_t len, j;
+    int64_t len, j, count = 0;
     for (; n > 0; i += len, n -= len) {
-        const float *w = tern__load_block(k, a, i, len = tern__min(TERN__BLOCK, n), buffer);
-        if (tern__weight_ok(tern__float(k->absmax(len, w, NULL)))) continue;
-        for (j = 0; tern__weight_ok(w[j]);) j++;
-        return i + j;
+        const float *w;
+        len = tern__min(TERN__BLOCK, n);
+        if (tern__sum_block(k, a, i, len, NULL, -1.0f, &count) < TERN__SURE) continue;
+        w = tern__load_block(k, a, i, len, buffer);
+        for (j = 0; j < len; j++)
+            if (!tern__weight_ok(w[j])) return i + j;
     }
     return INT64_MAX;
 }
@@ -2546,27 +2573,6 @@ static void tern__scan_body(tern__job *job, int64_t begin, int64_t end, int64_t 
     *bad = tern__first_bad(job->k, a, i, tern__min(end * TERN__BLOCK, a->m.rows * a->m.cols) - i);
 }
 
-/* Canonical sum over n weights from element i: of the |w| above delta (all, for a negative delta), counted. */
-static float tern__sum_block(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, int64_t ahead, float delta, int64_t *count)
-{
-    float buffer[TERN__BLOCK] TERN__ALIGN64;
-    if (a->type == TERN_BF16) return k->sum_above(TERN_BF16, n, (const uint16_t *)a->w + i, ahead, delta, count);
-    return k->sum_above(TERN_F32, n, tern__load_block(k, a, i, n, buffer), a->type == TERN_F16 ? 0 : ahead, delta, count);
-}
-
-static float tern__sum_row(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, int64_t ahead, float delta, int64_t *count)
-{
-    tern__tree tree;
-    int64_t len;
-    if (n <= TERN__BLOCK) return tern__sum_block(k, a, i, n, ahead, delta, count);
-    tern__tree_init(&tree, k);
-    for (; n > 0; i += len, n -= len) tern__tree_push(&tree, tern__sum_block(k, a, i, len = tern__min(n, TERN__BLOCK), ahead, delta, count));
-    return tern__tree_total(&tree);
-}
-
-/* A sum of |w| below this proves its weights good; it may be their mean, for rows are no longer than 2^18. */
-#define TERN__SURE 3.0223145490365729e23f /* 2^78 */
-
 /* Sums of rows, 1024 at a time; the first bad weight comes back from those of all |w|. */
 typedef struct tern__rows_work { const tern_ternarize_args *a; int64_t row0; float delta; float *sums; int64_t *counts; } tern__rows_work;
 
@@ -2578,7 +2584,7 @@ static void tern__rows_body(tern__job *job, int64_t begin, int64_t end, int64_t 
     for (i = begin; i < end && *bad == INT64_MAX; i++) {
         const int64_t first = (w->row0 + i) * cols;
         w->counts[i] = 0;
-        w->sums[i] = tern__sum_row(job->k, w->a, first, cols, 0, w->delta, &w->counts[i]);
+        w->sums[i] = tern__sum_row(job->k, w->a, first, cols, NULL, w->delta, &w->counts[i]);
         if (w->delta < 0.0f && !(w->sums[i] < TERN__SURE)) *bad = tern__first_bad(job->k, w->a, first, cols);
     }
 }
@@ -2608,10 +2614,11 @@ static float tern__tensor_mean(tern_run *run, const tern_ternarize_args *a, floa
 }
 
 /* And over n weights of a row. */
-static float tern__row_mean(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, int64_t ahead, float delta)
+static float tern__row_mean(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, const uint8_t *ask,
+                            float delta)
 {
     int64_t count = 0;
-    const float sum = tern__sum_row(k, a, i, n, ahead, delta, &count);
+    const float sum = tern__sum_row(k, a, i, n, ask, delta, &count);
     return count ? sum / (float)count : 0.0f;
 }
 
@@ -2670,15 +2677,23 @@ static int32_t tern__needs_statistic(const tern_ternarize_args *a, int64_t i)
     return a->rule != TERN_GIVEN && !(tern__is_learned(a->rule) && a->alpha[i] != 0.0f);
 }
 
+/* Whether n weights from element i are good, or may not be. */
+static int32_t tern__sure(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, const uint8_t *ask)
+{
+    int64_t count = 0;
+    return tern__sum_row(k, a, i, n, ask, -1.0f, &count) < TERN__SURE;
+}
+
 /* The grain of n weights from element i, whose scale lies at index `at`: its threshold. suspect becomes 1 where a
    weight may be bad; with NULL nobody asks. */
-static float tern__apply_rule(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, int64_t at, int32_t *suspect)
+static float tern__apply_rule(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, int64_t at,
+                              const uint8_t *ask, int32_t *suspect)
 {
     const int32_t needs = tern__needs_statistic(a, at);
     float mean = 0.0f, above = 0.0f;
-    if (needs) mean = a->rule == TERN_SEQ ? tern__row_max(k, a, i, n) : tern__row_mean(k, a, i, n, -TERN__ROWS * a->m.cols, -1.0f);
-    if (a->rule == TERN_TWN) above = tern__row_mean(k, a, i, n, 0, tern__twn_delta(mean));
-    if (suspect && !((needs ? mean : tern__row_max(k, a, i, n)) < TERN__SURE)) *suspect = 1;
+    if (needs) mean = a->rule == TERN_SEQ ? tern__row_max(k, a, i, n) : tern__row_mean(k, a, i, n, ask, -1.0f);
+    if (a->rule == TERN_TWN) above = tern__row_mean(k, a, i, n, NULL, tern__twn_delta(mean));
+    if (suspect && !(needs ? mean < TERN__SURE : tern__sure(k, a, i, n, ask))) *suspect = 1;
     return tern__settle_grain(a, at, mean, above);
 }
 
@@ -2903,35 +2918,42 @@ static void tern__add_noise(const tern__ternarize_work *w, int64_t row, int64_t 
     for (j = 0; j < n; j++) x[j] = tern__decisive(w->a, first + j, x[j], scale, threshold);
 }
 
-/* A group of a panel; suspect as for tern__apply_rule. */
+/* A group of a panel; suspect as for tern__apply_rule. Of the panel that comes next its share is asked for, as one stretch
+   of memory: half of it by a pass over these weights, where there is one, and the rest while they are packed. */
 static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_work *w, int64_t panel, int64_t g, int32_t *suspect)
 {
     const tern_ternarize_args *a = w->a;
     const tern_matrix *m = &a->m;
     const int64_t row = panel * TERN__ROWS, rows = tern__min(TERN__ROWS, m->rows - row);
-    const int64_t col = g * w->s.group, cols = tern__group_cols(m, &w->s, g);
+    const int64_t col = g * w->s.group, cols = tern__group_cols(m, &w->s, g), bytes = tern__type_bytes(a->type);
     const int32_t narrow = a->type == TERN_BF16 || a->type == TERN_F16, copied = a->type == TERN_F16 || a->noise > 0.0f;
+    const int32_t whole = m->grain == TERN_PER_TENSOR, passes = suspect || (!whole && tern__is_statistic(a->rule));
+    const uint8_t *ask = (const uint8_t *)a->w + (tern__max(0, row - TERN__ROWS) * m->cols + rows * col) * bytes;
     uint8_t *unit = (uint8_t *)m->trits + panel * w->s.panel_bytes + g * w->s.group_units * TERN__UNIT;
     float buffer[TERN__ROWS * TERN__NARROW] TERN__ALIGN64, threshold[TERN__ROWS];
     tern__packing p;
     int64_t r, i;
-    for (r = 0; r < TERN__ROWS; r++) {
-        const int64_t at = tern__scale_index(m, &w->s, row + r, g);
-        threshold[r] = r < rows ? w->threshold : FLT_MAX;
-        if (m->grain == TERN_PER_TENSOR) continue;
-        if (r < rows) threshold[r] = tern__apply_rule(k, a, (row + r) * m->cols + col, cols, at, suspect);
-        else tern__store_scale(m->scale_type, m->scales, at, 0.0f);
+    for (r = 0; r < rows; r++) {
+        const int64_t first = (row + r) * m->cols + col;
+        if (whole && suspect && !tern__sure(k, a, first, cols, ask)) *suspect = 1;
+        threshold[r] = w->threshold;
+        if (!whole) threshold[r] = tern__apply_rule(k, a, first, cols, tern__scale_index(m, &w->s, row + r, g), ask, suspect);
+        if (passes) ask += cols * bytes / 2;
+    }
+    for (; r < TERN__ROWS; r++) {
+        threshold[r] = FLT_MAX;
+        if (!whole) tern__store_scale(m->scale_type, m->scales, tern__scale_index(m, &w->s, row + r, g), 0.0f);
     }
     p.type = copied ? TERN_F32 : a->type;
     p.rows = rows;
     p.stride = copied ? (int64_t)TERN__NARROW : m->cols;
     p.threshold = threshold;
-    p.ahead = -TERN__ROWS * m->cols;
-    p.step = copied ? 0 : m->grain != TERN_PER_TENSOR && tern__is_statistic(a->rule) ? 128 : 64;
+    p.ask = ask;
+    p.halves = copied ? 0 : passes ? 1 : 2;
     p.base3 = m->encoding == TERN_BASE3;
     for (i = 0; i < cols; i += p.n) {
         const int64_t at = row * m->cols + col + i;
-        p.x = copied ? (const void *)buffer : (const uint8_t *)a->w + at * tern__type_bytes(a->type);
+        p.x = copied ? (const void *)buffer : (const uint8_t *)a->w + at * bytes;
         p.n = tern__min(copied ? (int64_t)TERN__NARROW : cols, cols - i);
         p.unit = unit + i / w->s.unit * TERN__UNIT;
         for (r = 0; copied && r < rows; r++) {
@@ -2973,13 +2995,11 @@ static void tern__ternarize_body(tern__job *job, int64_t begin, int64_t end, int
     const tern_ternarize_args *a = w->a;
     int64_t panel, g;
     for (panel = end - 1; panel >= begin; panel--) {
-        const int64_t row = panel * TERN__ROWS, first = row * a->m.cols, n = tern__min(TERN__ROWS, a->m.rows - row) * a->m.cols;
-        const int64_t at = panel * w->s.panel_bytes;
+        const int64_t row = panel * TERN__ROWS, rows = tern__min(TERN__ROWS, a->m.rows - row), at = panel * w->s.panel_bytes;
         int32_t suspect = 0;
         if (w->undo) memcpy(w->undo + at, (uint8_t *)a->m.trits + at, (size_t)w->s.panel_bytes);
-        if (w->undo && a->m.grain == TERN_PER_TENSOR) suspect = !(tern__row_max(job->k, a, first, n) < TERN__SURE);
         for (g = 0; g < w->s.groups; g++) tern__ternarize_group(job->k, w, panel, g, w->undo ? &suspect : NULL);
-        if (suspect) *bad = tern__min(tern__first_bad(job->k, a, first, n), *bad);
+        if (suspect) *bad = tern__min(tern__first_bad(job->k, a, row * a->m.cols, rows * a->m.cols), *bad);
     }
 }
 
@@ -3495,11 +3515,11 @@ static float tern__sum_scalar(int32_t kind, int64_t n, const float *x)
     return lane[0];
 }
 
-static float tern__sum_above_scalar(tern_type type, int64_t n, const void *x, int64_t ahead, float delta, int64_t *count)
+static float tern__sum_above_scalar(tern_type type, int64_t n, const void *x, const uint8_t *ask, float delta, int64_t *count)
 {
     float above[TERN__BLOCK];
     int64_t i;
-    (void)ahead;
+    (void)ask;
     for (i = 0; i < n; i++) {
         const float v = tern__abs(tern__load_float(type, x, i));
         const int32_t counted = delta < 0.0f || v > delta; /* a NaN among all is seen in the sum */
@@ -4014,15 +4034,20 @@ static inline __attribute__((always_inline)) TARGET V tern__scale_##X(const tern
 {                                                                                                        \
     return d->facc ? tern__scales_##X(d->scale_type, (const uint8_t *)d->scale + p * d->scale_stride, r) : MM##setzero_ps(); \
 }                                                                                                        \
-static inline __attribute__((always_inline)) TARGET float tern__add_up_##X(V *sum)                       \
+/* The canonical sum of 64 lanes; in pairs: the even and the odd ones of each 2 W are apart. tern__quarter_X leaves four. */ \
+static inline __attribute__((always_inline)) TARGET float tern__add_up_##X(const int pairs, V *sum)      \
 {                                                                                                        \
-    TERN__UNROLL for (int half = 32 / W; half; half /= 2)                                                \
+    __m128 four;                                                                                         \
+    TERN__UNROLL for (int half = 32 / W; half > pairs; half /= 2)                                        \
         TERN__UNROLL for (int j = 0; j < half; j++) sum[j] = sum[j] + sum[j + half];                     \
-    float lane[W];                                                                                       \
-    MM##storeu_ps(lane, sum[0]);                                                                         \
-    for (int half = W / 2; half; half /= 2)                                                              \
-        for (int j = 0; j < half; j++) lane[j] = lane[j] + lane[j + half];                               \
-    return lane[0];                                                                                      \
+    four = tern__quarter_##X(sum[0]);                                                                    \
+    four = four + _mm_movehl_ps(four, four);                                                             \
+    if (pairs) {                                                                                         \
+        const __m128 odd = tern__quarter_##X(sum[1]);                                                    \
+        four = _mm_unpacklo_ps(four, odd + _mm_movehl_ps(odd, odd));                                     \
+        four = four + _mm_movehl_ps(four, four);                                                         \
+    }                                                                                                    \
+    return _mm_cvtss_f32(four + _mm_shuffle_ps(four, four, 1));                                          \
 }                                                                                                        \
 /* 64 floats more, of which there are `left`. */                                                         \
 static inline __attribute__((always_inline)) TARGET void tern__sum_step_##X(const int32_t kind, int64_t left, const float *x, V *sum) \
@@ -4041,7 +4066,7 @@ static inline __attribute__((always_inline)) TARGET float tern__sum_kind_##X(con
     TERN__UNROLL for (int j = 0; j < 64 / W; j++) sum[j] = MM##setzero_ps();                             \
     for (i = 0; i <= n - 64; i += 64) tern__sum_step_##X(kind, 64, x + i, sum);                          \
     if (i < n) tern__sum_step_##X(kind, n - i, x + i, sum);                                              \
-    return tern__add_up_##X(sum);                                                                        \
+    return tern__add_up_##X(0, sum);                                                                     \
 }                                                                                                        \
 static TARGET float tern__sum_##X(int32_t kind, int64_t n, const float *x)                               \
 {                                                                                                        \
@@ -4086,47 +4111,37 @@ static TARGET int32_t tern__round_##X(int64_t n, const float *x, const float *ga
     return lane[0];                                                                                      \
 }
 
-/* What an input of a unit is worth in its byte: digit s of each row covers inputs 4s to 4s + 3. */
-#define TERN__PLACES                                                  \
-    {                                                                 \
-        {1, 1, 1, 1, 4, 4, 4, 4, 16, 16, 16, 16, 64, 64, 64, 64},     \
-        {1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27, 81, 81, 81, 81} \
-    }
-static const int32_t tern__places[2][32] = TERN__PLACES;
-static const int16_t tern__half_places[2][32] = TERN__PLACES;
+/* What an input of a unit is worth in its byte: digit s of each row covers inputs 4s to 4s + 3. Of 2 bits a vector of
+   halves may hold two units. */
+static const int32_t tern__places[2][32] = {
+    {1, 1, 1, 1, 4, 4, 4, 4, 16, 16, 16, 16, 64, 64, 64, 64},
+    {1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27, 81, 81, 81, 81}
+};
+static const int16_t tern__half_places[2][32] = {
+    {1, 1, 1, 1, 4, 4, 4, 4, 16, 16, 16, 16, 64, 64, 64, 64, 1, 1, 1, 1, 4, 4, 4, 4, 16, 16, 16, 16, 64, 64, 64, 64},
+    {1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27, 81, 81, 81, 81}
+};
 
-/* Shadows of bf16 are decided as they are stored: where the magnitude, as an integer, is above the upper half of that of the
-   threshold. W weights of a row at a time; LANES adds up as tern__add_lanes_X. limit: that half, twice in a word, of each row. */
-#define TERN__ONE_LANE(v) (v)
-#define TERN__TWO_LANES(v) _mm_add_epi8(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1))
-#define TERN__X86_HALVES(X, TARGET, W, V, I, MM, LANES)                                                  \
-static inline __attribute__((always_inline)) TARGET __m128i tern__four_halves_##X(const int base3, const uint8_t *const *row, int64_t at, const int32_t *limit) \
+/* Where the magnitude of v, floats or bf16, is above `up`: place with the sign of v. Without mask registers `down`, which is
+   -up, is not needed. bf16 compares as integers, against the upper half of a threshold; it stands in both halves of `up`. */
+#define TERN__X86_DECIDE(X, TARGET, V, I, MM)                                                            \
+static inline __attribute__((always_inline)) TARGET I tern__decide_##X(const int bf16, I place, I v, int32_t up, \
+                                                                       int32_t down)                     \
 {                                                                                                        \
-    const int inputs = base3 ? 20 : 16;                                                                  \
-    I sum = MM##set1_epi32(0);                                                                           \
-    TERN__UNROLL for (int j = 0; j < inputs; j += W) {                                                   \
-        I place, t[4], low, high;                                                                        \
-        memcpy(&place, tern__half_places[base3] + j, sizeof place);                                      \
-        TERN__UNROLL for (int k = 0; k < 4; k++) {                                                       \
-            I v, sign;                                                                                   \
-            memcpy(&v, row[k] + 2 * (at + j), sizeof v);                                                 \
-            sign = MM##srai_epi16(v, 15);                                                                \
-            v = MM##cmpgt_epi16(v & MM##set1_epi16(0x7fff), MM##set1_epi32(limit[k]));                   \
-            t[k] = v & MM##sub_epi16(place ^ sign, sign);                                                \
-        }                                                                                                \
-        low = MM##packs_epi16(t[0], t[1]);                                                               \
-        high = MM##packs_epi16(t[2], t[3]);                                                              \
-        sum = MM##add_epi8(sum, (I)MM##shuffle_ps((V)low, (V)high, 0x88));                               \
-        sum = MM##add_epi8(sum, (I)MM##shuffle_ps((V)low, (V)high, 0xdd));                               \
-    }                                                                                                    \
-    return LANES(sum);                                                                                   \
+    (void)down;                                                                                          \
+    if (bf16) return MM##sign_epi16(place, v) & MM##cmpgt_epi16(v & MM##set1_epi16(0x7fff), MM##set1_epi32(up)); \
+    return MM##sign_epi32(place, v) & (I)((V)(v & MM##set1_epi32(0x7fffffff)) > (V)MM##set1_epi32(up));  \
 }
 
-/* Weights in training, for the same vectors. The tier brings tern__four_halves_X, tern__bf16_X, which widens, and
-   tern__store_i16_X.
-   A 128-bit lane of packed trits holds four inputs of four rows, one digit of each of their bytes:
-   tern__add_lanes_X adds up these. The panel before is what ternarize gets next, so L2 is asked for it: its statistics come
-   from there. Vectors that end behind a unit of 20 take in what the next one begins with, whose place there is 0. */
+/* Weights in training, for the same vectors. The tier brings tern__bf16_X, which widens, tern__store_i16_X, tern__decide_X and
+   tern__store_units_X. bf16 is summed and decided as it is stored, 2 W in a vector, whose even and odd elements become floats
+   by a shift and a mask.
+   A 128-bit lane of packed trits holds inputs of four rows, one or two digits of each of their bytes; the lanes of a unit are
+   added up when it is stored. The 16 rows of a panel are packed four at a time, through eight units: where rows are a power of
+   two long all 16 compete for one place in L1 (1.4 to 1.8 times as fast). The loop over the fours stays a loop, or gcc spills
+   its vectors (half as fast with SSE). The panel before comes next, so L2 is asked for it, evenly and in the order of its
+   addresses; asked for row beside row, or in bursts, it came slower than without.
+   Vectors that end behind a unit of 20 take in what the next one begins with, whose place there is 0. */
 #define TERN__X86_WEIGHTS(X, TARGET, W, V, I, MM)                                                        \
 static TARGET void tern__widen_##X(tern_type type, int64_t n, const void *from, float *to)               \
 {                                                                                                        \
@@ -4140,10 +4155,14 @@ static inline __attribute__((always_inline)) TARGET V tern__get_##X(const int bf
 {                                                                                                        \
     return bf16 ? tern__bf16_##X((const uint16_t *)p + i) : MM##loadu_ps((const float *)p + i);          \
 }                                                                                                        \
-static inline __attribute__((always_inline)) TARGET I tern__above_step_##X(const int all, const int bf16, const void *x, int64_t i, V delta, V *sum, I counted) \
+/* 64 weights more; of bf16 the even ones of each 2 W go to one sum and the odd ones to the next. */     \
+static inline __attribute__((always_inline)) TARGET I tern__above_step_##X(const int all, const int bf16, const void *x, V delta, \
+                                                                           V *sum, I counted)            \
 {                                                                                                        \
+    const I magnitude = MM##set1_epi32(0x7fffffff), high = MM##set1_epi32(0x7fff0000);                   \
     TERN__UNROLL for (int j = 0; j < 64 / W; j++) {                                                      \
-        V v = (V)((I)tern__get_##X(bf16, x, i + j * W) & MM##set1_epi32(0x7fffffff));                    \
+        const I word = tern__load_int_##X((const uint8_t *)x + (bf16 ? j / 2 : j) * 4 * W);              \
+        V v = (V)((bf16 && j % 2 == 0 ? MM##slli_epi32(word, 16) : word) & (bf16 && j % 2 ? high : magnitude)); \
         if (!all) {                                                                                      \
             const I above = (I)(v > delta);                                                              \
             counted = MM##sub_epi32(counted, above);                                                     \
@@ -4153,90 +4172,104 @@ static inline __attribute__((always_inline)) TARGET I tern__above_step_##X(const
     }                                                                                                    \
     return counted;                                                                                      \
 }                                                                                                        \
-static inline __attribute__((always_inline)) TARGET float tern__above_##X(const int all, const int bf16, int64_t n, const void *x, int64_t ahead, \
-                                                                          float delta, int64_t *count)   \
+static inline __attribute__((always_inline)) TARGET float tern__above_##X(const int all, const int bf16, int64_t n, const void *x, \
+                                                                          const uint8_t *ask, float delta, int64_t *count)\
 {                                                                                                        \
-    const int64_t bytes = bf16 ? 2 : 4, most = n / 64 * 64;                                              \
+    const int64_t bytes = bf16 ? 2 : 4, most = n / 64 * 64 * bytes;                                      \
+    const uint8_t *const w = (const uint8_t *)x;                                                         \
     const V least = MM##set1_ps(delta);                                                                  \
     V sum[64 / W];                                                                                       \
     I counted = MM##set1_epi32(0);                                                                       \
-    float tail[64] TERN__ALIGN64;                                                                        \
+    uint8_t tail[256] TERN__ALIGN64;                                                                     \
     int32_t lane[W];                                                                                     \
     TERN__UNROLL for (int j = 0; j < 64 / W; j++) sum[j] = MM##setzero_ps();                             \
-    for (int64_t i = 0; i < most; i += 64) {                                                             \
-        counted = tern__above_step_##X(all, bf16, x, i, least, sum, counted);                            \
-        if (ahead) __builtin_prefetch((const void *)((uintptr_t)x + (uintptr_t)((i + ahead) * bytes + 64)), 0, 2); \
-        if (ahead && !bf16) __builtin_prefetch((const void *)((uintptr_t)x + (uintptr_t)((i + ahead) * bytes + 192)), 0, 2); \
+    for (int64_t i = 0; i < most; i += 64 * bytes) {                                                     \
+        counted = tern__above_step_##X(all, bf16, w + i, least, sum, counted);                           \
+        if (ask) TERN__UNROLL for (int64_t k = 0; k < 32 * bytes; k += 64) __builtin_prefetch(ask + i / 2 + k, 0, 2); \
     }                                                                                                    \
-    if (most < n) {                                                                                      \
+    if (most < n * bytes) {                                                                              \
         memset(tail, 0, sizeof tail);                                                                    \
-        if (bf16) for (int64_t i = most; i < n; i++) tail[i - most] = tern__load_float(TERN_BF16, x, i); \
-        else memcpy(tail, (const float *)x + most, (size_t)(n - most) * 4);                              \
-        counted = tern__above_step_##X(all, 0, tail, 0, least, sum, counted);                            \
+        memcpy(tail, w + most, (size_t)(n * bytes - most));                                              \
+        counted = tern__above_step_##X(all, bf16, tail, least, sum, counted);                            \
     }                                                                                                    \
     tern__store_int_##X(lane, counted);                                                                  \
     for (int j = 0; j < W && !all; j++) *count += lane[j];                                               \
     if (all) *count += n;                                                                                \
-    return tern__add_up_##X(sum);                                                                        \
+    return tern__add_up_##X(bf16, sum);                                                                  \
 }                                                                                                        \
-static TARGET float tern__sum_above_##X(tern_type type, int64_t n, const void *x, int64_t ahead, float delta, int64_t *count) \
+static TARGET float tern__sum_above_##X(tern_type type, int64_t n, const void *x, const uint8_t *ask, float delta, int64_t *count) \
 {                                                                                                        \
-    if (type == TERN_BF16) return delta < 0.0f ? tern__above_##X(1, 1, n, x, ahead, delta, count) : tern__above_##X(0, 1, n, x, ahead, delta, count); \
-    return delta < 0.0f ? tern__above_##X(1, 0, n, x, ahead, delta, count) : tern__above_##X(0, 0, n, x, ahead, delta, count); \
+    const int all = delta < 0.0f;                                                                        \
+    if (type == TERN_BF16) return all ? tern__above_##X(1, 1, n, x, ask, delta, count) : tern__above_##X(0, 1, n, x, ask, delta, count); \
+    return all ? tern__above_##X(1, 0, n, x, ask, delta, count) : tern__above_##X(0, 0, n, x, ask, delta, count); \
 }                                                                                                        \
-static inline __attribute__((always_inline)) TARGET __m128i tern__four_rows_##X(const int base3, const uint8_t *const *row, int64_t at, const float *threshold) \
+/* A unit of four rows, or two where a vector holds them; bound: see tern__decide_X. */                  \
+static inline __attribute__((always_inline)) TARGET I tern__four_rows_##X(const int base3, const int bf16, const uint8_t *const *row, \
+                                                                          int64_t at, int32_t (*bound)[16], int r) \
 {                                                                                                        \
-    const I magnitude = MM##set1_epi32(0x7fffffff);                                                      \
-    const int inputs = base3 ? 20 : 16;                                                                  \
+    const int bytes = bf16 ? 2 : 4, inputs = base3 ? 20 : 16;                                            \
     I sum = MM##set1_epi32(0);                                                                           \
-    TERN__UNROLL for (int j = 0; j < inputs; j += W) {                                                   \
-        const I place = tern__load_int_##X(tern__places[base3] + j);                                     \
+    TERN__UNROLL for (int j = 0; j < inputs; j += 4 * W / bytes) {                                       \
+        const I place = tern__load_int_##X(bf16 ? (const void *)(tern__half_places[base3] + j) : tern__places[base3] + j); \
         I t[4];                                                                                          \
-        TERN__UNROLL for (int k = 0; k < 4; k++) {                                                       \
-            const V v = tern__get_##X(0, row[k], at + j);                                                \
-            const I sign = MM##srai_epi32((I)v, 31), above = (I)((V)((I)v & magnitude) > MM##set1_ps(threshold[k])); \
-            t[k] = above & MM##sub_epi32(place ^ sign, sign);                                            \
-        }                                                                                                \
-        sum = MM##add_epi8(sum, MM##packs_epi16(MM##packs_epi32(t[0], t[1]), MM##packs_epi32(t[2], t[3]))); \
+        TERN__UNROLL for (int k = 0; k < 4; k++)                                                         \
+            t[k] = tern__decide_##X(bf16, place, tern__load_int_##X(row[r + k] + (at + j) * bytes), bound[0][r + k], \
+                                    bound[1][r + k]);                                                    \
+        if (bf16) {                                                                                      \
+            const V low = (V)MM##packs_epi16(t[0], t[1]), high = (V)MM##packs_epi16(t[2], t[3]);         \
+            sum = MM##add_epi8(sum, MM##add_epi8((I)MM##shuffle_ps(low, high, 0x88), (I)MM##shuffle_ps(low, high, 0xdd))); \
+        } else sum = MM##add_epi8(sum, MM##packs_epi16(MM##packs_epi32(t[0], t[1]), MM##packs_epi32(t[2], t[3]))); \
     }                                                                                                    \
-    return tern__add_lanes_##X(sum);                                                                     \
+    return sum;                                                                                          \
 }                                                                                                        \
-static inline __attribute__((always_inline)) TARGET void tern__unit_##X(const int base3, const int bf16, const uint8_t *const *row, int64_t at, \
-                                                                        const float *threshold, const int32_t *limit, uint8_t *unit) \
+/* Up to eight units; of each four rows each asks for its share. */                                      \
+static inline __attribute__((always_inline)) TARGET void tern__some_units_##X(const int base3, const int bf16, const uint8_t *const *row, \
+                                                                              int64_t at, int64_t units, int32_t (*bound)[16], \
+                                                                              const uint8_t *ask, int64_t share, uint8_t *unit) \
 {                                                                                                        \
-    TERN__UNROLL for (int r = 0; r < 16; r += 4) {                                                       \
-        const __m128i byte = bf16 ? tern__four_halves_##X(base3, row + r, at, limit + r) : tern__four_rows_##X(base3, row + r, at, threshold + r); \
-        _mm_storeu_si128((__m128i *)(void *)(unit + 4 * r), _mm_add_epi8(byte, _mm_set1_epi8(base3 ? 121 : 85))); \
-    }                                                                                                    \
+    const int both = bf16 && !base3 && W == 16;                                                          \
+    const I none = MM##set1_epi8(base3 ? 121 : 85);                                                      \
+    I sum[8][4];                                                                                         \
+    for (int r = 0; r < 4; r++)                                                                          \
+        for (int64_t u = 0; u < units; u += 1 + both) {                                                  \
+            sum[u][r] = tern__four_rows_##X(base3, bf16, row, at + u * (base3 ? 20 : 16), bound, 4 * r); \
+            for (const uint8_t *end = ask + (1 + both) * share; ask < end; ask += 64) __builtin_prefetch(ask, 0, 2); \
+        }                                                                                                \
+    for (int64_t u = 0; u < units; u += 1 + both) tern__store_units_##X(both, sum[u], none, unit + 64 * u); \
 }                                                                                                        \
 /* The last inputs, of which no whole vector may be read. */                                             \
-static inline __attribute__((always_inline)) TARGET void tern__last_unit_##X(const int base3, const int bf16, const tern__packing *p, int64_t at, uint8_t *unit) \
+static inline __attribute__((always_inline)) TARGET void tern__last_units_##X(const int base3, const int bf16, const uint8_t *const *row, \
+                                                                              int64_t at, int64_t n, int32_t (*bound)[16], uint8_t *unit) \
 {                                                                                                        \
-    float tail[16][32] TERN__ALIGN64;                                                                    \
-    const uint8_t *row[16];                                                                              \
+    const int bytes = bf16 ? 2 : 4;                                                                      \
+    uint8_t tail[16][128] TERN__ALIGN64, units[128] TERN__ALIGN64;                                       \
+    const uint8_t *last[16];                                                                             \
     memset(tail, 0, sizeof tail);                                                                        \
     for (int r = 0; r < 16; r++) {                                                                       \
-        row[r] = (const uint8_t *)tail[r];                                                               \
-        for (int64_t j = 0; r < p->rows && j < tern__min(base3 ? 20 : 16, p->n - at); j++)               \
-            tail[r][j] = tern__load_float(bf16 ? TERN_BF16 : TERN_F32, p->x, r * p->stride + at + j);    \
+        memcpy(tail[r], row[r] + at * bytes, (size_t)(n * bytes));                                       \
+        last[r] = tail[r];                                                                               \
     }                                                                                                    \
-    tern__unit_##X(base3, 0, row, 0, p->threshold, NULL, unit);                                          \
+    tern__some_units_##X(base3, bf16, last, 0, 1, bound, unit, 0, units);                                \
+    memcpy(unit, units, (size_t)(n > 20 || (!base3 && n > 16) ? 128 : 64));                              \
 }                                                                                                        \
 static inline __attribute__((always_inline)) TARGET void tern__units_##X(const int base3, const int bf16, const tern__packing *p) \
 {                                                                                                        \
-    const int inputs = base3 ? 20 : 16, bytes = bf16 ? 2 : 4;                                            \
+    const int bytes = bf16 ? 2 : 4, inputs = base3 ? 20 : 16, beyond = base3 ? 12 : 0, per = bf16 && !base3 && W == 16 ? 2 : 1; \
+    const int64_t share = 2 * inputs * bytes * p->halves;                                                \
     const uint8_t *row[16];                                                                              \
     uint8_t *unit = p->unit;                                                                             \
-    int32_t limit[16];                                                                                   \
-    int64_t i, line = 0;                                                                                 \
-    for (int r = 0; r < 16; r++) limit[r] = (int32_t)((tern__bits(p->threshold[r]) >> 16) * 0x10001u);   \
-    for (int r = 0; r < 16; r++) row[r] = (const uint8_t *)p->x + (r < p->rows ? r : 0) * p->stride * bytes; \
-    for (i = 0; i <= p->n - (base3 ? 32 : 16); i += inputs, unit += 64) {                                \
-        for (; p->step && line < (i + inputs) * bytes; line += p->step)                                  \
-            TERN__UNROLL for (int r = 0; r < 16; r++) __builtin_prefetch((const void *)((uintptr_t)row[r] + (uintptr_t)(line + p->ahead * bytes)), 0, 2); \
-        tern__unit_##X(base3, bf16, row, i, p->threshold, limit, unit);                                  \
+    int32_t bound[2][16];                                                                                \
+    int64_t i, units;                                                                                    \
+    for (int r = 0; r < 16; r++) {                                                                       \
+        const uint32_t up = tern__bits(p->threshold[r]), half = (up >> 16) * 0x10001u;                   \
+        bound[0][r] = (int32_t)(bf16 ? half : up);                                                       \
+        bound[1][r] = (int32_t)(bf16 ? half | 0x80008000u : up | 0x80000000u);                           \
+        row[r] = (const uint8_t *)p->x + (r < p->rows ? r : 0) * p->stride * bytes;                      \
     }                                                                                                    \
-    for (; i < p->n; i += inputs, unit += 64) tern__last_unit_##X(base3, bf16, p, i, unit);              \
+    for (i = 0; (units = tern__min(8, (p->n - i - beyond) / inputs) / per * per) > 0; i += units * inputs, unit += 64 * units) \
+        tern__some_units_##X(base3, bf16, row, i, units, bound, p->ask + i / inputs * 4 * share, share, unit); \
+    for (; i < p->n; i += per * inputs, unit += 64 * per)                                                \
+        tern__last_units_##X(base3, bf16, row, i, tern__min(per * inputs, p->n - i), bound, unit);       \
 }                                                                                                        \
 static TARGET void tern__ternarize_##X(const tern__packing *p)                                           \
 {                                                                                                        \
@@ -5250,14 +5283,19 @@ TERN__SSE41_INLINE __m128 tern__f16_sse41(const uint16_t *p) /* a float's expone
     const __m128i magnitude = (__m128i)((__m128)_mm_slli_epi32(bits, 13) * _mm_set1_ps(5192296858534827628530496329220096.0f));
     return (__m128)(magnitude | (special & _mm_set1_epi32(0x7f800000)) | _mm_slli_epi32(half & sign, 16));
 }
-TERN__SSE41_INLINE __m128i tern__add_lanes_sse41(__m128i v) { return v; }
+TERN__SSE41_INLINE void tern__store_units_sse41(const int both, const __m128i *sum, __m128i none, uint8_t *unit)
+{
+    (void)both;
+    for (int r = 0; r < 4; r++) tern__store_int_sse41(unit + 16 * r, _mm_add_epi8(sum[r], none));
+}
 TERN__SSE41_INLINE __m128 tern__bf16_sse41(const uint16_t *p)
 {
     return (__m128)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)(const void *)p));
 }
 TERN__SSE41_INLINE void tern__store_i16_sse41(uint16_t *p, __m128i v) { _mm_storel_epi64((__m128i *)(void *)p, _mm_packus_epi32(v, v)); }
+TERN__SSE41_INLINE __m128 tern__quarter_sse41(__m128 v) { return v; }
 TERN__X86_FLOAT(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
-TERN__X86_HALVES(sse41, TERN__SSE41, 8, __m128, __m128i, _mm_, TERN__ONE_LANE)
+TERN__X86_DECIDE(sse41, TERN__SSE41, __m128, __m128i, _mm_)
 TERN__X86_WEIGHTS(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
 #ifndef TERNARY_NO_TRAINING
 TERN__X86_OPTIMIZE(sse41, TERN__SSE41, 4, __m128, __m128i, _mm_)
@@ -5325,9 +5363,13 @@ TERN__AVX2_INLINE __m256i tern__lattice_avx2(__m256i steps)
     return _mm256_i32gather_epi32((const int *)(const void *)tern__lattice(), steps & _mm256_set1_epi32(255), 2) & _mm256_set1_epi32(0xffff);
 }
 TERN__AVX2_INLINE __m256 tern__f16_avx2(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p)); }
-TERN__AVX2_INLINE __m128i tern__add_lanes_avx2(__m256i v)
+TERN__AVX2_INLINE void tern__store_units_avx2(const int both, const __m256i *sum, __m256i none, uint8_t *unit)
 {
-    return _mm_add_epi8(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    (void)both;
+    for (int r = 0; r < 4; r += 2) {
+        const __m256i low = _mm256_permute2x128_si256(sum[r], sum[r + 1], 0x20), high = _mm256_permute2x128_si256(sum[r], sum[r + 1], 0x31);
+        tern__store_int_avx2(unit + 16 * r, _mm256_add_epi8(_mm256_add_epi8(low, high), none));
+    }
 }
 TERN__AVX2_INLINE __m256 tern__bf16_avx2(const uint16_t *p)
 {
@@ -5337,8 +5379,9 @@ TERN__AVX2_INLINE void tern__store_i16_avx2(uint16_t *p, __m256i v)
 {
     _mm_storeu_si128((__m128i *)(void *)p, _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
 }
+TERN__AVX2_INLINE __m128 tern__quarter_avx2(__m256 v) { return _mm256_castps256_ps128(v) + _mm256_extractf128_ps(v, 1); }
 TERN__X86_FLOAT(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
-TERN__X86_HALVES(avx2, TERN__AVX2, 16, __m256, __m256i, _mm256_, TERN__TWO_LANES)
+TERN__X86_DECIDE(avx2, TERN__AVX2, __m256, __m256i, _mm256_)
 TERN__X86_WEIGHTS(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
 #ifndef TERNARY_NO_TRAINING
 TERN__X86_OPTIMIZE(avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_)
@@ -5434,18 +5477,44 @@ TERN__AVX512_INLINE __m512i tern__lattice_avx512(__m512i steps) /* permutations 
     return (__m512i)_mm512_fmadd_ps(low, high, _mm512_set1_ps(512.0f));
 }
 TERN__AVX512_INLINE __m512 tern__f16_avx512(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p)); }
-TERN__AVX512_INLINE __m128i tern__add_lanes_avx512(__m512i v)
+TERN__AVX512_INLINE __m512i tern__decide_avx512(const int bf16, __m512i place, __m512i v, int32_t up, int32_t down)
 {
-    const __m256i half = _mm256_add_epi8(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
-    return _mm_add_epi8(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    const __m512i most = _mm512_set1_epi32(up), least = _mm512_set1_epi32(down);
+    const __m512i zero = _mm512_setzero_si512();
+    if (bf16) {
+        const __mmask32 above = _mm512_cmpgt_epi16_mask(v, most), below = _mm512_cmpgt_epu16_mask(v, least);
+        return _mm512_mask_sub_epi16(_mm512_maskz_mov_epi16(above, place), below, zero, place);
+    } else {
+        const __mmask16 above = _mm512_cmp_ps_mask((__m512)v, (__m512)most, _CMP_GT_OQ);
+        const __mmask16 below = _mm512_cmp_ps_mask((__m512)v, (__m512)least, _CMP_LT_OQ);
+        return _mm512_mask_sub_epi32(_mm512_maskz_mov_epi32(above, place), below, zero, place);
+    }
+}
+/* Lanes of sums next to each other, added up. */
+TERN__AVX512_INLINE __m512i tern__pair_lanes_avx512(__m512i a, __m512i b)
+{
+    return _mm512_add_epi8(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
+}
+TERN__AVX512_INLINE void tern__store_units_avx512(const int both, const __m512i *sum, __m512i none, uint8_t *unit)
+{
+    const __m512i a = tern__pair_lanes_avx512(sum[0], sum[1]), b = tern__pair_lanes_avx512(sum[2], sum[3]);
+    if (!both) tern__store_int_avx512(unit, _mm512_add_epi8(tern__pair_lanes_avx512(a, b), none));
+    else {
+        tern__store_int_avx512(unit, _mm512_add_epi8(_mm512_shuffle_i64x2(a, b, 0x88), none));
+        tern__store_int_avx512(unit + 64, _mm512_add_epi8(_mm512_shuffle_i64x2(a, b, 0xdd), none));
+    }
 }
 TERN__AVX512_INLINE __m512 tern__bf16_avx512(const uint16_t *p)
 {
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p)), 16);
 }
 TERN__AVX512_INLINE void tern__store_i16_avx512(uint16_t *p, __m512i v) { _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(v)); }
+TERN__AVX512_INLINE __m128 tern__quarter_avx512(__m512 v)
+{
+    const __m256 half = _mm512_castps512_ps256(v) + _mm512_extractf32x8_ps(v, 1);
+    return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+}
 TERN__X86_FLOAT(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
-TERN__X86_HALVES(avx512, TERN__AVX512, 16, __m256, __m256i, _mm256_, TERN__TWO_LANES)
 TERN__X86_WEIGHTS(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)
 #ifndef TERNARY_NO_TRAINING
 TERN__X86_OPTIMIZE(avx512, TERN__AVX512, 16, __m512, __m512i, _mm512_)

@@ -936,15 +936,15 @@ static void test_kernels_sum_above(void)
                     above += fabsf(v) > deltas[d];
                 }
                 wanted = tern__sum_scalar(TERN_SUM_ABS, n, kept);
-                CHECK(tern__sum_above_scalar(of, n, stored, 0, deltas[d], &count) == wanted && count == before + above, "%d floats", (int)n);
+                CHECK(tern__sum_above_scalar(of, n, stored, NULL, deltas[d], &count) == wanted && count == before + above, "%d floats", (int)n);
                 KERNELS_EACH_TIER(
                     count = before;
-                    CHECK(tern__bits(k->sum_above(of, n, stored, n % 3 * 100, deltas[d], &count)) == tern__bits(wanted), "%s: %d of type %d", tier, (int)n, (int)of);
+                    CHECK(tern__bits(k->sum_above(of, n, stored, n % 3 ? (const uint8_t *)stored : NULL, deltas[d], &count)) == tern__bits(wanted), "%s: %d of type %d", tier, (int)n, (int)of);
                     CHECK(count == before + above, "%s: %d above %g of %d", tier, (int)(count - before), (double)deltas[d], (int)n));
                 if (d == 0 && n > 0) { /* among all, a NaN is seen */
                     tern__store_float(of, stored, n / 2, NAN);
-                    CHECK(isnan(tern__sum_above_scalar(of, n, stored, 0, -1.0f, &count)), "%d floats", (int)n);
-                    KERNELS_EACH_TIER(CHECK(isnan(k->sum_above(of, n, stored, 0, -1.0f, &count)), "%s: %d of type %d", tier, (int)n, (int)of));
+                    CHECK(isnan(tern__sum_above_scalar(of, n, stored, NULL, -1.0f, &count)), "%d floats", (int)n);
+                    KERNELS_EACH_TIER(CHECK(isnan(k->sum_above(of, n, stored, NULL, -1.0f, &count)), "%s: %d of type %d", tier, (int)n, (int)of));
                 }
                 free(stored);
                 free(kept);
@@ -1068,7 +1068,7 @@ static void kernels_pack(const tern__kernels *k, int base3, tern_type type, int6
     p.n = n; p.rows = rows; p.stride = stride;
     p.threshold = threshold;
     p.unit = unit;
-    p.ahead = -16 * stride; p.step = rows % 2 ? 64 : 128;
+    p.ask = (const uint8_t *)x; p.halves = (int32_t)(rows % 3);
     p.base3 = base3;
     k->ternarize(&p);
 }
@@ -1076,9 +1076,9 @@ static void kernels_pack(const tern__kernels *k, int base3, tern_type type, int6
 /* Buffers of exactly what is needed; weights at their thresholds, zeros of both signs, and thresholds that are zero. */
 static void test_kernels_ternarize(void)
 {
-    static const int64_t sizes[] = {1, 4, 15, 16, 17, 19, 20, 21, 127, 320, 4097}, heights[] = {1, 3, 15, 16};
+    static const int64_t sizes[] = {1, 4, 15, 16, 17, 19, 20, 21, 31, 33, 52, 127, 144, 172, 320, 4097}, heights[] = {1, 3, 15, 16};
     int n, h, way;
-    for (n = 0; n < 11; n++)
+    for (n = 0; n < 16; n++)
         for (h = 0; h < 4; h++)
             for (way = 0; way < 4; way++) {
                 const int base3 = way & 1;
