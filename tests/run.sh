@@ -355,10 +355,12 @@ references() {
     done | grep .
 }
 
-# Plain text: no character beyond ASCII, no tab but in the Makefile, no space before the end of a line, no path of one machine.
+# Plain text: no character beyond ASCII, no tab but in the Makefile, no space before the end of a line, no path of one machine;
+# in code no line beyond 140 columns.
 plain_text() {
     files=$(find ternary.h ternary_cuda.cu README.md LICENSE CMakeLists.txt tests examples bench -type f)
-    ! LC_ALL=C grep -n '[^ -~]' $files && ! grep -nE ' $|/(home|Users|work)/' $files
+    ! LC_ALL=C grep -n '[^ -~]' $files && ! grep -nE ' $|/(home|Users|work)/' $files &&
+    ! grep -nE '.{141}' $(find ternary.h ternary_cuda.cu tests examples bench -type f ! -name '*.svg')
 }
 
 check "table of contents" contents
