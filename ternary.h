@@ -180,8 +180,8 @@ FORMATS
 
     Packed panels of 16 rows: [TERN-8]. 2-bit: 2 bits per weight; base-3: 1.6. A group of inputs starts a new
     64-byte unit. Scales: F32, F16, powers of two in 8 bits, or a lattice of 256 steps to each power of two in
-    16 (TERN_LOG: as small as F16, with the range of F32). Model files: [TERN-21], a GGUF container, read back bit-equal; export to ggml's TQ1_0,
-    TQ2_0 and Q2_0.
+    16 (TERN_LOG: as small as F16, with the range of F32). Model files: [TERN-21], a GGUF container, read back
+    bit-equal; export to ggml's TQ1_0, TQ2_0 and Q2_0.
 
 Licence: MIT or Unlicense, at your choice; see the end of LICENSE.
 */
@@ -400,7 +400,8 @@ typedef struct tern_ternarize_args {
     uint64_t seed; uint32_t step, stream; /* which depends on these and on the element alone */
     void *spare;        /* NULL, or memory that may be overwritten: w is read from memory once less where it takes in as many bytes as */
     size_t spare_bytes; /* the trits, scales and alpha. Results are the same. The CUDA backend, which refuses later, has no use for it */
-    int8_t *accum; int32_t theta; /* or NULL: what is left of each weight for tern_flip, rne(theta (w - S T) / (S/2)) held to +-(theta - 1); 0 where S is 0 */
+    int8_t *accum; int32_t theta; /* or NULL: what is left of each weight for tern_flip, rne(theta (w - S T) / (S/2)) held to
+                                     +-(theta - 1); 0 where S is 0 */
 } tern_ternarize_args;
 
 /* Adds to the gradient of the learned scales of LSQ (dalpha [1]) or SEQ (dalpha [rows]), from dw [rows, cols], the
@@ -478,9 +479,10 @@ typedef struct tern_matmul_fixed_args {
 
 /* dx [n, cols] = dy [n, rows] * W. factors: F32 (default); BF16 permits what follows to backends that have products of bf16 (of
    the CPU's the tiers avx512-vbmi and amx-int8, where there is AVX512-BF16 or AMX-BF16 too), and changes nothing elsewhere:
-   factors are rounded to bf16, to nearest even, and what is below 2^-126 counts as 0. Sums are float32. Trits, int8 and bits are exact in bf16, and dy is
-   rounded after it was multiplied with the scale of its row of W (dx) or of its token (dw): one rounding, by 2^-8 at most.
-   Where dx has several groups in a row, trit * scale is rounded besides; in dw and dense, floats of both sides are. */
+   factors are rounded to bf16, to nearest even, and what is below 2^-126 counts as 0. Sums are float32. Trits, int8 and bits
+   are exact in bf16, and dy is rounded after it was multiplied with the scale of its row of W (dx) or of its token (dw): one
+   rounding, by 2^-8 at most. Where dx has several groups in a row, trit * scale is rounded besides; in dw and dense, floats of
+   both sides are. */
 typedef struct tern_matmul_dx_args { tern_matrix m; int64_t n; const float *dy; float *dx; tern_type factors; } tern_matmul_dx_args;
 
 /* Adds dy^T * activations into dw [rows, cols], and the column sums of dy into dbias (either may be
@@ -521,7 +523,15 @@ typedef struct tern_dense_i8_args {
 /* y [n, cols] = rows ids[i] of a packed matrix, or of w [rows, cols] when m.trits is NULL, whose words are moved as
    they are, be they floats or not; with weight [n], row i is multiplied by weight[i]. An id out of range is a data
    fault and a zero row; with holes -1 is a zero row and no fault. */
-typedef struct tern_gather_args { tern_matrix m; const float *w; int64_t n; const int32_t *ids; const float *weight; float *y; int32_t holes; } tern_gather_args;
+typedef struct tern_gather_args {
+    tern_matrix m;
+    const float *w;
+    int64_t n;
+    const int32_t *ids;
+    const float *weight;
+    float *y;
+    int32_t holes;
+} tern_gather_args;
 
 /* Adds dy [n, cols], times weight [n] where that is not NULL, into rows ids[i] of dw [rows, cols], in order of i. Ids out
    of range are skipped. */
@@ -568,7 +578,8 @@ typedef struct tern_row_dot_args { int64_t rows, cols, n, count; const float *a,
    [start[v], start[v + 1]), the other node in the low 31 bits, the top bit set where the edge counts -1. */
 typedef struct tern_adjacency {
     int64_t rows, sources, count; /* edges end at [0, rows) and begin at [0, sources) */
-    int64_t first;                /* 0; of some rows of a graph the number of the first, from which on start, hub and part are the graph's */
+    int64_t first;                /* 0; of some rows of a graph the number of the first, from which on start, hub and part are the
+                                     graph's */
     int64_t hubs, parts;          /* rows of more than 256 edges, and how many segments of 256 all of them have */
     int64_t *start;               /* [rows + 1] */
     uint32_t *entry;              /* [count] */
@@ -748,8 +759,8 @@ typedef struct tern_dequantize_args {
      FLIP_SIGN          a = A - sign_step * sign(G)
    a is held to +-127. Where |a| reaches theta, with s = sign(a): T = s stays and A = s theta, else T += s and A = a - s theta (SIGN:
    A = 0); elsewhere A = a. A positive gradient drives a trit towards -1. A mean that is 0 (PROPORTIONAL: or below
-   256/FLT_MAX), or a sign_step of 0 with FLIP_SIGN, skips the whole step; so does a *sum_abs that is not finite: a data fault. A NaN beside one
-   that is finite, and so is not of this gradient, moves nothing. *counts is added to. */
+   256/FLT_MAX), or a sign_step of 0 with FLIP_SIGN, skips the whole step; so does a *sum_abs that is not finite: a data fault. A NaN
+   beside one that is finite, and so is not of this gradient, moves nothing. *counts is added to. */
 typedef enum { TERN_FLIP_PROPORTIONAL, TERN_FLIP_SIGN } tern_flip_rule;
 typedef struct tern_flips {
     int64_t flips, grains;  /* trits that changed, and grains that have one of them */
@@ -814,7 +825,8 @@ typedef struct tern_hop_args {
 /* Hops one after the other, each whole, bit by bit what these make of all rows: of what nodes send linear with project (m.trits NULL:
    none; y NULL: only the next reads it), quantize into rows (q NULL: none) and MUL of its scales by from (NULL: none); then to, as hop.
    All are over the same edges, and each reads the y of the one before it; what one sends is apart from what the one before it sent. Its y
-   may be memory that an earlier one reads, so it is written only once those have ended. A backend may decline what is beyond its means before it writes anything: TERN_E_UNSUPPORTED. */
+   may be memory that an earlier one reads, so it is written only once those have ended. A backend may decline what is beyond its means
+   before it writes anything: TERN_E_UNSUPPORTED. */
 enum { TERN_HOPS_AT_ONCE = 4 };
 typedef struct tern_whole_hop {
     tern_linear_args project;
@@ -826,8 +838,9 @@ typedef struct tern_hops_args { int32_t count; tern_whole_hop hop[TERN_HOPS_AT_O
 /* A mixture of few tokens, whole, bit by bit what these make one after the other: the router, which is quantize and matmul where its m has
    trits, else norm (y NULL: none) and dense, neither added nor fused, with a_col and b_row 1; route; quantize x; grouped for up, and for
    gate where there is one; map fn, and MUL by up's; quantize hidden; grouped for down; zeros and scatter. logits, ids, weights, loads
-   and what quantize of x and of the router leave are as those leave them; hidden, and q, scale and sum of it, in the order of grouped rows, are work memory of n k rows.
-   Experts are alike and have no dead zone. A backend may decline what is beyond its means before it writes anything: TERN_E_UNSUPPORTED. */
+   and what quantize of x and of the router leave are as those leave them; hidden, and q, scale and sum of it, in the order of grouped
+   rows, are work memory of n k rows. Experts are alike and have no dead zone. A backend may decline what is beyond its means before it
+   writes anything: TERN_E_UNSUPPORTED. */
 typedef struct tern_moe_args {
     tern_linear_args router;            /* m.trits NULL: dense */
     tern_norm_args norm;
@@ -870,7 +883,8 @@ typedef struct tern_run {
 struct tern_backend {
     const char *name;
     const void *data;                      /* the backend's own constants */
-    int64_t dense_max;                     /* tokens up to which AUTO runs all experts of a tern_moe over all of them, where not in groups */
+    int64_t dense_max;                     /* tokens up to which AUTO runs all experts of a tern_moe over all of them, where not
+                                              in groups */
     tern_result (*open)(tern_run *r);
     void (*close)(tern_run *r);
     void *(*alloc)(tern_run *r, size_t bytes); /* aligned to 64, zeroed */
@@ -924,7 +938,7 @@ enum {
     TERN_FOR_SGD       = TERN_FOR_GRADIENT | 1 << TERN_MOMENT1,
     TERN_FOR_ADAMW     = TERN_FOR_SGD | 1 << TERN_MOMENT2,
     TERN_FOR_FLIPS     = TERN_FOR_INFERENCE | 1 << TERN_GRAD | 1 << TERN_ACCUM, /* and 1 << TERN_VOTES for POW2 or LOG scales that learn */
-    TERN_FOR_TRAINING  = (TERN_FOR_ADAMW & ~TERN_FOR_INFERENCE) | 1 << TERN_ACCUM | 1 << TERN_VOTES /* what tern_param_free drops to freeze */
+    TERN_FOR_TRAINING  = (TERN_FOR_ADAMW & ~TERN_FOR_INFERENCE) | 1 << TERN_ACCUM | 1 << TERN_VOTES /* tern_param_free of it freezes */
 };
 enum { /* flags */
     TERN_NO_DECAY = 1,    /* weight decay leaves this parameter alone (gains, biases, learned scales) */
@@ -1051,7 +1065,8 @@ TERN_API tern_result tern_linear_forward(tern_context *c, const tern_linear *l, 
    the activations int8 with one scale for dw (tern_round_i8). That takes activations INT8 or INT4, at most 131071 tokens
    and 2^24 rows, and neither LoRA nor arenas. */
 #ifndef TERNARY_NO_TRAINING
-TERN_API tern_result tern_linear_backward(tern_context *c, const tern_linear *l, int64_t n, const float *x, const void *saved, const float *dy, float *dx);
+TERN_API tern_result tern_linear_backward(tern_context *c, const tern_linear *l, int64_t n, const float *x, const void *saved,
+                                          const float *dy, float *dx);
 #endif
 /* Adds lora_scale * B A to w and makes B zero, so that the layer goes on with a fresh update: to its shadow where there
    is one, else to trit times scale, and ternarizes again. It allocates; rows are taken in chunks (of a frozen matrix
@@ -1119,7 +1134,8 @@ TERN_API tern_result tern_moe_forward(tern_context *c, const tern_moe *m, int64_
    A GPU is waited for, once, where experts, or the low-rank matrices in their place, read floats or have a TERN_ACCUM, or where
    down (low_b) is rotated; else a graph can capture it. */
 #ifndef TERNARY_NO_TRAINING
-TERN_API tern_result tern_moe_backward(tern_context *c, const tern_moe *m, int64_t n, const float *x, const void *saved, const float *dy, float *dx);
+TERN_API tern_result tern_moe_backward(tern_context *c, const tern_moe *m, int64_t n, const float *x, const void *saved,
+                                       const float *dy, float *dx);
 #endif
 /* Of what a forward saved for n tokens, each or NULL: adds to loads [count] how many tokens chose each expert, the mean
    entropy in nats of the softmax over all experts, and the load-balance loss. In host memory; it allocates, and waits. */
@@ -1132,8 +1148,8 @@ TERN_API tern_result tern_moe_stats(tern_context *c, const tern_moe *m, int64_t 
    It may allocate, and waits for a GPU. */
 typedef struct tern_expert_floats { const void *gate, *up, *down; } tern_expert_floats;
 typedef struct tern_moe_bytes { size_t before, after; } tern_moe_bytes;
-TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, tern_type type, const tern_expert_floats *experts, const tern_expert_floats *always,
-                                         const void *router, tern_moe_bytes *bytes);
+TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, tern_type type, const tern_expert_floats *experts,
+                                         const tern_expert_floats *always, const void *router, tern_moe_bytes *bytes);
 
 /* Per-layer embeddings, as in Gemma 3n: y = x + norm(project(gelu(gate x) * rows)) with a row for each token, rows [n,
    rows of gate]. */
@@ -1144,10 +1160,12 @@ typedef struct tern_ple {
 } tern_ple;
 TERN_API tern_result tern_ple_need(tern_context *c, const tern_ple *l, int64_t n, tern_need *out);
 /* x [n, cols] -> y [n, cols], apart; saved as of tern_linear_forward. */
-TERN_API tern_result tern_ple_forward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, float *y, void *saved);
+TERN_API tern_result tern_ple_forward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows,
+                                      float *y, void *saved);
 /* dx [n, cols] and drows (each or NULL) are overwritten. */
 #ifndef TERNARY_NO_TRAINING
-TERN_API tern_result tern_ple_backward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, const void *saved, const float *dy, float *dx, float *drows);
+TERN_API tern_result tern_ple_backward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, const void *saved,
+                                       const float *dy, float *dx, float *drows);
 #endif
 #endif
 
@@ -1175,7 +1193,8 @@ typedef struct tern_edges {
 typedef struct tern_graph {
     int64_t nodes, edges;       /* edges: those that are left */
     tern_adjacency in, out;     /* by target; turned round, for the backward */
-    float *mean, *to, *from;    /* [nodes]: 1 / d in, 1 / sqrt(d in), 1 / sqrt(d out); 0 where there is none. d counts edges of either sign */
+    float *mean, *to, *from;    /* [nodes]: 1 / d in, 1 / sqrt(d in), 1 / sqrt(d out); 0 where there is none. d counts edges of
+                                   either sign */
     void *memory;
 } tern_graph;
 /* Every index is checked, and nothing is kept of a graph that is refused. It allocates, some 20 bytes for each edge meanwhile. */
@@ -1207,15 +1226,16 @@ TERN_API tern_result tern_hop_need(tern_context *c, const tern_hop *l, const ter
 TERN_API tern_result tern_hop_forward(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, float *y, void *saved);
 /* Hops one after the other for inference, count of them, 1 and more: each reads what the one before it makes, the first h and the
    last makes y, with the bits and the faults of as many calls of tern_hop_forward. y may be h where there are two and more. On a GPU up to
-   four over a small graph (64 nodes for each multiprocessor: 8448 for 132) are one cooperative launch, if their layers are quantized, not to
-   bits, without LoRA and rotation, 16 nodes' rows fit into shared memory and no projection of more than 1024 columns normalises or reads
-   int4; elsewhere each goes by itself. */
+   four over a small graph (64 nodes for each multiprocessor: 8448 for 132) are one cooperative launch, if their layers are quantized, not
+   to bits, without LoRA and rotation, 16 nodes' rows fit into shared memory and no projection of more than 1024 columns normalises or
+   reads int4; elsewhere each goes by itself. */
 TERN_API tern_result tern_hops_need(tern_context *c, const tern_hop *hops, int32_t count, const tern_graph *g, tern_need *out);
 TERN_API tern_result tern_hops_forward(tern_context *c, const tern_hop *hops, int32_t count, const tern_graph *g, const float *h, float *y);
 /* Adds into the TERN_GRAD of all parameters where present; dh [nodes, cols] (or NULL) is overwritten. As tern_linear_backward;
    rounding to int8 passes the gradient through. */
 #ifndef TERNARY_NO_TRAINING
-TERN_API tern_result tern_hop_backward(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, const void *saved, const float *dy, float *dh);
+TERN_API tern_result tern_hop_backward(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, const void *saved,
+                                       const float *dy, float *dh);
 #endif
 
 /* Memory of n-grams: the last two and the last three tokens each name a row of a table, and y = h + the sum over both of
@@ -1230,10 +1250,12 @@ typedef struct tern_ngram {
 TERN_API tern_result tern_ngram_ids(tern_context *c, const tern_ngram *l, int64_t n, int64_t period, const int32_t *tokens, int32_t *ids);
 TERN_API tern_result tern_ngram_need(tern_context *c, const tern_ngram *l, int64_t n, tern_need *out);
 /* h [n, cols] -> y [n, cols], apart; ids [2, n] in backend memory. saved as of tern_linear_forward. */
-TERN_API tern_result tern_ngram_forward(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, float *y, void *saved);
+TERN_API tern_result tern_ngram_forward(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h,
+                                        float *y, void *saved);
 /* Adds into the TERN_GRAD of all parameters where present; dh [n, cols] is overwritten. */
 #ifndef TERNARY_NO_TRAINING
-TERN_API tern_result tern_ngram_backward(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, const void *saved, const float *dy, float *dh);
+TERN_API tern_result tern_ngram_backward(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h,
+                                         const void *saved, const float *dy, float *dh);
 #endif
 
 /* Vector quantization (van den Oord et al. 2017): y = the nearest row of a codebook, dense or ternary. */
@@ -1247,11 +1269,13 @@ TERN_API tern_result tern_vq_forward(tern_context *c, const tern_vq *l, int64_t 
 /* Straight-through: dx = dy + 2 commitment scale (x - y), and 2 scale (y - x) is added to the TERN_GRAD of the codes: scale is the
    factor of the loss. ids and y as the forward left them; dx [n, cols] may be dy, or NULL. */
 #ifndef TERNARY_NO_TRAINING
-TERN_API tern_result tern_vq_backward(tern_context *c, const tern_vq *l, int64_t n, const float *x, const int32_t *ids, const float *y, float scale, const float *dy, float *dx);
+TERN_API tern_result tern_vq_backward(tern_context *c, const tern_vq *l, int64_t n, const float *x, const int32_t *ids, const float *y,
+                                      float scale, const float *dy, float *dx);
 /* Adds to used [codes] (host) how often ids [n] name each code; and gives those that are 0 in it a row of x [n, cols], drawn by
    (seed, step, code), in the F32 shadow, which is ternarized again. Both wait. *count: how many. */
 TERN_API tern_result tern_vq_count(tern_context *c, const tern_vq *l, int64_t n, const int32_t *ids, int64_t *used);
-TERN_API tern_result tern_vq_revive(tern_context *c, const tern_vq *l, int64_t n, const float *x, const int64_t *used, uint64_t seed, uint32_t step, int64_t *count);
+TERN_API tern_result tern_vq_revive(tern_context *c, const tern_vq *l, int64_t n, const float *x, const int64_t *used, uint64_t seed,
+                                    uint32_t step, int64_t *count);
 #endif
 #endif
 
@@ -1269,7 +1293,8 @@ typedef struct tern_step {
     uint64_t seed;
     uint32_t step; /* from 1 */
     float *norm2;
-    tern_flip_rule flip; /* parameters with TERN_ACCUM: see tern_flip_args; they are not in the norm, and need none of the above but seed and step */
+    tern_flip_rule flip; /* parameters with TERN_ACCUM: see tern_flip_args; they are not in the norm, and need none of the above
+                            but seed and step */
     float push;
     int32_t sign_step, scale_step, scale_theta; /* scale_step: of those with TERN_VOTES; scale_theta 0: 32 */
     int32_t scale_push;  /* of those whose scales are TERN_LOG, then not 0 */
@@ -1281,8 +1306,8 @@ TERN_API tern_result tern_model_step(tern_context *c, const tern_model *m, const
 
 /* Rates over a training: up to `peak` in `warmup` equal steps, the first of them above zero, and down to `floor`,
    which step `steps` and all after it have. TERN_COSINE falls from the warm-up on, by half a cosine (Loshchilov and
-   Hutter 2017), TERN_LINEAR by a straight line. TERN_WSD keeps the peak and falls over the last `decay` steps by 1 - sqrt of the part of them that is
-   done (Haegele et al. 2024): training may go on longer from any step before these. */
+   Hutter 2017), TERN_LINEAR by a straight line. TERN_WSD keeps the peak and falls over the last `decay` steps by
+   1 - sqrt of the part of them that is done (Haegele et al. 2024): training may go on longer from any step before these. */
 typedef enum { TERN_COSINE, TERN_WSD, TERN_LINEAR } tern_schedule_kind;
 typedef struct tern_schedule {
     tern_schedule_kind kind;
@@ -1405,7 +1430,8 @@ TERN_API tern_result tern_selftest(tern_context *c);
 #error "ternary.h: fast-math breaks equal bits; compile without it or define TERNARY_ACCEPT_FAST_MATH"
 #endif
 #if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16 /* 16: as 0, with a native _Float16 */
-#error "ternary.h: floats are evaluated in a wider type (x87, s390x); use -msse2 -mfpmath=sse, -std=gnu99 or define TERNARY_ACCEPT_FAST_MATH"
+#error "ternary.h: floats are evaluated in a wider type (x87, s390x);" \
+       "use -msse2 -mfpmath=sse, -std=gnu99 or define TERNARY_ACCEPT_FAST_MATH"
 #endif
 #endif
 
@@ -1886,7 +1912,8 @@ TERN_API tern_result tern_copy(tern_context *c, void *dst, const void *src, size
     if (!c) return TERN_E_ARGUMENT;
     if (bytes == 0) return TERN_OK;
     TERN__REQUIRE(&c->run, dst && src, TERN_E_ARGUMENT, "copy: dst or src is NULL");
-    TERN__REQUIRE(&c->run, (int32_t)direction >= 0 && direction <= TERN_ON_DEVICE, TERN_E_ARGUMENT, "copy: direction %d is unknown", (int64_t)direction);
+    TERN__REQUIRE(&c->run, (int32_t)direction >= 0 && direction <= TERN_ON_DEVICE, TERN_E_ARGUMENT,
+                  "copy: direction %d is unknown", (int64_t)direction);
     return c->run.backend->copy(&c->run, dst, src, bytes, direction);
 }
 
@@ -2036,7 +2063,8 @@ TERN__ANYWHERE float tern__from_log(int16_t l)
 {
     const uint32_t steps = (uint32_t)(l - TERN__LEAST_LOG);
     if (l < TERN__LEAST_LOG) return 0.0f;
-    return tern__float(((uint32_t)tern__lattice()[steps & 255] << 8) + (steps >> 8 << 23)); /* its highest bit is the last of the exponent */
+    /* The highest bit of what the lattice gives is the last of the exponent. */
+    return tern__float(((uint32_t)tern__lattice()[steps & 255] << 8) + (steps >> 8 << 23));
 }
 
 /* floor(x / 2^bits), bits below 64; a right shift of negative numbers is the compiler's choice in C. */
@@ -2383,15 +2411,18 @@ typedef struct tern__kernels {
     /* to[j * to_step + l] = from[l * step + j] for lanes l and j < len; up to 7 floats behind the lanes of each j are
        spoiled before lanes of the next j are written, so to_step >= lanes will do. */
     void (*columns)(int64_t lanes, int64_t len, const float *from, int64_t step, float *to, int64_t to_step);
-    void (*pack_a)(int64_t rows, int64_t len, const float *a, int64_t a_row, int64_t a_col, float *to); /* for a tile; 16 floats behind are spoiled */
-    void (*scaled)(int64_t len, int64_t lanes, const int8_t *q, int64_t stride, const float *scale, float *b); /* b[j][lane] = q[j * stride + lane] * scale[j]; up to 32 lanes */
+    /* For a tile; 16 floats behind are spoiled. */
+    void (*pack_a)(int64_t rows, int64_t len, const float *a, int64_t a_row, int64_t a_col, float *to);
+    /* b[j][lane] = q[j * stride + lane] * scale[j]; up to 32 lanes */
+    void (*scaled)(int64_t len, int64_t lanes, const int8_t *q, int64_t stride, const float *scale, float *b);
     void (*trits)(int32_t base3, int64_t units, const uint8_t *unit, int8_t *t); /* of up to 3 units: t[row][64] */
     float (*sum)(int32_t kind, int64_t n, const float *x);              /* canonical, n <= 1024, kind a tern_sum_kind */
     /* The same of |x|, f32 or bf16, but 0 where it is not above delta; counts those that are. A negative delta: of all. What
        lies at `ask`, or NULL, is wanted next: half as many bytes as x has are asked for. */
     float (*sum_above)(tern_type type, int64_t n, const void *x, const uint8_t *ask, float delta, int64_t *count);
     uint32_t (*absmax)(int64_t n, const float *x, const float *gain);   /* largest bits of |x gain|: NaN and Inf win */
-    int32_t (*round)(int64_t n, const float *x, const float *gain, float inverse, int32_t most, int8_t *q); /* q = rne(x gain inverse), |it| < 2^22, held to -most - 1..most; their sum */
+    /* q = rne(x gain inverse), |it| < 2^22, held to -most - 1..most; their sum */
+    int32_t (*round)(int64_t n, const float *x, const float *gain, float inverse, int32_t most, int8_t *q);
     /* The same dots with bytes in place of trits, for any number of tokens: a unit is a quad, whose byte 4r+j is code
        0..255 of row r and input j of four; at most TERN__I8_K / 4 units; panels aligned to 64; q may be -128. Modulo
        2^32, acc[token * acc_row + 16 panel + row] = (add ? what it was : 0) - sum + sum of code * q. */
@@ -2402,8 +2433,10 @@ typedef struct tern__kernels {
     void (*ternarize)(const tern__packing *p);
     void (*optimize)(const tern__optimize_work *w, int64_t begin, int64_t end); /* of these weights; begin is a multiple of 4 */
     /* q = floor(x gain row inverse + u), products in this order, held to +-127, u from the halves from `block` on; gain or NULL */
-    void (*round_up)(const tern__random *r, uint64_t block, int64_t n, const float *x, const float *gain, float row, float inverse, int8_t *q);
-    void (*push)(const tern__push *p, uint64_t block, int64_t skip, int64_t n, float *grad, int8_t *accum, int8_t *trit, int32_t *events); /* see tern__push */
+    void (*round_up)(const tern__random *r, uint64_t block, int64_t n, const float *x, const float *gain, float row,
+                     float inverse, int8_t *q);
+    void (*push)(const tern__push *p, uint64_t block, int64_t skip, int64_t n, float *grad, int8_t *accum, int8_t *trit,
+                 int32_t *events); /* see tern__push */
     void (*aggregate)(const tern__neighbours *a); /* see tern__neighbours */
     void (*map)(const tern_map_args *a, int64_t begin, int64_t end); /* of these elements */
     float (*largest)(int64_t n, const float *x); /* x[0] where that is NaN, and past other NaN */
@@ -2746,8 +2779,14 @@ TERN__ANYWHERE tern__shape tern__shape_of(const tern_matrix *m)
     return s;
 }
 
-TERN__ANYWHERE int64_t tern__group_cols(const tern_matrix *m, const tern__shape *s, int64_t g) { return tern__min(s->group, m->cols - g * s->group); }
-TERN__ANYWHERE int64_t tern__group_run(const tern_matrix *m, const tern__shape *s, int64_t g) { return tern__ceil_div(tern__group_cols(m, s, g), s->unit); }
+TERN__ANYWHERE int64_t tern__group_cols(const tern_matrix *m, const tern__shape *s, int64_t g)
+{
+    return tern__min(s->group, m->cols - g * s->group);
+}
+TERN__ANYWHERE int64_t tern__group_run(const tern_matrix *m, const tern__shape *s, int64_t g)
+{
+    return tern__ceil_div(tern__group_cols(m, s, g), s->unit);
+}
 
 /* Index of the scale of a row and group. */
 TERN__ANYWHERE int64_t tern__scale_index(const tern_matrix *m, const tern__shape *s, int64_t row, int64_t g)
@@ -2775,7 +2814,8 @@ static int32_t tern__is_scale_type(tern_type t) { return t == TERN_F32 || t == T
 static tern_result tern__check_matrix(tern_run *r, const char *op, const tern_matrix *m)
 {
     TERN__REQUIRE(r, m->rows > 0 && m->cols > 0, TERN_E_SHAPE, "%s: matrix is %d x %d; both must be positive", op, m->rows, m->cols);
-    TERN__REQUIRE(r, m->cols <= TERN__MAX_COLS, TERN_E_SHAPE, "%s: K = %d exceeds %d, the limit of exact int32 sums", op, m->cols, (int64_t)TERN__MAX_COLS);
+    TERN__REQUIRE(r, m->cols <= TERN__MAX_COLS, TERN_E_SHAPE,
+                  "%s: K = %d exceeds %d, the limit of exact int32 sums", op, m->cols, (int64_t)TERN__MAX_COLS);
     TERN__REQUIRE(r, m->grain >= TERN_PER_ROW && m->grain <= TERN__MAX_GRAIN, TERN_E_ARGUMENT,
                   "%s: grain %d is neither 0, -1 nor a group size up to %d", op, (int64_t)m->grain, (int64_t)TERN__MAX_GRAIN);
     TERN__REQUIRE(r, m->encoding == TERN_TYPE_DEFAULT || m->encoding == TERN_2BIT || m->encoding == TERN_BASE3, TERN_E_ARGUMENT,
@@ -3036,7 +3076,8 @@ static void tern__accum_body(tern__job *job, int64_t begin, int64_t end, int64_t
 
 static tern_result tern__refuse_weight(tern_run *run, const tern_ternarize_args *a, int64_t bad)
 {
-    TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_NONFINITE, "ternarize: weights[%d][%d] is not a finite number below 2^96", bad / a->m.cols, bad % a->m.cols);
+    TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_NONFINITE,
+                  "ternarize: weights[%d][%d] is not a finite number below 2^96", bad / a->m.cols, bad % a->m.cols);
     return TERN_OK;
 }
 
@@ -3066,7 +3107,8 @@ static tern_result tern__cpu_ternarize(tern_run *run, const tern_ternarize_args 
     state = tern__state_of(a, &w.s);
     for (i = 0; a->rule == TERN_GIVEN && i < w.s.scales; i++) {
         const float scale = tern__load_scale(a->m.scale_type, a->m.scales, i);
-        TERN__REQUIRE(run, tern__weight_ok(scale) && scale >= 0.0f, TERN_E_NONFINITE, "ternarize: scales[%d] is negative or not a finite number below 2^96", i);
+        TERN__REQUIRE(run, tern__weight_ok(scale) && scale >= 0.0f, TERN_E_NONFINITE,
+                      "ternarize: scales[%d] is negative or not a finite number below 2^96", i);
     }
     for (i = 0; tern__is_learned(a->rule) && i < tern__learned_scales(a->rule, &a->m); i++)
         TERN__REQUIRE(run, tern__weight_ok(a->alpha[i]), TERN_E_NONFINITE, "ternarize: alpha[%d] is not a finite number below 2^96", i);
@@ -3119,7 +3161,8 @@ static void tern__pack_body(tern__job *job, int64_t begin, int64_t end, int64_t 
 static tern_result tern__cpu_pack(tern_run *run, const tern_pack_args *a)
 {
     int64_t bad = tern__for(run, tern__trits_body, a, a->m.rows * a->m.cols, 5);
-    TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_TRIT, "pack: trits[%d][%d] is %d, not -1, 0 or 1", bad / a->m.cols, bad % a->m.cols, (int64_t)a->trits[bad]);
+    TERN__REQUIRE(run, bad == INT64_MAX, TERN_E_TRIT,
+                  "pack: trits[%d][%d] is %d, not -1, 0 or 1", bad / a->m.cols, bad % a->m.cols, (int64_t)a->trits[bad]);
     tern__for(run, tern__pack_body, a, tern__ceil_div(a->m.rows, TERN__ROWS), tern__mul(a->m.cols, 16 * 12));
     return TERN_OK;
 }
@@ -3154,7 +3197,8 @@ static int64_t tern__invalid_row(const tern_matrix *m, const tern__shape *s, int
 }
 
 /* Rows [first, end) of a panel as trits and as values, each or NULL, of the first of these rows. */
-static void tern__unpack_panel(const tern__kernels *k, const tern_matrix *m, const tern__shape *s, int64_t panel, int64_t first, int64_t end, int8_t *trits, float *values)
+static void tern__unpack_panel(const tern__kernels *k, const tern_matrix *m, const tern__shape *s, int64_t panel, int64_t first,
+                               int64_t end, int8_t *trits, float *values)
 {
     int8_t t[TERN__ROWS][64];
     float buffer[TERN__ROWS];
@@ -3186,7 +3230,8 @@ static void tern__unpack_body(tern__job *job, int64_t begin, int64_t end, int64_
     const int64_t panel = a->row / TERN__ROWS;
     int64_t i;
     for (i = begin; i < end; i++) {
-        const int64_t top = (panel + i) * TERN__ROWS, row = tern__max(top, a->row), rows = tern__min(top + TERN__ROWS, a->row + a->count) - row;
+        const int64_t top = (panel + i) * TERN__ROWS, row = tern__max(top, a->row),
+                      rows = tern__min(top + TERN__ROWS, a->row + a->count) - row;
         const int64_t at = (row - a->row) * a->m.cols;
         int8_t *trits = a->trits ? a->trits + at : NULL;
         float *values = a->values ? a->values + at : NULL;
@@ -3280,13 +3325,17 @@ static void tern__quantize_numbers(const tern__kernels *k, const tern_quantize_a
 /* A group's bits, in words of 32 inputs: of a word, input 16 b + 4 d + j is bit 2 d + b of byte j. So the bits of a 2-bit
    unit lie as its codes do. */
 TERN__ANYWHERE int64_t tern__bit_words(int64_t units, int64_t unit) { return tern__ceil_div(units * unit, 32); }
-TERN__ANYWHERE int32_t tern__bit_of(const int8_t *bits, int64_t i) { return (uint8_t)bits[i / 32 * 4 + i % 4] >> (i / 4 % 4 * 2 + i / 16 % 2) & 1; }
+TERN__ANYWHERE int32_t tern__bit_of(const int8_t *bits, int64_t i)
+{
+    return (uint8_t)bits[i / 32 * 4 + i % 4] >> (i / 4 % 4 * 2 + i / 16 % 2) & 1;
+}
 
 /* The bits of n inputs; how many are 1. Constant trip counts, so that compilers vectorise at -O2. */
 static int32_t tern__bits_of_floats(int64_t n, const float *x, int8_t *bits)
 {
 #define TERN__BITS(i) 1u << (i), 1u << (8 + (i)), 1u << (16 + (i)), 1u << (24 + (i))
-    static const uint32_t place[32] = {TERN__BITS(0), TERN__BITS(2), TERN__BITS(4), TERN__BITS(6), TERN__BITS(1), TERN__BITS(3), TERN__BITS(5), TERN__BITS(7)};
+    static const uint32_t place[32] = {TERN__BITS(0), TERN__BITS(2), TERN__BITS(4), TERN__BITS(6), TERN__BITS(1), TERN__BITS(3),
+                                       TERN__BITS(5), TERN__BITS(7)};
 #undef TERN__BITS
     int32_t i, ones = 0;
     for (; n > 0; n -= 32, x += 32, bits += 4) {
@@ -3652,7 +3701,8 @@ static void tern__optimize_scalar(const tern__optimize_work *work, int64_t begin
         tern__store_float(a->type, a->w, i, a->type == TERN_BF16 && !a->nearest ? tern__stochastic(e.w, random[i & 3]) : e.w);
         a->grad[i] = e.grad;
         if (a->moment1) tern__store_float(a->moment_type, a->moment1, i, tern__moment_rounded(a, e.moment1, moments[i & 3]));
-        if (a->kind == TERN_ADAMW) tern__store_float(a->moment_type, a->moment2, i, tern__moment_rounded(a, e.moment2, moments[i & 3] >> 16));
+        if (a->kind == TERN_ADAMW)
+            tern__store_float(a->moment_type, a->moment2, i, tern__moment_rounded(a, e.moment2, moments[i & 3] >> 16));
     }
 }
 
@@ -3668,7 +3718,8 @@ TERN__ANYWHERE int8_t tern__round_up(float v, uint32_t half)
     return (int8_t)(q > 127 ? 127 : q < -127 ? -127 : q);
 }
 
-static void tern__round_up_scalar(const tern__random *r, uint64_t block, int64_t n, const float *x, const float *gain, float row, float inverse, int8_t *q)
+static void tern__round_up_scalar(const tern__random *r, uint64_t block, int64_t n, const float *x, const float *gain, float row,
+                                  float inverse, int8_t *q)
 {
     uint32_t words[4] = {0, 0, 0, 0};
     int64_t i;
@@ -3701,7 +3752,8 @@ TERN__ANYWHERE int32_t tern__push_one(const tern__push *p, uint32_t half, float 
     return 1;
 }
 
-static void tern__push_scalar(const tern__push *p, uint64_t block, int64_t skip, int64_t n, float *grad, int8_t *accum, int8_t *trit, int32_t *events)
+static void tern__push_scalar(const tern__push *p, uint64_t block, int64_t skip, int64_t n, float *grad, int8_t *accum, int8_t *trit,
+                              int32_t *events)
 {
     uint32_t words[4];
     int64_t i;
@@ -3849,7 +3901,8 @@ TERN__SOFTMAX_KERNELS(scalar, , , 1, float)
     tern__round_up_##X, tern__push_##X, tern__aggregate_##X, tern__map_##X, tern__largest_##X, tern__exps_##X, \
     TOKENS, TILE_ROWS, PAIRS
 
-static const tern__kernels tern__kernels_scalar = {TERN__KERNELS(scalar, tern__tile_scalar, scalar, scalar, scalar, scalar, 64, TERN__ROWS_SCALAR, NULL)};
+static const tern__kernels tern__kernels_scalar = {
+    TERN__KERNELS(scalar, tern__tile_scalar, scalar, scalar, scalar, scalar, 64, TERN__ROWS_SCALAR, NULL)};
 
 /* ------------------------------------------------------------------------------------------------
    [TERN-11] Kernels, x86
@@ -4294,11 +4347,13 @@ static void tern__philox_keys(uint64_t seed, uint32_t keys[20])
 }
 #endif
 #define TERN__X86_OPTIMIZE(X, TARGET, W, V, I, MM)                                                       \
-static inline __attribute__((always_inline)) TARGET void tern__philox_##X(const tern__random *r, const uint32_t *keys, int64_t block, I *word) \
+static inline __attribute__((always_inline)) TARGET void                                                 \
+    tern__philox_##X(const tern__random *r, const uint32_t *keys, int64_t block, I *word)                \
 {                                                                                                        \
     static const int64_t blocks[W / 2] = {TERN__BLOCKS_##W};                                             \
     const I m0 = MM##set1_epi32((int32_t)0xD2511F53), m1 = MM##set1_epi32((int32_t)0xCD9E8D57);          \
-    I c0 = tern__load_int_##X(blocks) + block, c1 = MM##srli_epi64(c0, 32), c2 = MM##set1_epi32((int32_t)r->step), c3 = MM##set1_epi32((int32_t)r->stream); \
+    I c0 = tern__load_int_##X(blocks) + block, c1 = MM##srli_epi64(c0, 32),                              \
+      c2 = MM##set1_epi32((int32_t)r->step), c3 = MM##set1_epi32((int32_t)r->stream);                    \
     TERN__UNROLL for (int round = 0; round < 20; round += 2) {                                           \
         const I p0 = MM##mul_epu32(c0, m0), p1 = MM##mul_epu32(c2, m1);                                  \
         c0 = MM##srli_epi64(p1, 32) ^ c1 ^ MM##set1_epi32((int32_t)keys[round]);                         \
@@ -4333,7 +4388,8 @@ static TARGET int64_t tern__optimize_most_##X(const tern__optimize_work *work, i
 {                                                                                                        \
     const tern_optimize_args *a = work->a;                                                               \
     const V factor = MM##set1_ps(work->factor), correct1 = MM##set1_ps(work->correct1), correct2 = MM##set1_ps(work->correct2); \
-    const V beta1 = MM##set1_ps(a->beta1), other1 = MM##set1_ps(1.0f - a->beta1), rate = MM##set1_ps(a->rate), decay = MM##set1_ps(a->decay); \
+    const V beta1 = MM##set1_ps(a->beta1), other1 = MM##set1_ps(1.0f - a->beta1),                        \
+            rate = MM##set1_ps(a->rate), decay = MM##set1_ps(a->decay);                                  \
     const V beta2 = MM##set1_ps(a->beta2), other2 = MM##set1_ps(1.0f - a->beta2), eps = MM##set1_ps(a->eps); \
     const int32_t bf16 = a->type == TERN_BF16, narrow = a->moment_type == TERN_BF16;                     \
     const tern__random random = {a->seed, a->step, a->stream}, other = {a->seed, a->step, a->stream ^ 0x80000000u}; \
@@ -4384,7 +4440,8 @@ static TARGET void tern__halves_##X(const tern__random *r, uint64_t block, int64
         tern__store_int_##X(to + i + 2 * W, word[1]);                                                    \
     }                                                                                                    \
 }                                                                                                        \
-static TARGET void tern__round_up_##X(const tern__random *r, uint64_t block, int64_t n, const float *x, const float *gain, float row, float inverse, int8_t *q) \
+static TARGET void tern__round_up_##X(const tern__random *r, uint64_t block, int64_t n, const float *x,  \
+                                      const float *gain, float row, float inverse, int8_t *q)            \
 {                                                                                                        \
     uint16_t half[TERN__HALVES + 4 * W];                                                                 \
     const V most = MM##set1_ps(127.0f), least = MM##set1_ps(-127.0f), unit = MM##set1_ps(7.62939453125e-6f); \
@@ -4403,7 +4460,8 @@ static TARGET void tern__round_up_##X(const tern__random *r, uint64_t block, int
         }                                                                                                \
     }                                                                                                    \
 }                                                                                                        \
-static TARGET int64_t tern__push_most_##X(const tern__push *p, const uint16_t *half, int64_t n, float *grad, int8_t *accum, int8_t *trit, int32_t *events) \
+static TARGET int64_t tern__push_most_##X(const tern__push *p, const uint16_t *half, int64_t n,          \
+                                          float *grad, int8_t *accum, int8_t *trit, int32_t *events)     \
 {                                                                                                        \
     typedef int32_t ints __attribute__((vector_size(4 * W)));                                            \
     const ints zero = {0}, one = zero + 1, theta = zero + p->theta;                                      \
@@ -4414,16 +4472,21 @@ static TARGET int64_t tern__push_most_##X(const tern__push *p, const uint16_t *h
         const V g = MM##loadu_ps(grad + i);                                                              \
         const ints t = (ints)tern__i8_##X(trit + i);                                                     \
         ints step;                                                                                       \
-        if (p->sign) step = (ints)MM##mullo_epi32((I)((ints)(g < MM##setzero_ps()) - (ints)(g > MM##setzero_ps())), MM##set1_epi32(p->factor)); \
+        if (p->sign)                                                                                     \
+            step = (ints)MM##mullo_epi32((I)((ints)(g < MM##setzero_ps())                                \
+                                             - (ints)(g > MM##setzero_ps())), MM##set1_epi32(p->factor));\
         else {                                                                                           \
             const V units = MM##max_ps(MM##set1_ps(-1024.0f), MM##min_ps(MM##set1_ps(1024.0f), g * MM##set1_ps(p->inverse))); \
             const ints whole = (ints)MM##cvtps_epi32(units) & (ints)(g == g); /* NaN moves nothing */    \
             const I size = MM##mullo_epi32((I)whole, MM##set1_epi32(p->factor));                         \
             step = (ints)MM##srai_epi32(MM##add_epi32(size, MM##srli_epi32((I)tern__bf16_##X(half + i), 16)), 16); \
         }                                                                                                \
-        const ints moved = (ints)MM##max_epi32(MM##set1_epi32(-127), MM##min_epi32(MM##set1_epi32(127), (I)((ints)tern__i8_##X(accum + i) - step))); \
+        const ints moved =                                                                               \
+            (ints)MM##max_epi32(MM##set1_epi32(-127),                                                    \
+                                MM##min_epi32(MM##set1_epi32(127), (I)((ints)tern__i8_##X(accum + i) - step)));\
         const ints below = moved >> 31, s = below | one, limit = (theta ^ below) - below;                \
-        const ints over = (ints)(moved >= theta) | (ints)(moved <= -theta), same = (ints)(t == s), flip = over & ~same, hold = over & same; \
+        const ints over = (ints)(moved >= theta) | (ints)(moved <= -theta), same = (ints)(t == s),       \
+                   flip = over & ~same, hold = over & same;                                              \
         const ints rest = p->sign ? zero : moved - limit;                                                \
         flips -= flip;                                                                                   \
         held -= hold;                                                                                    \
@@ -4437,7 +4500,8 @@ static TARGET int64_t tern__push_most_##X(const tern__push *p, const uint16_t *h
     for (int j = 0; j < W; j++) events[1] += lane[j];                                                    \
     return i;                                                                                            \
 }                                                                                                        \
-static void tern__push_##X(const tern__push *p, uint64_t block, int64_t skip, int64_t n, float *grad, int8_t *accum, int8_t *trit, int32_t *events) \
+static void tern__push_##X(const tern__push *p, uint64_t block, int64_t skip, int64_t n, float *grad,    \
+                           int8_t *accum, int8_t *trit, int32_t *events)                                 \
 {                                                                                                        \
     uint16_t half[TERN__HALVES + 8 + 4 * W];                                                             \
     for (int64_t at = 0; at < n; at += TERN__HALVES) {                                                   \
@@ -4526,7 +4590,9 @@ static inline __attribute__((always_inline)) TARGET V tern__exp_##X(V x)        
 {                                                                                                        \
     const I below = (I)(x < MM##set1_ps(88.7f)), in = below & ~(I)(x < MM##set1_ps(-87.0f)), nan = (I)(x != x); \
     const V v = (V)((I)x & in), n = (v * 1.44269504f + 12582912.0f) - 12582912.0f;                       \
-    const I top = (I)(n == MM##set1_ps(128.0f)), half = MM##slli_epi32(MM##add_epi32(MM##add_epi32(MM##cvtps_epi32(n), top), MM##set1_epi32(127)), 23); \
+    const I top = (I)(n == MM##set1_ps(128.0f)),                                                         \
+            half = MM##slli_epi32(MM##add_epi32(MM##add_epi32(MM##cvtps_epi32(n), top),                  \
+                                                MM##set1_epi32(127)), 23);                               \
     V r = v - n * 0.693359375f, p;                                                                       \
     r = r - n * -2.12194440e-4f;                                                                         \
     p = 1.9841270e-4f * r + 1.3888889e-3f;                                                               \
@@ -4540,15 +4606,22 @@ static inline __attribute__((always_inline)) TARGET V tern__exp_##X(V x)        
 }                                                                                                        \
 static inline __attribute__((always_inline)) TARGET V tern__sigmoid_##X(V x) { return 1.0f / (1.0f + tern__exp_##X(0.0f - x)); } \
 static inline __attribute__((always_inline)) TARGET V tern__tanh_##X(V x) { return 1.0f - 2.0f / (tern__exp_##X(2.0f * x) + 1.0f); } \
-static inline __attribute__((always_inline)) TARGET V tern__gelu_tanh_##X(V x) { return tern__tanh_##X(TERN__ROOT_2_PI * (x + 0.044715f * (x * x * x))); } \
-static inline __attribute__((always_inline)) TARGET V tern__larger_##X(V x, V than) { return (V)(((I)x & (I)(x > than)) | ((I)than & ~(I)(x > than))); } \
+static inline __attribute__((always_inline)) TARGET V tern__gelu_tanh_##X(V x)                           \
+{                                                                                                        \
+    return tern__tanh_##X(TERN__ROOT_2_PI * (x + 0.044715f * (x * x * x)));                              \
+}                                                                                                        \
+static inline __attribute__((always_inline)) TARGET V tern__larger_##X(V x, V than)                      \
+{                                                                                                        \
+    return (V)(((I)x & (I)(x > than)) | ((I)than & ~(I)(x > than)));                                     \
+}                                                                                                        \
 TERN__MAP_KERNEL(tern__map_##X, _##X, TARGET, W, V)                                                      \
 TERN__SOFTMAX_KERNELS(X, _##X, TARGET, W, V)
 
 /* Sums over edges: up to 8 vectors of columns stay in registers for all edges; rows of edges to come are asked for, into L2, which
    has more misses in flight than L1 (Zen 4, rows of 64 floats: 6.5 -> 12 GB/s). */
 #define TERN__X86_AGGREGATE(X, TARGET, W, V, MM)                                                         \
-static inline __attribute__((always_inline)) TARGET void tern__aggregate_block_##X(const int N, int64_t lanes, const tern__neighbours *a, const float *factor, int64_t col) \
+static inline __attribute__((always_inline)) TARGET void tern__aggregate_block_##X(                      \
+    const int N, int64_t lanes, const tern__neighbours *a, const float *factor, int64_t col)             \
 {                                                                                                        \
     const uintptr_t base = a->q ? (uintptr_t)(a->q + col) : (uintptr_t)(a->x + col), width = a->q ? 1 : 4; \
     V sum[8];                                                                                            \
@@ -4700,7 +4773,8 @@ static TARGET void tern__scaled_##X(int64_t len, int64_t lanes, const int8_t *q,
         int64_t l = 0;                                                                                   \
         __builtin_prefetch((const void *)((uintptr_t)q + 32));                                           \
         if (lanes == 32)                                                                                 \
-            TERN__UNROLL for (int h = 0; h < 32; h += W) MM##storeu_ps(b + h, MM##cvtepi32_ps(tern__i8_##X(q + h)) * MM##set1_ps(scale[j])); \
+            TERN__UNROLL for (int h = 0; h < 32; h += W)                                                 \
+                MM##storeu_ps(b + h, MM##cvtepi32_ps(tern__i8_##X(q + h)) * MM##set1_ps(scale[j]));      \
         else for (; l < lanes; l++) b[l] = (float)q[l] * scale[j];                                       \
     }                                                                                                    \
 }
@@ -4804,7 +4878,8 @@ static inline __attribute__((always_inline)) TARGET I tern__finish_##X(I sum) { 
    Four tokens are split into such pairs once and then meet all panels; codes are split in registers. A pair
    gives at most 2 * 255 * 128, so int32 holds a whole call. */
 #define TERN__X86_WORDS(X, TARGET, W, I, MM)                                                             \
-static inline __attribute__((always_inline)) TARGET void tern__tile_words_##X(const int T, const tern__dot *d, const int8_t *x, int32_t *acc, int64_t acc_row, int32_t add) \
+static inline __attribute__((always_inline)) TARGET void tern__tile_words_##X(                           \
+    const int T, const tern__dot *d, const int8_t *x, int32_t *acc, int64_t acc_row, int32_t add)        \
 {                                                                                                        \
     const I low = MM##set1_epi16(0xff);                                                                  \
     for (int h = 0; h < 64; h += 8 * W, acc += 2 * W) {                                                  \
@@ -4848,7 +4923,8 @@ static TARGET void tern__dot_i8_##X(const tern__dot *d, int64_t acc_row, int32_t
     for (int32_t t = 0; t < d->tokens; t += part.tokens) {                                               \
         part.tokens = d->tokens - t < 4 ? d->tokens - t : 4;                                             \
         part.sum = d->sum + t * d->sum_stride;                                                           \
-        for (int32_t i = 0; i < part.tokens; i++) tern__split_words_##X(d->q + (t + i) * d->q_stride, d->units * 4, x + i * 2 * TERN__I8_K); \
+        for (int32_t i = 0; i < part.tokens; i++)                                                        \
+            tern__split_words_##X(d->q + (t + i) * d->q_stride, d->units * 4, x + i * 2 * TERN__I8_K);   \
         for (int32_t p = 0; p < d->panels; p++) {                                                        \
             int32_t *acc = d->acc + t * acc_row + p * 16;                                                \
             part.panel = d->panel + p * d->panel_stride;                                                 \
@@ -4891,8 +4967,9 @@ static inline __attribute__((always_inline)) TARGET void tern__peel_##X(const in
     code[3] = w & mask12;                                                                                \
 }                                                                                                        \
 /* Units u to end of a panel with T tokens, J vectors at a time. */                                      \
-static inline __attribute__((always_inline)) TARGET void tern__turn_##X(const int base3, const int T, const tern__dot *d, const uint8_t *panel, \
-                                                                        const int8_t *token, int64_t u, int64_t end, I (*acc)[16 / W]) \
+static inline __attribute__((always_inline)) TARGET void                                                 \
+    tern__turn_##X(const int base3, const int T, const tern__dot *d, const uint8_t *panel,               \
+                   const int8_t *token, int64_t u, int64_t end, I (*acc)[16 / W])                        \
 {                                                                                                        \
     const int Q = base3 ? 5 : 4, J = T > 2 ? 1 : 2;                                                      \
     for (int h = 0; h < 64; h += J * 4 * W) {                                                            \
@@ -4936,7 +5013,8 @@ static inline __attribute__((always_inline)) TARGET void tern__few_##X(const int
             for (int t = 0; t < T; t++) tern__leave_##Y(d, (p * d->tokens + t) * 16 + j * W, acc[p][t][j], scale, d->add); \
         }                                                                                                \
 }                                                                                                        \
-static inline __attribute__((always_inline)) TARGET void tern__tile_quads_##X(const int T, const tern__dot *d, int64_t acc_row, tern__start start) \
+static inline __attribute__((always_inline)) TARGET void                                                 \
+    tern__tile_quads_##X(const int T, const tern__dot *d, int64_t acc_row, tern__start start)            \
 {                                                                                                        \
     for (int h = 0; h < 64; h += 8 * W) {                                                                \
         I sum[6][2];                                                                                     \
@@ -5015,7 +5093,8 @@ static void tern__float_panels(const tern__float_dot *f, const tern__float_tiles
         const int64_t turn = (u + units) * 64 + TERN__AHEAD > f->left ? (panels - 1) * f->panel_stride : 0;
         for (int32_t i = 0; i < panels; i++) {
             const uint8_t *panel = f->panel + i * f->panel_stride + u * 64;
-            for (int64_t j = 0; j < units; j++) __builtin_prefetch((const void *)((uintptr_t)panel + (uintptr_t)(TERN__AHEAD + turn + j * 64)));
+            for (int64_t j = 0; j < units; j++)
+                __builtin_prefetch((const void *)((uintptr_t)panel + (uintptr_t)(TERN__AHEAD + turn + j * 64)));
             (f->base3 ? k->decode_base3 : k->decode_2bit)(panel, units, code + i * stride);
             memset(code + i * stride + units * inputs * 16, 0, 4); /* the loads at bytes 1 to 3 reach here */
         }
@@ -5060,7 +5139,8 @@ static void tern__float_dots(const tern__float_dot *f, const tern__float_tiles *
     TERN__FLOAT_CASE(X, 2, 7) TERN__FLOAT_CASE(X, 2, 8) TERN__FLOAT_CASE(X, 2, 9)                         \
     TERN__FLOAT_CASE(X, 2, 10) TERN__FLOAT_CASE(X, 2, 11) TERN__FLOAT_CASE(X, 2, 12)
 #define TERN__X86_FLOATS(X, TARGET, W, V, MM, MADD, MOST)                                                \
-static inline __attribute__((always_inline)) TARGET void tern__float_tile_##X(const int P, const int T, const tern__float_dot *f, int64_t x_stride, int h) \
+static inline __attribute__((always_inline)) TARGET void                                                 \
+    tern__float_tile_##X(const int P, const int T, const tern__float_dot *f, int64_t x_stride, int h)    \
 {                                                                                                        \
     const uint8_t *code = f->panel + h * 4;                                                              \
     const float *x = f->x;                                                                               \
@@ -5135,7 +5215,10 @@ static void tern__active_units(const int8_t *bits, int64_t words, tern__active *
     a->count[1] = high;
 }
 
-static int32_t tern__is_dense(const tern__dot *d, int64_t t, int64_t inputs) { return (int64_t)d->sum[t * d->sum_stride] * TERN__BIT_DENSE > inputs; }
+static int32_t tern__is_dense(const tern__dot *d, int64_t t, int64_t inputs)
+{
+    return (int64_t)d->sum[t * d->sum_stride] * TERN__BIT_DENSE > inputs;
+}
 
 /* One chunk of one group: `units` from unit u on. */
 static void tern__bit_chunk(const tern__dot *d, const tern__bit_way *way, int32_t base3, int64_t u, int64_t units, int32_t dense)
@@ -5183,7 +5266,9 @@ static void tern__dot_bits(const tern__dot *all, tern_type encoding, const tern_
 
 #define TERN__X86_BITS(X, TARGET, W, V, I, MM)                                                           \
 /* B vectors of rows from vector v on, counted through the panels. */                                    \
-static inline __attribute__((always_inline)) TARGET void tern__few_bits_of_##X(const int B, const uint8_t *unit, int64_t stride, const tern__active *a, int32_t v, int32_t *acc, int64_t acc_stride) \
+static inline __attribute__((always_inline)) TARGET void                                                 \
+    tern__few_bits_of_##X(const int B, const uint8_t *unit, int64_t stride, const tern__active *a,       \
+                          int32_t v, int32_t *acc, int64_t acc_stride)                                   \
 {                                                                                                        \
     const I table = tern__load_int_##X(tern__pair_sum);                                                  \
     const uint8_t *from[4];                                                                              \
@@ -5208,7 +5293,8 @@ static inline __attribute__((always_inline)) TARGET void tern__few_bits_of_##X(c
         tern__store_int_##X(to, MM##add_epi32(tern__load_int_##X(to), four));                            \
     }                                                                                                    \
 }                                                                                                        \
-static TARGET void tern__few_bits_##X(const uint8_t *unit, int64_t stride, int32_t panels, const tern__active *a, int32_t *acc, int64_t acc_stride) \
+static TARGET void tern__few_bits_##X(const uint8_t *unit, int64_t stride, int32_t panels,               \
+                                      const tern__active *a, int32_t *acc, int64_t acc_stride)           \
 {                                                                                                        \
     const int32_t vectors = panels * 16 / W;                                                             \
     int32_t v = 0;                                                                                       \
@@ -5268,7 +5354,10 @@ TERN__SSE41_INLINE __m128i tern__i8_sse41(const int8_t *p)
     memcpy(&four, p, 4);
     return _mm_cvtepi8_epi32(_mm_cvtsi32_si128(four));
 }
-TERN__SSE41_INLINE __m128i tern__i16_sse41(const int16_t *p) { return _mm_cvtepi16_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)); }
+TERN__SSE41_INLINE __m128i tern__i16_sse41(const int16_t *p)
+{
+    return _mm_cvtepi16_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p));
+}
 TERN__SSE41_INLINE __m128i tern__lattice_sse41(__m128i steps)
 {
     const uint16_t *table = tern__lattice();
@@ -5319,8 +5408,16 @@ TERN__SSE41_INLINE __m128 tern__trit_sse41(__m128i code)
     return _mm_cvtepi32_ps(_mm_sub_epi32(_mm_and_si128(code, _mm_set1_epi32(3)), _mm_set1_epi32(1)));
 }
 TERN__X86_FLOATS(sse41, TERN__SSE41, 4, __m128, _mm_, TERN__PLAIN_MADD, 6)
-TERN__SSE41_INLINE __m128i tern__add16_sse41(__m128i sum, __m128i term) { __asm__("paddw {%1, %0|%0, %1}" : "+x"(sum) : "x"(term)); return sum; }
-TERN__SSE41_INLINE __m128i tern__add32_sse41(__m128i sum, __m128i term) { __asm__("paddd {%1, %0|%0, %1}" : "+x"(sum) : "x"(term)); return sum; }
+TERN__SSE41_INLINE __m128i tern__add16_sse41(__m128i sum, __m128i term)
+{
+    __asm__("paddw {%1, %0|%0, %1}" : "+x"(sum) : "x"(term));
+    return sum;
+}
+TERN__SSE41_INLINE __m128i tern__add32_sse41(__m128i sum, __m128i term)
+{
+    __asm__("paddd {%1, %0|%0, %1}" : "+x"(sum) : "x"(term));
+    return sum;
+}
 TERN__X86_MADDUBS(sse41, TERN__SSE41, 4, __m128i, _mm_)
 TERN__X86_WORDS(sse41, TERN__SSE41, 4, __m128i, _mm_)
 TERN__X86_DOT(sse41, sse41, TERN__SSE41, 4, __m128, __m128i, _mm_, 2, 4, TERN__QUADS)
@@ -5357,10 +5454,14 @@ TERN__AVX2_INLINE void tern__store_i8_avx2(int8_t *q, __m256i v, int64_t n)
     else tern__copy_tail(q, &bytes, n);
 }
 TERN__AVX2_INLINE __m256i tern__i8_avx2(const int8_t *p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)); }
-TERN__AVX2_INLINE __m256i tern__i16_avx2(const int16_t *p) { return _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)); }
+TERN__AVX2_INLINE __m256i tern__i16_avx2(const int16_t *p)
+{
+    return _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
+}
 TERN__AVX2_INLINE __m256i tern__lattice_avx2(__m256i steps)
 {
-    return _mm256_i32gather_epi32((const int *)(const void *)tern__lattice(), steps & _mm256_set1_epi32(255), 2) & _mm256_set1_epi32(0xffff);
+    return _mm256_i32gather_epi32((const int *)(const void *)tern__lattice(), steps & _mm256_set1_epi32(255), 2)
+           & _mm256_set1_epi32(0xffff);
 }
 TERN__AVX2_INLINE __m256 tern__f16_avx2(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p)); }
 TERN__AVX2_INLINE void tern__store_units_avx2(const int both, const __m256i *sum, __m256i none, uint8_t *unit)
@@ -5413,8 +5514,16 @@ TERN__X86_FLOATS(avx2, __attribute__((target("avx2,fma,f16c"))), 8, __m256, _mm2
 #endif
 
 #ifdef TERN__WITH_AVX2
-TERN__AVX2_INLINE __m256i tern__add16_avx2(__m256i sum, __m256i term) { __asm__("vpaddw {%1, %0, %0|%0, %0, %1}" : "+x"(sum) : "x"(term)); return sum; }
-TERN__AVX2_INLINE __m256i tern__add32_avx2(__m256i sum, __m256i term) { __asm__("vpaddd {%1, %0, %0|%0, %0, %1}" : "+x"(sum) : "x"(term)); return sum; }
+TERN__AVX2_INLINE __m256i tern__add16_avx2(__m256i sum, __m256i term)
+{
+    __asm__("vpaddw {%1, %0, %0|%0, %0, %1}" : "+x"(sum) : "x"(term));
+    return sum;
+}
+TERN__AVX2_INLINE __m256i tern__add32_avx2(__m256i sum, __m256i term)
+{
+    __asm__("vpaddd {%1, %0, %0|%0, %0, %1}" : "+x"(sum) : "x"(term));
+    return sum;
+}
 TERN__X86_MADDUBS(avx2, TERN__AVX2, 8, __m256i, _mm256_)
 TERN__X86_WORDS(avx2, TERN__AVX2, 8, __m256i, _mm256_)
 TERN__X86_DOT(avx2, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 2, 4, TERN__QUADS)
@@ -5434,14 +5543,18 @@ TERN__AVX2_INLINE __m256i tern__step_avx_vnni(__m256i sum, __m256i code, __m256i
 TERN__AVX2_INLINE __m256i tern__finish_avx_vnni(__m256i sum) { return sum; }
 
 TERN__X86_DOT(avx_vnni, avx2, TERN__AVX2, 8, __m256, __m256i, _mm256_, 4, 6, TERN__QUADS_VNNI)
-static TERN__AVX2 void tern__tiles_i8_avx_vnni(const tern__dot *d, int64_t acc_row, tern__start start) { tern__tiles_of_avx_vnni(d, acc_row, start); }
+static TERN__AVX2 void tern__tiles_i8_avx_vnni(const tern__dot *d, int64_t acc_row, tern__start start)
+{
+    tern__tiles_of_avx_vnni(d, acc_row, start);
+}
 static void tern__dot_i8_avx_vnni(const tern__dot *d, int64_t acc_row, int32_t add)
 {
     static const tern__quads quads = {NULL, tern__tiles_i8_avx_vnni, 1, 1, 6, TERN__QUADS};
     tern__dot_codes(d, &quads, acc_row, add);
 }
 
-static const tern__kernels tern__kernels_avx_vnni = {TERN__KERNELS(avx2, tern__tile_fused_avx2, avx_vnni, avx_vnni, avx_vnni, avx2, 64, 6, NULL)};
+static const tern__kernels tern__kernels_avx_vnni = {
+    TERN__KERNELS(avx2, tern__tile_fused_avx2, avx_vnni, avx_vnni, avx_vnni, avx2, 64, 6, NULL)};
 #endif /* TERN__WITH_AVX_VNNI */
 
 #ifdef TERN__WITH_AVX512_VNNI
@@ -5451,7 +5564,10 @@ enum { TERN__TILE_AVX512 = 8 }; /* tokens of the largest tile, beside two panels
 #define TERN__AVX512_INLINE static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 
 TERN__AVX512_INLINE __mmask16 tern__lanes_avx512(int64_t n) { return (__mmask16)(n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0); }
-TERN__AVX512_INLINE __m512 tern__load_avx512(const float *p, int64_t n) { return n >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(tern__lanes_avx512(n), p); }
+TERN__AVX512_INLINE __m512 tern__load_avx512(const float *p, int64_t n)
+{
+    return n >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(tern__lanes_avx512(n), p);
+}
 TERN__AVX512_INLINE void tern__store_avx512(float *p, __m512 v, int64_t n) { _mm512_mask_storeu_ps(p, tern__lanes_avx512(n), v); }
 TERN__AVX512_INLINE __m512i tern__load_int_avx512(const void *p) { return _mm512_loadu_si512(p); }
 TERN__AVX512_INLINE void tern__store_int_avx512(void *p, __m512i v) { _mm512_storeu_si512(p, v); }
@@ -5460,8 +5576,14 @@ TERN__AVX512_INLINE void tern__store_i8_avx512(int8_t *q, __m512i v, int64_t n)
     if (n >= 16) _mm_storeu_si128((__m128i *)(void *)q, _mm512_cvtepi32_epi8(v));
     else _mm_mask_storeu_epi8(q, tern__lanes_avx512(n), _mm512_cvtepi32_epi8(v));
 }
-TERN__AVX512_INLINE __m512i tern__i8_avx512(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)); }
-TERN__AVX512_INLINE __m512i tern__i16_avx512(const int16_t *p) { return _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p)); }
+TERN__AVX512_INLINE __m512i tern__i8_avx512(const int8_t *p)
+{
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
+}
+TERN__AVX512_INLINE __m512i tern__i16_avx512(const int16_t *p)
+{
+    return _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
 /* 2^(l/256) and 2^(1 + h/16). Their product, added to 512, is rounded to 14 bits behind the point: all 256 as in
    tern__lattice, and faster than a gather. */
 static const float tern__lattice_parts[2][16] TERN__ALIGN64 = {
@@ -5476,11 +5598,13 @@ TERN__AVX512_INLINE __m512i tern__lattice_avx512(__m512i steps) /* permutations 
     const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(steps, 4), _mm512_load_ps(tern__lattice_parts[1]));
     return (__m512i)_mm512_fmadd_ps(low, high, _mm512_set1_ps(512.0f));
 }
-TERN__AVX512_INLINE __m512 tern__f16_avx512(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p)); }
+TERN__AVX512_INLINE __m512 tern__f16_avx512(const uint16_t *p)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
 TERN__AVX512_INLINE __m512i tern__decide_avx512(const int bf16, __m512i place, __m512i v, int32_t up, int32_t down)
 {
-    const __m512i most = _mm512_set1_epi32(up), least = _mm512_set1_epi32(down);
-    const __m512i zero = _mm512_setzero_si512();
+    const __m512i most = _mm512_set1_epi32(up), least = _mm512_set1_epi32(down), zero = _mm512_setzero_si512();
     if (bf16) {
         const __mmask32 above = _mm512_cmpgt_epi16_mask(v, most), below = _mm512_cmpgt_epu16_mask(v, least);
         return _mm512_mask_sub_epi16(_mm512_maskz_mov_epi16(above, place), below, zero, place);
@@ -5508,7 +5632,10 @@ TERN__AVX512_INLINE __m512 tern__bf16_avx512(const uint16_t *p)
 {
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p)), 16);
 }
-TERN__AVX512_INLINE void tern__store_i16_avx512(uint16_t *p, __m512i v) { _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(v)); }
+TERN__AVX512_INLINE void tern__store_i16_avx512(uint16_t *p, __m512i v)
+{
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(v));
+}
 TERN__AVX512_INLINE __m128 tern__quarter_avx512(__m512 v)
 {
     const __m256 half = _mm512_castps512_ps256(v) + _mm512_extractf32x8_ps(v, 1);
@@ -5598,7 +5725,8 @@ TERN__AVX512_INLINE void tern__peel_avx512(const tern__peel kind, __m512i v, __m
 /* Scales 16 groups ahead, as tern__prefetch does for weights. */
 TERN__AVX512_INLINE void tern__prefetch_scale(const tern__dot *d, int64_t panel, int64_t g, int32_t panels)
 {
-    const int64_t ahead = (g + 16) * TERN__ROWS * tern__type_bytes(d->scale_type) + (g + 16 >= d->groups ? (panels - 1) * d->scale_stride : 0);
+    const int64_t ahead = (g + 16) * TERN__ROWS * tern__type_bytes(d->scale_type)
+                          + (g + 16 >= d->groups ? (panels - 1) * d->scale_stride : 0);
     __builtin_prefetch((const void *)((uintptr_t)d->scale + (uintptr_t)(panel * d->scale_stride + ahead)));
 }
 
@@ -5606,7 +5734,8 @@ TERN__AVX512_INLINE void tern__prefetch_scale(const tern__dot *d, int64_t panel,
    are multiplied where they lie, 4^s times too large, one sum for each s: |sum| <= 16384 units * 4 * 128 * 127 < 2^30.
    The loops have fixed bounds and a guard, since clang 14 leaves acc in memory where a bound of one makes a loop
    vanish early. */
-TERN__AVX512_INLINE void tern__direct_avx512(const tern__peel kind, const int P, const int T, const tern__dot *d, int32_t panel, int32_t token)
+TERN__AVX512_INLINE void tern__direct_avx512(const tern__peel kind, const int P, const int T, const tern__dot *d, int32_t panel,
+                                             int32_t token)
 {
     const int Q = kind ? 5 : 4, C = kind ? 2 : 4; /* quads of a unit, and sums that take them in turn */
     const uint8_t *unit = d->panel + panel * d->panel_stride;
@@ -5642,7 +5771,8 @@ TERN__AVX512_INLINE void tern__direct_avx512(const tern__peel kind, const int P,
 }
 
 /* P panels with T tokens: P + T loads feed P * T products. */
-TERN__AVX512_INLINE void tern__tile_quads_avx512(const int P, const int T, const tern__dot *d, int64_t acc_panel, int64_t acc_row, tern__start start)
+TERN__AVX512_INLINE void tern__tile_quads_avx512(const int P, const int T, const tern__dot *d, int64_t acc_panel, int64_t acc_row,
+                                                 tern__start start)
 {
     __m512i sum[2][TERN__TILE_AVX512];
     TERN__UNROLL for (int p = 0; p < P; p++)
@@ -5751,7 +5881,8 @@ static void tern__dot_i8_avx512(const tern__dot *d, int64_t acc_row, int32_t add
     tern__dot_codes(d, &quads, acc_row, add);
 }
 
-static const tern__kernels tern__kernels_avx512_vnni = {TERN__KERNELS(avx512, tern__tile_fused_avx512, avx512, avx512, avx512, avx512, 64, 14, NULL)};
+static const tern__kernels tern__kernels_avx512_vnni = {
+    TERN__KERNELS(avx512, tern__tile_fused_avx512, avx512, avx512, avx512, avx512, 64, 14, NULL)};
 
 #ifdef TERN__WITH_AVX512_VBMI
 /* -- AVX-512 with VBMI and VPOPCNTDQ, which comes with it: the base-3 dot and that of bits alone differ -- */
@@ -5781,7 +5912,8 @@ TERN__AVX512_INLINE __m512i tern__popcount_avx512(__m512i v) /* asm: the tiers s
     __asm__("vpopcntd {%0, %0|%0, %0}" : "+v"(v));
     return v;
 }
-TERN__AVX512_INLINE void tern__many_bits_of_avx512(const int P, const uint8_t *plane, const int8_t *bits, int64_t words, int32_t *acc, int64_t acc_stride)
+TERN__AVX512_INLINE void tern__many_bits_of_avx512(const int P, const uint8_t *plane, const int8_t *bits, int64_t words, int32_t *acc,
+                                                   int64_t acc_stride)
 {
     __m512i low[4], high[4];
     TERN__UNROLL for (int p = 0; p < P; p++) low[p] = high[p] = _mm512_setzero_si512();
@@ -5798,7 +5930,8 @@ TERN__AVX512_INLINE void tern__many_bits_of_avx512(const int P, const uint8_t *p
         tern__store_int_avx512(acc + p * acc_stride, _mm512_add_epi32(tern__load_int_avx512(acc + p * acc_stride), sum));
     }
 }
-static TERN__AVX512 void tern__many_bits_avx512(const uint8_t *plane, int32_t panels, const int8_t *bits, int64_t words, int32_t *acc, int64_t acc_stride)
+static TERN__AVX512 void tern__many_bits_avx512(const uint8_t *plane, int32_t panels, const int8_t *bits, int64_t words, int32_t *acc,
+                                                int64_t acc_stride)
 {
     switch (panels) {
     case 1: tern__many_bits_of_avx512(1, plane, bits, words, acc, acc_stride); break;
@@ -5814,7 +5947,8 @@ static void tern__dot_bits_avx512_vbmi(const tern__dot *d, tern_type encoding)
     tern__dot_bits(d, encoding, &way);
 }
 
-static const tern__kernels tern__kernels_avx512_vbmi = {TERN__KERNELS(avx512, tern__tile_fused_avx512, avx512, avx512_vbmi, avx512, avx512_vbmi, 64, 14, NULL)};
+static const tern__kernels tern__kernels_avx512_vbmi = {
+    TERN__KERNELS(avx512, tern__tile_fused_avx512, avx512, avx512_vbmi, avx512, avx512_vbmi, 64, 14, NULL)};
 
 #ifdef TERN__WITH_AVX512_BF16
 /* -- pairs of bf16: AVX-512 packs them for itself and for AMX -- */
@@ -5835,13 +5969,15 @@ static TERN__AVX512 void tern__pack_pairs_b_avx512(int64_t len, const float *b, 
 {
     for (int64_t j = 0; j < 32; j += 2, b += 64)
         for (int64_t h = 0; h < 32; h += 16, to += 16) {
-            const __m512 first = j < len ? _mm512_loadu_ps(b + h) : _mm512_setzero_ps(), second = j + 1 < len ? _mm512_loadu_ps(b + 32 + h) : _mm512_setzero_ps();
+            const __m512 first = j < len ? _mm512_loadu_ps(b + h) : _mm512_setzero_ps(),
+                         second = j + 1 < len ? _mm512_loadu_ps(b + 32 + h) : _mm512_setzero_ps();
             tern__store_int_avx512(to, tern__pair_avx512(first, second));
         }
 }
 
 /* 32 terms that lie in rows, and in columns: those are paired first and then turned. */
-TERN__AVX512_INLINE void tern__pack_pair_rows_avx512(int64_t rows, int64_t len, const float *a, int64_t a_row, const float *scale, uint16_t *to)
+TERN__AVX512_INLINE void tern__pack_pair_rows_avx512(int64_t rows, int64_t len, const float *a, int64_t a_row,
+                                                     const float *scale, uint16_t *to)
 {
     for (int64_t i = 0; i < rows; i++, a += a_row)
         for (int64_t j = 0; j < 32; j += 16, to += 16) {
@@ -5850,17 +5986,20 @@ TERN__AVX512_INLINE void tern__pack_pair_rows_avx512(int64_t rows, int64_t len, 
         }
     memset(to, 0, (size_t)(16 - rows) * 64);
 }
-TERN__AVX512_INLINE void tern__pack_pair_columns_avx512(int64_t rows, int64_t len, const float *a, int64_t a_col, const float *scale, float *to)
+TERN__AVX512_INLINE void tern__pack_pair_columns_avx512(int64_t rows, int64_t len, const float *a, int64_t a_col,
+                                                        const float *scale, float *to)
 {
     float pair[16 * 16] TERN__ALIGN64;
     for (int64_t j = 0; j < 32; j += 2, a += 2 * a_col) {
         const __m512 first = j < len ? _mm512_mul_ps(tern__load_avx512(a, rows), _mm512_set1_ps(scale[j])) : _mm512_setzero_ps();
-        const __m512 second = j + 1 < len ? _mm512_mul_ps(tern__load_avx512(a + a_col, rows), _mm512_set1_ps(scale[j + 1])) : _mm512_setzero_ps();
+        const __m512 second = j + 1 < len ? _mm512_mul_ps(tern__load_avx512(a + a_col, rows), _mm512_set1_ps(scale[j + 1]))
+                                          : _mm512_setzero_ps();
         tern__store_int_avx512(pair + j * 8, tern__pair_avx512(first, second));
     }
     tern__columns_avx512(16, 16, pair, 16, to, 16);
 }
-static TERN__AVX512 void tern__pack_pairs_a_avx512(int64_t rows, int64_t len, const float *a, int64_t a_row, int64_t a_col, const float *scale, float *to)
+static TERN__AVX512 void tern__pack_pairs_a_avx512(int64_t rows, int64_t len, const float *a, int64_t a_row, int64_t a_col,
+                                                   const float *scale, float *to)
 {
     for (; len > 0; len -= 32, a += 32 * a_col, scale += 32, to += 256) {
         const int64_t some = tern__min(len, 32);
@@ -5916,7 +6055,8 @@ static TERN__AVX512 void tern__pair_tiles_avx512(const tern__tile *t)
     }
 }
 static const tern__pairs tern__pairs_avx512 = {tern__pack_pairs_a_avx512, tern__pack_pairs_b_avx512, tern__pair_tiles_avx512};
-static const tern__kernels tern__kernels_avx512_bf16 = {TERN__KERNELS(avx512, tern__tile_fused_avx512, avx512, avx512_vbmi, avx512, avx512_vbmi, 64, 14, &tern__pairs_avx512)};
+static const tern__kernels tern__kernels_avx512_bf16 = {
+    TERN__KERNELS(avx512, tern__tile_fused_avx512, avx512, avx512_vbmi, avx512, avx512_vbmi, 64, 14, &tern__pairs_avx512)};
 #endif /* TERN__WITH_AVX512_BF16 */
 #endif /* TERN__WITH_AVX512_VBMI */
 #undef TERN__CASE
@@ -5936,7 +6076,8 @@ static const tern__kernels tern__kernels_avx512_bf16 = {TERN__KERNELS(avx512, te
 #define TERN__TILE_LOAD(tile, from, stride) TERN__TILE_MOVE("tileloadd", tile, from, stride)
 #define TERN__TILE_ONCE(tile, from, stride) TERN__TILE_MOVE("tileloaddt1", tile, from, stride)
 #define TERN__TILE_STORE(tile, to, stride) \
-    __asm__ volatile("{tilestored %%tmm" #tile ", (%0,%1,1)|tilestored [%0+%1*1], tmm" #tile "}" : : "r"(to), "r"((int64_t)(stride)) : "memory")
+    __asm__ volatile("{tilestored %%tmm" #tile ", (%0,%1,1)|tilestored [%0+%1*1], tmm" #tile "}" \
+        : : "r"(to), "r"((int64_t)(stride)) : "memory")
 #define TERN__TILE_DOT(c, a, b) /* c += a * b, a signed, b unsigned */ \
     __asm__ volatile("{tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #c "|tdpbsud tmm" #c ", tmm" #a ", tmm" #b "}" : : : "memory")
 #define TERN__TILE_PAIRS(c, a, b) /* the same of bf16, in float32 (AMX-BF16) */ \
@@ -5986,7 +6127,8 @@ static void tern__decode_base3_amx(const uint8_t *panel, int64_t units, uint8_t 
 #define TERN__B_AMX(left, p) (d.panel + (p) * d.panel_stride + (d.units - left + 16 - step) * 64)
 #define TERN__A_AMX(left, t) (d.q + (t) * d.q_stride + (d.units - (left < 16 ? step : left)) * 4)
 
-/* Tokens 0 to 15 with P panels (the dot by value, so that its fields stay in registers): sums in tiles 0 to 3, activations in 4, weights in 6 and 7. */
+/* Tokens 0 to 15 with P panels (the dot by value, so that its fields stay in registers): sums in tiles 0 to 3, activations
+   in 4, weights in 6 and 7. */
 static inline __attribute__((always_inline)) void tern__tile_quads_1_amx(const int P, tern__dot d, int64_t acc_stride, int64_t step)
 {
     TERN__TILE_LOAD(0, d.acc, 64);
@@ -6012,7 +6154,8 @@ static inline __attribute__((always_inline)) void tern__tile_quads_1_amx(const i
 
 /* The tiles of activations from tokens t and u on, with P panels. They may overlap: then both find and leave the
    same sums. Activations are in 4 and 5. */
-static inline __attribute__((always_inline)) void tern__tile_quads_2_amx(const int P, tern__dot d, int64_t acc_stride, int64_t step, int32_t t, int32_t u)
+static inline __attribute__((always_inline)) void tern__tile_quads_2_amx(const int P, tern__dot d, int64_t acc_stride, int64_t step,
+                                                                         int32_t t, int32_t u)
 {
     int32_t *at = d.acc + t * 16, *au = d.acc + u * 16;
     TERN__TILE_LOAD(0, at, 64);
@@ -6154,8 +6297,10 @@ static TERN__AVX512 void tern__pair_tiles_amx(const tern__tile *t)
 }
 static const tern__pairs tern__pairs_amx = {tern__pack_pairs_a_avx512, tern__pack_pairs_b_avx512, tern__pair_tiles_amx};
 
-static const tern__kernels tern__kernels_amx_int8 = {TERN__KERNELS(avx512, tern__tile_fused_avx512, amx, amx, avx512, avx512_vbmi, TERN__TOKENS, 14, NULL)};
-static const tern__kernels tern__kernels_amx_bf16 = {TERN__KERNELS(avx512, tern__tile_fused_avx512, amx, amx, avx512, avx512_vbmi, TERN__TOKENS, 14, &tern__pairs_amx)};
+static const tern__kernels tern__kernels_amx_int8 = {
+    TERN__KERNELS(avx512, tern__tile_fused_avx512, amx, amx, avx512, avx512_vbmi, TERN__TOKENS, 14, NULL)};
+static const tern__kernels tern__kernels_amx_bf16 = {
+    TERN__KERNELS(avx512, tern__tile_fused_avx512, amx, amx, avx512, avx512_vbmi, TERN__TOKENS, 14, &tern__pairs_amx)};
 #endif /* TERN__WITH_AMX_INT8 */
 
 #ifndef __clang__
@@ -6173,7 +6318,8 @@ static const tern__kernels tern__kernels_amx_bf16 = {TERN__KERNELS(avx512, tern_
 /* -- ternary matmul on quantized activations -- */
 
 /* Tokens [t0, t1) of panels [p0, p1). Each token block passes over all panels while it is in cache. */
-static void tern__matmul_range(const tern__kernels *k, const tern_matmul_args *a, const tern__shape *s, int64_t p0, int64_t p1, int64_t t0, int64_t t1)
+static void tern__matmul_range(const tern__kernels *k, const tern_matmul_args *a, const tern__shape *s, int64_t p0, int64_t p1,
+                               int64_t t0, int64_t t1)
 {
     const tern_matrix *m = &a->m;
     int32_t acc[TERN__PAIRS * TERN__ROWS] TERN__ALIGN64;
@@ -6248,7 +6394,8 @@ static void tern__fixed_order(const int8_t *x, int64_t stride, int64_t len, int6
 }
 
 /* Dots of a group with up to 16 panels from p on: dot[panel][token][row]. */
-static void tern__fixed_dots(const tern__kernels *k, const tern_matmul_fixed_args *a, const tern__shape *s, int64_t p, int32_t panels, int64_t t, int32_t tokens, int64_t g, tern__fixed *w)
+static void tern__fixed_dots(const tern__kernels *k, const tern_matmul_fixed_args *a, const tern__shape *s, int64_t p, int32_t panels,
+                             int64_t t, int32_t tokens, int64_t g, tern__fixed *w)
 {
     const int64_t cols = tern__group_cols(&a->m, s, g), most = TERN__FIXED_INPUTS / s->unit * s->unit;
     const int32_t base3 = a->m.encoding == TERN_BASE3;
@@ -6291,7 +6438,8 @@ TERN__ANYWHERE int32_t tern__top_exponent(const tern_matrix *m, const tern__shap
     return top;
 }
 
-static void tern__fixed_strip(const tern__kernels *k, const tern_matmul_fixed_args *a, const tern__shape *s, int64_t p, int32_t panels, int64_t t, int32_t tokens)
+static void tern__fixed_strip(const tern__kernels *k, const tern_matmul_fixed_args *a, const tern__shape *s, int64_t p, int32_t panels,
+                              int64_t t, int32_t tokens)
 {
     const int64_t rows = tern__min(panels * TERN__ROWS, a->m.rows - p * TERN__ROWS);
     tern__fixed w TERN__ALIGN64;
@@ -6302,11 +6450,13 @@ static void tern__fixed_strip(const tern__kernels *k, const tern_matmul_fixed_ar
     for (g = 0; g < s->groups; g++) {
         tern__fixed_dots(k, a, s, p, panels, t, tokens, g, &w);
         for (r = 0; r < rows; r++) {
-            const tern__integer_scale scale = tern__load_integer_scale(a->m.scale_type, a->m.scales, tern__scale_index(&a->m, s, p * TERN__ROWS + r, g));
+            const tern__integer_scale scale =
+                tern__load_integer_scale(a->m.scale_type, a->m.scales, tern__scale_index(&a->m, s, p * TERN__ROWS + r, g));
             const int64_t at = r / TERN__ROWS * tokens * TERN__ROWS + r % TERN__ROWS;
             if (!scale.factor) continue;
             for (i = 0; i < tokens; i++) /* |dot| <= 2^25, also of all groups together */
-                w.total[at + i * TERN__ROWS] += tern__floor_shift((int64_t)w.dot[at + i * TERN__ROWS] * scale.factor * 65536, (int32_t)tern__min(top[r] - scale.exponent, 63));
+                w.total[at + i * TERN__ROWS] += tern__floor_shift((int64_t)w.dot[at + i * TERN__ROWS] * scale.factor * 65536,
+                                                                  (int32_t)tern__min(top[r] - scale.exponent, 63));
         }
     }
     for (i = 0; i < tokens; i++)
@@ -6325,7 +6475,8 @@ static void tern__fixed_body(tern__job *job, int64_t begin, int64_t end, int64_t
     (void)bad;
     for (p = begin; p < end; p += TERN__FIXED_PANELS)
         for (t = 0; t < w->a->n; t += TERN__FIXED_TOKENS)
-            tern__fixed_strip(job->k, w->a, &w->s, p, (int32_t)tern__min(TERN__FIXED_PANELS, end - p), t, (int32_t)tern__min(TERN__FIXED_TOKENS, w->a->n - t));
+            tern__fixed_strip(job->k, w->a, &w->s, p, (int32_t)tern__min(TERN__FIXED_PANELS, end - p), t,
+                              (int32_t)tern__min(TERN__FIXED_TOKENS, w->a->n - t));
 }
 
 static tern_result tern__cpu_matmul_fixed(tern_run *run, const tern_matmul_fixed_args *a)
@@ -6373,7 +6524,8 @@ static void tern__floats_store(const float *sum, const float *scale, const float
 
 /* Up to 12 tokens from t on, and up to 32 panels from p on. Sums run in order within segments of 2048 inputs;
    segment sums are added in order, then multiplied by their row's scale, then added over the groups. */
-static void tern__matmul_strip(const tern__kernels *k, const tern_matmul_args *a, const tern__shape *s, int64_t p, int32_t panels, int64_t t, int32_t tokens)
+static void tern__matmul_strip(const tern__kernels *k, const tern_matmul_args *a, const tern__shape *s, int64_t p, int32_t panels,
+                               int64_t t, int32_t tokens)
 {
     const tern_matrix *m = &a->m;
     const int64_t most = TERN__X_FLOATS / tokens & ~(int64_t)15;
@@ -6410,13 +6562,15 @@ static void tern__matmul_strip(const tern__kernels *k, const tern_matmul_args *a
             const float *scale = tern__panel_scales(m, s, p + i, g, buffer);
             int32_t j;
             for (j = 0; j < tokens; j++)
-                tern__floats_store(sum + j * TERN__STRIP + i * TERN__ROWS, scale, bias, g > 0, tern__min(TERN__ROWS, m->rows - row), a->y + (t + j) * m->rows + row);
+                tern__floats_store(sum + j * TERN__STRIP + i * TERN__ROWS, scale, bias, g > 0, tern__min(TERN__ROWS, m->rows - row),
+                                   a->y + (t + j) * m->rows + row);
         }
     }
 }
 
 /* Tokens [t0, t1) of panels [p0, p1). One token leaves nothing to share: its strips are what a kernel reads side by side. */
-static void tern__matmul_floats(const tern__kernels *k, const tern_matmul_args *a, const tern__shape *s, int64_t p0, int64_t p1, int64_t t0, int64_t t1)
+static void tern__matmul_floats(const tern__kernels *k, const tern_matmul_args *a, const tern__shape *s, int64_t p0, int64_t p1,
+                                int64_t t0, int64_t t1)
 {
     const int64_t most = t1 - t0 == 1 ? 8 : TERN__STRIP / TERN__ROWS;
     int64_t t, p, tiles = tern__ceil_div(t1 - t0, TERN__FEW), tokens; /* tiles of nearly equal size */
@@ -6426,7 +6580,12 @@ static void tern__matmul_floats(const tern__kernels *k, const tern_matmul_args *
     }
 }
 
-typedef struct tern__matmul_work { const tern_matmul_args *a; const tern_quantize_args *quantize; tern__shape s; int32_t by_token; } tern__matmul_work;
+typedef struct tern__matmul_work {
+    const tern_matmul_args *a;
+    const tern_quantize_args *quantize;
+    tern__shape s;
+    int32_t by_token;
+} tern__matmul_work;
 
 static void tern__matmul_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
 {
@@ -6458,7 +6617,8 @@ enum {
 };
 typedef char tern__whole_tiles[TERN__M_BLOCK % (TERN__M_BLOCK > 84 ? 84 : TERN__ROWS_SCALAR) == 0 ? 1 : -1];
 typedef struct tern__work {
-    float a[TERN__DEEP][TERN__M_BLOCK * (TERN__K_BLOCK + TERN__SPOILED)], b[TERN__K_BLOCK * TERN__LANES], sum[TERN__STRIPS][TERN__M_BLOCK * TERN__LANES];
+    float a[TERN__DEEP][TERN__M_BLOCK * (TERN__K_BLOCK + TERN__SPOILED)], b[TERN__K_BLOCK * TERN__LANES],
+          sum[TERN__STRIPS][TERN__M_BLOCK * TERN__LANES];
     float ds[TERN__QUERIES * TERN__DS]; /* of an attention's backward */
 } tern__work;
 typedef enum { TERN__B_FLOATS, TERN__B_WEIGHTS, TERN__B_QUANTIZED, TERN__B_BITS } tern__operand;
@@ -6502,8 +6662,8 @@ static void tern__fill_bits(const int8_t *bits, int64_t stride, int64_t first, c
 
 /* Inputs [in_group, in_group + lanes) of a group, panel by panel; k0 is a multiple of 16. scale: of the rows (up to 16 that
    serve every panel), or NULL for their own. */
-static void tern__fill_weights(const tern__kernels *k, const tern_matrix *m, const tern__shape *s, int64_t k0, int64_t len, int64_t group, int64_t in_group, int64_t lanes,
-                               const float *scale, float *b)
+static void tern__fill_weights(const tern__kernels *k, const tern_matrix *m, const tern__shape *s, int64_t k0, int64_t len, int64_t group,
+                               int64_t in_group, int64_t lanes, const float *scale, float *b)
 {
     const int64_t first = in_group / s->unit * s->unit, end = in_group + lanes;
     int8_t t[TERN__ROWS][64];
@@ -6513,13 +6673,15 @@ static void tern__fill_weights(const tern__kernels *k, const tern_matrix *m, con
         const uint8_t *unit = (const uint8_t *)m->trits + panel * s->panel_bytes + (group * s->group_units + first / s->unit) * TERN__UNIT;
         float buffer[TERN__ROWS];
         k->trits(m->encoding == TERN_BASE3, tern__ceil_div(end - first, s->unit), unit, t[0]);
-        k->scaled(tern__min(TERN__ROWS, len - j), lanes, t[0] + (in_group - first), 64, scale ? scale : tern__panel_scales(m, s, panel, group, buffer), b + j * TERN__LANES);
+        k->scaled(tern__min(TERN__ROWS, len - j), lanes, t[0] + (in_group - first), 64,
+                  scale ? scale : tern__panel_scales(m, s, panel, group, buffer), b + j * TERN__LANES);
     }
 }
 
 /* Rows [k0, k0 + len) and columns [n0, n0 + lanes) of the right operand; the other lanes are zero. scale: of these rows, which
    QUANTIZED and BITS need; for WEIGHTS as in tern__fill_weights. */
-static void tern__gemm_fill(const tern__kernels *k, const tern__gemm *g, const tern__shape *s, int64_t k0, int64_t len, int64_t n0, int64_t lanes, const float *scale, float *b)
+static void tern__gemm_fill(const tern__kernels *k, const tern__gemm *g, const tern__shape *s, int64_t k0, int64_t len, int64_t n0,
+                            int64_t lanes, const float *scale, float *b)
 {
     int64_t l, run;
     if (lanes < TERN__LANES) memset(b, 0, sizeof(float) * (size_t)(len * TERN__LANES));
@@ -6530,27 +6692,33 @@ static void tern__gemm_fill(const tern__kernels *k, const tern__gemm *g, const t
             run = tern__min(lanes - l, s->group - in_group);
             if (g->operand == TERN__B_WEIGHTS) tern__fill_weights(k, g->w, s, k0, len, group, in_group, run, scale, b + l);
             else if (g->operand == TERN__B_BITS)
-                tern__fill_bits(g->q + k0 * s->stride + group * tern__bit_words(s->group_units, s->unit) * 4, s->stride, in_group, scale, len, run, b + l);
+                tern__fill_bits(g->q + k0 * s->stride + group * tern__bit_words(s->group_units, s->unit) * 4, s->stride, in_group, scale,
+                                len, run, b + l);
             else k->scaled(len, run, g->q + k0 * s->stride + group * s->group_units * s->unit + in_group, s->stride, scale, b + l);
         }
 }
 
 /* Products of pairs take the scales of a right operand on the other side, where they are rounded with their term: what remains
    is exact in bf16. So [len] scales of terms from k0 on; not of weights in groups, which have several. */
-static int32_t tern__scales_apart(const tern__gemm *g, const tern__shape *s) { return g->operand != TERN__B_FLOATS && (g->operand != TERN__B_WEIGHTS || s->groups == 1); }
+static int32_t tern__scales_apart(const tern__gemm *g, const tern__shape *s)
+{
+    return g->operand != TERN__B_FLOATS && (g->operand != TERN__B_WEIGHTS || s->groups == 1);
+}
 static void tern__gemm_scales(const tern__gemm *g, const tern__shape *s, int64_t k0, int64_t len, float *scale)
 {
     const int32_t apart = tern__scales_apart(g, s);
     float buffer[TERN__ROWS];
     int64_t j, i;
     for (j = 0; j < len; j += TERN__ROWS) {
-        const float *own = !apart ? NULL : g->operand == TERN__B_WEIGHTS ? tern__panel_scales(g->w, s, (k0 + j) / TERN__ROWS, 0, buffer) : g->scale + k0 + j;
+        const float *own = !apart ? NULL : g->operand == TERN__B_WEIGHTS ? tern__panel_scales(g->w, s, (k0 + j) / TERN__ROWS, 0, buffer)
+                         : g->scale + k0 + j;
         for (i = j; i < tern__min(j + TERN__ROWS, len); i++) scale[i] = own ? own[i - j] : 1.0f;
     }
 }
 
 /* As tern__gemm_fill, into pairs: 32 terms at a time, whose floats stay in L1. */
-static void tern__gemm_fill_pairs(const tern__kernels *k, const tern__gemm *g, const tern__shape *s, int64_t k0, int64_t len, int64_t n0, int64_t lanes, float *to)
+static void tern__gemm_fill_pairs(const tern__kernels *k, const tern__gemm *g, const tern__shape *s, int64_t k0, int64_t len, int64_t n0,
+                                  int64_t lanes, float *to)
 {
     float b[TERN__LANES * TERN__LANES], one[TERN__LANES];
     int64_t j;
@@ -6579,7 +6747,8 @@ static void tern__gemm_store(const float *sum, int32_t add, int64_t lanes, float
 static int64_t tern__tile_at(const tern__kernels *k, int64_t row, int64_t len) { return row * len + row / k->rows * TERN__SPOILED; }
 
 /* Terms [at, at + len) of rows [m0, m0 + rows), packed by tiles. */
-static void tern__gemm_pack(const tern__kernels *k, const tern__gemm *g, const tern__shape *s, int64_t m0, int64_t rows, int64_t at, int64_t len, float *to)
+static void tern__gemm_pack(const tern__kernels *k, const tern__gemm *g, const tern__shape *s, int64_t m0, int64_t rows, int64_t at,
+                            int64_t len, float *to)
 {
     const int64_t step = g->a_col == 1 ? len : 32; /* terms: lines of a column-major block are not left half read */
     const int64_t tall = g->pairs ? (int64_t)TERN__ROWS : k->rows;
@@ -6630,7 +6799,8 @@ static int64_t tern__gemm_len(const tern__gemm *g, int64_t at)
 {
     const int64_t wide = g->pairs ? 2 : 1; /* terms in a word */
     const int64_t left = tern__min(TERN__SEGMENT - at % TERN__SEGMENT, g->k - at);
-    return tern__min(left, tern__ceil_div(tern__ceil_div(left, tern__ceil_div(left, wide * TERN__K_BLOCK)), wide * TERN__ROWS) * (wide * TERN__ROWS));
+    return tern__min(left, tern__ceil_div(tern__ceil_div(left, tern__ceil_div(left, wide * TERN__K_BLOCK)), wide * TERN__ROWS)
+                           * (wide * TERN__ROWS));
 }
 
 /* A strip's sums need no memory of their own where all of its terms are packed. */
@@ -6638,7 +6808,8 @@ static int32_t tern__gemm_at_once(const tern__gemm *g) { return g->k <= TERN__DE
 
 /* Some rows by some strips of 32 columns. Sums run in order within segments of 2048 terms; segment sums are added in
    order. */
-static void tern__gemm_block(const tern__kernels *k, const tern__gemm *g, int64_t m0, int64_t rows, int64_t s0, int64_t strips, tern__work *w)
+static void tern__gemm_block(const tern__kernels *k, const tern__gemm *g, int64_t m0, int64_t rows, int64_t s0, int64_t strips,
+                             tern__work *w)
 {
     const int32_t deep = g->add && g->k > TERN__SEGMENT, at_once = tern__gemm_at_once(g), most = at_once ? TERN__DEEP : 1;
     int64_t begin, end, at, len, i;
@@ -6699,7 +6870,8 @@ static int64_t tern__gemm_items(tern__gemm *g, const tern__kernels *k, int64_t w
 #ifdef __cplusplus
 extern "C"
 #endif
-void cblas_sgemm(int order, int turn_a, int turn_b, int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc);
+void cblas_sgemm(int order, int turn_a, int turn_b, int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb,
+                 float beta, float *c, int ldc);
 enum { TERN__BLAS_ROWS = 101, TERN__BLAS_PLAIN = 111, TERN__BLAS_TURNED = 112 };
 
 /* How BLAS reads [rows, cols] with these strides, and its leading dimension; 0 where it cannot. */
@@ -6723,7 +6895,8 @@ static int32_t tern__gemm_blas(const tern__kernels *k, const tern__gemm *g, tern
     turn_b = g->operand == TERN__B_FLOATS ? tern__blas_side(g->k, g->n, g->b_row, g->b_col, &ldb) : TERN__BLAS_PLAIN;
     if (!turn_a || !turn_b || tern__max(tern__max(g->m, g->n), tern__max(g->k, g->c_row)) > INT32_MAX) return 0;
     if (g->operand == TERN__B_FLOATS)
-        cblas_sgemm(TERN__BLAS_ROWS, turn_a, turn_b, (int)g->m, (int)g->n, (int)g->k, 1.0f, g->a, lda, g->b, ldb, g->add ? 1.0f : 0.0f, g->c, (int)g->c_row);
+        cblas_sgemm(TERN__BLAS_ROWS, turn_a, turn_b, (int)g->m, (int)g->n, (int)g->k, 1.0f, g->a, lda, g->b, ldb, g->add ? 1.0f : 0.0f,
+                    g->c, (int)g->c_row);
     else s = tern__shape_of(g->w);
     for (n0 = 0; g->operand != TERN__B_FLOATS && n0 < g->n; n0 += cols)
         for (cols = tern__min(most, g->n - n0), at = 0; at < g->k; at += len) {
@@ -6732,8 +6905,8 @@ static int32_t tern__gemm_blas(const tern__kernels *k, const tern__gemm *g, tern
                 tern__gemm_fill(k, g, &s, at, len, n0 + l, tern__min(TERN__LANES, cols - l), g->scale ? g->scale + at : NULL, w->b);
                 for (j = 0; j < len; j++) memcpy(block + j * most + l, w->b + j * TERN__LANES, sizeof(float) * TERN__LANES);
             }
-            cblas_sgemm(TERN__BLAS_ROWS, turn_a, TERN__BLAS_PLAIN, (int)g->m, (int)cols, (int)len, 1.0f, g->a + at * g->a_col, lda, block, (int)most,
-                        g->add || at ? 1.0f : 0.0f, g->c + n0, (int)g->c_row);
+            cblas_sgemm(TERN__BLAS_ROWS, turn_a, TERN__BLAS_PLAIN, (int)g->m, (int)cols, (int)len, 1.0f, g->a + at * g->a_col, lda, block,
+                        (int)most, g->add || at ? 1.0f : 0.0f, g->c + n0, (int)g->c_row);
         }
     for (j = 0; g->bias && j < g->m; j++)
         for (l = 0; l < g->n; l++) g->c[j * g->c_row + l] = g->c[j * g->c_row + l] + g->bias[l];
@@ -7368,7 +7541,8 @@ static void tern__route_token(const tern__kernels *k, const tern_route_args *a, 
 }
 
 /* dlogits of the weights: w (dw - sum of w dw) for those that share a softmax with the selected, whose dw is 0 elsewhere. */
-static void tern__route_back(const tern__kernels *k, const tern_route_args *a, const float *p, const int32_t *ids, const float *weights, const float *dw, float *dx)
+static void tern__route_back(const tern__kernels *k, const tern_route_args *a, const float *p, const int32_t *ids, const float *weights,
+                             const float *dw, float *dx)
 {
     float terms[TERN__MAX_EXPERTS], sum;
     int32_t i;
@@ -7379,7 +7553,10 @@ static void tern__route_back(const tern__kernels *k, const tern_route_args *a, c
 }
 
 /* What a load adds to the gradient of the load-balance loss in a share. */
-TERN__ANYWHERE float tern__balance_factor(const tern_route_args *a) { return a->balance * (float)a->count / ((float)a->n * (float)a->n * (float)a->k); }
+TERN__ANYWHERE float tern__balance_factor(const tern_route_args *a)
+{
+    return a->balance * (float)a->count / ((float)a->n * (float)a->n * (float)a->k);
+}
 
 /* and of the load-balance loss, whose gradient in p[i] is g[i]. */
 static void tern__balance_back(const tern__kernels *k, const tern_route_args *a, const float *p, float *dx)
@@ -7453,7 +7630,8 @@ static void tern__row_dot_body(tern__job *job, int64_t begin, int64_t end, int64
     int64_t i;
     (void)bad;
     for (i = begin; i < end; i++)
-        if (a->ids[i] >= 0 && a->ids[i] < a->rows && a->to[i] >= 0 && a->to[i] < a->count) a->y[a->to[i]] = tern__sum_pairs(job->k, 0, a->cols, a->a + a->ids[i] * a->cols, a->b + i * a->cols);
+        if (a->ids[i] >= 0 && a->ids[i] < a->rows && a->to[i] >= 0 && a->to[i] < a->count)
+            a->y[a->to[i]] = tern__sum_pairs(job->k, 0, a->cols, a->a + a->ids[i] * a->cols, a->b + i * a->cols);
 }
 
 static tern_result tern__cpu_row_dot(tern_run *run, const tern_row_dot_args *a)
@@ -7536,7 +7714,8 @@ static void tern__aggregate_row(tern__job *job, int64_t row, int64_t begin, int6
     }
     part = a->edges.part[tern__first_hub(&a->edges, row)] - a->edges.part[0];
     for (s = begin > place ? tern__ceil_div(begin - place, TERN__EDGES) : 0; s * TERN__EDGES < n && place + s * TERN__EDGES < end; s++)
-        tern__aggregate_some(job->k, a, first + s * TERN__EDGES, tern__min(TERN__EDGES, n - s * TERN__EDGES), 1.0f, a->part + (part + s) * a->cols);
+        tern__aggregate_some(job->k, a, first + s * TERN__EDGES, tern__min(TERN__EDGES, n - s * TERN__EDGES), 1.0f,
+                             a->part + (part + s) * a->cols);
 }
 
 static void tern__aggregate_body(tern__job *job, int64_t begin, int64_t end, int64_t *bad)
@@ -7552,7 +7731,8 @@ static void tern__aggregate_hubs(tern__job *job, int64_t begin, int64_t end, int
     const tern_aggregate_args *a = (const tern_aggregate_args *)job->arg;
     int64_t h, s, j;
     for (h = begin; h < end; h++) {
-        const int64_t row = a->edges.hub[h] - a->edges.first, parts = tern__ceil_div(a->edges.start[row + 1] - a->edges.start[row], TERN__EDGES);
+        const int64_t row = a->edges.hub[h] - a->edges.first,
+                      parts = tern__ceil_div(a->edges.start[row + 1] - a->edges.start[row], TERN__EDGES);
         const float *part = a->part + (a->edges.part[h] - a->edges.part[0]) * a->cols;
         float *y = a->y + row * a->cols;
         memcpy(y, part, sizeof(float) * (size_t)a->cols);
@@ -7947,7 +8127,8 @@ static tern__head tern__head_of(const tern_attention_args *a, int64_t batch, int
 static int64_t tern__seen_keys(const tern_attention_args *a, int64_t query, int64_t count) { return a->keys - a->queries + query + count; }
 
 /* y [queries, dim] = p x, x [keys, dim]. */
-static void tern__attend(const tern__kernels *k, const tern_attention_args *a, const float *p, const float *x, int64_t x_row, int32_t fused, float *y, int64_t y_row, tern__work *w)
+static void tern__attend(const tern__kernels *k, const tern_attention_args *a, const float *p, const float *x, int64_t x_row, int32_t fused,
+                         float *y, int64_t y_row, tern__work *w)
 {
     int64_t i, rows;
     for (i = 0; i < a->queries; i += rows) {
@@ -7961,7 +8142,8 @@ static void tern__attend(const tern__kernels *k, const tern_attention_args *a, c
 }
 
 /* y [keys, dim] (+)= p^T x, x [queries, dim]. */
-static void tern__attend_back(const tern__kernels *k, const tern_attention_args *a, const tern__head *h, const float *x, int64_t x_row, float *y, int64_t y_row, tern__work *w)
+static void tern__attend_back(const tern__kernels *k, const tern_attention_args *a, const tern__head *h, const float *x, int64_t x_row,
+                              float *y, int64_t y_row, tern__work *w)
 {
     int64_t i, rows;
     for (i = 0; i < a->keys; i += rows) {
@@ -8001,7 +8183,8 @@ static void tern__score_back(int64_t n, const float *__restrict ds, float delta,
 }
 
 /* Rows of dS = P (dY V^T - <dy, y>) / sqrt(dim), in place of P. */
-static void tern__attention_scores_back(const tern__kernels *k, const tern_attention_args *a, const tern__head *h, int64_t query, int64_t rows, tern__work *w)
+static void tern__attention_scores_back(const tern__kernels *k, const tern_attention_args *a, const tern__head *h, int64_t query,
+                                        int64_t rows, tern__work *w)
 {
     const int64_t width = (int64_t)a->heads * a->dim, seen = tern__seen_keys(a, query, rows);
     const float *dy = a->dy + (h->y - a->y) + query * width, *y = h->y + query * width;
@@ -8209,7 +8392,9 @@ static void tern__scale_body(tern__job *job, int64_t begin, int64_t end, int64_t
         for (col = 0; col < a->m.cols; col += n) {
             n = tern__min(TERN__BLOCK, a->m.cols - col);
             tern__unpack_range(&a->m, &work->s, row, col, n, trits);
-            for (j = 0; j < n; j++) term[j] = tern__scale_term(a, tern__load_float(a->type, a->w, first + col + j), scale, (float)trits[j], a->dw[first + col + j]);
+            for (j = 0; j < n; j++)
+                term[j] = tern__scale_term(a, tern__load_float(a->type, a->w, first + col + j), scale, (float)trits[j],
+                                           a->dw[first + col + j]);
             tern__tree_push(&tree, job->k->sum(TERN_SUM, n, term));
         }
         work->sums[i] = tern__tree_total(&tree);
@@ -8294,7 +8479,8 @@ static void tern__round_rows(const tern__kernels *k, const tern__round_work *w, 
         for (t = first; t < first + tokens; t++) {
             const int64_t at = t * a->cols + i;
             if (inverse[t - first] == 0.0f) memset(a->q + at, 0, (size_t)n);
-            else k->round_up(&random, (uint64_t)(t * blocks + i / 8), n, a->x + at, gain, a->row ? a->row[t] : 1.0f, inverse[t - first], a->q + at);
+            else k->round_up(&random, (uint64_t)(t * blocks + i / 8), n, a->x + at, gain, a->row ? a->row[t] : 1.0f,
+                             inverse[t - first], a->q + at);
         }
     }
 }
@@ -8346,7 +8532,8 @@ static void tern__round_whole_body(tern__job *job, int64_t begin, int64_t end, i
     int64_t first, t;
     (void)bad;
     for (t = 0; t < TERN__ROUND_TOKENS; t++) inverse[t] = w->scale;
-    for (first = begin; first < end; first += TERN__ROUND_TOKENS) tern__round_rows(job->k, w, first, tern__min(TERN__ROUND_TOKENS, end - first), inverse);
+    for (first = begin; first < end; first += TERN__ROUND_TOKENS)
+        tern__round_rows(job->k, w, first, tern__min(TERN__ROUND_TOKENS, end - first), inverse);
 }
 
 static tern_result tern__cpu_round_i8(tern_run *run, const tern_round_i8_args *a)
@@ -8386,7 +8573,8 @@ static void tern__dequantize_body(tern__job *job, int64_t begin, int64_t end, in
     (void)bad;
     for (t = begin; t < end; t++)
         for (i = 0; i < a->cols; i += TERN__LANES)
-            tern__dequantize_block(a->x + t * a->cols + i, a->scale[a->whole ? 0 : t], a->add, tern__min(TERN__LANES, a->cols - i), a->y + t * a->y_row + i);
+            tern__dequantize_block(a->x + t * a->cols + i, a->scale[a->whole ? 0 : t], a->add, tern__min(TERN__LANES, a->cols - i),
+                                   a->y + t * a->y_row + i);
 }
 
 static tern_result tern__cpu_dequantize(tern_run *run, const tern_dequantize_args *a)
@@ -8478,7 +8666,8 @@ static void tern__flip_group(const tern__kernels *k, const tern__flip_work *w, i
         for (r = 0; r < rows; r++) {
             const int64_t at = (row + r) * m->cols + col;
             int32_t events[2] = {0, 0};
-            k->push(&w->push, (uint64_t)((row + r) * blocks + col / 8), col % 8, n, w->a->grad + at, w->a->accum + at, t + r * TERN__NARROW, events);
+            k->push(&w->push, (uint64_t)((row + r) * blocks + col / 8), col % 8, n, w->a->grad + at, w->a->accum + at,
+                    t + r * TERN__NARROW, events);
             count->flips += events[0];
             count->saturated += events[1];
             flipped[r] |= events[0];
@@ -8678,7 +8867,8 @@ static tern_result tern__choose(tern_run *r, tern_isa isa_max, const tern_backen
             TERN__REQUIRE(r, named != TERN__ISA_END, TERN_E_ARGUMENT, "open: TERNARY_ISA=%s is not one of:" TERN_TIERS(TERN__TIER), wanted);
 #undef TERN__TIER
             if (isa == TERN_ISA_BEST || named < isa) isa = named;
-            TERN__REQUIRE(r, isa != named || tern_cpu_backend(named), TERN_E_UNSUPPORTED, "open: TERNARY_ISA=%s is not supported by this machine or build", wanted);
+            TERN__REQUIRE(r, isa != named || tern_cpu_backend(named), TERN_E_UNSUPPORTED,
+                          "open: TERNARY_ISA=%s is not supported by this machine or build", wanted);
         }
     }
 #endif
@@ -8809,10 +8999,12 @@ static tern_result tern__check_rule(tern_run *r, const char *name, tern_rule rul
     TERN__REQUIRE(r, rule != TERN_SEQ || m->grain == TERN_PER_ROW, TERN_E_ARGUMENT,
                   "%s: rule seq learns a scale for each row; the grain is %d, not %d", name, (int64_t)m->grain, (int64_t)TERN_PER_ROW);
     TERN__REQUIRE(r, rho >= 0 && rho < 1, TERN_E_ARGUMENT, "%s: rho is not in [0, 1)", name);
-    TERN__REQUIRE(r, rho == 0 || rule <= TERN_TWN, TERN_E_ARGUMENT, "%s: rho averages scales taken from the weights; those of rule %d are not", name, (int64_t)(int32_t)rule);
+    TERN__REQUIRE(r, rho == 0 || rule <= TERN_TWN, TERN_E_ARGUMENT,
+                  "%s: rho averages scales taken from the weights; those of rule %d are not", name, (int64_t)(int32_t)rule);
     TERN__REQUIRE(r, rho == 0 || m->scale_type == TERN_TYPE_DEFAULT || m->scale_type == TERN_F32, TERN_E_ARGUMENT,
                   "%s: rho needs scales of TERN_F32, not of type %d", name, (int64_t)m->scale_type);
-    TERN__REQUIRE(r, noise >= 0 && tern__finite(noise) && zone >= 0 && tern__finite(zone), TERN_E_ARGUMENT, "%s: noise or zone is negative or not finite", name);
+    TERN__REQUIRE(r, noise >= 0 && tern__finite(noise) && zone >= 0 && tern__finite(zone), TERN_E_ARGUMENT,
+                  "%s: noise or zone is negative or not finite", name);
     return TERN_OK;
 }
 
@@ -8825,7 +9017,8 @@ static tern_result tern__check_theta(tern_run *r, const char *op, const char *na
 static tern_result tern__check_ternarize(tern_run *r, const tern_ternarize_args *a)
 {
     TERN__TRY(tern__check_packed(r, "ternarize", &a->m));
-    TERN__REQUIRE(r, (int32_t)a->rule >= 0 && a->rule < TERN_DENSE, TERN_E_ARGUMENT, "ternarize: rule %d does not ternarize", (int64_t)(int32_t)a->rule);
+    TERN__REQUIRE(r, (int32_t)a->rule >= 0 && a->rule < TERN_DENSE, TERN_E_ARGUMENT,
+                  "ternarize: rule %d does not ternarize", (int64_t)(int32_t)a->rule);
     TERN__TRY(tern__check_rule(r, "ternarize", a->rule, &a->m, a->rho, a->noise, a->zone));
     if (tern__is_learned(a->rule)) TERN__NEED("ternarize", alpha);
     if (a->accum) TERN__TRY(tern__check_theta(r, "ternarize", "theta", a->theta));
@@ -8872,7 +9065,8 @@ static tern_result tern__check_quantize(tern_run *r, const tern_quantize_args *a
     TERN__REQUIRE(r, a->norm == TERN_NORM_NONE || (a->norm == TERN_NORM_RMS && a->eps > 0 && tern__finite(a->eps)), TERN_E_ARGUMENT,
                   "quantize: norm %d is unknown or its eps is not positive and finite", (int64_t)(int32_t)a->norm);
     TERN__TRY(tern__check_act(r, "quantize", a->act));
-    TERN__REQUIRE(r, a->act != TERN_ACT_BIT || (a->norm == TERN_NORM_NONE && !a->gain), TERN_E_ARGUMENT, "quantize: bits take neither norm nor gain");
+    TERN__REQUIRE(r, a->act != TERN_ACT_BIT || (a->norm == TERN_NORM_NONE && !a->gain), TERN_E_ARGUMENT,
+                  "quantize: bits take neither norm nor gain");
     return TERN_OK;
 }
 
@@ -8907,7 +9101,8 @@ static tern_result tern__check_matmul_fixed(tern_run *r, const tern_matmul_fixed
 
 static tern_result tern__check_factors(tern_run *r, const char *op, tern_type type)
 {
-    TERN__REQUIRE(r, type == TERN_TYPE_DEFAULT || type == TERN_F32 || type == TERN_BF16, TERN_E_ARGUMENT, "%s: factors of type %d, not TERN_F32 or TERN_BF16", op, (int64_t)(int32_t)type);
+    TERN__REQUIRE(r, type == TERN_TYPE_DEFAULT || type == TERN_F32 || type == TERN_BF16, TERN_E_ARGUMENT,
+                  "%s: factors of type %d, not TERN_F32 or TERN_BF16", op, (int64_t)(int32_t)type);
     return TERN_OK;
 }
 
@@ -8957,7 +9152,8 @@ static tern_result tern__check_dense(tern_run *r, const tern_dense_args *a)
 static tern_result tern__check_dense_i8(tern_run *r, const tern_dense_i8_args *a)
 {
     TERN__REQUIRE(r, a->k > 0 && a->n > 0, TERN_E_SHAPE, "dense_i8: [%d x %d] * [%d x %d]; all must be positive", a->m, a->k, a->k, a->n);
-    TERN__REQUIRE(r, a->k <= TERN__I8_MOST_K, TERN_E_SHAPE, "dense_i8: k = %d exceeds %d, the limit of exact int32 sums", a->k, (int64_t)TERN__I8_MOST_K);
+    TERN__REQUIRE(r, a->k <= TERN__I8_MOST_K, TERN_E_SHAPE,
+                  "dense_i8: k = %d exceeds %d, the limit of exact int32 sums", a->k, (int64_t)TERN__I8_MOST_K);
     TERN__TRY(tern__check_count(r, "dense_i8", "m", a->m, tern__add(a->k, a->n)));
     TERN__REQUIRE(r, a->a_row >= 0 && a->a_col >= 0 && a->b_row >= 0 && a->b_col >= 0 && a->c_row >= a->n, TERN_E_SHAPE,
                   "dense_i8: strides must not be negative, and c_row = %d at least n = %d", a->c_row, a->n);
@@ -9000,7 +9196,8 @@ static tern_result tern__check_scatter(tern_run *r, const tern_scatter_args *a)
 /* n tokens that choose k of `count` experts. */
 static tern_result tern__check_choice(tern_run *r, const char *op, int64_t n, int64_t count, int64_t k)
 {
-    TERN__REQUIRE(r, count > 0 && count <= TERN__MAX_EXPERTS, TERN_E_SHAPE, "%s: %d experts; 1 to %d can be routed to", op, count, (int64_t)TERN__MAX_EXPERTS);
+    TERN__REQUIRE(r, count > 0 && count <= TERN__MAX_EXPERTS, TERN_E_SHAPE,
+                  "%s: %d experts; 1 to %d can be routed to", op, count, (int64_t)TERN__MAX_EXPERTS);
     TERN__REQUIRE(r, k > 0 && k <= count, TERN_E_SHAPE, "%s: k = %d of %d experts", op, k, count);
     TERN__TRY(tern__check_count(r, op, "n", n, count));
     TERN__REQUIRE(r, tern__mul(n, count) <= INT32_MAX, TERN_E_OVERFLOW, "%s: n = %d x %d experts is beyond int32", op, n, count);
@@ -9010,7 +9207,8 @@ static tern_result tern__check_choice(tern_run *r, const char *op, int64_t n, in
 static tern_result tern__check_route(tern_run *r, const tern_route_args *a)
 {
     TERN__TRY(tern__check_choice(r, "route", a->n, a->count, a->k));
-    TERN__REQUIRE(r, (int32_t)a->kind >= 0 && a->kind <= TERN_ROUTE_ALL, TERN_E_ARGUMENT, "route: kind %d is unknown", (int64_t)(int32_t)a->kind);
+    TERN__REQUIRE(r, (int32_t)a->kind >= 0 && a->kind <= TERN_ROUTE_ALL, TERN_E_ARGUMENT,
+                  "route: kind %d is unknown", (int64_t)(int32_t)a->kind);
     TERN__REQUIRE(r, tern__finite(a->balance), TERN_E_ARGUMENT, "route: balance is not finite");
     TERN__NEED("route", logits);
     TERN__NEED("route", ids);
@@ -9053,8 +9251,9 @@ static tern_result tern__check_aggregate(tern_run *r, const tern_aggregate_args 
     TERN__TRY(tern__check_count(r, "aggregate", "cols", a->cols, 1));
     TERN__TRY(tern__check_count(r, "aggregate", "rows", e->rows, a->cols));
     TERN__TRY(tern__check_count(r, "aggregate", "sources", e->sources, tern__max(a->cols, a->q ? a->q_row : 0)));
-    TERN__REQUIRE(r, e->count >= 0 && e->first >= 0 && e->hubs >= 0 && e->parts >= e->hubs && tern__fits(tern__mul(e->count, 4)) && tern__fits(tern__mul(tern__mul(e->parts, a->cols), 4)),
-                  TERN_E_SHAPE, "aggregate: %d edges, %d hubs and %d parts", e->count, e->hubs, e->parts);
+    TERN__REQUIRE(r, e->count >= 0 && e->first >= 0 && e->hubs >= 0 && e->parts >= e->hubs && tern__fits(tern__mul(e->count, 4))
+                     && tern__fits(tern__mul(tern__mul(e->parts, a->cols), 4)), TERN_E_SHAPE,
+                  "aggregate: %d edges, %d hubs and %d parts", e->count, e->hubs, e->parts);
     TERN__TRY(tern__check_pointer(r, "aggregate", "edges.start", e->start, TERN__INT64_ALIGN));
     if (e->count) TERN__TRY(tern__check_pointer(r, "aggregate", "edges.entry", e->entry, 4));
     if (e->hubs) {
@@ -9065,7 +9264,8 @@ static tern_result tern__check_aggregate(tern_run *r, const tern_aggregate_args 
     TERN__MAY("aggregate", left);
     TERN__MAY("aggregate", right);
     if (a->q) {
-        TERN__REQUIRE(r, a->q_row >= a->cols && a->q_row % 16 == 0, TERN_E_SHAPE, "aggregate: q_row = %d; it must be a multiple of 16, at least cols = %d", a->q_row, a->cols);
+        TERN__REQUIRE(r, a->q_row >= a->cols && a->q_row % 16 == 0, TERN_E_SHAPE,
+                      "aggregate: q_row = %d; it must be a multiple of 16, at least cols = %d", a->q_row, a->cols);
         TERN__NEED("aggregate", scale);
     } else TERN__NEED("aggregate", x);
     TERN__NEED("aggregate", y);
@@ -9124,7 +9324,8 @@ static tern_result tern__check_cast(tern_run *r, const tern_cast_args *a)
 static tern_result tern__check_map(tern_run *r, const tern_map_args *a)
 {
     const int32_t two = a->fn == TERN_MAP_ADD || a->fn == TERN_MAP_MUL;
-    TERN__REQUIRE(r, (int32_t)a->fn >= 0 && a->fn <= TERN_MAP_GELU, TERN_E_ARGUMENT, "map: function %d is unknown", (int64_t)(int32_t)a->fn);
+    TERN__REQUIRE(r, (int32_t)a->fn >= 0 && a->fn <= TERN_MAP_GELU, TERN_E_ARGUMENT,
+                  "map: function %d is unknown", (int64_t)(int32_t)a->fn);
     TERN__TRY(tern__check_count(r, "map", "count", a->count, 1));
     if (!a->dy || a->fn == TERN_MAP_MUL || a->fn >= TERN_MAP_RELU) TERN__NEED("map", a);
     if ((!a->dy && two) || a->fn == TERN_MAP_MUL) TERN__NEED("map", b);
@@ -9157,11 +9358,13 @@ static tern_result tern__check_rope(tern_run *r, const tern_rope_args *a)
     TERN__REQUIRE(r, a->dim > 0 && a->dim % 2 == 0 && a->dim <= TERN__MAX_HEAD, TERN_E_SHAPE,
                   "rope: dim = %d; it must be even, 2 to %d", (int64_t)a->dim, (int64_t)TERN__MAX_HEAD);
     TERN__TRY(tern__check_count(r, "rope", "heads", a->heads, a->dim));
-    TERN__REQUIRE(r, a->stride >= (int64_t)a->heads * a->dim, TERN_E_SHAPE, "rope: stride %d is below heads x dim = %d", a->stride, (int64_t)a->heads * a->dim);
+    TERN__REQUIRE(r, a->stride >= (int64_t)a->heads * a->dim, TERN_E_SHAPE,
+                  "rope: stride %d is below heads x dim = %d", a->stride, (int64_t)a->heads * a->dim);
     TERN__TRY(tern__check_count(r, "rope", "n", a->n, a->stride));
     TERN__REQUIRE(r, a->start >= 0 && a->period > 0 && a->start <= ((int64_t)1 << 24) - tern__min(a->period, a->n), TERN_E_ARGUMENT,
                   "rope: start %d and period %d leave positions outside 0 .. 2^24", a->start, a->period);
-    TERN__REQUIRE(r, a->base == 0.0f || (a->base >= 1.0f && tern__finite(a->base)), TERN_E_ARGUMENT, "rope: base is neither 0 nor a finite number from 1 on");
+    TERN__REQUIRE(r, a->base == 0.0f || (a->base >= 1.0f && tern__finite(a->base)), TERN_E_ARGUMENT,
+                  "rope: base is neither 0 nor a finite number from 1 on");
     TERN__NEED("rope", x);
     return TERN_OK;
 }
@@ -9173,9 +9376,11 @@ static tern_result tern__check_attention(tern_run *r, const tern_attention_args 
     TERN__REQUIRE(r, a->dim > 0 && a->dim <= TERN__MAX_HEAD, TERN_E_SHAPE,
                   "attention: dim = %d; 1 to %d can be used", (int64_t)a->dim, (int64_t)TERN__MAX_HEAD);
     TERN__REQUIRE(r, a->queries > 0 && a->queries <= a->keys, TERN_E_SHAPE, "attention: %d queries over %d keys", a->queries, a->keys);
-    TERN__REQUIRE(r, a->q_stride >= (int64_t)a->heads * a->dim && a->k_stride >= (int64_t)a->kv_heads * a->dim && a->v_stride >= (int64_t)a->kv_heads * a->dim,
-                  TERN_E_SHAPE, "attention: strides %d, %d, %d are below heads x dim", a->q_stride, a->k_stride, a->v_stride);
-    TERN__TRY(tern__check_count(r, "attention", "batch", a->batch, tern__mul(a->keys, tern__add(a->q_stride, tern__add(a->k_stride, a->v_stride)))));
+    TERN__REQUIRE(r, a->q_stride >= (int64_t)a->heads * a->dim && a->k_stride >= (int64_t)a->kv_heads * a->dim
+                     && a->v_stride >= (int64_t)a->kv_heads * a->dim, TERN_E_SHAPE,
+                  "attention: strides %d, %d, %d are below heads x dim", a->q_stride, a->k_stride, a->v_stride);
+    TERN__TRY(tern__check_count(r, "attention", "batch", a->batch,
+                                tern__mul(a->keys, tern__add(a->q_stride, tern__add(a->k_stride, a->v_stride)))));
     TERN__TRY(tern__check_count(r, "attention", "batch", a->batch, tern__mul(a->heads, tern__mul(a->queries, a->keys))));
     TERN__NEED("attention", q);
     TERN__NEED("attention", k);
@@ -9204,7 +9409,8 @@ static tern_result tern__check_loss(tern_run *r, const tern_loss_args *a)
 
 static tern_result tern__check_sum(tern_run *r, const tern_sum_args *a)
 {
-    TERN__REQUIRE(r, (int32_t)a->kind >= 0 && a->kind <= TERN_SUM_SQUARES, TERN_E_ARGUMENT, "sum: kind %d is unknown", (int64_t)(int32_t)a->kind);
+    TERN__REQUIRE(r, (int32_t)a->kind >= 0 && a->kind <= TERN_SUM_SQUARES, TERN_E_ARGUMENT,
+                  "sum: kind %d is unknown", (int64_t)(int32_t)a->kind);
     TERN__TRY(tern__check_count(r, "sum", "count", a->count, 1));
     TERN__TRY(tern__check_float_type(r, "sum", a->type));
     TERN__TRY(tern__check_pointer(r, "sum", "x", a->x, tern__type_bytes(a->type)));
@@ -9215,7 +9421,8 @@ static tern_result tern__check_sum(tern_run *r, const tern_sum_args *a)
 static tern_result tern__check_optimize(tern_run *r, const tern_optimize_args *a)
 {
     TERN__TRY(tern__check_count(r, "optimize", "count", a->count, 1));
-    TERN__REQUIRE(r, a->kind == TERN_ADAMW || a->kind == TERN_SGD, TERN_E_ARGUMENT, "optimize: optimizer %d is unknown", (int64_t)(int32_t)a->kind);
+    TERN__REQUIRE(r, a->kind == TERN_ADAMW || a->kind == TERN_SGD, TERN_E_ARGUMENT,
+                  "optimize: optimizer %d is unknown", (int64_t)(int32_t)a->kind);
     TERN__REQUIRE(r, a->type == TERN_TYPE_DEFAULT || a->type == TERN_F32 || a->type == TERN_BF16, TERN_E_ARGUMENT,
                   "optimize: weights of type %d; TERN_F32 or TERN_BF16 can be trained", (int64_t)(int32_t)a->type);
     TERN__REQUIRE(r, a->moment_type == TERN_TYPE_DEFAULT || a->moment_type == TERN_F32 || a->moment_type == TERN_BF16, TERN_E_ARGUMENT,
@@ -9226,7 +9433,8 @@ static tern_result tern__check_optimize(tern_run *r, const tern_optimize_args *a
     TERN__TRY(tern__check_pointer(r, "optimize", "w", a->w, tern__type_bytes(a->type)));
     TERN__NEED("optimize", grad);
     TERN__MAY("optimize", norm2);
-    if (a->moment1 || a->kind == TERN_ADAMW) TERN__TRY(tern__check_pointer(r, "optimize", "moment1", a->moment1, tern__type_bytes(a->moment_type)));
+    if (a->moment1 || a->kind == TERN_ADAMW)
+        TERN__TRY(tern__check_pointer(r, "optimize", "moment1", a->moment1, tern__type_bytes(a->moment_type)));
     if (a->kind == TERN_ADAMW) TERN__TRY(tern__check_pointer(r, "optimize", "moment2", a->moment2, tern__type_bytes(a->moment_type)));
     return TERN_OK;
 }
@@ -9276,7 +9484,8 @@ static tern_result tern__check_round_i8(tern_run *r, const tern_round_i8_args *a
         TERN__TRY(tern__check_matrix(r, "round_i8", &a->m));
         TERN__TRY(tern__check_pointer(r, "round_i8", "m.scales", a->m.scales, tern__type_bytes(a->m.scale_type)));
         TERN__REQUIRE(r, a->m.rows == a->cols && a->group >= 0 && a->group < tern__shape_of(&a->m).groups, TERN_E_SHAPE,
-                      "round_i8: scales of %d rows for %d columns, group %d of %d", a->m.rows, a->cols, a->group, tern__shape_of(&a->m).groups);
+                      "round_i8: scales of %d rows for %d columns, group %d of %d", a->m.rows, a->cols, a->group,
+                      tern__shape_of(&a->m).groups);
     }
     TERN__TRY(tern__check_pointer(r, "round_i8", "q", a->q, 1));
     TERN__NEED("round_i8", scale);
@@ -9297,14 +9506,17 @@ static tern_result tern__check_dequantize(tern_run *r, const tern_dequantize_arg
 static tern_result tern__check_flip(tern_run *r, const tern_flip_args *a)
 {
     TERN__TRY(tern__check_packed(r, "flip", &a->m));
-    TERN__REQUIRE(r, a->rule == TERN_FLIP_PROPORTIONAL || a->rule == TERN_FLIP_SIGN, TERN_E_ARGUMENT, "flip: rule %d is unknown", (int64_t)(int32_t)a->rule);
+    TERN__REQUIRE(r, a->rule == TERN_FLIP_PROPORTIONAL || a->rule == TERN_FLIP_SIGN, TERN_E_ARGUMENT,
+                  "flip: rule %d is unknown", (int64_t)(int32_t)a->rule);
     TERN__NEED("flip", grad);
     TERN__TRY(tern__check_pointer(r, "flip", "accum", a->accum, 1));
     TERN__NEED("flip", sum_abs);
     TERN__TRY(tern__check_theta(r, "flip", "theta", a->theta));
     TERN__REQUIRE(r, a->push >= 0.0f && a->push <= 127.0f, TERN_E_ARGUMENT, "flip: push is not in 0 to 127");
-    TERN__REQUIRE(r, a->sign_step >= 0 && a->sign_step <= 127, TERN_E_ARGUMENT, "flip: sign_step is %d, not 0 to 127", (int64_t)a->sign_step);
-    TERN__REQUIRE(r, a->scale_step >= 0 && a->scale_step <= 127, TERN_E_ARGUMENT, "flip: scale_step is %d, not 0 to 127", (int64_t)a->scale_step);
+    TERN__REQUIRE(r, a->sign_step >= 0 && a->sign_step <= 127, TERN_E_ARGUMENT,
+                  "flip: sign_step is %d, not 0 to 127", (int64_t)a->sign_step);
+    TERN__REQUIRE(r, a->scale_step >= 0 && a->scale_step <= 127, TERN_E_ARGUMENT,
+                  "flip: scale_step is %d, not 0 to 127", (int64_t)a->scale_step);
     if (a->scale_step) {
         TERN__TRY(tern__check_theta(r, "flip", "scale_theta", a->scale_theta));
         TERN__REQUIRE(r, (a->m.scale_type == TERN_POW2 || a->m.scale_type == TERN_LOG) && a->votes, TERN_E_ARGUMENT,
@@ -9402,7 +9614,8 @@ static void tern__turns_body(tern__job *job, int64_t begin, int64_t end, int64_t
 }
 
 /* Blocks [begin, end). Errors and faults are those of the first block that has one, whoever took it; no fault is from behind an error. */
-static tern_result tern__take_turns(tern_context *c, tern__turn *turn, const void *arg, int64_t begin, int64_t end, size_t scratch, int64_t cost)
+static tern_result tern__take_turns(tern_context *c, tern__turn *turn, const void *arg, int64_t begin, int64_t end,
+                                    size_t scratch, int64_t cost)
 {
     const int32_t workers = c->run.parallel.workers;
     int32_t i, failed = 0, faulted = 0;
@@ -9419,7 +9632,8 @@ static tern_result tern__take_turns(tern_context *c, tern__turn *turn, const voi
         if (t.failed[i] < t.failed[failed]) failed = i;
         if (t.faulted[i] < t.faulted[faulted]) faulted = i;
     }
-    if (c->run.fault.code == TERN_OK && t.faulted[faulted] != INT32_MAX && t.faulted[faulted] <= t.failed[failed]) c->run.fault = t.fault[faulted];
+    if (c->run.fault.code == TERN_OK && t.faulted[faulted] != INT32_MAX && t.faulted[faulted] <= t.failed[failed])
+        c->run.fault = t.fault[faulted];
     if (t.failed[failed] == INT32_MAX) return TERN_OK;
     c->run.error = t.error[failed];
     return t.result[failed];
@@ -9446,7 +9660,8 @@ TERN_API tern_matrix tern_param_matrix(const tern_param *p)
     return m;
 }
 
-static const char *const tern__buffer_names[TERN_BUFFERS] = {"trits", "scales", "shadow", "gradient", "first moment", "second moment", "accumulator", "votes"};
+static const char *const tern__buffer_names[TERN_BUFFERS] = {"trits", "scales", "shadow", "gradient", "first moment", "second moment",
+                                                             "accumulator", "votes"};
 
 /* The type that a buffer is read as. */
 static tern_type tern__buffer_type(const tern_param *p, int32_t which)
@@ -9472,7 +9687,8 @@ static tern_result tern__check_integer(tern_run *r, const tern_param *p, int32_t
     TERN__REQUIRE(r, !(buffers >> TERN_SHADOW & 1), TERN_E_ARGUMENT, "%s: a shadow and an accumulator exclude each other", p->name);
     TERN__REQUIRE(r, !tern__is_learned(p->rule), TERN_E_ARGUMENT, "%s: a learned scale and an accumulator exclude each other", p->name);
     TERN__REQUIRE(r, !p->dead, TERN_E_ARGUMENT, "%s: a dead zone needs a shadow, which an accumulator excludes", p->name);
-    TERN__REQUIRE(r, !p->sync, TERN_E_ARGUMENT, "%s: a shared scale (sync %d) and an accumulator exclude each other", p->name, (int64_t)p->sync);
+    TERN__REQUIRE(r, !p->sync, TERN_E_ARGUMENT,
+                  "%s: a shared scale (sync %d) and an accumulator exclude each other", p->name, (int64_t)p->sync);
     return TERN_OK;
 }
 
@@ -9492,7 +9708,8 @@ static tern_result tern__check_param(tern_context *c, const tern_param *p)
     r = &c->run;
     TERN__REQUIRE(r, p, TERN_E_ARGUMENT, "a parameter is NULL");
     TERN__REQUIRE(r, memchr(p->name, 0, sizeof p->name), TERN_E_ARGUMENT, "a parameter's name is not terminated");
-    TERN__REQUIRE(r, (int32_t)p->rule >= 0 && p->rule <= TERN_DENSE, TERN_E_ARGUMENT, "%s: rule %d is unknown", p->name, (int64_t)(int32_t)p->rule);
+    TERN__REQUIRE(r, (int32_t)p->rule >= 0 && p->rule <= TERN_DENSE, TERN_E_ARGUMENT,
+                  "%s: rule %d is unknown", p->name, (int64_t)(int32_t)p->rule);
     m = tern_param_matrix(p);
     TERN__TRY(tern__check_rule(r, p->name, p->rule, &m, p->rho, p->noise, p->zone));
     if (p->rule == TERN_DENSE) {
@@ -9504,15 +9721,19 @@ static tern_result tern__check_param(tern_context *c, const tern_param *p)
     } else TERN__TRY(tern__check_matrix(r, p->name, &m));
     if (tern__is_learned(p->rule) && p->alpha) {
         const int64_t scales = tern__learned_scales(p->rule, &m);
-        TERN__REQUIRE(r, memchr(p->alpha->name, 0, sizeof p->alpha->name) && p->alpha->rule == TERN_DENSE && p->alpha->rows == 1 && p->alpha->cols == scales,
-                      TERN_E_SHAPE, "%s: its alpha must be dense, 1 x %d, and is %d x %d", p->name, scales, p->alpha->rows, p->alpha->cols);
+        TERN__REQUIRE(r, memchr(p->alpha->name, 0, sizeof p->alpha->name) && p->alpha->rule == TERN_DENSE && p->alpha->rows == 1
+                         && p->alpha->cols == scales, TERN_E_SHAPE,
+                      "%s: its alpha must be dense, 1 x %d, and is %d x %d", p->name, scales, p->alpha->rows, p->alpha->cols);
     }
     for (i = 0; i < TERN_BUFFERS; i++)
         TERN__REQUIRE(r, p->buffer[i].type == TERN_TYPE_DEFAULT || p->buffer[i].type == tern__buffer_type(p, i), TERN_E_ARGUMENT,
                       "%s: %s of type %d cannot be used", p->name, tern__buffer_names[i], (int64_t)p->buffer[i].type);
-    TERN__REQUIRE(r, !p->sync || ((p->rule == TERN_ABSMEAN || p->rule == TERN_ABSMEAN_SIGMA) && m.grain == TERN_PER_TENSOR && m.scale_type == TERN_F32 && p->rho == 0.0f),
-                  TERN_E_ARGUMENT, "%s: a set with one scale (sync %d) has rule absmean, one F32 scale for the tensor and no rho", p->name, (int64_t)p->sync);
-    TERN__REQUIRE(r, !p->dead || (p->lambda > 0 && tern__finite(p->lambda)), TERN_E_ARGUMENT, "%s: a dead zone needs a finite lambda above 0", p->name);
+    TERN__REQUIRE(r, !p->sync || ((p->rule == TERN_ABSMEAN || p->rule == TERN_ABSMEAN_SIGMA) && m.grain == TERN_PER_TENSOR
+                                  && m.scale_type == TERN_F32 && p->rho == 0.0f),
+                  TERN_E_ARGUMENT, "%s: a set with one scale (sync %d) has rule absmean, one F32 scale for the tensor and no rho", p->name,
+                  (int64_t)p->sync);
+    TERN__REQUIRE(r, !p->dead || (p->lambda > 0 && tern__finite(p->lambda)), TERN_E_ARGUMENT,
+                  "%s: a dead zone needs a finite lambda above 0", p->name);
     return tern__check_integer(r, p, tern__buffers_of(p));
 }
 
@@ -9545,7 +9766,8 @@ static tern_result tern__check_ready(tern_context *c, const tern_param *p)
 }
 
 /* A dense parameter of these sizes that belongs to another. */
-static tern_result tern__check_dense_of(tern_context *c, const tern_param *p, const tern_param *of, const char *what, int64_t rows, int64_t cols)
+static tern_result tern__check_dense_of(tern_context *c, const tern_param *p, const tern_param *of, const char *what,
+                                        int64_t rows, int64_t cols)
 {
     TERN__TRY(tern__check_ready(c, p));
     TERN__REQUIRE(&c->run, p->rule == TERN_DENSE && p->rows == rows && p->cols == cols, TERN_E_SHAPE,
@@ -9780,7 +10002,8 @@ TERN_API tern_result tern_param_convert(tern_context *c, tern_param *p, int32_t 
     TERN__TRY(tern__check_param(c, p));
     TERN__REQUIRE(&c->run, which == TERN_SHADOW || which == TERN_MOMENT1 || which == TERN_MOMENT2, TERN_E_ARGUMENT,
                   "%s: convert: buffer %d is not a shadow or moment", p->name, (int64_t)which);
-    TERN__REQUIRE(&c->run, type == TERN_F32 || type == TERN_BF16, TERN_E_ARGUMENT, "%s: convert: type %d is not TERN_F32 or TERN_BF16", p->name, (int64_t)(int32_t)type);
+    TERN__REQUIRE(&c->run, type == TERN_F32 || type == TERN_BF16, TERN_E_ARGUMENT,
+                  "%s: convert: type %d is not TERN_F32 or TERN_BF16", p->name, (int64_t)(int32_t)type);
     TERN__TRY(tern__check_buffer(c, p, which, p->rows * p->cols));
     a.from = tern__buffer_type(p, which);
     if (a.from == type) return TERN_OK;
@@ -9832,7 +10055,10 @@ static tern_result tern__zero(tern_context *c, int64_t count, float *x)
 }
 
 /* A dense parameter becomes zero. */
-static tern_result tern__clear(tern_context *c, const tern_param *p) { return tern__zero(c, p->rows * p->cols, tern__floats(p, TERN_SHADOW)); }
+static tern_result tern__clear(tern_context *c, const tern_param *p)
+{
+    return tern__zero(c, p->rows * p->cols, tern__floats(p, TERN_SHADOW));
+}
 
 /* Row-major scales from the host to those of m, through `ordered`: host memory for the scales in panel order. */
 static tern_result tern__upload_scales(tern_context *c, const tern_matrix *m, const float *scales, void *ordered)
@@ -9917,7 +10143,8 @@ static tern_result tern__give_shadow(tern_context *c, const tern_param *p, const
     if (m.grain == TERN_PER_TENSOR) g->scales[0] = tern__shadow_scale(p, trits, 0, m.rows, 0, m.cols, scales[0]);
     else for (i = 0; i < m.rows; i++)
         for (j = 0; j < s.groups; j++)
-            g->scales[i * s.groups + j] = tern__shadow_scale(p, trits, i, 1, j * s.group, tern__group_cols(&m, &s, j), scales[i * s.groups + j]);
+            g->scales[i * s.groups + j] =
+                tern__shadow_scale(p, trits, i, 1, j * s.group, tern__group_cols(&m, &s, j), scales[i * s.groups + j]);
     TERN__TRY(tern__upload_scales(c, &m, g->scales, g->ordered));
     return tern__shadow_from_packed(c, p, &m, (float *)(void *)g->staging);
 }
@@ -9958,7 +10185,8 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
         TERN__REQUIRE(r, tern__weight_ok(scales[i]) && scales[i] >= 0, TERN_E_NONFINITE,
                       "%s: scales[%d] is negative or not a finite number below 2^96", p->name, i);
         TERN__REQUIRE(r, tern__store_scale(m.scale_type, &one, 0, scales[i]) == scales[i], TERN_E_ARGUMENT,
-                      "%s: scales[%d] is not %s", p->name, i, m.scale_type == TERN_POW2 ? "a power of two" : m.scale_type == TERN_LOG ? "on the log lattice" : "an f16");
+                      "%s: scales[%d] is not %s", p->name, i,
+                      m.scale_type == TERN_POW2 ? "a power of two" : m.scale_type == TERN_LOG ? "on the log lattice" : "an f16");
     }
     width = shadow ? (int64_t)sizeof(float) : 1;
     g.staging = (int8_t *)tern_alloc(c, (size_t)(tern__chunk_rows(p, width) * m.cols * width));
@@ -9990,7 +10218,10 @@ TERN_API tern_result tern_param_give(tern_context *c, tern_param *p, const int8_
 typedef struct tern__rows { int8_t *trits; float *scales; uint8_t *shadow, *stored; int64_t bytes; } tern__rows;
 
 /* Stored scales of rows that begin a panel, or of one row: its panel's. */
-static int64_t tern__stored_scales(const tern__shape *s, int64_t rows) { return tern__min(s->scales, tern__ceil_div(rows, TERN__ROWS) * TERN__ROWS * s->groups); }
+static int64_t tern__stored_scales(const tern__shape *s, int64_t rows)
+{
+    return tern__min(s->scales, tern__ceil_div(rows, TERN__ROWS) * TERN__ROWS * s->groups);
+}
 
 /* As they lie in memory; what: of 1 << TERN_TRITS, TERN_SCALES and TERN_SHADOW. */
 static tern__rows tern__rows_at(const tern_param *p, int64_t rows, int32_t what, void *base)
@@ -10075,7 +10306,8 @@ static tern_result tern__read_scales(tern__reader *r, const tern__rows *to)
     const tern__shape s = tern__shape_of(&m);
     const int64_t width = tern__type_bytes(m.scale_type), from = tern__scale_index(&m, &s, r->first / TERN__ROWS * TERN__ROWS, 0);
     int64_t i, g;
-    TERN__TRY(tern_copy(r->c, to->stored, (const uint8_t *)m.scales + from * width, (size_t)(tern__stored_scales(&s, r->count) * width), TERN_TO_HOST));
+    TERN__TRY(tern_copy(r->c, to->stored, (const uint8_t *)m.scales + from * width, (size_t)(tern__stored_scales(&s, r->count) * width),
+                        TERN_TO_HOST));
     for (i = 0; i < r->count; i++)
         for (g = 0; g < s.groups; g++)
             to->scales[i * s.groups + g] = tern__load_scale(m.scale_type, to->stored, tern__scale_index(&m, &s, r->first + i, g) - from);
@@ -10085,7 +10317,8 @@ static tern_result tern__read_scales(tern__reader *r, const tern__rows *to)
 static tern_result tern__read_shadow(tern__reader *r, uint8_t *shadow)
 {
     const int64_t width = r->p->cols * tern__type_bytes(tern__buffer_type(r->p, TERN_SHADOW));
-    return tern_copy(r->c, shadow, (const uint8_t *)r->p->buffer[TERN_SHADOW].data + r->first * width, (size_t)(r->count * width), TERN_TO_HOST);
+    return tern_copy(r->c, shadow, (const uint8_t *)r->p->buffer[TERN_SHADOW].data + r->first * width, (size_t)(r->count * width),
+                     TERN_TO_HOST);
 }
 
 /* A row, with its chunk where that is not here yet. */
@@ -10186,7 +10419,8 @@ TERN_API tern_result tern_param_stats(tern_context *c, const tern_param *p, floa
     all = (float)(p->rows * p->cols);
     for (i = 0; p->rule == TERN_TWN && p->grain == TERN_PER_TENSOR && result == TERN_OK && i < p->rows; i++) {
         result = tern__read_row(&reader, i, &row);
-        for (j = 0; result == TERN_OK && j < p->cols; j++) tensor_mean += tern__abs(tern__load_float(tern__buffer_type(p, TERN_SHADOW), row.shadow, j)) / all;
+        for (j = 0; result == TERN_OK && j < p->cols; j++)
+            tensor_mean += tern__abs(tern__load_float(tern__buffer_type(p, TERN_SHADOW), row.shadow, j)) / all;
     }
     for (i = 0; result == TERN_OK && i < p->rows; i++) {
         result = tern__read_row(&reader, i, &row);
@@ -10353,7 +10587,8 @@ static tern_result tern__sync_set(tern_context *c, const tern__sources *all, int
         TERN__TRY(tern__sum_sizes(c, &s, scale, i > first));
         weights += s.p->rows * s.p->cols;
     }
-    TERN__TRY(tern__add_scaled(c, 1, scale, 1.0f / (of->rule == TERN_ABSMEAN_SIGMA ? (float)weights * TERN__ROOT_2_PI : (float)weights), NULL, scale));
+    TERN__TRY(tern__add_scaled(c, 1, scale, 1.0f / (of->rule == TERN_ABSMEAN_SIGMA ? (float)weights * TERN__ROOT_2_PI : (float)weights),
+                               NULL, scale));
     for (i = first; i < all->count; i++) {
         const tern__source s = all->at(all->of, i);
         if (!s.p || s.p->sync != of->sync) continue;
@@ -10412,7 +10647,8 @@ static tern_result tern__check_sync(tern_context *c, const tern_model *m)
     for (i = 0; i < m->count; i++) {
         const tern_param *p = m->items[i], *q = p;
         for (j = 0; p->sync && q == p && j < i; j++) if (m->items[j]->sync == p->sync) q = m->items[j];
-        TERN__REQUIRE(&c->run, q->rule == p->rule, TERN_E_ARGUMENT, "%s and %s share a scale (sync %d) and differ in rule", q->name, p->name, (int64_t)p->sync);
+        TERN__REQUIRE(&c->run, q->rule == p->rule, TERN_E_ARGUMENT,
+                      "%s and %s share a scale (sync %d) and differ in rule", q->name, p->name, (int64_t)p->sync);
         TERN__REQUIRE(&c->run, !q->buffer[TERN_SHADOW].data == !p->buffer[TERN_SHADOW].data, TERN_E_MISSING,
                       "%s shares its scale with %s (sync %d), and one of them has no shadow", p->name, q->name, (int64_t)p->sync);
         if (!p->sync || !p->buffer[TERN_SHADOW].data) continue;
@@ -10516,11 +10752,12 @@ static tern_result tern__check_linear(tern_context *c, const tern_linear *l, int
     TERN__REQUIRE(r, l && l->w, TERN_E_ARGUMENT, "linear: the layer or its w is NULL");
     TERN__TRY(tern__check_ready(c, l->w));
     TERN__TRY(tern__check_count(r, l->w->name, "n", n, tern__add(l->w->rows, tern__mul(32, l->w->cols))));
-    TERN__REQUIRE(r, (l->norm == TERN_NORM_NONE || l->norm == TERN_NORM_RMS) && (int32_t)l->act >= TERN_ACT_INT8 && l->act <= TERN_ACT_BIT &&
-                  l->eps >= 0 && tern__finite(l->eps), TERN_E_ARGUMENT,
+    TERN__REQUIRE(r, (l->norm == TERN_NORM_NONE || l->norm == TERN_NORM_RMS) && (int32_t)l->act >= TERN_ACT_INT8 && l->act <= TERN_ACT_BIT
+                     && l->eps >= 0 && tern__finite(l->eps), TERN_E_ARGUMENT,
                   "%s: norm %d, act %d or eps is out of range", l->w->name, (int64_t)(int32_t)l->norm, (int64_t)(int32_t)l->act);
     TERN__TRY(tern__check_factors(r, l->w->name, l->gradients));
-    TERN__REQUIRE(r, l->act != TERN_ACT_BIT || (l->norm == TERN_NORM_NONE && !l->w->rotate), TERN_E_ARGUMENT, "%s: bits take neither norm nor rotation", l->w->name);
+    TERN__REQUIRE(r, l->act != TERN_ACT_BIT || (l->norm == TERN_NORM_NONE && !l->w->rotate), TERN_E_ARGUMENT,
+                  "%s: bits take neither norm nor rotation", l->w->name);
     if (l->bias) {
         TERN__TRY(tern__check_ready(c, l->bias));
         TERN__REQUIRE(r, l->bias->rule == TERN_DENSE && l->bias->rows * l->bias->cols == l->w->rows, TERN_E_SHAPE,
@@ -10547,8 +10784,14 @@ static int32_t tern__is_one_product(const tern_linear *l) { return !tern__reads_
 #endif
 
 /* A BF16 shadow is multiplied as floats, some rows at a time. */
-static int64_t tern__shadow_rows(const tern_param *p) { return tern__buffer_type(p, TERN_SHADOW) == TERN_BF16 ? tern__chunk_rows(p, sizeof(float)) : p->rows; }
-static int64_t tern__shadow_bytes(const tern_param *p) { return tern__buffer_type(p, TERN_SHADOW) == TERN_BF16 ? tern__shadow_rows(p) * p->cols * 4 : 0; }
+static int64_t tern__shadow_rows(const tern_param *p)
+{
+    return tern__buffer_type(p, TERN_SHADOW) == TERN_BF16 ? tern__chunk_rows(p, sizeof(float)) : p->rows;
+}
+static int64_t tern__shadow_bytes(const tern_param *p)
+{
+    return tern__buffer_type(p, TERN_SHADOW) == TERN_BF16 ? tern__shadow_rows(p) * p->cols * 4 : 0;
+}
 
 /* What an integer backward needs: dy as int8 and its scales, some rows of trits as int8, some rows of a product. */
 typedef struct tern__integer { int8_t *q, *trits; float *scale; int32_t *product; int64_t rows, lines, bytes; } tern__integer;
@@ -10608,7 +10851,8 @@ TERN_API tern_result tern_linear_need(tern_context *c, const tern_linear *l, int
 static tern_result tern__begin_scratch(tern_context *c, const char *name, int64_t n, size_t need)
 {
     TERN__REQUIRE(&c->run, need <= c->scratch_bytes - c->scratch_base, TERN_E_SCRATCH,
-                  "%s: %d tokens need %d bytes of scratch, %d are reserved", name, n, (int64_t)need, (int64_t)(c->scratch_bytes - c->scratch_base));
+                  "%s: %d tokens need %d bytes of scratch, %d are reserved", name, n, (int64_t)need,
+                  (int64_t)(c->scratch_bytes - c->scratch_base));
     c->scratch_used = c->scratch_base;
     return TERN_OK;
 }
@@ -10692,7 +10936,8 @@ static tern_result tern__times_rows(tern_context *c, int64_t m, int64_t n, int64
 }
 
 /* y += (x~ A^T * lora_scale) B^T; the product in brackets is kept. */
-static tern_result tern__lora_forward(tern_context *c, const tern_linear *l, int64_t n, const float *input, const tern__kept *kept, float *y)
+static tern_result tern__lora_forward(tern_context *c, const tern_linear *l, int64_t n, const float *input,
+                                      const tern__kept *kept, float *y)
 {
     const int64_t rank = tern__rank(l);
     TERN__TRY(tern__times_rows(c, n, rank, l->w->cols, input, tern__floats(l->lora_a, TERN_SHADOW), kept->low, 0));
@@ -10730,7 +10975,8 @@ static tern_result tern__times_shadow(tern_context *c, const tern_linear *l, int
 }
 
 /* y = activations W^T + bias, from those that are kept, or (not quantized) from x~. */
-static tern_result tern__linear_times(tern_context *c, const tern_linear *l, int64_t n, const float *input, const tern__kept *kept, const float *bias, float *y)
+static tern_result tern__linear_times(tern_context *c, const tern_linear *l, int64_t n, const float *input, const tern__kept *kept,
+                                      const float *bias, float *y)
 {
     tern_matmul_args a;
     if (l->w->rule == TERN_DENSE) {
@@ -10764,7 +11010,8 @@ static tern_quantize_args tern__linear_quantize(const tern_linear *l, int64_t n,
 }
 
 /* y = activations W^T + bias, from x where they are quantized together with the norm, else from x~. */
-static tern_result tern__linear_weights(tern_context *c, const tern_linear *l, int64_t n, const float *x, const float *input, const tern__kept *kept, const float *bias, float *y)
+static tern_result tern__linear_weights(tern_context *c, const tern_linear *l, int64_t n, const float *x, const float *input,
+                                        const tern__kept *kept, const float *bias, float *y)
 {
     if (tern__is_quantized(l)) {
         tern_linear_args a;
@@ -10822,7 +11069,14 @@ static tern_result tern__add_lora(tern_context *c, const tern_linear *l, int64_t
 }
 
 /* What a merge takes and puts: some rows at a time, first all of them to see that they are finite. */
-typedef struct tern__merge { tern_context *c; const tern_linear *l; float *scaled_b, *staging; tern_matrix trial; int64_t most; int32_t shadow; } tern__merge; /* trial.trits: of a dense w floats */
+typedef struct tern__merge {
+    tern_context *c;
+    const tern_linear *l;
+    float *scaled_b, *staging;
+    tern_matrix trial; /* its trits: of a dense w floats */
+    int64_t most;
+    int32_t shadow;
+} tern__merge;
 
 /* Whole panels of a parameter, as a parameter of their own. */
 static tern_param tern__panels_of(const tern_param *p, int64_t row, int64_t rows)
@@ -10886,7 +11140,8 @@ static tern_result tern__merge_run(tern__merge *g)
     int64_t row, rows;
     int32_t trial;
     TERN__TRY(tern__scaled_b(g->c, g->l, &g->scaled_b));
-    TERN__REQUIRE(&g->c->run, g->staging && g->trial.trits && g->trial.scales, TERN_E_MEMORY, "%s: no memory to merge %d rows at a time", p->name, g->most);
+    TERN__REQUIRE(&g->c->run, g->staging && g->trial.trits && g->trial.scales, TERN_E_MEMORY,
+                  "%s: no memory to merge %d rows at a time", p->name, g->most);
     for (trial = 1; trial >= 0; trial--)
         for (row = 0; row < p->rows; row += rows) {
             rows = tern__min(g->most, p->rows - row);
@@ -10912,8 +11167,10 @@ TERN_API tern_result tern_linear_merge(tern_context *c, const tern_linear *l)
     g.l = l;
     g.shadow = l->w->buffer[TERN_SHADOW].data != NULL;
     if (g.shadow) TERN__TRY(tern__check_buffer(c, l->w, TERN_SHADOW, l->w->rows * l->w->cols));
-    TERN__REQUIRE(&c->run, g.shadow || !l->w->dead, TERN_E_MISSING, "%s: a merge changes the dead zone, which needs a shadow (or fold it first)", l->w->name);
-    g.most = !g.shadow && l->w->grain == TERN_PER_TENSOR ? tern__ceil_div(l->w->rows, TERN__ROWS) * TERN__ROWS : tern__chunk_rows(l->w, sizeof(float));
+    TERN__REQUIRE(&c->run, g.shadow || !l->w->dead, TERN_E_MISSING,
+                  "%s: a merge changes the dead zone, which needs a shadow (or fold it first)", l->w->name);
+    g.most = !g.shadow && l->w->grain == TERN_PER_TENSOR ? tern__ceil_div(l->w->rows, TERN__ROWS) * TERN__ROWS
+                                                         : tern__chunk_rows(l->w, sizeof(float));
     g.trial.rows = g.most;
     g.trial.cols = l->w->cols;
     g.trial.grain = TERN_PER_ROW;
@@ -10934,11 +11191,13 @@ TERN_API tern_result tern_linear_fold(tern_context *c, const tern_linear *l)
 {
     TERN__TRY(tern__check_linear(c, l, 1));
     TERN__REQUIRE(&c->run, l->w->dead && l->bias, TERN_E_MISSING, "%s: to fold needs a dead zone, and a bias that takes it", l->w->name);
-    TERN__TRY(tern__add_scaled(c, l->w->rows, tern__floats(l->bias, TERN_SHADOW), 1.0f, tern__floats(l->w->dead, TERN_SHADOW), tern__floats(l->bias, TERN_SHADOW)));
+    TERN__TRY(tern__add_scaled(c, l->w->rows, tern__floats(l->bias, TERN_SHADOW), 1.0f, tern__floats(l->w->dead, TERN_SHADOW),
+                               tern__floats(l->bias, TERN_SHADOW)));
     return tern__clear(c, l->w->dead);
 }
 
-static tern_result tern__rebuild_rows(tern_context *c, const tern_linear *l, int64_t row, int64_t rows, const float *scaled_b, float *staging, float *w)
+static tern_result tern__rebuild_rows(tern_context *c, const tern_linear *l, int64_t row, int64_t rows, const float *scaled_b,
+                                      float *staging, float *w)
 {
     const tern_param *p = l->w;
     TERN__TRY(tern__values(c, p, row, rows, p->rule == TERN_DENSE, w));
@@ -10971,7 +11230,8 @@ TERN_API tern_result tern_linear_rebuild(tern_context *c, const tern_linear *l, 
 
 #ifndef TERNARY_NO_TRAINING
 /* dW += dy^T x~ and db += column sums of dy, each or NULL; x~ in float where the activations were not quantized. */
-static tern_result tern__linear_dw(tern_context *c, const tern_linear *l, int64_t n, const float *input, const tern__kept *kept, const float *dy, float *dw, float *dbias)
+static tern_result tern__linear_dw(tern_context *c, const tern_linear *l, int64_t n, const float *input, const tern__kept *kept,
+                                   const float *dy, float *dw, float *dbias)
 {
     tern_matmul_dw_args a;
     memset(&a, 0, sizeof a);
@@ -11018,16 +11278,20 @@ static tern_result tern__check_integer_backward(tern_context *c, const tern_line
 {
     tern_run *r = &c->run;
     TERN__REQUIRE(r, l->act == TERN_ACT_INT8 || l->act == TERN_ACT_INT4, TERN_E_UNSUPPORTED,
-                  "%s: act %d beside an accumulator; its gradients need TERN_ACT_INT8 or TERN_ACT_INT4", l->w->name, (int64_t)(int32_t)l->act);
+                  "%s: act %d beside an accumulator; its gradients need TERN_ACT_INT8 or TERN_ACT_INT4", l->w->name,
+                  (int64_t)(int32_t)l->act);
     TERN__REQUIRE(r, l->arenas == 0.0f, TERN_E_UNSUPPORTED, "%s: arenas need a shadow, which an accumulator excludes", l->w->name);
     TERN__REQUIRE(r, !l->lora_a, TERN_E_UNSUPPORTED, "%s: LoRA beside an accumulator; freeze the matrix first", l->w->name);
-    TERN__REQUIRE(r, n <= TERN__I8_MOST_K, TERN_E_SHAPE, "%s: %d tokens; an integer backward takes %d at a time", l->w->name, n, (int64_t)TERN__I8_MOST_K);
-    TERN__REQUIRE(r, l->w->rows <= (int64_t)1 << 24, TERN_E_SHAPE, "%s: %d rows; an integer backward takes %d", l->w->name, l->w->rows, (int64_t)1 << 24);
+    TERN__REQUIRE(r, n <= TERN__I8_MOST_K, TERN_E_SHAPE,
+                  "%s: %d tokens; an integer backward takes %d at a time", l->w->name, n, (int64_t)TERN__I8_MOST_K);
+    TERN__REQUIRE(r, l->w->rows <= (int64_t)1 << 24, TERN_E_SHAPE,
+                  "%s: %d rows; an integer backward takes %d", l->w->name, l->w->rows, (int64_t)1 << 24);
     return TERN_OK;
 }
 
 /* A product in scratch as floats: [rows, cols] into y. */
-static tern_result tern__from_product(tern_context *c, const tern__integer *w, int64_t rows, int64_t cols, const float *scale, int32_t whole, float *y, int64_t y_row)
+static tern_result tern__from_product(tern_context *c, const tern__integer *w, int64_t rows, int64_t cols, const float *scale,
+                                      int32_t whole, float *y, int64_t y_row)
 {
     tern_dequantize_args a;
     a.n = rows;
@@ -11042,7 +11306,8 @@ static tern_result tern__from_product(tern_context *c, const tern__integer *w, i
 }
 
 /* Tokens [t, t + tokens) of dx of a group's columns; *here: the first row of the trits that are unpacked. */
-static tern_result tern__integer_dx_tokens(tern_context *c, const tern_linear *l, const tern__integer *w, int64_t g, int64_t t, int64_t tokens, int64_t *here, float *dx)
+static tern_result tern__integer_dx_tokens(tern_context *c, const tern_linear *l, const tern__integer *w, int64_t g, int64_t t,
+                                           int64_t tokens, int64_t *here, float *dx)
 {
     const tern_matrix m = tern_param_matrix(l->w);
     const tern__shape s = tern__shape_of(&m);
@@ -11095,7 +11360,8 @@ static tern_result tern__integer_dx(tern_context *c, const tern_linear *l, int64
 }
 
 /* dw += (dy * the activations' scales)^T q. Groups that end with a unit lie side by side in q, and are one product. */
-static tern_result tern__integer_dw(tern_context *c, const tern_linear *l, int64_t n, const tern__kept *kept, const float *dy, float *dw, const tern__integer *w)
+static tern_result tern__integer_dw(tern_context *c, const tern_linear *l, int64_t n, const tern__kept *kept, const float *dy, float *dw,
+                                    const tern__integer *w)
 {
     const tern_matrix m = tern_param_matrix(l->w);
     const tern__shape s = tern__shape_of(&m);
@@ -11132,7 +11398,8 @@ static tern_result tern__integer_dw(tern_context *c, const tern_linear *l, int64
 }
 
 /* c [m, n] (+)= a b of the backward of l, with a [m, k] or transposed [k, m], and b [k, n]. */
-static tern_result tern__times_columns(tern_context *c, const tern_linear *l, int64_t m, int64_t n, int64_t k, const float *a, int32_t transposed, const float *b, float *y, int32_t add)
+static tern_result tern__times_columns(tern_context *c, const tern_linear *l, int64_t m, int64_t n, int64_t k, const float *a,
+                                       int32_t transposed, const float *b, float *y, int32_t add)
 {
     tern_dense_args d;
     memset(&d, 0, sizeof d);
@@ -11147,7 +11414,8 @@ static tern_result tern__times_columns(tern_context *c, const tern_linear *l, in
 }
 
 /* dlow [n, r] = dy B * lora_scale; dB += dy^T low; dA += dlow^T x~. */
-static tern_result tern__lora_backward(tern_context *c, const tern_linear *l, int64_t n, const float *input, const tern__kept *kept, const float *dy, float *dlow)
+static tern_result tern__lora_backward(tern_context *c, const tern_linear *l, int64_t n, const float *input, const tern__kept *kept,
+                                       const float *dy, float *dlow)
 {
     const int64_t rows = l->w->rows, rank = tern__rank(l);
     float *da = tern__floats(l->lora_a, TERN_GRAD), *db = tern__floats(l->lora_b, TERN_GRAD);
@@ -11158,7 +11426,8 @@ static tern_result tern__lora_backward(tern_context *c, const tern_linear *l, in
 }
 
 /* dx~ of all parts, rotated back. dlow and scaled: of LoRA, and memory for arenas * dy; integer: set with an accumulator. */
-static tern_result tern__linear_dinput(tern_context *c, const tern_linear *l, int64_t n, const float *dy, const float *dlow, float *scaled, const tern__integer *integer, float *dx)
+static tern_result tern__linear_dinput(tern_context *c, const tern_linear *l, int64_t n, const float *dy, const float *dlow, float *scaled,
+                                       const tern__integer *integer, float *dx)
 {
     TERN__TRY(integer->q ? tern__integer_dx(c, l, n, dy, dx, integer) : tern__linear_dx(c, l, n, dy, dx));
     if (dlow) TERN__TRY(tern__times_columns(c, l, n, l->w->cols, tern__rank(l), dlow, 0, tern__floats(l->lora_a, TERN_SHADOW), dx, 1));
@@ -11179,7 +11448,8 @@ static tern_result tern__check_gradients(tern_context *c, const tern_linear *l)
 }
 
 /* The gradients of w (with arenas: of both its parts, for the activations of the first), bias and dead zone. */
-static tern_result tern__linear_dparams(tern_context *c, const tern_linear *l, int64_t n, const float *input, const tern__kept *kept, const float *dy, float *scaled, const tern__integer *integer)
+static tern_result tern__linear_dparams(tern_context *c, const tern_linear *l, int64_t n, const float *input, const tern__kept *kept,
+                                        const float *dy, float *scaled, const tern__integer *integer)
 {
     float *dw = tern__floats(l->w, TERN_GRAD), *dbias = tern__floats(l->bias, TERN_GRAD);
     if (integer->q) {
@@ -11193,7 +11463,8 @@ static tern_result tern__linear_dparams(tern_context *c, const tern_linear *l, i
     return tern__linear_dw(c, l, n, input, kept, scaled, dw, NULL);
 }
 
-TERN_API tern_result tern_linear_backward(tern_context *c, const tern_linear *l, int64_t n, const float *x, const void *saved, const float *dy, float *dx)
+TERN_API tern_result tern_linear_backward(tern_context *c, const tern_linear *l, int64_t n, const float *x, const void *saved,
+                                          const float *dy, float *dx)
 {
     tern__kept kept;
     tern__integer integer = {NULL, NULL, NULL, NULL, 0, 0, 0};
@@ -11243,10 +11514,16 @@ static void *tern__piece(tern__layout *p, int64_t count, int64_t width)
     return at;
 }
 
-static float *tern__piece_of_floats(tern__layout *p, int64_t rows, int64_t cols) { return (float *)tern__piece(p, tern__mul(rows, cols), 4); }
+static float *tern__piece_of_floats(tern__layout *p, int64_t rows, int64_t cols)
+{
+    return (float *)tern__piece(p, tern__mul(rows, cols), 4);
+}
 static int32_t *tern__piece_of_ids(tern__layout *p, int64_t count) { return (int32_t *)tern__piece(p, count, 4); }
 
-static int64_t tern__linear_bytes(const tern_linear *l, int64_t n) { return tern__add(tern__kept_at(l, n, NULL).bytes, tern__linear_scratch(l, n)); }
+static int64_t tern__linear_bytes(const tern_linear *l, int64_t n)
+{
+    return tern__add(tern__kept_at(l, n, NULL).bytes, tern__linear_scratch(l, n));
+}
 
 static tern_result tern__apply(tern_context *c, tern_map_fn fn, int64_t count, const float *a, const float *b, float *y)
 {
@@ -11254,7 +11531,8 @@ static tern_result tern__apply(tern_context *c, tern_map_fn fn, int64_t count, c
 }
 
 #ifndef TERNARY_NO_TRAINING
-static tern_result tern__apply_back(tern_context *c, tern_map_fn fn, int64_t count, const float *a, const float *b, const float *dy, float *da, float *db)
+static tern_result tern__apply_back(tern_context *c, tern_map_fn fn, int64_t count, const float *a, const float *b, const float *dy,
+                                    float *da, float *db)
 {
     tern_map_args p;
     memset(&p, 0, sizeof p);
@@ -11281,7 +11559,8 @@ TERN_API tern_result tern_embedding_forward(tern_context *c, const tern_embeddin
     if (!c) return TERN_E_ARGUMENT;
     TERN__REQUIRE(&c->run, e, TERN_E_ARGUMENT, "embedding: the embedding is NULL");
     TERN__TRY(tern__check_ready(c, e->w));
-    TERN__REQUIRE(&c->run, !e->w->rotate && !e->w->dead, TERN_E_UNSUPPORTED, "%s: an embedding has neither a rotation nor a dead zone", e->w->name);
+    TERN__REQUIRE(&c->run, !e->w->rotate && !e->w->dead, TERN_E_UNSUPPORTED,
+                  "%s: an embedding has neither a rotation nor a dead zone", e->w->name);
     memset(&a, 0, sizeof a);
     a.m = tern_param_matrix(e->w);
     if (e->w->rule == TERN_DENSE) a.m.trits = NULL;
@@ -11299,7 +11578,8 @@ TERN_API tern_result tern_embedding_backward(tern_context *c, const tern_embeddi
     if (!c) return TERN_E_ARGUMENT;
     TERN__REQUIRE(&c->run, e, TERN_E_ARGUMENT, "embedding: the embedding is NULL");
     TERN__TRY(tern__check_ready(c, e->w));
-    TERN__REQUIRE(&c->run, !e->w->rotate && !e->w->dead, TERN_E_UNSUPPORTED, "%s: an embedding has neither a rotation nor a dead zone", e->w->name);
+    TERN__REQUIRE(&c->run, !e->w->rotate && !e->w->dead, TERN_E_UNSUPPORTED,
+                  "%s: an embedding has neither a rotation nor a dead zone", e->w->name);
     if (!e->w->buffer[TERN_GRAD].data) return TERN_OK;
     TERN__TRY(tern__check_buffer(c, e->w, TERN_GRAD, e->w->rows * e->w->cols));
     a.rows = e->w->rows;
@@ -11395,16 +11675,20 @@ static int32_t tern__moe_dense(const tern_context *c, const tern_moe *m, int64_t
 
 /* -- checks -- */
 
-static tern_result tern__check_alike(tern_context *c, const tern_param *p, const tern_param *like, const char *what, int64_t expert, int32_t any_rows)
+static tern_result tern__check_alike(tern_context *c, const tern_param *p, const tern_param *like, const char *what, int64_t expert,
+                                     int32_t any_rows)
 {
     tern_run *r = &c->run;
     TERN__REQUIRE(r, p, TERN_E_MISSING, "moe: expert %d has no %s", expert, what);
     if (p == like) return TERN_OK;
     TERN__REQUIRE(r, p->cols == like->cols && (any_rows || p->rows == like->rows), TERN_E_SHAPE,
                   "moe: the %s of expert %d is %d x %d, that of the first %d x %d", what, expert, p->rows, p->cols, like->rows, like->cols);
-    TERN__REQUIRE(r, p->rule == like->rule && p->grain == like->grain && tern__buffer_type(p, TERN_TRITS) == tern__buffer_type(like, TERN_TRITS) &&
-                  tern__buffer_type(p, TERN_SCALES) == tern__buffer_type(like, TERN_SCALES) && tern__is_integer(p) == tern__is_integer(like), TERN_E_ARGUMENT,
-                  "moe: the %s of expert %d differs from that of the first in rule, grain, encoding, type of scales or accumulator", what, expert);
+    TERN__REQUIRE(r, p->rule == like->rule && p->grain == like->grain
+                     && tern__buffer_type(p, TERN_TRITS) == tern__buffer_type(like, TERN_TRITS)
+                     && tern__buffer_type(p, TERN_SCALES) == tern__buffer_type(like, TERN_SCALES)
+                     && tern__is_integer(p) == tern__is_integer(like), TERN_E_ARGUMENT,
+                  "moe: the %s of expert %d differs from that of the first in rule, grain, encoding, type of scales or accumulator",
+                  what, expert);
     TERN__REQUIRE(r, !p->dead == !like->dead && p->rotate == like->rotate, TERN_E_ARGUMENT,
                   "moe: the %s of expert %d differs from that of the first in rotation or dead zone", what, expert);
     return TERN_OK;
@@ -11415,9 +11699,10 @@ static int32_t tern__is_twin(const tern_param *p, const tern_param *like)
 {
     int32_t i, same;
     if (!p || !like) return p == like;
-    same = memchr(p->name, 0, sizeof p->name) && p->rows == like->rows && p->cols == like->cols && p->rule == like->rule && p->grain == like->grain &&
-           !p->alpha && !like->alpha && !p->dead && !like->dead && p->rho == like->rho && p->noise == like->noise && p->zone == like->zone &&
-           p->rotate == like->rotate && p->sync == like->sync && p->theta == like->theta;
+    same = memchr(p->name, 0, sizeof p->name) && p->rows == like->rows && p->cols == like->cols
+           && p->rule == like->rule && p->grain == like->grain && !p->alpha && !like->alpha && !p->dead && !like->dead
+           && p->rho == like->rho && p->noise == like->noise && p->zone == like->zone
+           && p->rotate == like->rotate && p->sync == like->sync && p->theta == like->theta;
     for (i = 0; same && i < TERN_BUFFERS; i++) {
         const tern_buffer *a = &p->buffer[i], *b = &like->buffer[i];
         same = a->type == b->type && a->count == b->count && !a->data == !b->data && (((uintptr_t)a->data ^ (uintptr_t)b->data) & 63) == 0;
@@ -11432,7 +11717,8 @@ static tern_result tern__check_reader(tern_context *c, const tern_moe *m, tern_p
     const tern_matrix a = tern_param_matrix(w), b = tern_param_matrix(m->experts->up);
     TERN__TRY(tern__check_linear(c, &l, n));
     TERN__REQUIRE(&c->run, !w->rotate, TERN_E_UNSUPPORTED, "%s: what experts share is not rotated", w->name);
-    TERN__REQUIRE(&c->run, w->cols == m->experts->up->cols, TERN_E_SHAPE, "%s: it has %d columns, %s %d", w->name, w->cols, m->experts->up->name, m->experts->up->cols);
+    TERN__REQUIRE(&c->run, w->cols == m->experts->up->cols, TERN_E_SHAPE,
+                  "%s: it has %d columns, %s %d", w->name, w->cols, m->experts->up->name, m->experts->up->cols);
     TERN__REQUIRE(&c->run, !tern__moe_quantizes(m, w) || !tern__moe_quantizes(m, m->experts->up) ||
                   (a.encoding == b.encoding && (a.grain > 0 ? a.grain : 0) == (b.grain > 0 ? b.grain : 0)), TERN_E_ARGUMENT,
                   "%s and %s read the same activations; their groups and encodings must be alike", w->name, m->experts->up->name);
@@ -11444,11 +11730,14 @@ static tern_result tern__check_expert(tern_context *c, const tern_moe *m, const 
     const tern_expert *like = m->experts;
     const int32_t always = e == m->always;
     tern_linear down;
-    if (!always && index && tern__is_twin(e->up, like->up) && tern__is_twin(e->gate, like->gate) && tern__is_twin(e->down, like->down)) return TERN_OK;
+    if (!always && index && tern__is_twin(e->up, like->up) && tern__is_twin(e->gate, like->gate) && tern__is_twin(e->down, like->down))
+        return TERN_OK;
     TERN__TRY(tern__check_alike(c, e->up, like->up, "up", index, always));
-    TERN__REQUIRE(&c->run, !e->gate == !like->gate || always, TERN_E_MISSING, "moe: expert %d and the first differ in having a gate", index);
+    TERN__REQUIRE(&c->run, !e->gate == !like->gate || always, TERN_E_MISSING,
+                  "moe: expert %d and the first differ in having a gate", index);
     if (e->gate) TERN__TRY(tern__check_alike(c, e->gate, e == like || !like->gate ? e->up : like->gate, "gate", index, always));
-    TERN__REQUIRE(&c->run, !e->gate || e->gate->rows == e->up->rows, TERN_E_SHAPE, "%s has %d rows, %s %d", e->gate->name, e->gate->rows, e->up->name, e->up->rows);
+    TERN__REQUIRE(&c->run, !e->gate || e->gate->rows == e->up->rows, TERN_E_SHAPE,
+                  "%s has %d rows, %s %d", e->gate->name, e->gate->rows, e->up->name, e->up->rows);
     if (!always) TERN__TRY(tern__check_alike(c, e->down, like->down, "down", index, 0));
     TERN__REQUIRE(&c->run, e->down, TERN_E_MISSING, "moe: the expert that is always on has no down");
     TERN__REQUIRE(&c->run, e->down->rows == e->up->cols && e->down->cols == e->up->rows, TERN_E_SHAPE,
@@ -11480,13 +11769,15 @@ static tern_result tern__check_moe(tern_context *c, const tern_moe *m, int64_t n
     int32_t e;
     if (!c) return TERN_E_ARGUMENT;
     r = &c->run;
-    TERN__REQUIRE(r, m && m->experts && m->experts->up && m->experts->down, TERN_E_ARGUMENT, "moe: the layer, its experts or the parameters of the first are NULL");
+    TERN__REQUIRE(r, m && m->experts && m->experts->up && m->experts->down, TERN_E_ARGUMENT,
+                  "moe: the layer, its experts or the parameters of the first are NULL");
     TERN__REQUIRE(r, !m->low_a == !m->low_b, TERN_E_ARGUMENT, "moe: low_a and low_b come together");
     TERN__TRY(tern__check_choice(r, "moe", n, m->count, m->top_k));
-    TERN__REQUIRE(r, (m->fn == TERN_MAP_ADD || (m->fn >= TERN_MAP_RELU && m->fn <= TERN_MAP_GELU)) && (int32_t)m->weights >= 0 && m->weights <= TERN_ROUTE_ALL &&
-                  (int32_t)m->dispatch >= 0 && m->dispatch <= TERN_DISPATCH_SPARSE && (m->inner == TERN_NORM_NONE || m->inner == TERN_NORM_RMS) && m->dense_max >= 0, TERN_E_ARGUMENT,
-                  "moe: fn %d, weights %d, dispatch %d, inner norm %d or dense_max %d is out of range", (int64_t)(int32_t)m->fn, (int64_t)(int32_t)m->weights,
-                  (int64_t)(int32_t)m->dispatch, (int64_t)(int32_t)m->inner, m->dense_max);
+    TERN__REQUIRE(r, (m->fn == TERN_MAP_ADD || (m->fn >= TERN_MAP_RELU && m->fn <= TERN_MAP_GELU)) && (int32_t)m->weights >= 0
+                     && m->weights <= TERN_ROUTE_ALL && (int32_t)m->dispatch >= 0 && m->dispatch <= TERN_DISPATCH_SPARSE
+                     && (m->inner == TERN_NORM_NONE || m->inner == TERN_NORM_RMS) && m->dense_max >= 0, TERN_E_ARGUMENT,
+                  "moe: fn %d, weights %d, dispatch %d, inner norm %d or dense_max %d is out of range", (int64_t)(int32_t)m->fn,
+                  (int64_t)(int32_t)m->weights, (int64_t)(int32_t)m->dispatch, (int64_t)(int32_t)m->inner, m->dense_max);
     TERN__REQUIRE(r, tern__finite(m->balance), TERN_E_ARGUMENT, "moe: balance is not finite");
     for (e = 0; e < (m->low_a ? 1 : m->count); e++) TERN__TRY(tern__check_expert(c, m, &m->experts[e], e, n));
     for (e = 0; m->low_a && e < m->count; e++) TERN__TRY(tern__check_low(c, m, e, n));
@@ -11497,8 +11788,9 @@ static tern_result tern__check_moe(tern_context *c, const tern_moe *m, int64_t n
     front = tern__moe_front(m, m->experts->up);
     TERN__TRY(tern__check_linear(c, &front, n));
     TERN__TRY(tern__check_linear(c, &m->router, n));
-    TERN__REQUIRE(r, m->router.w->rows == m->count && m->router.w->cols == m->experts->up->cols, TERN_E_SHAPE, "%s is %d x %d for %d experts of %d inputs",
-                  m->router.w->name, m->router.w->rows, m->router.w->cols, (int64_t)m->count, m->experts->up->cols);
+    TERN__REQUIRE(r, m->router.w->rows == m->count && m->router.w->cols == m->experts->up->cols, TERN_E_SHAPE,
+                  "%s is %d x %d for %d experts of %d inputs", m->router.w->name, m->router.w->rows, m->router.w->cols, (int64_t)m->count,
+                  m->experts->up->cols);
     return TERN_OK;
 }
 
@@ -11551,7 +11843,8 @@ static void tern__moe_saved(const tern_moe *m, int64_t n, void *base, tern__moe_
 /* What layers inside this one take, the largest of it: those of a kind are alike. */
 static int64_t tern__moe_nested(const tern_moe *m, int64_t n)
 {
-    tern_param *const readers[] = {m->experts->up, m->experts->gate, m->always ? m->always->up : NULL, m->always ? m->always->gate : NULL, m->low_a ? m->low_a[0] : NULL, m->low_b ? m->low_b[0] : NULL};
+    tern_param *const readers[] = {m->experts->up, m->experts->gate, m->always ? m->always->up : NULL, m->always ? m->always->gate : NULL,
+                                   m->low_a ? m->low_a[0] : NULL, m->low_b ? m->low_b[0] : NULL};
     tern_param *const downs[] = {m->experts->down, m->always ? m->always->down : NULL};
     int64_t most = tern__linear_bytes(&m->router, n);
     size_t i;
@@ -11668,7 +11961,8 @@ static tern_result tern__moe_leave(tern_context *c, const tern__moe_work *w, ter
 /* -- rows -- */
 
 /* ids: of tern_group, where a place of a token that goes to no expert has -1. */
-static tern_result tern__gather_rows_of(tern_context *c, int64_t rows, int64_t cols, const void *from, int64_t n, const int32_t *ids, const float *weight, void *to)
+static tern_result tern__gather_rows_of(tern_context *c, int64_t rows, int64_t cols, const void *from, int64_t n, const int32_t *ids,
+                                        const float *weight, void *to)
 {
     tern_gather_args a;
     memset(&a, 0, sizeof a);
@@ -11683,7 +11977,8 @@ static tern_result tern__gather_rows_of(tern_context *c, int64_t rows, int64_t c
     return tern_gather(c, &a);
 }
 
-static tern_result tern__scatter_rows_of(tern_context *c, int64_t rows, int64_t cols, const float *from, int64_t n, const int32_t *ids, const float *weight, float *to)
+static tern_result tern__scatter_rows_of(tern_context *c, int64_t rows, int64_t cols, const float *from, int64_t n, const int32_t *ids,
+                                         const float *weight, float *to)
 {
     tern_scatter_args a;
     a.rows = rows;
@@ -11707,7 +12002,8 @@ static tern_result tern__moe_quantize(tern_context *c, const tern_linear *l, int
 }
 
 /* The activations of all tokens; the quantized ones are in `saved` already where `quantize` is 0. */
-static tern_result tern__moe_read(tern_context *c, const tern_moe *m, int64_t n, const float *x, const tern__moe_work *w, int32_t quantize, tern__moe_rows *all)
+static tern_result tern__moe_read(tern_context *c, const tern_moe *m, int64_t n, const float *x, const tern__moe_work *w, int32_t quantize,
+                                  tern__moe_rows *all)
 {
     tern_param *quantized = tern__moe_quantized(m);
     const tern_linear l = tern__moe_front(m, quantized ? quantized : m->experts->up);
@@ -11725,7 +12021,8 @@ static tern_result tern__moe_read(tern_context *c, const tern_moe *m, int64_t n,
 }
 
 /* Those of some tokens. */
-static tern_result tern__moe_gather(tern_context *c, const tern_moe *m, int64_t all_n, const tern__moe_rows *all, int64_t n, const int32_t *ids, const tern__moe_work *w, tern__moe_rows *out)
+static tern_result tern__moe_gather(tern_context *c, const tern_moe *m, int64_t all_n, const tern__moe_rows *all, int64_t n,
+                                    const int32_t *ids, const tern__moe_work *w, tern__moe_rows *out)
 {
     tern_param *quantized = tern__moe_quantized(m);
     const int64_t cols = m->experts->up->cols;
@@ -11751,7 +12048,8 @@ static tern_result tern__moe_times(tern_context *c, const tern_moe *m, tern_para
 }
 
 /* h = fn(gate x) up x, or fn(up x). */
-static tern_result tern__moe_hidden(tern_context *c, const tern_moe *m, const tern_expert *e, int64_t n, const tern__moe_rows *rows, const tern__moe_work *w, float *h)
+static tern_result tern__moe_hidden(tern_context *c, const tern_moe *m, const tern_expert *e, int64_t n, const tern__moe_rows *rows,
+                                    const tern__moe_work *w, float *h)
 {
     const int64_t count = n * e->up->rows;
     TERN__TRY(tern__moe_times(c, m, e->up, n, rows, w->up));
@@ -11786,9 +12084,14 @@ static tern_result tern__moe_group(tern_context *c, const tern_moe *m, int64_t n
 
 /* The groups, one after the other: places [at, at + n) of tokens, slots and sorted, in pieces that end where a part of the
    places does, so that sums over rows are those of an operation in groups. part: its places, or 0 for no pieces. */
-typedef struct tern__moe_turn { int64_t at, n, left, tokens, part; int32_t expert, dense; int32_t loads[TERN__MAX_EXPERTS]; } tern__moe_turn;
+typedef struct tern__moe_turn {
+    int64_t at, n, left, tokens, part;
+    int32_t expert, dense;
+    int32_t loads[TERN__MAX_EXPERTS];
+} tern__moe_turn;
 
-static tern_result tern__moe_turns(tern_context *c, const tern_moe *m, int64_t n, int32_t dense, int64_t part, const tern__moe_work *w, tern__moe_turn *t)
+static tern_result tern__moe_turns(tern_context *c, const tern_moe *m, int64_t n, int32_t dense, int64_t part, const tern__moe_work *w,
+                                   tern__moe_turn *t)
 {
     t->at = t->n = t->left = 0;
     t->tokens = n;
@@ -11812,7 +12115,8 @@ static int32_t tern__moe_next(const tern_moe *m, tern__moe_turn *t)
 }
 
 /* Adds the experts' outputs, weighted, to y. */
-static tern_result tern__moe_experts(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const tern__moe_work *w, tern__moe_turn *t, float *y)
+static tern_result tern__moe_experts(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const tern__moe_work *w,
+                                     tern__moe_turn *t, float *y)
 {
     const int64_t cols = m->experts->up->cols;
     while (tern__moe_next(m, t)) {
@@ -11833,7 +12137,8 @@ static tern_result tern__moe_experts(tern_context *c, const tern_moe *m, int64_t
 }
 
 /* B A x of an expert into w->up. */
-static tern_result tern__moe_low(tern_context *c, const tern_moe *m, int32_t expert, int64_t n, const tern__moe_rows *rows, const int32_t *chosen, const tern__moe_work *w, void *saved)
+static tern_result tern__moe_low(tern_context *c, const tern_moe *m, int32_t expert, int64_t n, const tern__moe_rows *rows,
+                                 const int32_t *chosen, const tern__moe_work *w, void *saved)
 {
     const tern_linear b = tern__moe_reader(m, m->low_b[expert]);
     const float *low = w->low;
@@ -11846,7 +12151,8 @@ static tern_result tern__moe_low(tern_context *c, const tern_moe *m, int32_t exp
 }
 
 /* Adds to the sum over the experts of weight * h * (B A x). h: of all tokens. */
-static tern_result tern__moe_lows(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const tern__moe_work *w, tern__moe_turn *t)
+static tern_result tern__moe_lows(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const tern__moe_work *w,
+                                  tern__moe_turn *t)
 {
     const int64_t width = m->experts->up->rows;
     while (tern__moe_next(m, t)) {
@@ -11865,8 +12171,8 @@ static tern_result tern__moe_lows(tern_context *c, const tern_moe *m, int64_t n,
 }
 
 /* Places [at, at + n) by parameters of their experts: p[0] and, with two sets, p[1] of the first, `step` on those of the next. */
-static tern_grouped_args tern__moe_groups(const tern_moe *m, int64_t tokens, int64_t at, int64_t n, const tern__kept *rows, tern_param *const *p, int32_t step, int32_t sets,
-                                          const tern__moe_work *w)
+static tern_grouped_args tern__moe_groups(const tern_moe *m, int64_t tokens, int64_t at, int64_t n, const tern__kept *rows,
+                                          tern_param *const *p, int32_t step, int32_t sets, const tern__moe_work *w)
 {
     tern_grouped_args a;
     memset(&a, 0, sizeof a);
@@ -11884,8 +12190,8 @@ static tern_grouped_args tern__moe_groups(const tern_moe *m, int64_t tokens, int
     return a;
 }
 
-static tern_result tern__moe_products(tern_context *c, const tern_moe *m, int64_t tokens, int64_t at, int64_t n, const tern__kept *rows, tern_param *const *p, int32_t step,
-                                      int32_t sets, const tern__moe_work *w, float *y)
+static tern_result tern__moe_products(tern_context *c, const tern_moe *m, int64_t tokens, int64_t at, int64_t n, const tern__kept *rows,
+                                      tern_param *const *p, int32_t step, int32_t sets, const tern__moe_work *w, float *y)
 {
     tern_grouped_args a = tern__moe_groups(m, tokens, at, n, rows, p, step, sets, w);
     a.y = y;
@@ -11895,7 +12201,8 @@ static tern_result tern__moe_products(tern_context *c, const tern_moe *m, int64_
 enum { TERN__EXPERT_STEP = sizeof(tern_expert) / sizeof(tern_param *) };
 
 /* h of a part, and what is on the way: gate and, behind it, up in w->gate (or up alone), and fn. Both may be w->gate. */
-static tern_result tern__moe_hidden_part(tern_context *c, const tern_moe *m, int64_t n, int64_t at, int64_t part, const tern__kept *rows, float *fn, float *h, const tern__moe_work *w)
+static tern_result tern__moe_hidden_part(tern_context *c, const tern_moe *m, int64_t n, int64_t at, int64_t part, const tern__kept *rows,
+                                         float *fn, float *h, const tern__moe_work *w)
 {
     const tern_expert *e = m->experts;
     const int64_t count = part * e->up->rows;
@@ -11906,7 +12213,8 @@ static tern_result tern__moe_hidden_part(tern_context *c, const tern_moe *m, int
 }
 
 /* The experts' outputs by groups. */
-static tern_result tern__moe_parts(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const tern__moe_work *w, float *y)
+static tern_result tern__moe_parts(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all,
+                                   const tern__moe_work *w, float *y)
 {
     const tern_expert *e = m->experts;
     const int64_t places = n * m->top_k, cols = e->up->cols;
@@ -11927,8 +12235,8 @@ static tern_result tern__moe_parts(tern_context *c, const tern_moe *m, int64_t n
 }
 
 /* Of a part: B A x in w->up, hidden in w->h, their product in w->fn; rows: what A reads, kept: what B reads, in memory at `own`. */
-static tern_result tern__moe_low_part(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, int64_t at, int64_t part, void *own, const tern__moe_work *w,
-                                      tern__moe_rows *rows, tern__kept *kept)
+static tern_result tern__moe_low_part(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, int64_t at, int64_t part,
+                                      void *own, const tern__moe_work *w, tern__moe_rows *rows, tern__kept *kept)
 {
     const int64_t width = m->experts->up->rows;
     const tern_linear b = tern__moe_reader(m, m->low_b[0]);
@@ -11991,8 +12299,8 @@ static int32_t tern__moe_is_plain(const tern_expert *e) { return !e->up->dead &&
 /* Whether what the router chooses may go in one operation: where experts would go in groups, and there is memory for all places. */
 static int32_t tern__moe_fuses(const tern_context *c, const tern_moe *m, int64_t n, const tern__moe_work *w)
 {
-    return c->run.backend->moe && !m->low_a && tern__moe_grouped(c, m) && n * m->top_k <= w->part && tern__moe_router_is_plain(&m->router) &&
-           tern__moe_is_plain(m->experts);
+    return c->run.backend->moe && !m->low_a && tern__moe_grouped(c, m) && n * m->top_k <= w->part
+           && tern__moe_router_is_plain(&m->router) && tern__moe_is_plain(m->experts);
 }
 
 /* TERN_E_UNSUPPORTED where the backend declines. */
@@ -12032,7 +12340,8 @@ static tern_result tern__moe_fused(tern_context *c, const tern_moe *m, int64_t n
 }
 
 /* What the router chooses, into y; `all` is what experts have read. */
-static tern_result tern__moe_chosen(tern_context *c, const tern_moe *m, int64_t n, const float *x, float *y, const tern__moe_work *w, tern__moe_rows *all)
+static tern_result tern__moe_chosen(tern_context *c, const tern_moe *m, int64_t n, const float *x, float *y, const tern__moe_work *w,
+                                    tern__moe_rows *all)
 {
     const int64_t cols = m->experts->up->cols, width = m->experts->up->rows;
     const int32_t dense = tern__moe_dense(c, m, n), grouped = !dense && tern__moe_grouped(c, m);
@@ -12083,14 +12392,16 @@ TERN_API tern_result tern_moe_forward(tern_context *c, const tern_moe *m, int64_
 #ifndef TERNARY_NO_TRAINING
 
 /* dx~ of the rows, from dy of a parameter that read them. */
-static tern_result tern__moe_reader_back(tern_context *c, const tern_moe *m, tern_param *p, int64_t n, const tern__moe_rows *rows, const float *dy, float *dx)
+static tern_result tern__moe_reader_back(tern_context *c, const tern_moe *m, tern_param *p, int64_t n, const tern__moe_rows *rows,
+                                         const float *dy, float *dx)
 {
     const tern_linear l = tern__moe_reader(m, p);
     return tern_linear_backward(c, &l, n, rows->x ? rows->x : dy, rows->kept.q, dy, dx);
 }
 
 /* dx~ of the tokens += that of their rows, in w->drows for each of the parameters that read them, one or two. tokens: NULL for all. */
-static tern_result tern__moe_add_rows(tern_context *c, const tern_moe *m, int64_t n, int64_t rows, int32_t sets, const int32_t *tokens, const tern__moe_work *w)
+static tern_result tern__moe_add_rows(tern_context *c, const tern_moe *m, int64_t n, int64_t rows, int32_t sets, const int32_t *tokens,
+                                      const tern__moe_work *w)
 {
     const int64_t cols = m->experts->up->cols;
     if (sets > 1) TERN__TRY(tern__apply(c, TERN_MAP_ADD, rows * cols, w->drows, w->drows + rows * cols, w->drows));
@@ -12099,7 +12410,8 @@ static tern_result tern__moe_add_rows(tern_context *c, const tern_moe *m, int64_
 }
 
 /* From dh of rows: the gradients of gate, or NULL, and up. */
-static tern_result tern__moe_fn_back(tern_context *c, const tern_moe *m, int64_t count, const float *gate, const float *up, const float *fn, const float *dh, float *dgate, float *dup)
+static tern_result tern__moe_fn_back(tern_context *c, const tern_moe *m, int64_t count, const float *gate, const float *up, const float *fn,
+                                     const float *dh, float *dgate, float *dup)
 {
     if (!gate) return tern__apply_back(c, tern__moe_fn(m), count, up, NULL, dh, dup, NULL);
     TERN__TRY(tern__apply_back(c, TERN_MAP_MUL, count, fn, up, dh, dgate, dup));
@@ -12107,8 +12419,8 @@ static tern_result tern__moe_fn_back(tern_context *c, const tern_moe *m, int64_t
 }
 
 /* From dh of rows whose gate, up and fn are in w: the gradients of gate and up, and dx~. tokens: NULL for all. */
-static tern_result tern__moe_hidden_back(tern_context *c, const tern_moe *m, const tern_expert *e, int64_t all_n, int64_t n, const tern__moe_rows *rows,
-                                         const int32_t *tokens, const float *dh, const tern__moe_work *w)
+static tern_result tern__moe_hidden_back(tern_context *c, const tern_moe *m, const tern_expert *e, int64_t all_n, int64_t n,
+                                         const tern__moe_rows *rows, const int32_t *tokens, const float *dh, const tern__moe_work *w)
 {
     const int32_t sets = e->gate ? 2 : 1;
     TERN__TRY(tern__moe_fn_back(c, m, n * e->up->rows, e->gate ? w->gate : NULL, w->up, w->fn, dh, w->dgate, w->dup));
@@ -12118,7 +12430,8 @@ static tern_result tern__moe_hidden_back(tern_context *c, const tern_moe *m, con
 }
 
 /* dweights[slot] = <d[token], out of its row>, both of so many columns, at places [at, at + rows). */
-static tern_result tern__moe_weights_back(tern_context *c, const tern_moe *m, int64_t n, int64_t cols, const float *d, const float *out, int64_t at, int64_t rows, const tern__moe_work *w)
+static tern_result tern__moe_weights_back(tern_context *c, const tern_moe *m, int64_t n, int64_t cols, const float *d, const float *out,
+                                          int64_t at, int64_t rows, const tern__moe_work *w)
 {
     tern_row_dot_args a;
     a.rows = n;
@@ -12133,7 +12446,8 @@ static tern_result tern__moe_weights_back(tern_context *c, const tern_moe *m, in
     return tern_row_dot(c, &a);
 }
 
-static tern_result tern__moe_experts_back(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const float *dy, const tern__moe_work *w, tern__moe_turn *t)
+static tern_result tern__moe_experts_back(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const float *dy,
+                                          const tern__moe_work *w, tern__moe_turn *t)
 {
     const int64_t cols = m->experts->up->cols;
     while (tern__moe_next(m, t)) {
@@ -12153,7 +12467,8 @@ static tern_result tern__moe_experts_back(tern_context *c, const tern_moe *m, in
 }
 
 /* Of the low-rank form, from dsum, the gradient of the sum; with dh of all tokens into dhidden. */
-static tern_result tern__moe_lows_back(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const tern__moe_work *w, tern__moe_turn *t)
+static tern_result tern__moe_lows_back(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const tern__moe_work *w,
+                                       tern__moe_turn *t)
 {
     const int64_t width = m->experts->up->rows;
     while (tern__moe_next(m, t)) {
@@ -12184,8 +12499,9 @@ static int32_t tern__moe_back_in_parts(const tern_moe *m)
 }
 
 /* As tern__moe_products: dx of each set, and the gradients of parameters. */
-static tern_result tern__moe_products_back(tern_context *c, const tern_moe *m, int64_t tokens, int64_t at, int64_t n, const tern__kept *rows, tern_param *const *p, int32_t step,
-                                           int32_t sets, const float *dy, float *dx, const tern__moe_work *w)
+static tern_result tern__moe_products_back(tern_context *c, const tern_moe *m, int64_t tokens, int64_t at, int64_t n,
+                                           const tern__kept *rows, tern_param *const *p, int32_t step, int32_t sets, const float *dy,
+                                           float *dx, const tern__moe_work *w)
 {
     tern_grouped_args a = tern__moe_groups(m, tokens, at, n, rows, p, step, sets, w);
     a.dy = dy;
@@ -12204,7 +12520,8 @@ static tern_result tern__moe_inner_back(tern_context *c, const tern_linear *down
     return tern_norm(c, &a);
 }
 
-static tern_result tern__moe_parts_back(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const float *dy, const tern__moe_work *w)
+static tern_result tern__moe_parts_back(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const float *dy,
+                                        const tern__moe_work *w)
 {
     const tern_expert *e = m->experts;
     const int64_t places = n * m->top_k, cols = e->up->cols;
@@ -12229,13 +12546,15 @@ static tern_result tern__moe_parts_back(tern_context *c, const tern_moe *m, int6
         TERN__TRY(tern__moe_products_back(c, m, n, at, part, &kept, &e->down, TERN__EXPERT_STEP, 1, w->dout, w->dh, w));
         TERN__TRY(tern__moe_inner_back(c, &down, part, w->h, w->dh));
         TERN__TRY(tern__moe_fn_back(c, m, count, e->gate ? w->gate : NULL, w->gate + second, w->fn, w->dh, w->dgate, w->dgate + second));
-        TERN__TRY(tern__moe_products_back(c, m, n, at, part, &rows.kept, e->gate ? &e->gate : &e->up, TERN__EXPERT_STEP, sets, w->dgate, w->drows, w));
+        TERN__TRY(tern__moe_products_back(c, m, n, at, part, &rows.kept, e->gate ? &e->gate : &e->up, TERN__EXPERT_STEP, sets, w->dgate,
+                                          w->drows, w));
         TERN__TRY(tern__moe_add_rows(c, m, n, part, sets, tokens, w));
     }
     return TERN_OK;
 }
 
-static tern_result tern__moe_low_parts_back(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const tern__moe_work *w)
+static tern_result tern__moe_low_parts_back(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all,
+                                            const tern__moe_work *w)
 {
     const int64_t places = n * m->top_k, width = m->experts->up->rows;
     int64_t at, part;
@@ -12257,7 +12576,8 @@ static tern_result tern__moe_low_parts_back(tern_context *c, const tern_moe *m, 
 }
 
 /* t: NULL by groups. */
-static tern_result tern__moe_low_back(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const float *dy, const tern__moe_work *w, tern__moe_turn *t)
+static tern_result tern__moe_low_back(tern_context *c, const tern_moe *m, int64_t n, const tern__moe_rows *all, const float *dy,
+                                      const tern__moe_work *w, tern__moe_turn *t)
 {
     const tern_linear down = tern__moe_down(m, m->experts->down);
     TERN__TRY(tern_linear_backward(c, &down, n, w->sum, w->inner, dy, w->dsum));
@@ -12293,7 +12613,8 @@ static tern_result tern__moe_norm_back(tern_context *c, const tern_moe *m, int64
     return tern_norm(c, &a);
 }
 
-static tern_result tern__moe_back(tern_context *c, const tern_moe *m, int64_t n, const float *x, const float *dy, float *dx, const tern__moe_work *w)
+static tern_result tern__moe_back(tern_context *c, const tern_moe *m, int64_t n, const float *x, const float *dy, float *dx,
+                                  const tern__moe_work *w)
 {
     const int32_t parts = tern__moe_back_in_parts(m), grouped = parts && c->run.backend->grouped;
     tern__moe_turn t;
@@ -12326,7 +12647,8 @@ static tern_result tern__check_moe_gradients(tern_context *c, const tern_moe *m,
     TERN__TRY(tern__check_gradients(c, &l));
     for (e = -1; e < m->count; e++) {
         const tern_expert *x = e < 0 ? m->always : m->low_a && e ? NULL : &m->experts[e];
-        tern_param *const all[] = {x ? x->gate : NULL, x ? x->up : NULL, x ? x->down : NULL, m->low_a && e >= 0 ? m->low_a[e] : NULL, m->low_a && e >= 0 ? m->low_b[e] : NULL};
+        tern_param *const all[] = {x ? x->gate : NULL, x ? x->up : NULL, x ? x->down : NULL, m->low_a && e >= 0 ? m->low_a[e] : NULL,
+                                   m->low_a && e >= 0 ? m->low_b[e] : NULL};
         for (i = 0; i < 5; i++) {
             if (!all[i]) continue;
             l = tern__moe_reader(m, all[i]);
@@ -12337,7 +12659,8 @@ static tern_result tern__check_moe_gradients(tern_context *c, const tern_moe *m,
     return TERN_OK;
 }
 
-TERN_API tern_result tern_moe_backward(tern_context *c, const tern_moe *m, int64_t n, const float *x, const void *saved, const float *dy, float *dx)
+TERN_API tern_result tern_moe_backward(tern_context *c, const tern_moe *m, int64_t n, const float *x, const void *saved,
+                                       const float *dy, float *dx)
 {
     tern__moe_work w;
     if (!c) return TERN_E_ARGUMENT;
@@ -12398,7 +12721,12 @@ TERN_API tern_result tern_moe_stats(tern_context *c, const tern_moe *m, int64_t 
 
 /* -- a mixture of floats -- */
 
-typedef struct tern__moe_given { const tern_moe *m; tern_type type; const tern_expert_floats *experts, *always; const void *router; } tern__moe_given;
+typedef struct tern__moe_given {
+    const tern_moe *m;
+    tern_type type;
+    const tern_expert_floats *experts, *always;
+    const void *router;
+} tern__moe_given;
 
 /* Three of each expert and of the one that is always on, then the router. */
 static tern__source tern__moe_float(const void *of, int32_t i)
@@ -12431,8 +12759,9 @@ static tern_result tern__look_at(tern_context *c, const tern__source *s, void *h
         n = tern__min(TERN__TRANSFER / width, count - at);
         TERN__TRY(tern_copy(c, host, (const uint8_t *)s->w + at * width, (size_t)(n * width), TERN_TO_HOST));
         for (i = 0; i < n; i++)
-            TERN__REQUIRE(&c->run, tern__abs(tern__load_float(s->type, host, i)) < TERN__SURE, TERN_E_NONFINITE, "%s: weights[%d][%d] is not a finite number below 2^78",
-                          s->p->name, (at + i) / s->p->cols, (at + i) % s->p->cols);
+            TERN__REQUIRE(&c->run, tern__abs(tern__load_float(s->type, host, i)) < TERN__SURE, TERN_E_NONFINITE,
+                          "%s: weights[%d][%d] is not a finite number below 2^78", s->p->name, (at + i) / s->p->cols,
+                          (at + i) % s->p->cols);
     }
     return TERN_OK;
 }
@@ -12520,8 +12849,8 @@ static tern_result tern__set_sources(tern_context *c, tern__sources *all, float 
     return tern__sync_sets(c, all, &none);
 }
 
-TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, tern_type type, const tern_expert_floats *experts, const tern_expert_floats *always,
-                                         const void *router, tern_moe_bytes *bytes)
+TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, tern_type type, const tern_expert_floats *experts,
+                                         const tern_expert_floats *always, const void *router, tern_moe_bytes *bytes)
 {
     tern_moe_bytes counted = {0, 0};
     tern__moe_given f;
@@ -12530,7 +12859,8 @@ TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, ter
     int64_t rotated;
     float *rows;
     TERN__TRY(tern__check_moe(c, m, 1));
-    TERN__REQUIRE(&c->run, experts && (!m->always || always), TERN_E_ARGUMENT, "moe: floats of the experts, or of the one that is always on, are NULL");
+    TERN__REQUIRE(&c->run, experts && (!m->always || always), TERN_E_ARGUMENT,
+                  "moe: floats of the experts, or of the one that is always on, are NULL");
     TERN__REQUIRE(&c->run, !m->low_a, TERN_E_UNSUPPORTED, "moe: the low-rank form is not one of floats");
     TERN__TRY(tern__check_float_type(&c->run, "moe", type));
     f.m = m;
@@ -12552,7 +12882,12 @@ TERN_API tern_result tern_moe_from_dense(tern_context *c, const tern_moe *m, ter
 
 /* -- per-layer embeddings (Gemma 3n) -- */
 
-typedef struct tern__ple_work { void *gate, *project; float *low, *fn, *product, *out; float *dlow, *dfn, *dout; int64_t saved_bytes, scratch_bytes; } tern__ple_work;
+typedef struct tern__ple_work {
+    void *gate, *project;
+    float *low, *fn, *product, *out;
+    float *dlow, *dfn, *dout;
+    int64_t saved_bytes, scratch_bytes;
+} tern__ple_work;
 
 static void tern__ple_saved(const tern_ple *l, int64_t n, void *base, tern__ple_work *w)
 {
@@ -12586,8 +12921,9 @@ TERN_API tern_result tern_ple_need(tern_context *c, const tern_ple *l, int64_t n
     TERN__REQUIRE(&c->run, l && out, TERN_E_ARGUMENT, "ple: the layer or out is NULL");
     TERN__TRY(tern__check_linear(c, &l->gate, n));
     TERN__TRY(tern__check_linear(c, &l->project, n));
-    TERN__REQUIRE(&c->run, l->project.w->cols == l->gate.w->rows && l->project.w->rows == l->gate.w->cols, TERN_E_SHAPE, "%s is %d x %d beside %s of %d x %d",
-                  l->project.w->name, l->project.w->rows, l->project.w->cols, l->gate.w->name, l->gate.w->rows, l->gate.w->cols);
+    TERN__REQUIRE(&c->run, l->project.w->cols == l->gate.w->rows && l->project.w->rows == l->gate.w->cols, TERN_E_SHAPE,
+                  "%s is %d x %d beside %s of %d x %d", l->project.w->name, l->project.w->rows, l->project.w->cols, l->gate.w->name,
+                  l->gate.w->rows, l->gate.w->cols);
     TERN__REQUIRE(&c->run, l->eps >= 0 && tern__finite(l->eps), TERN_E_ARGUMENT, "ple: eps is out of range");
     if (l->gain) TERN__TRY(tern__check_dense_of(c, l->gain, l->project.w, "gain", 1, l->project.w->rows));
     tern__ple_memory(l, n, NULL, NULL, &w);
@@ -12621,7 +12957,8 @@ static tern_norm_args tern__ple_norm(const tern_ple *l, int64_t n, const tern__p
     return a;
 }
 
-static tern_result tern__ple_run(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, float *y, const tern__ple_work *w)
+static tern_result tern__ple_run(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, float *y,
+                                 const tern__ple_work *w)
 {
     const int64_t low = n * l->gate.w->rows;
     tern_norm_args norm;
@@ -12635,7 +12972,8 @@ static tern_result tern__ple_run(tern_context *c, const tern_ple *l, int64_t n, 
     return tern__apply(c, TERN_MAP_ADD, n * norm.cols, x, y, y);
 }
 
-TERN_API tern_result tern_ple_forward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, float *y, void *saved)
+TERN_API tern_result tern_ple_forward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows,
+                                      float *y, void *saved)
 {
     tern__ple_work w;
     tern_result result;
@@ -12651,7 +12989,8 @@ TERN_API tern_result tern_ple_forward(tern_context *c, const tern_ple *l, int64_
 }
 
 #ifndef TERNARY_NO_TRAINING
-static tern_result tern__ple_back(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, const float *dy, float *dx, float *drows, const tern__ple_work *w)
+static tern_result tern__ple_back(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, const float *dy,
+                                  float *dx, float *drows, const tern__ple_work *w)
 {
     const int64_t low = n * l->gate.w->rows;
     tern_norm_args norm = tern__ple_norm(l, n, w);
@@ -12667,7 +13006,8 @@ static tern_result tern__ple_back(tern_context *c, const tern_ple *l, int64_t n,
     return dx ? tern__apply(c, TERN_MAP_ADD, n * norm.cols, dx, dy, dx) : TERN_OK;
 }
 
-TERN_API tern_result tern_ple_backward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, const void *saved, const float *dy, float *dx, float *drows)
+TERN_API tern_result tern_ple_backward(tern_context *c, const tern_ple *l, int64_t n, const float *x, const float *rows, const void *saved,
+                                       const float *dy, float *dx, float *drows)
 {
     tern__ple_work w;
     tern_result result;
@@ -12705,7 +13045,8 @@ TERN_API tern_result tern_ple_backward(tern_context *c, const tern_ple *l, int64
 
 static tern_result tern__check_node(tern_context *c, const tern_edges *e, const char *what, int64_t edge, int32_t node)
 {
-    TERN__REQUIRE(&c->run, node >= 0 && node < e->nodes, TERN_E_ARGUMENT, "graph: %s[%d] is %d; there are nodes 0 to %d", what, edge, (int64_t)node, e->nodes - 1);
+    TERN__REQUIRE(&c->run, node >= 0 && node < e->nodes, TERN_E_ARGUMENT,
+                  "graph: %s[%d] is %d; there are nodes 0 to %d", what, edge, (int64_t)node, e->nodes - 1);
     return TERN_OK;
 }
 
@@ -12715,26 +13056,32 @@ static tern_result tern__check_starts(tern_context *c, const tern_edges *e)
     TERN__TRY(tern__check_pointer(&c->run, "graph", "start", e->start, TERN__INT64_ALIGN));
     TERN__REQUIRE(&c->run, e->start[0] == 0, TERN_E_ARGUMENT, "graph: start[0] is %d, not 0", e->start[0]);
     for (v = 0; v < e->nodes; v++)
-        TERN__REQUIRE(&c->run, e->start[v + 1] >= e->start[v], TERN_E_ARGUMENT, "graph: start[%d] is %d, below start[%d] = %d", v + 1, e->start[v + 1], v, e->start[v]);
-    TERN__REQUIRE(&c->run, e->start[e->nodes] == e->count, TERN_E_SHAPE, "graph: start[%d] is %d for %d edges", e->nodes, e->start[e->nodes], e->count);
+        TERN__REQUIRE(&c->run, e->start[v + 1] >= e->start[v], TERN_E_ARGUMENT,
+                      "graph: start[%d] is %d, below start[%d] = %d", v + 1, e->start[v + 1], v, e->start[v]);
+    TERN__REQUIRE(&c->run, e->start[e->nodes] == e->count, TERN_E_SHAPE,
+                  "graph: start[%d] is %d for %d edges", e->nodes, e->start[e->nodes], e->count);
     return TERN_OK;
 }
 
 static tern_result tern__check_edges(tern_context *c, const tern_edges *e)
 {
     int64_t i;
-    TERN__REQUIRE(&c->run, e->nodes >= 1 && e->nodes <= INT32_MAX, TERN_E_SHAPE, "graph: %d nodes; 1 to %d can be used", e->nodes, (int64_t)INT32_MAX);
+    TERN__REQUIRE(&c->run, e->nodes >= 1 && e->nodes <= INT32_MAX, TERN_E_SHAPE,
+                  "graph: %d nodes; 1 to %d can be used", e->nodes, (int64_t)INT32_MAX);
     TERN__REQUIRE(&c->run, e->count >= 0, TERN_E_SHAPE, "graph: %d edges", e->count);
-    TERN__REQUIRE(&c->run, tern__fits(tern__mul(tern__add(tern__mul(e->count, 2), tern__mul(e->nodes, 3)), 32)), TERN_E_OVERFLOW, "graph: the memory of %d edges overflows", e->count);
+    TERN__REQUIRE(&c->run, tern__fits(tern__mul(tern__add(tern__mul(e->count, 2), tern__mul(e->nodes, 3)), 32)), TERN_E_OVERFLOW,
+                  "graph: the memory of %d edges overflows", e->count);
     TERN__REQUIRE(&c->run, !e->to != !e->start, TERN_E_ARGUMENT, "graph: edges come with to or with start, and not with both");
-    TERN__REQUIRE(&c->run, (int32_t)e->duplicates >= 0 && e->duplicates <= TERN_DUPLICATES_REFUSE, TERN_E_ARGUMENT, "graph: duplicates is %d", (int64_t)(int32_t)e->duplicates);
+    TERN__REQUIRE(&c->run, (int32_t)e->duplicates >= 0 && e->duplicates <= TERN_DUPLICATES_REFUSE, TERN_E_ARGUMENT,
+                  "graph: duplicates is %d", (int64_t)(int32_t)e->duplicates);
     if (e->start) TERN__TRY(tern__check_starts(c, e));
     if (e->count) TERN__TRY(tern__check_pointer(&c->run, "graph", "from", e->from, 4));
     if (e->count && e->to) TERN__TRY(tern__check_pointer(&c->run, "graph", "to", e->to, 4));
     for (i = 0; i < e->count; i++) {
         TERN__TRY(tern__check_node(c, e, "from", i, e->from[i]));
         if (e->to) TERN__TRY(tern__check_node(c, e, "to", i, e->to[i]));
-        TERN__REQUIRE(&c->run, !e->sign || (e->sign[i] >= -1 && e->sign[i] <= 1), TERN_E_TRIT, "graph: sign[%d] is %d, not -1, 0 or 1", i, (int64_t)e->sign[i]);
+        TERN__REQUIRE(&c->run, !e->sign || (e->sign[i] >= -1 && e->sign[i] <= 1), TERN_E_TRIT,
+                      "graph: sign[%d] is %d, not -1, 0 or 1", i, (int64_t)e->sign[i]);
     }
     return TERN_OK;
 }
@@ -12787,7 +13134,8 @@ static tern_result tern__drop_duplicates(tern_context *c, const tern_edges *e, t
         for (i = begin; i < end; i++) {
             const int64_t u = tern__edge_node(rows->entry[i]);
             const int32_t again = seen[u] == (int32_t)v + 1;
-            TERN__REQUIRE(&c->run, !again || e->duplicates == TERN_DUPLICATES_FIRST, TERN_E_ARGUMENT, "graph: the edge from %d to %d is there twice", u, v);
+            TERN__REQUIRE(&c->run, !again || e->duplicates == TERN_DUPLICATES_FIRST, TERN_E_ARGUMENT,
+                          "graph: the edge from %d to %d is there twice", u, v);
             seen[u] = (int32_t)v + 1;
             if (!again) rows->entry[at++] = rows->entry[i];
         }
@@ -12880,7 +13228,8 @@ static tern_result tern__upload_graph(tern_context *c, tern_graph *g, const tern
     tern__fill_rows(out, &g->out);
     tern__fill_norms(g);
     memory = tern_alloc(c, bytes);
-    result = memory ? tern_copy(c, memory, image, bytes, TERN_TO_DEVICE) : tern__set_error(&c->run.error, TERN_E_MEMORY, "graph: no memory for %d bytes", (int64_t)bytes);
+    result = memory ? tern_copy(c, memory, image, bytes, TERN_TO_DEVICE)
+                    : tern__set_error(&c->run.error, TERN_E_MEMORY, "graph: no memory for %d bytes", (int64_t)bytes);
     tern__host_free(&c->run.allocator, image);
     tern__place_graph(g, memory);
     if (result != TERN_OK) tern_graph_free(c, g);
@@ -12989,24 +13338,29 @@ static tern_result tern__check_hop(tern_context *c, const tern_hop *l, const ter
     if (!c) return TERN_E_ARGUMENT;
     r = &c->run;
     TERN__REQUIRE(r, l && g && g->memory, TERN_E_ARGUMENT, "hop: the hop or the graph is NULL, or the graph was not built");
-    TERN__REQUIRE(r, (l->order == TERN_PROJECT_FIRST || l->order == TERN_AGGREGATE_FIRST) && (int32_t)l->norm >= 0 && l->norm <= TERN_GRAPH_SYMMETRIC &&
-                  (l->act == TERN_ACT_INT8 || l->act == TERN_ACT_FLOAT) && (l->fn == TERN_MAP_ADD || (l->fn >= TERN_MAP_RELU && l->fn <= TERN_MAP_GELU)), TERN_E_ARGUMENT,
-                  "hop: order %d, norm %d, act %d or fn %d is out of range", (int64_t)(int32_t)l->order, (int64_t)(int32_t)l->norm, (int64_t)(int32_t)l->act, (int64_t)(int32_t)l->fn);
+    TERN__REQUIRE(r, (l->order == TERN_PROJECT_FIRST || l->order == TERN_AGGREGATE_FIRST) && (int32_t)l->norm >= 0
+                     && l->norm <= TERN_GRAPH_SYMMETRIC && (l->act == TERN_ACT_INT8 || l->act == TERN_ACT_FLOAT)
+                     && (l->fn == TERN_MAP_ADD || (l->fn >= TERN_MAP_RELU && l->fn <= TERN_MAP_GELU)), TERN_E_ARGUMENT,
+                  "hop: order %d, norm %d, act %d or fn %d is out of range", (int64_t)(int32_t)l->order, (int64_t)(int32_t)l->norm,
+                  (int64_t)(int32_t)l->act, (int64_t)(int32_t)l->fn);
     if (l->message.w) TERN__TRY(tern__check_linear(c, &l->message, g->nodes));
     if (l->update.w) TERN__TRY(tern__check_linear(c, &l->update, g->nodes));
-    TERN__REQUIRE(r, !l->lora_a == !l->lora_b && tern__finite(l->lora_scale), TERN_E_ARGUMENT, "hop: lora_a and lora_b come together, and lora_scale is finite");
+    TERN__REQUIRE(r, !l->lora_a == !l->lora_b && tern__finite(l->lora_scale), TERN_E_ARGUMENT,
+                  "hop: lora_a and lora_b come together, and lora_scale is finite");
     s = tern__hop_shape_of(l);
     TERN__TRY(tern__check_count(r, "hop", "nodes", g->nodes, tern__add(s.in, tern__add(s.sent, s.out))));
     m = tern__hop_rows(l);
     TERN__TRY(tern__check_matrix(r, "hop", &m));
-    TERN__REQUIRE(r, !l->update.w || l->update.w->cols == s.sent, TERN_E_SHAPE, "hop: the update has %d columns for messages of %d", l->update.w->cols, s.sent);
+    TERN__REQUIRE(r, !l->update.w || l->update.w->cols == s.sent, TERN_E_SHAPE,
+                  "hop: the update has %d columns for messages of %d", l->update.w->cols, s.sent);
     TERN__REQUIRE(r, !l->residual || s.in == s.out, TERN_E_SHAPE, "hop: a residual of %d columns beside an output of %d", s.in, s.out);
     if (l->lora_a) {
         const tern_linear a = tern__hop_low(l->lora_a), b = tern__hop_low(l->lora_b);
         TERN__TRY(tern__check_linear(c, &a, g->nodes));
         TERN__TRY(tern__check_linear(c, &b, g->nodes));
         TERN__REQUIRE(r, a.w->cols == s.in && b.w->rows == s.out && b.w->cols == a.w->rows, TERN_E_SHAPE,
-                      "hop: lora_a is %d x %d and lora_b %d x %d from %d columns to %d", a.w->rows, a.w->cols, b.w->rows, b.w->cols, s.in, s.out);
+                      "hop: lora_a is %d x %d and lora_b %d x %d from %d columns to %d", a.w->rows, a.w->cols, b.w->rows,
+                      b.w->cols, s.in, s.out);
     }
     return TERN_OK;
 }
@@ -13034,13 +13388,17 @@ typedef struct tern__hop_work {
 static void tern__hop_blocks(const tern_context *c, const tern_hop *l, const tern_graph *g, int32_t kept, tern__hop_work *w)
 {
     const tern__hop_shape s = tern__hop_shape_of(l);
-    const int64_t workers = c->run.parallel.run ? c->run.parallel.workers : 1, row = 4 * (s.in + s.sent + s.out), cache = c->run.backend->cache;
+    const int64_t workers = c->run.parallel.run ? c->run.parallel.workers : 1, row = 4 * (s.in + s.sent + s.out),
+                  cache = c->run.backend->cache;
     w->block = g->nodes;
     w->workers = 1;
     if (kept || cache == 0) return;
 #ifdef TERN__TURNS
     w->block = tern__max(TERN__HOP_ROWS, cache / row);
-    if (workers > 1 && c->run.backend->open == tern__cpu_open && g->nodes / w->block >= TERN__HOP_TURNS * workers) { w->workers = workers; return; }
+    if (workers > 1 && c->run.backend->open == tern__cpu_open && g->nodes / w->block >= TERN__HOP_TURNS * workers) {
+        w->workers = workers;
+        return;
+    }
 #endif
     w->block = tern__min(g->nodes, tern__max(TERN__HOP_ROWS, tern__mul(cache, workers) / row));
 }
@@ -13096,7 +13454,8 @@ static void tern__hop_sent(const tern_hop *l, const tern_graph *g, tern__layout 
 }
 
 /* All memory of a forward or backward, from base on (NULL: sizes alone). */
-static void tern__hop_memory(const tern_context *c, const tern_hop *l, const tern_graph *g, int32_t backward, int32_t kept, void *saved, void *base, tern__hop_work *w)
+static void tern__hop_memory(const tern_context *c, const tern_hop *l, const tern_graph *g, int32_t backward, int32_t kept, void *saved,
+                             void *base, tern__hop_work *w)
 {
     const tern__hop_shape s = tern__hop_shape_of(l);
     const int64_t n = g->nodes, cols = tern__hop_width(l);
@@ -13144,14 +13503,16 @@ TERN_API tern_result tern_hop_need(tern_context *c, const tern_hop *l, const ter
 #ifndef TERNARY_NO_TRAINING
     scratch = tern__max(scratch, tern__hop_scratch(c, l, g, 1, 1));
 #endif
-    TERN__REQUIRE(&c->run, tern__fits(scratch) && tern__fits(w.saved_bytes), TERN_E_OVERFLOW, "hop: the scratch of %d nodes overflows", g->nodes);
+    TERN__REQUIRE(&c->run, tern__fits(scratch) && tern__fits(w.saved_bytes), TERN_E_OVERFLOW,
+                  "hop: the scratch of %d nodes overflows", g->nodes);
     out->saved = (size_t)w.saved_bytes;
     out->scratch = (size_t)scratch;
     return TERN_OK;
 }
 
 /* Layers inside this one take their scratch behind its own, until scratch_base is what it was. */
-static tern_result tern__hop_enter(tern_context *c, const tern_hop *l, const tern_graph *g, int32_t backward, int32_t kept, void *saved, tern__hop_work *w)
+static tern_result tern__hop_enter(tern_context *c, const tern_hop *l, const tern_graph *g, int32_t backward, int32_t kept, void *saved,
+                                   tern__hop_work *w)
 {
     tern_need need = TERN_ZERO;
     TERN__TRY(tern_hop_need(c, l, g, &need));
@@ -13203,7 +13564,8 @@ static tern_quantize_args tern__hop_int8(const tern_hop *l, int64_t v, int64_t n
 }
 
 /* Rows [v, v + n) as int8; what an edge multiplies by, besides its sign, goes into their scales. */
-static tern_result tern__hop_quantize(tern_context *c, const tern_hop *l, const tern_graph *g, int64_t v, int64_t n, const float *x, const tern__hop_work *w)
+static tern_result tern__hop_quantize(tern_context *c, const tern_hop *l, const tern_graph *g, int64_t v, int64_t n, const float *x,
+                                      const tern__hop_work *w)
 {
     const tern_quantize_args q = tern__hop_int8(l, v, n, x, w);
     tern_map_args m;
@@ -13218,7 +13580,8 @@ static tern_result tern__hop_quantize(tern_context *c, const tern_hop *l, const 
 }
 
 /* What rows [v, v + n) send: P h or h, in float or as int8. */
-static tern_result tern__hop_send(tern_context *c, const tern_hop *l, const tern_graph *g, int64_t v, int64_t n, const float *h, const tern__hop_work *w)
+static tern_result tern__hop_send(tern_context *c, const tern_hop *l, const tern_graph *g, int64_t v, int64_t n, const float *h,
+                                  const tern__hop_work *w)
 {
     float *sent = w->sent;
     if (sent) {
@@ -13296,7 +13659,8 @@ static tern_hop_args tern__hop_to(const tern_hop *l, const tern_aggregate_args *
 }
 
 /* TERN_E_UNSUPPORTED where the backend declines. */
-static tern_result tern__hop_fused(tern_context *c, const tern_hop *l, const tern_aggregate_args *sum, const float *h, float *y, const tern__hop_work *w)
+static tern_result tern__hop_fused(tern_context *c, const tern_hop *l, const tern_aggregate_args *sum, const float *h, float *y,
+                                   const tern__hop_work *w)
 {
     const tern_error before = c->run.error;
     const tern_hop_args a = tern__hop_to(l, sum, h, y, w);
@@ -13311,7 +13675,8 @@ static tern_result tern__hop_fused(tern_context *c, const tern_hop *l, const ter
 }
 
 /* y of nodes [v, v + n), from what all send: x where that is float. */
-static tern_result tern__hop_receive(tern_context *c, const tern_hop *l, const tern_graph *g, int64_t v, int64_t n, const float *x, const float *h, float *y, const tern__hop_work *w)
+static tern_result tern__hop_receive(tern_context *c, const tern_hop *l, const tern_graph *g, int64_t v, int64_t n, const float *x,
+                                     const float *h, float *y, const tern__hop_work *w)
 {
     const int64_t count = n * tern__hop_shape_of(l).out;
     const int32_t fuses = tern__hop_fuses(c, l, w);
@@ -13337,7 +13702,14 @@ static tern_result tern__hop_receive(tern_context *c, const tern_hop *l, const t
 }
 
 /* First all nodes send, then all receive. */
-typedef struct tern__hop_pass { const tern_hop *l; const tern_graph *g; const float *h; float *y; const tern__hop_work *w; int32_t receives; } tern__hop_pass;
+typedef struct tern__hop_pass {
+    const tern_hop *l;
+    const tern_graph *g;
+    const float *h;
+    float *y;
+    const tern__hop_work *w;
+    int32_t receives;
+} tern__hop_pass;
 
 static tern_result tern__hop_turn(tern_context *c, const void *arg, int64_t block, int64_t worker)
 {
@@ -13374,7 +13746,8 @@ static tern_result tern__hop_run(tern_context *c, const tern__hop_pass *p)
         if (end - i >= p->w->workers) {
             const tern__hop_shape s = tern__hop_shape_of(p->l);
             const int64_t places = p->receives ? 1 + p->g->edges / p->g->nodes : 1;
-            TERN__TRY(tern__take_turns(c, tern__hop_turn, p, i, end, (size_t)p->w->nested, tern__mul(tern__mul(p->w->block, places), 2 * (s.in + s.sent + s.out))));
+            TERN__TRY(tern__take_turns(c, tern__hop_turn, p, i, end, (size_t)p->w->nested,
+                                       tern__mul(tern__mul(p->w->block, places), 2 * (s.in + s.sent + s.out))));
             continue;
         }
 #endif
@@ -13409,7 +13782,8 @@ TERN_API tern_result tern_hop_forward(tern_context *c, const tern_hop *l, const 
 /* Scratch, in pairs whose turn it is: rows that the next hop reads, and behind them what whole hops send. */
 typedef struct tern__hops_work { float *rows[2]; unsigned char *sent[2]; int64_t rows_bytes, bytes; } tern__hops_work;
 
-static void tern__hops_memory(const tern_context *c, const tern_hop *hops, int32_t count, const tern_graph *g, void *base, tern__hops_work *w)
+static void tern__hops_memory(const tern_context *c, const tern_hop *hops, int32_t count, const tern_graph *g, void *base,
+                              tern__hops_work *w)
 {
     tern__layout p = {(unsigned char *)base, 0};
     int64_t cols[2] = {0, 0}, sent = 0;
@@ -13437,7 +13811,8 @@ TERN_API tern_result tern_hops_need(tern_context *c, const tern_hop *hops, int32
     for (i = 0; i < count; i++) {
         TERN__TRY(tern__check_hop(c, &hops[i], g));
         TERN__REQUIRE(&c->run, i == 0 || tern__hop_shape_of(&hops[i]).in == tern__hop_shape_of(&hops[i - 1]).out, TERN_E_SHAPE,
-                      "hops: hop %d reads %d columns, and hop %d makes %d", (int64_t)i, tern__hop_shape_of(&hops[i]).in, (int64_t)i - 1, tern__hop_shape_of(&hops[i - 1]).out);
+                      "hops: hop %d reads %d columns, and hop %d makes %d", (int64_t)i, tern__hop_shape_of(&hops[i]).in, (int64_t)i - 1,
+                      tern__hop_shape_of(&hops[i - 1]).out);
         alone = tern__max(alone, tern__hop_scratch(c, &hops[i], g, 0, 0));
     }
     tern__hops_memory(c, hops, count, g, NULL, &w);
@@ -13449,7 +13824,10 @@ TERN_API tern_result tern_hops_need(tern_context *c, const tern_hop *hops, int32
 }
 
 /* Whether a backend can be asked for the whole hop: every layer is plain, and nothing is beside them. */
-static int32_t tern__hop_is_whole(const tern_hop *l) { return tern__hop_is_plain(&l->message) && tern__hop_is_plain(&l->update) && !l->lora_a; }
+static int32_t tern__hop_is_whole(const tern_hop *l)
+{
+    return tern__hop_is_plain(&l->message) && tern__hop_is_plain(&l->update) && !l->lora_a;
+}
 
 static tern_whole_hop tern__whole_hop(const tern_hop *l, const tern_graph *g, const float *h, float *y, void *base)
 {
@@ -13476,7 +13854,14 @@ static tern_whole_hop tern__whole_hop(const tern_hop *l, const tern_graph *g, co
 }
 
 /* The hops of a call; each one's h and y. */
-typedef struct tern__hops_pass { const tern_hop *hops; int32_t count; const tern_graph *g; const float *h; float *y; tern__hops_work w; } tern__hops_pass;
+typedef struct tern__hops_pass {
+    const tern_hop *hops;
+    int32_t count;
+    const tern_graph *g;
+    const float *h;
+    float *y;
+    tern__hops_work w;
+} tern__hops_pass;
 
 static const float *tern__hops_from(const tern__hops_pass *p, int32_t i) { return i == 0 ? p->h : p->w.rows[(i - 1) % 2]; }
 static float *tern__hops_to(const tern__hops_pass *p, int32_t i) { return i == p->count - 1 ? p->y : p->w.rows[i % 2]; }
@@ -13535,7 +13920,8 @@ TERN_API tern_result tern_hops_forward(tern_context *c, const tern_hop *hops, in
 }
 
 #ifndef TERNARY_NO_TRAINING
-static tern_result tern__hop_scatter(tern_context *c, const tern_hop *l, const tern_graph *g, const float *dy, const tern__hop_work *w, float *dx)
+static tern_result tern__hop_scatter(tern_context *c, const tern_hop *l, const tern_graph *g, const float *dy,
+                                     const tern__hop_work *w, float *dx)
 {
     tern_aggregate_args a = tern__hop_sum(l, g, 1, w, dx);
     a.x = dy;
@@ -13543,7 +13929,8 @@ static tern_result tern__hop_scatter(tern_context *c, const tern_hop *l, const t
 }
 
 /* dh of what went along the edges, from the gradient of m. */
-static tern_result tern__hop_message_back(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, const float *dm, const tern__hop_work *w, float *dh)
+static tern_result tern__hop_message_back(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, const float *dm,
+                                          const tern__hop_work *w, float *dh)
 {
     if (!l->message.w) return dh ? tern__hop_scatter(c, l, g, dm, w, dh) : TERN_OK;
     if (l->order == TERN_PROJECT_FIRST) {
@@ -13554,7 +13941,8 @@ static tern_result tern__hop_message_back(tern_context *c, const tern_hop *l, co
     return dh ? tern__hop_scatter(c, l, g, w->drows, w, dh) : TERN_OK;
 }
 
-static tern_result tern__hop_back(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, const float *dy, const tern__hop_work *w, float *dh)
+static tern_result tern__hop_back(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, const float *dy,
+                                  const tern__hop_work *w, float *dh)
 {
     const tern__hop_shape s = tern__hop_shape_of(l);
     const int64_t n = g->nodes;
@@ -13579,7 +13967,8 @@ static tern_result tern__hop_back(tern_context *c, const tern_hop *l, const tern
     return dh && l->residual ? tern__apply(c, TERN_MAP_ADD, n * s.in, dh, dy, dh) : TERN_OK;
 }
 
-TERN_API tern_result tern_hop_backward(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, const void *saved, const float *dy, float *dh)
+TERN_API tern_result tern_hop_backward(tern_context *c, const tern_hop *l, const tern_graph *g, const float *h, const void *saved,
+                                       const float *dy, float *dh)
 {
     tern__hop_work w;
     tern_result result;
@@ -13623,12 +14012,14 @@ static tern_result tern__check_ngram(tern_context *c, const tern_ngram *l, int64
     r = &c->run;
     TERN__REQUIRE(r, l && l->table && l->key.w && l->value.w, TERN_E_ARGUMENT, "ngram: the layer, its table, key or value is NULL");
     TERN__TRY(tern__check_count(r, "ngram", "n", n, 2));
-    TERN__REQUIRE(r, 2 * n <= INT32_MAX && l->table->rows <= INT32_MAX, TERN_E_OVERFLOW, "ngram: %d tokens or %d rows are beyond int32", n, l->table->rows);
+    TERN__REQUIRE(r, 2 * n <= INT32_MAX && l->table->rows <= INT32_MAX, TERN_E_OVERFLOW,
+                  "ngram: %d tokens or %d rows are beyond int32", n, l->table->rows);
     TERN__TRY(tern__check_ready(c, l->table));
     TERN__TRY(tern__check_linear(c, &l->key, 2 * n));
     TERN__TRY(tern__check_linear(c, &l->value, 2 * n));
-    TERN__REQUIRE(r, l->key.w->rows == l->value.w->rows && l->key.w->cols == l->table->cols && l->value.w->cols == l->table->cols, TERN_E_SHAPE,
-                  "ngram: key is %d x %d and value %d x %d for rows of %d", l->key.w->rows, l->key.w->cols, l->value.w->rows, l->value.w->cols, l->table->cols);
+    TERN__REQUIRE(r, l->key.w->rows == l->value.w->rows && l->key.w->cols == l->table->cols && l->value.w->cols == l->table->cols,
+                  TERN_E_SHAPE, "ngram: key is %d x %d and value %d x %d for rows of %d", l->key.w->rows, l->key.w->cols, l->value.w->rows,
+                  l->value.w->cols, l->table->cols);
     return TERN_OK;
 }
 
@@ -13636,7 +14027,8 @@ TERN_API tern_result tern_ngram_ids(tern_context *c, const tern_ngram *l, int64_
 {
     int64_t t;
     if (!c) return TERN_E_ARGUMENT;
-    TERN__REQUIRE(&c->run, l && l->table && l->table->rows > 0 && l->table->rows <= INT32_MAX, TERN_E_ARGUMENT, "ngram: the layer or its table is NULL, or has no rows or too many");
+    TERN__REQUIRE(&c->run, l && l->table && l->table->rows > 0 && l->table->rows <= INT32_MAX, TERN_E_ARGUMENT,
+                  "ngram: the layer or its table is NULL, or has no rows or too many");
     TERN__TRY(tern__check_count(&c->run, "ngram", "n", n, 2));
     TERN__REQUIRE(&c->run, period >= 0, TERN_E_ARGUMENT, "ngram: period is %d", period);
     TERN__TRY(tern__check_pointer(&c->run, "ngram", "tokens", tokens, 4));
@@ -13719,7 +14111,8 @@ static tern_gate_args tern__ngram_gate(const tern_ngram *l, int64_t n, const flo
     return a;
 }
 
-static tern_result tern__ngram_run(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, float *y, const tern__ngram_work *w)
+static tern_result tern__ngram_run(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, float *y,
+                                   const tern__ngram_work *w)
 {
     const tern_embedding table = {l->table};
     tern_gate_args a = tern__ngram_gate(l, n, h, w);
@@ -13730,7 +14123,8 @@ static tern_result tern__ngram_run(tern_context *c, const tern_ngram *l, int64_t
     return tern_gate(c, &a);
 }
 
-TERN_API tern_result tern_ngram_forward(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, float *y, void *saved)
+TERN_API tern_result tern_ngram_forward(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h,
+                                        float *y, void *saved)
 {
     tern__ngram_work w;
     tern_result result;
@@ -13746,7 +14140,8 @@ TERN_API tern_result tern_ngram_forward(tern_context *c, const tern_ngram *l, in
 }
 
 #ifndef TERNARY_NO_TRAINING
-static tern_result tern__ngram_back(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, const float *dy, float *dh, const tern__ngram_work *w)
+static tern_result tern__ngram_back(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, const float *dy,
+                                    float *dh, const tern__ngram_work *w)
 {
     const tern_embedding table = {l->table};
     tern_gate_args a = tern__ngram_gate(l, n, h, w);
@@ -13761,7 +14156,8 @@ static tern_result tern__ngram_back(tern_context *c, const tern_ngram *l, int64_
     return tern_embedding_backward(c, &table, 2 * n, ids, w->drows);
 }
 
-TERN_API tern_result tern_ngram_backward(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h, const void *saved, const float *dy, float *dh)
+TERN_API tern_result tern_ngram_backward(tern_context *c, const tern_ngram *l, int64_t n, const int32_t *ids, const float *h,
+                                         const void *saved, const float *dy, float *dh)
 {
     tern__ngram_work w;
     tern_result result;
@@ -13789,7 +14185,8 @@ static tern_result tern__check_vq(tern_context *c, const tern_vq *l, int64_t n)
     if (!c) return TERN_E_ARGUMENT;
     TERN__REQUIRE(&c->run, l && l->codes, TERN_E_ARGUMENT, "vq: the layer or its codes are NULL");
     TERN__TRY(tern__check_ready(c, l->codes));
-    TERN__REQUIRE(&c->run, tern__finite(l->commitment) && l->commitment >= 0, TERN_E_ARGUMENT, "vq: the commitment is negative or not finite");
+    TERN__REQUIRE(&c->run, tern__finite(l->commitment) && l->commitment >= 0, TERN_E_ARGUMENT,
+                  "vq: the commitment is negative or not finite");
     TERN__REQUIRE(&c->run, l->codes->rows <= INT32_MAX, TERN_E_OVERFLOW, "vq: %d codes are beyond int32", l->codes->rows);
     return tern__check_count(&c->run, "vq", "n", n, l->codes->cols);
 }
@@ -13838,7 +14235,8 @@ TERN_API tern_result tern_vq_forward(tern_context *c, const tern_vq *l, int64_t 
 }
 
 #ifndef TERNARY_NO_TRAINING
-TERN_API tern_result tern_vq_backward(tern_context *c, const tern_vq *l, int64_t n, const float *x, const int32_t *ids, const float *y, float scale, const float *dy, float *dx)
+TERN_API tern_result tern_vq_backward(tern_context *c, const tern_vq *l, int64_t n, const float *x, const int32_t *ids, const float *y,
+                                      float scale, const float *dy, float *dx)
 {
     tern_embedding table;
     tern_need need = TERN_ZERO;
@@ -13878,19 +14276,22 @@ TERN_API tern_result tern_vq_count(tern_context *c, const tern_vq *l, int64_t n,
     return result;
 }
 
-TERN_API tern_result tern_vq_revive(tern_context *c, const tern_vq *l, int64_t n, const float *x, const int64_t *used, uint64_t seed, uint32_t step, int64_t *count)
+TERN_API tern_result tern_vq_revive(tern_context *c, const tern_vq *l, int64_t n, const float *x, const int64_t *used, uint64_t seed,
+                                    uint32_t step, int64_t *count)
 {
     int64_t i, revived = 0;
     TERN__TRY(tern__check_vq(c, l, n));
     TERN__TRY(tern__check_pointer(&c->run, "vq", "x", x, 4));
     TERN__TRY(tern__check_pointer(&c->run, "vq", "used", used, TERN__INT64_ALIGN));
     TERN__TRY(tern__check_buffer(c, l->codes, TERN_SHADOW, l->codes->rows * l->codes->cols));
-    TERN__REQUIRE(&c->run, tern__buffer_type(l->codes, TERN_SHADOW) == TERN_F32 && !l->codes->rotate, TERN_E_UNSUPPORTED, "%s: codes are revived in an F32 shadow without rotation", l->codes->name);
+    TERN__REQUIRE(&c->run, tern__buffer_type(l->codes, TERN_SHADOW) == TERN_F32 && !l->codes->rotate, TERN_E_UNSUPPORTED,
+                  "%s: codes are revived in an F32 shadow without rotation", l->codes->name);
     for (i = 0; i < l->codes->rows; i++) {
         uint32_t random[4];
         if (used[i]) continue;
         tern__philox(seed, (uint64_t)i, step, 0, random);
-        TERN__TRY(tern_copy(c, tern__floats(l->codes, TERN_SHADOW) + i * l->codes->cols, x + (int64_t)(((uint64_t)random[0] << 32 | random[1]) % (uint64_t)n) * l->codes->cols,
+        TERN__TRY(tern_copy(c, tern__floats(l->codes, TERN_SHADOW) + i * l->codes->cols,
+                            x + (int64_t)(((uint64_t)random[0] << 32 | random[1]) % (uint64_t)n) * l->codes->cols,
                             (size_t)l->codes->cols * sizeof(float), TERN_ON_DEVICE));
         revived++;
     }
@@ -14002,7 +14403,8 @@ static tern_result tern__check_step(tern_context *c, const tern_model *m, const 
     TERN__TRY(tern__check_model(c, m));
     TERN__TRY(tern__check_sync(c, m));
     TERN__REQUIRE(&c->run, s, TERN_E_ARGUMENT, "step: the desc is NULL");
-    TERN__REQUIRE(&c->run, tern__finite(s->decay), TERN_E_ARGUMENT, "step: the decay is out of range"); /* undecayed parameters would not notice */
+    /* Undecayed parameters would not notice. */
+    TERN__REQUIRE(&c->run, tern__finite(s->decay), TERN_E_ARGUMENT, "step: the decay is out of range");
     for (i = 0; i < m->count; i++) {
         const tern_param *p = m->items[i];
         tern_optimize_args a;
@@ -14018,12 +14420,15 @@ static tern_result tern__check_step(tern_context *c, const tern_model *m, const 
             TERN__TRY(tern__check_buffer(c, p->dead, TERN_GRAD, p->rows));
         }
         for (b = TERN_SHADOW; b <= TERN_MOMENT2; b++)
-            if (p->buffer[b].data || b <= TERN_GRAD || s->optimizer == TERN_ADAMW) TERN__TRY(tern__check_buffer(c, p, b, p->rows * p->cols));
-        TERN__REQUIRE(&c->run, s->optimizer != TERN_ADAMW || tern__buffer_type(p, TERN_MOMENT1) == tern__buffer_type(p, TERN_MOMENT2), TERN_E_ARGUMENT,
-                      "%s: its moments are of types %d and %d", p->name, (int64_t)tern__buffer_type(p, TERN_MOMENT1), (int64_t)tern__buffer_type(p, TERN_MOMENT2));
+            if (p->buffer[b].data || b <= TERN_GRAD || s->optimizer == TERN_ADAMW)
+                TERN__TRY(tern__check_buffer(c, p, b, p->rows * p->cols));
+        TERN__REQUIRE(&c->run, s->optimizer != TERN_ADAMW || tern__buffer_type(p, TERN_MOMENT1) == tern__buffer_type(p, TERN_MOMENT2),
+                      TERN_E_ARGUMENT, "%s: its moments are of types %d and %d", p->name, (int64_t)tern__buffer_type(p, TERN_MOMENT1),
+                      (int64_t)tern__buffer_type(p, TERN_MOMENT2));
         TERN__TRY(tern__check_alpha(c, p));
         for (b = 0; tern__trained_alpha(p) && b < m->count && m->items[b] != p->alpha;) b++;
-        TERN__REQUIRE(&c->run, !tern__trained_alpha(p) || b < m->count, TERN_E_MISSING, "%s: its alpha has a gradient and is not in the model", p->name);
+        TERN__REQUIRE(&c->run, !tern__trained_alpha(p) || b < m->count, TERN_E_MISSING,
+                      "%s: its alpha has a gradient and is not in the model", p->name);
         a = tern__step_args(m, i, s, s->norm2);
         TERN__TRY(tern__check_optimize(&c->run, &a));
     }
@@ -14057,7 +14462,8 @@ static tern__source tern__source_of_step(const void *of, int32_t i)
     const tern_model *m = (const tern_model *)of;
     tern__source s = tern__source_of_model(of, i);
     int32_t j, moved = s.p && s.p->buffer[TERN_GRAD].data;
-    for (j = 0; s.p && s.p->sync && !moved && j < m->count; j++) moved = m->items[j]->sync == s.p->sync && m->items[j]->buffer[TERN_GRAD].data;
+    for (j = 0; s.p && s.p->sync && !moved && j < m->count; j++)
+        moved = m->items[j]->sync == s.p->sync && m->items[j]->buffer[TERN_GRAD].data;
     if (!moved) s.p = NULL;
     return s;
 }
@@ -14132,13 +14538,15 @@ TERN_API tern_result tern_schedule_rate(tern_context *c, const tern_schedule *s,
     float t, sine, left;
     if (!c) return TERN_E_ARGUMENT;
     TERN__REQUIRE(&c->run, s && rate, TERN_E_ARGUMENT, "schedule: the desc or rate is NULL");
-    TERN__REQUIRE(&c->run, (int32_t)s->kind >= 0 && s->kind <= TERN_LINEAR, TERN_E_ARGUMENT, "schedule: kind %d is unknown", (int64_t)s->kind);
+    TERN__REQUIRE(&c->run, (int32_t)s->kind >= 0 && s->kind <= TERN_LINEAR, TERN_E_ARGUMENT,
+                  "schedule: kind %d is unknown", (int64_t)s->kind);
     TERN__REQUIRE(&c->run, s->floor >= 0.0f && s->floor <= s->peak && tern__finite(s->peak), TERN_E_ARGUMENT,
                   "schedule: peak and floor must be finite, the floor from 0 to the peak");
     TERN__REQUIRE(&c->run, step > 0, TERN_E_ARGUMENT, "schedule: steps are counted from 1");
     fall = s->kind == TERN_WSD ? (int64_t)s->steps - s->decay : s->warmup;
-    TERN__REQUIRE(&c->run, s->warmup <= fall && fall <= s->steps, TERN_E_ARGUMENT, "schedule: %d steps have no room for %d of warm-up and %d of decay",
-                  (int64_t)s->steps, (int64_t)s->warmup, s->kind == TERN_WSD ? (int64_t)s->decay : 0);
+    TERN__REQUIRE(&c->run, s->warmup <= fall && fall <= s->steps, TERN_E_ARGUMENT,
+                  "schedule: %d steps have no room for %d of warm-up and %d of decay", (int64_t)s->steps, (int64_t)s->warmup,
+                  s->kind == TERN_WSD ? (int64_t)s->decay : 0);
     if (step < s->warmup) *rate = s->peak * ((float)step / (float)s->warmup);
     else if (step <= fall) *rate = s->peak;
     else if (step >= s->steps) *rate = s->floor;
@@ -14169,8 +14577,9 @@ TERN_API tern_result tern_model_strict(tern_context *c, const tern_model *m)
     for (i = 0; i < m->count; i++)
         for (b = 0; b < TERN_BUFFERS; b++) {
             const tern_param *p = m->items[i];
-            TERN__REQUIRE(&c->run, !p->buffer[b].data || !tern__is_float(tern__buffer_type(p, b)) || tern__lasts(p, b) != TERN__TRAINABLE, TERN_E_ARGUMENT,
-                          "%s: its %s is %d trainable floats (%s)", p->name, tern__buffer_names[b], (int64_t)p->buffer[b].count, tern__type_names[tern__buffer_type(p, b)]);
+            TERN__REQUIRE(&c->run, !p->buffer[b].data || !tern__is_float(tern__buffer_type(p, b)) || tern__lasts(p, b) != TERN__TRAINABLE,
+                          TERN_E_ARGUMENT, "%s: its %s is %d trainable floats (%s)", p->name, tern__buffer_names[b],
+                          (int64_t)p->buffer[b].count, tern__type_names[tern__buffer_type(p, b)]);
         }
     return TERN_OK;
 }
@@ -14200,14 +14609,18 @@ TERN_API tern_result tern_model_list(tern_context *c, const tern_model *m, const
             if (!p->buffer[b].data) continue;
             bytes = tern__print(line, sizeof line, "%s, %s, %s, %d, %d, %s\n", p->name, tern__buffer_names[b], tern__type_names[type],
                                 b == TERN_TRITS ? p->rows * p->cols : count, count * tern__type_bytes(type), lasting[tern__lasts(p, b)]);
-            TERN__REQUIRE(&c->run, sink->write(sink->user, line, bytes) == 0, TERN_E_IO, "list: the sink refused the %s of %s", tern__buffer_names[b], p->name);
+            TERN__REQUIRE(&c->run, sink->write(sink->user, line, bytes) == 0, TERN_E_IO,
+                          "list: the sink refused the %s of %s", tern__buffer_names[b], p->name);
         }
     return TERN_OK;
 }
 
 #ifndef TERNARY_NO_TRAINING
 /* A loss in 2^-16, from 0 to 2^30. */
-static int64_t tern__fixed_loss(float loss) { return loss <= 0.0f ? 0 : loss >= 1073741824.0f ? (int64_t)1 << 46 : (int64_t)(loss * 65536.0f); }
+static int64_t tern__fixed_loss(float loss)
+{
+    return loss <= 0.0f ? 0 : loss >= 1073741824.0f ? (int64_t)1 << 46 : (int64_t)(loss * 65536.0f);
+}
 
 TERN_API tern_result tern_sign_step(tern_context *c, tern_pace *p, float loss, int32_t *step)
 {
@@ -14217,7 +14630,8 @@ TERN_API tern_result tern_sign_step(tern_context *c, tern_pace *p, float loss, i
     first = p->first ? p->first : 4;
     most = p->most ? p->most : 16;
     shift = p->shift ? p->shift : 6;
-    TERN__REQUIRE(&c->run, first > 0 && first <= 127 && most > 0 && most <= 127 && shift > 0 && shift <= 30 && p->mean >= 0 && p->mean <= (int64_t)1 << 46, TERN_E_ARGUMENT,
+    TERN__REQUIRE(&c->run, first > 0 && first <= 127 && most > 0 && most <= 127 && shift > 0 && shift <= 30 && p->mean >= 0
+                           && p->mean <= (int64_t)1 << 46, TERN_E_ARGUMENT,
                   "sign_step: first %d, most %d, shift %d or mean %d is out of range", first, most, shift, p->mean);
     *step = 0;
     if (!tern__finite(loss)) return TERN_OK;
@@ -14608,7 +15022,8 @@ static tern_result tern__read_checked(tern__writer *w, const tern_param *p, int6
     int64_t g;
     TERN__TRY(tern__read_row(&w->reader, i, row));
     for (g = 0; g < tern__shape_of(&m).groups; g++)
-        TERN__REQUIRE(&w->c->run, tern__scale_ok(row->scales[g]), TERN_E_NONFINITE, "%s: scales[%d][%d] is negative or not finite", p->name, i, g);
+        TERN__REQUIRE(&w->c->run, tern__scale_ok(row->scales[g]), TERN_E_NONFINITE,
+                      "%s: scales[%d][%d] is negative or not finite", p->name, i, g);
     return TERN_OK;
 }
 
@@ -14699,7 +15114,8 @@ static tern_result tern__emit_file(tern__writer *w, uint64_t hash)
     return TERN_OK;
 }
 
-static tern_result tern__write(tern_context *c, const tern_model *m, int32_t mask, const tern__block *block, const tern_sink *sink, float *max_error)
+static tern_result tern__write(tern_context *c, const tern_model *m, int32_t mask, const tern__block *block, const tern_sink *sink,
+                               float *max_error)
 {
     tern__writer w;
     tern_result result = TERN_OK;
@@ -14713,7 +15129,8 @@ static tern_result tern__write(tern_context *c, const tern_model *m, int32_t mas
     w.mask = mask;
     for (i = 0; i < m->count; i++)
         if (m->items[i]->rule != TERN_DENSE)
-            host = tern__max(host, tern__rows_at(m->items[i], tern__chunk_rows(m->items[i], 1), 1 << TERN_TRITS | 1 << TERN_SCALES, NULL).bytes);
+            host = tern__max(host,
+                             tern__rows_at(m->items[i], tern__chunk_rows(m->items[i], 1), 1 << TERN_TRITS | 1 << TERN_SCALES, NULL).bytes);
     if (!tern__reader_open(&w.reader, c, host, tern__chunk_trits(m)))
         result = tern__set_error(&c->run.error, TERN_E_MEMORY, "no memory to write a model");
     if (result == TERN_OK) result = tern__emit_file(&w, 0);
@@ -14931,7 +15348,8 @@ static tern_result tern__open_file(tern_context *c, tern__file *f, const void *b
     TERN__REQUIRE(&c->run, bytes, TERN_E_ARGUMENT, "load: the file is NULL");
     TERN__REQUIRE(&c->run, size >= after, TERN_E_FORMAT, "a file of %d bytes is too short to be a model", (int64_t)size);
     TERN__REQUIRE(&c->run, memcmp(bytes, "GGUF", 4) == 0, TERN_E_FORMAT, "not a GGUF file: byte 0 is %d", (int64_t)f->bytes[0]);
-    TERN__REQUIRE(&c->run, tern__get_number(f->bytes + 4, 4) == 3, TERN_E_FORMAT, "GGUF version %d is not 3", (int64_t)tern__get_number(f->bytes + 4, 4));
+    TERN__REQUIRE(&c->run, tern__get_number(f->bytes + 4, 4) == 3, TERN_E_FORMAT,
+                  "GGUF version %d is not 3", (int64_t)tern__get_number(f->bytes + 4, 4));
     TERN__REQUIRE(&c->run, memcmp(f->bytes + TERN__HASH_AT - 16, "ternary.hash", 12) == 0, TERN_E_FORMAT,
                   "a GGUF file of another program: its first key is not ternary.hash");
     hash = tern__fnv(tern__fnv(TERN__FNV_START, f->bytes, TERN__HASH_AT), zeros, 8);
@@ -14961,9 +15379,11 @@ static tern_result tern__match_number(tern__loader *l, const tern_param *p, cons
     int64_t found;
     TERN__REQUIRE(&l->c->run, tern__find(&l->file, &l->file.keys, "ternary.", p->name, key, &e), TERN_E_MISSING,
                   "the file has no key ternary.%s%s", p->name, key);
-    TERN__REQUIRE(&l->c->run, e.type == type, TERN_E_FORMAT, "ternary.%s%s has GGUF type %d, not %d", p->name, key, (int64_t)e.type, (int64_t)type);
+    TERN__REQUIRE(&l->c->run, e.type == type, TERN_E_FORMAT,
+                  "ternary.%s%s has GGUF type %d, not %d", p->name, key, (int64_t)e.type, (int64_t)type);
     found = type == TERN__GGUF_INT32 ? (int64_t)(int32_t)(uint32_t)e.value : (int64_t)e.value;
-    TERN__REQUIRE(&l->c->run, found == value, TERN_E_SHAPE, "%s: %s is %d in the file and %d in the parameter", p->name, key + 1, found, value);
+    TERN__REQUIRE(&l->c->run, found == value, TERN_E_SHAPE,
+                  "%s: %s is %d in the file and %d in the parameter", p->name, key + 1, found, value);
     return TERN_OK;
 }
 
@@ -14972,18 +15392,20 @@ static tern_result tern__match_param(tern__loader *l, const tern_param *p)
     const char *found = "unknown";
     tern__entry e;
     int32_t i;
-    TERN__REQUIRE(&l->c->run, tern__find(&l->file, &l->file.keys, "ternary.", p->name, ".rule", &e), TERN_E_MISSING, "the file has no parameter %s", p->name);
+    TERN__REQUIRE(&l->c->run, tern__find(&l->file, &l->file.keys, "ternary.", p->name, ".rule", &e), TERN_E_MISSING,
+                  "the file has no parameter %s", p->name);
     for (i = 0; i <= TERN_DENSE; i++)
         if (e.type == TERN__GGUF_STRING && tern__text_is(e.string, tern__rule_names[i], "", "")) found = tern__rule_names[i];
-    TERN__REQUIRE(&l->c->run, found == tern__rule_names[p->rule] || (p->rule == TERN_GIVEN && found != tern__rule_names[TERN_DENSE]), TERN_E_SHAPE,
-                  "%s: rule is %s in the file and %s in the parameter", p->name, found, tern__rule_names[p->rule]);
+    TERN__REQUIRE(&l->c->run, found == tern__rule_names[p->rule] || (p->rule == TERN_GIVEN && found != tern__rule_names[TERN_DENSE]),
+                  TERN_E_SHAPE, "%s: rule is %s in the file and %s in the parameter", p->name, found, tern__rule_names[p->rule]);
     TERN__TRY(tern__match_number(l, p, ".rows", TERN__GGUF_UINT64, p->rows));
     TERN__TRY(tern__match_number(l, p, ".cols", TERN__GGUF_UINT64, p->cols));
     TERN__TRY(tern__match_number(l, p, ".grain", TERN__GGUF_INT32, p->grain));
     if (tern__is_integer(p) && tern__find(&l->file, &l->file.tensors, p->name, ".accum", "", &e))
         TERN__TRY(tern__match_number(l, p, ".theta", TERN__GGUF_UINT32, tern__theta(p)));
     if (!tern__find(&l->file, &l->file.keys, "ternary.", p->name, ".rotate", &e)) e.value = 0;
-    TERN__REQUIRE(&l->c->run, e.value == p->rotate, TERN_E_SHAPE, "%s: rotate is %d in the file and %d in the parameter", p->name, (int64_t)e.value, (int64_t)p->rotate);
+    TERN__REQUIRE(&l->c->run, e.value == p->rotate, TERN_E_SHAPE,
+                  "%s: rotate is %d in the file and %d in the parameter", p->name, (int64_t)e.value, (int64_t)p->rotate);
     return TERN_OK;
 }
 
@@ -14998,7 +15420,8 @@ static tern_result tern__check_trits(tern__loader *l, const tern_param *p, const
     rest = source[bytes - 1];
     for (i = 0; i < 5; i++, rest /= 3)
         TERN__REQUIRE(&l->c->run, i < last || rest % 3 == 1, TERN_E_FORMAT,
-                      "%s.trits: the last byte is %d: trits after the %d of the matrix are not zero", p->name, (int64_t)source[bytes - 1], p->rows * p->cols);
+                      "%s.trits: the last byte is %d: trits after the %d of the matrix are not zero", p->name, (int64_t)source[bytes - 1],
+                      p->rows * p->cols);
     return TERN_OK;
 }
 
@@ -15025,9 +15448,12 @@ static tern_result tern__check_scales(tern__loader *l, const tern_param *p, cons
     for (i = 0; i < t.dims[0] * t.dims[1]; i++) {
         TERN__REQUIRE(&l->c->run, t.type != TERN__GGML_I8 || (source[i] != 127 && source[i] != 129), TERN_E_FORMAT,
                       "%s.scale: exponent %d is %d, not -126 to 126 or -128", p->name, i, (int64_t)((source[i] ^ 0x80) - 0x80));
-        TERN__REQUIRE(&l->c->run, t.type != TERN__GGML_I16 || tern__source_log(source, i) >= TERN__LEAST_LOG || tern__source_log(source, i) == INT16_MIN, TERN_E_FORMAT,
-                      "%s.scale: logarithm %d is %d, not %d to 32767 or -32768", p->name, i, (int64_t)tern__source_log(source, i), (int64_t)TERN__LEAST_LOG);
-        TERN__REQUIRE(&l->c->run, tern__scale_ok(tern__source_scale(p, source, i)), TERN_E_FORMAT, "%s.scale: number %d is negative or not finite", p->name, i);
+        TERN__REQUIRE(&l->c->run, t.type != TERN__GGML_I16 || tern__source_log(source, i) >= TERN__LEAST_LOG
+                                  || tern__source_log(source, i) == INT16_MIN, TERN_E_FORMAT,
+                      "%s.scale: logarithm %d is %d, not %d to 32767 or -32768",
+                      p->name, i, (int64_t)tern__source_log(source, i), (int64_t)TERN__LEAST_LOG);
+        TERN__REQUIRE(&l->c->run, tern__scale_ok(tern__source_scale(p, source, i)), TERN_E_FORMAT,
+                      "%s.scale: number %d is negative or not finite", p->name, i);
     }
     return TERN_OK;
 }
@@ -15038,7 +15464,8 @@ static tern_result tern__check_bytes(tern__loader *l, const tern_param *p, int32
     const int64_t bytes = tern__tensor_of(p, which).bytes;
     int64_t i;
     for (i = 0; i < bytes; i++)
-        TERN__REQUIRE(&l->c->run, source[i] != 0x80, TERN_E_FORMAT, "%s%s: byte %d is -128, below -127", p->name, tern__suffix(p, which), i);
+        TERN__REQUIRE(&l->c->run, source[i] != 0x80, TERN_E_FORMAT,
+                      "%s%s: byte %d is -128, below -127", p->name, tern__suffix(p, which), i);
     return TERN_OK;
 }
 
@@ -15049,14 +15476,15 @@ static tern_result tern__match_tensor(tern__loader *l, const tern_param *p, int3
     const char *suffix = tern__suffix(p, which);
     tern__entry e;
     if (!tern__find(&l->file, &l->file.tensors, p->name, suffix, "", &e)) {
-        TERN__REQUIRE(&l->c->run, which == TERN_MOMENT1 || which == TERN_MOMENT2, TERN_E_MISSING, "the file has no tensor %s%s", p->name, suffix);
+        TERN__REQUIRE(&l->c->run, which == TERN_MOMENT1 || which == TERN_MOMENT2, TERN_E_MISSING,
+                      "the file has no tensor %s%s", p->name, suffix);
         return TERN_OK;
     }
     TERN__REQUIRE(&l->c->run, e.type == (uint64_t)t.type, TERN_E_SHAPE,
                   "%s%s has GGML type %d in the file and %d in the parameter", p->name, suffix, (int64_t)e.type, (int64_t)t.type);
-    TERN__REQUIRE(&l->c->run, e.dims[0] == (uint64_t)t.dims[0] && e.dims[1] == (uint64_t)t.dims[1] && e.dims[2] == 1 && e.dims[3] == 1, TERN_E_SHAPE,
-                  "%s%s is %d x %d x %d x %d in the file and %d x %d in the parameter", p->name, suffix,
-                  (int64_t)e.dims[3], (int64_t)e.dims[2], (int64_t)e.dims[1], (int64_t)e.dims[0], t.dims[1], t.dims[0]);
+    TERN__REQUIRE(&l->c->run, e.dims[0] == (uint64_t)t.dims[0] && e.dims[1] == (uint64_t)t.dims[1] && e.dims[2] == 1 && e.dims[3] == 1,
+                  TERN_E_SHAPE, "%s%s is %d x %d x %d x %d in the file and %d x %d in the parameter", p->name, suffix, (int64_t)e.dims[3],
+                  (int64_t)e.dims[2], (int64_t)e.dims[1], (int64_t)e.dims[0], t.dims[1], t.dims[0]);
     *source = l->file.bytes + l->file.data + e.offset;
     if (which >= TERN_ACCUM) return tern__check_bytes(l, p, which, *source);
     if (which == TERN_TRITS) return tern__check_trits(l, p, *source);
@@ -15190,7 +15618,8 @@ TERN_API tern_result tern_model_save_file(tern_context *c, const tern_model *m, 
 static tern_result tern__read_file(tern_context *c, const char *path, FILE *file, void **bytes, size_t *size)
 {
     long end = -1;
-    if (!(fgetc(file) == EOF && ferror(file)) && fseek(file, 0, SEEK_END) == 0) end = ftell(file); /* a directory opens, but cannot be read */
+    /* A directory opens, but cannot be read. */
+    if (!(fgetc(file) == EOF && ferror(file)) && fseek(file, 0, SEEK_END) == 0) end = ftell(file);
     TERN__REQUIRE(&c->run, end >= 0 && fseek(file, 0, SEEK_SET) == 0, TERN_E_IO, "cannot read %s", path);
     *size = (size_t)end;
     *bytes = tern__host_alloc(&c->run.allocator, *size);
@@ -15445,7 +15874,8 @@ TERN_API tern_result tern_selftest(tern_context *c)
     tern_free(c, t.w);
     for (i = 0; result == TERN_OK && i < TERN__PIECE_END; i++)
         if (t.hash[i] != known[i].hash)
-            result = tern__set_error(&c->run.error, TERN_E_SELFTEST, "selftest: %s does not give the known answer on %s", known[i].text, c->run.backend->name);
+            result = tern__set_error(&c->run.error, TERN_E_SELFTEST, "selftest: %s does not give the known answer on %s",
+                                     known[i].text, c->run.backend->name);
     return result;
 }
 

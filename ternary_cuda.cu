@@ -49,7 +49,8 @@ Licence: MIT or Unlicense, at your choice; see the end of LICENSE.
 
 #ifdef __CUDACC__
 #define TERN__LAUNCH(kernel, grid, block, shared_bytes, stream, ...) kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
-#define TERN__LAUNCH_TOGETHER(kernel, grid, block, shared_bytes, stream, ...) tern__launch_together(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+#define TERN__LAUNCH_TOGETHER(kernel, grid, block, shared_bytes, stream, ...) \
+    tern__launch_together(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 #define TERN__SHARED(type, name)                                    \
     extern __shared__ __align__(1024) unsigned char tern__shared[]; \
     type *const name = reinterpret_cast<type *>(tern__shared)
@@ -93,7 +94,8 @@ static __device__ __forceinline__ void tern__cp_async16(void *shared, const void
 static __device__ __forceinline__ void tern__cp_async16_or_zero(void *shared, const void *global, bool there)
 {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(tern__shared_address(shared)), "l"(global), "r"(there ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+        : : "r"(tern__shared_address(shared)), "l"(global), "r"(there ? 16 : 0) : "memory");
 #else
     *(uint4 *)shared = there ? *(const uint4 *)global : make_uint4(0, 0, 0, 0);
 #endif
@@ -113,7 +115,8 @@ template <unsigned Pending> static __device__ __forceinline__ void tern__cp_wait
 
 /* A launch whose blocks are all there at once, or an error. */
 template <typename... Parameters>
-static void tern__launch_together(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Parameters... parameters)
+static void tern__launch_together(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                                  Parameters... parameters)
 {
     void *each[] = {&parameters...};
     cudaLaunchCooperativeKernel((const void *)kernel, grid, block, each, shared_bytes, stream); /* an error stays with the runtime */
@@ -173,7 +176,8 @@ template <int Tiles> static __device__ __forceinline__ void tern__wgmma_pin(int 
 #pragma unroll
     for (int i = 0; i < Tiles; i++) TERN__SM90A("" : TERN__REGISTERS(d[i]) : : "memory");
 }
-template <int Products, int Tiles> static __device__ __forceinline__ void tern__wgmma_fence(uint32_t (&a)[Products][4], int (&d)[Products][Tiles][4])
+template <int Products, int Tiles>
+static __device__ __forceinline__ void tern__wgmma_fence(uint32_t (&a)[Products][4], int (&d)[Products][Tiles][4])
 {
 #pragma unroll
     for (int i = 0; i < Products; i++) {
@@ -337,7 +341,8 @@ static tern_result tern__check_aligned16(tern_run *r, const char *name, const vo
 /* Warps of a row's canonical sum share one block of threads. */
 static tern_result tern__check_row(tern_run *r, const char *op, int64_t cols)
 {
-    TERN__REQUIRE(r, cols <= TERN__LONGEST_ROW, TERN_E_UNSUPPORTED, "cuda: %s: rows of %d; %d is the most", op, cols, (int64_t)TERN__LONGEST_ROW);
+    TERN__REQUIRE(r, cols <= TERN__LONGEST_ROW, TERN_E_UNSUPPORTED,
+                  "cuda: %s: rows of %d; %d is the most", op, cols, (int64_t)TERN__LONGEST_ROW);
     return TERN_OK;
 }
 
@@ -547,7 +552,8 @@ static __global__ void tern__sum_blocks(int kind, int64_t n, tern_type type, con
     const int64_t warps = (int64_t)gridDim.x * TERN__WARPS;
     for (int64_t b = (int64_t)blockIdx.x * TERN__WARPS + threadIdx.x / 32; b < tern__ceil_div(n, TERN__BLOCK); b += warps) {
         const int64_t first = b * TERN__BLOCK;
-        const float sum = tern__warp_sum((int)tern__min(TERN__BLOCK, n - first), [&](int i) { return tern__term(kind, tern__load_float(type, x, first + i)); });
+        const float sum = tern__warp_sum((int)tern__min(TERN__BLOCK, n - first),
+                                         [&](int i) { return tern__term(kind, tern__load_float(type, x, first + i)); });
         if (threadIdx.x % 32 == 0) sums[b] = sum;
     }
 }
@@ -761,7 +767,8 @@ static __device__ __forceinline__ void tern__load_bytes(const int8_t *p, int n, 
 static __device__ __forceinline__ void tern__store_bytes(int8_t *p, int n, const int8_t x[4])
 {
     if (n == 4 && (uintptr_t)p % 4 == 0)
-        *(uint32_t *)(void *)p = (uint32_t)(uint8_t)x[0] | (uint32_t)(uint8_t)x[1] << 8 | (uint32_t)(uint8_t)x[2] << 16 | (uint32_t)(uint8_t)x[3] << 24;
+        *(uint32_t *)(void *)p = (uint32_t)(uint8_t)x[0] | (uint32_t)(uint8_t)x[1] << 8 | (uint32_t)(uint8_t)x[2] << 16
+                                 | (uint32_t)(uint8_t)x[3] << 24;
     else for (int k = 0; k < 4; k++) if (k < n) p[k] = x[k];
 }
 
@@ -1030,10 +1037,11 @@ template <typename Team> static __device__ float tern__steps_of(const tern_quant
 
 /* Row t, which is x; q, scale and sum are that row's. Within a row everything fits 32 bits: at most 2^18 units. */
 template <typename Team>
-static __device__ void tern__quantize_row(const tern_quantize_args &a, const tern__shape &s, int64_t t, const float *x, int8_t *q, float *scale, int32_t *sum,
-                                          tern__blame blame, float *room)
+static __device__ void tern__quantize_row(const tern_quantize_args &a, const tern__shape &s, int64_t t, const float *x, int8_t *q,
+                                          float *scale, int32_t *sum, tern__blame blame, float *room)
 {
-    const int cols = (int)a.m.cols, group = (int)s.group, groups = (int)s.groups, run = (int)(s.group_units * s.unit), used = (int)(s.units * s.unit);
+    const int cols = (int)a.m.cols, group = (int)s.group, groups = (int)s.groups, run = (int)(s.group_units * s.unit),
+              used = (int)(s.units * s.unit);
     const int pieces = (run + TERN__PIECE - 1) / TERN__PIECE, lane = (int)threadIdx.x % 32, me = Team::thread(), threads = Team::threads();
     const int most = a.act == TERN_ACT_INT4 ? 7 : 127;
     const float steps = a.act == TERN_ACT_INT4 ? TERN__ROOT7 : 127.0f;
@@ -1054,7 +1062,8 @@ static __device__ void tern__quantize_row(const tern_quantize_args &a, const ter
             uint32_t four = 0;
             for (int j = 0; j < 4 && i + j < n && !zero; j++) {
                 const int at = g * group + i + j;
-                const int near = min(most, (int)tern__round((a.gain ? x[at] * a.gain[at] : x[at]) * inverse)), v = near < -most - 1 ? -most - 1 : near;
+                const int near = min(most, (int)tern__round((a.gain ? x[at] * a.gain[at] : x[at]) * inverse)),
+                          v = near < -most - 1 ? -most - 1 : near;
                 total += v;
                 four |= (uint32_t)(v & 255) << 8 * j;
             }
@@ -1070,7 +1079,8 @@ static __global__ void __launch_bounds__(1024) tern__quantize_rows(tern_quantize
 {
     TERN__SHARED(float, room);
     for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x)
-        tern__quantize_row<tern__block_team>(a, s, t, a.x + t * a.m.cols, a.q + t * s.stride, a.scale + t, a.sum + t * s.groups, blame, room);
+        tern__quantize_row<tern__block_team>(a, s, t, a.x + t * a.m.cols, a.q + t * s.stride, a.scale + t,
+                                             a.sum + t * s.groups, blame, room);
 }
 
 /* Bits of a row: a thread to each word of 32 inputs of a group. */
@@ -1102,8 +1112,8 @@ static tern_result tern__gpu_quantize(tern_run *r, tern__gpu *d, const tern_quan
 {
     const int threads = a->m.cols > 2048 ? 1024 : TERN__THREADS; /* few long rows still fill a multiprocessor */
     TERN__TRY(tern__check_aligned16(r, "quantize: q", a->q));
-    TERN__LAUNCH((a->act == TERN_ACT_BIT ? tern__quantize_bit_rows : tern__quantize_rows), tern__grid(d, a->n, 1), threads, TERN__ROOM, d->stream, *a,
-                 tern__shape_of(&a->m), tern__blame_of(d, TERN__FAULT_QUANTIZE));
+    TERN__LAUNCH((a->act == TERN_ACT_BIT ? tern__quantize_bit_rows : tern__quantize_rows), tern__grid(d, a->n, 1), threads, TERN__ROOM,
+                 d->stream, *a, tern__shape_of(&a->m), tern__blame_of(d, TERN__FAULT_QUANTIZE));
     return TERN_OK;
 }
 
@@ -1147,7 +1157,8 @@ template <bool Base3> static __device__ void tern__quads(const int8_t *q, uint32
 }
 
 /* even += the quads 0, 2 (and 4) of two rows, odd += 1 and 3. */
-template <bool Base3> static __device__ void tern__mma_codes(const uint32_t row0[5], const uint32_t row1[5], const uint32_t quad[5], int even[4], int odd[4])
+template <bool Base3>
+static __device__ void tern__mma_codes(const uint32_t row0[5], const uint32_t row1[5], const uint32_t quad[5], int even[4], int odd[4])
 {
     const uint32_t a0[4] = {row0[0], row1[0], row0[2], row1[2]}, b0[2] = {quad[0], quad[2]};
     const uint32_t a1[4] = {row0[1], row1[1], row0[3], row1[3]}, b1[2] = {quad[1], quad[3]};
@@ -1177,13 +1188,15 @@ static __device__ __forceinline__ void tern__load_ahead(const uint8_t *panel, in
 {
     const int u = begin + (int)threadIdx.x % 4;
 #pragma unroll
-    for (int i = 0; i < TERN__AHEAD; i++) w[i] = u + 4 * i < end ? tern__stream16(panel + (u + 4 * i) * TERN__UNIT) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < TERN__AHEAD; i++)
+        w[i] = u + 4 * i < end ? tern__stream16(panel + (u + 4 * i) * TERN__UNIT) : make_uint4(0, 0, 0, 0);
 }
 
 /* Sums of code * q over units [begin, end), of 32 rows and 8 Tiles tokens: dot[h][j][i] belongs to rows 2h + i / 2 of the
    lane's four and token 8j + 2t + i % 2. q: the lane's tokens 8j + g, or NULL. A unit that is not there has codes 0. */
 template <int Tiles, bool Base3>
-static __device__ __forceinline__ void tern__warp_dot(const uint8_t *panel, const int8_t *const q[Tiles], int begin, int end, int dot[2][Tiles][4])
+static __device__ __forceinline__ void tern__warp_dot(const uint8_t *panel, const int8_t *const q[Tiles], int begin, int end,
+                                                      int dot[2][Tiles][4])
 {
     const int inputs = Base3 ? 20 : 16;
     int fours[2][Tiles][4];
@@ -1225,8 +1238,8 @@ struct tern__rows_in_order {
 
 /* The sums of a round as outputs: those of the warps that share a pair added up, or one group after the other into facc. */
 template <typename Rows>
-static __device__ void tern__fold_few(const tern_matmul_args &a, const tern__shape &s, int tokens, int pieces, int64_t block, int round, int rounds, const int *dots, float *facc,
-                                      const Rows &rows)
+static __device__ void tern__fold_few(const tern_matmul_args &a, const tern__shape &s, int tokens, int pieces, int64_t block, int round,
+                                      int rounds, const int *dots, float *facc, const Rows &rows)
 {
     for (int slot = (int)threadIdx.x; slot < TERN__WARPS / pieces * tokens * 32; slot += TERN__THREADS) {
         const int pair = slot / 32 / tokens, token = slot / 32 % tokens;
@@ -1242,7 +1255,8 @@ static __device__ void tern__fold_few(const tern_matmul_args &a, const tern__sha
             facc[slot] = g > 0 ? facc[slot] + product : product;
         }
         if (round < rounds - 1) continue;
-        const float y = a.m.grain > 0 ? facc[slot] * a.scale[at] : (float)(total - a.sum[at]) * (a.scale[at] * tern__scale_of(a.m, s, row, 0));
+        const float y = a.m.grain > 0 ? facc[slot] * a.scale[at]
+                                      : (float)(total - a.sum[at]) * (a.scale[at] * tern__scale_of(a.m, s, row, 0));
         rows.put(a, token, row, slot, a.bias ? y + a.bias[row] : y);
     }
 }
@@ -1252,7 +1266,8 @@ template <int Tiles> struct tern__few_room { enum { dots = TERN__WARPS * 8 * Til
 
 /* `pieces` warps to a pair of panels; a block's pairs lie together. */
 template <int Tiles, bool Base3, typename Rows = tern__rows_in_order>
-static __device__ __forceinline__ void tern__few_tokens(const tern_matmul_args &a, const tern__shape &s, int pieces, int64_t block, int *dots, const Rows &rows = Rows())
+static __device__ __forceinline__ void tern__few_tokens(const tern_matmul_args &a, const tern__shape &s, int pieces, int64_t block,
+                                                        int *dots, const Rows &rows = Rows())
 {
     const int warp = (int)threadIdx.x / 32, g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4, units = (int)s.units;
     const int rounds = a.m.grain > 0 ? ((int)s.groups + pieces - 1) / pieces : 1;
@@ -1286,13 +1301,16 @@ static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__few_tokens_prod
 
 /* A whole layer: every block quantizes all tokens for itself, the first one for the caller too. */
 template <bool Base3>
-static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__few_tokens_layer(tern_matmul_args a, tern_quantize_args quantize, tern__shape s, int pieces, tern__blame blame)
+static __global__ void __launch_bounds__(TERN__THREADS, 2)
+    tern__few_tokens_layer(tern_matmul_args a, tern_quantize_args quantize, tern__shape s, int pieces, tern__blame blame)
 {
     TERN__SHARED(int, dots);
     int8_t *q = (int8_t *)dots + tern__few_room<1>::bytes;
     float *scale = (float *)(q + a.n * s.stride);
     int32_t *sum = (int32_t *)(scale + a.n);
-    for (int64_t t = 0; t < a.n; t++) tern__quantize_row<tern__block_team>(quantize, s, t, quantize.x + t * a.m.cols, q + t * s.stride, scale + t, sum + t * s.groups, blame, (float *)dots);
+    for (int64_t t = 0; t < a.n; t++)
+        tern__quantize_row<tern__block_team>(quantize, s, t, quantize.x + t * a.m.cols, q + t * s.stride, scale + t, sum + t * s.groups,
+                                             blame, (float *)dots);
     if (blockIdx.x == 0) {
         for (int64_t i = threadIdx.x; i < a.n * s.stride / 4; i += TERN__THREADS) ((uint32_t *)quantize.q)[i] = ((const uint32_t *)q)[i];
         for (int64_t i = threadIdx.x; i < a.n; i += TERN__THREADS) quantize.scale[i] = scale[i];
@@ -1344,22 +1362,26 @@ static __device__ tern__step tern__step_after(const tern__shape &s, int units, c
 
 static __device__ int tern__step_count(const tern__shape &s, int units)
 {
-    return ((int)s.groups - 1) * (((int)s.group_units + units - 1) / units) + ((int)(s.units - (s.groups - 1) * s.group_units) + units - 1) / units;
+    return ((int)s.groups - 1) * (((int)s.group_units + units - 1) / units)
+           + ((int)(s.units - (s.groups - 1) * s.group_units) + units - 1) / units;
 }
 
 template <bool Base3>
-static __device__ void tern__stage_tokens(const tern_matmul_args &a, const tern__shape &s, int64_t token0, int tokens, const tern__step &step, int8_t *to)
+static __device__ void tern__stage_tokens(const tern_matmul_args &a, const tern__shape &s, int64_t token0, int tokens,
+                                          const tern__step &step, int8_t *to)
 {
     typedef tern__stage<Base3> stage;
     const int from = step.begin * stage::inputs & ~15;
     for (int i = (int)threadIdx.x; i < tokens * (stage::bytes / 16); i += TERN__THREADS) {
         const int token = i / (stage::bytes / 16), at = i % (stage::bytes / 16) * 16;
-        if (token0 + token < a.n && from + at < s.stride) tern__cp_async16(to + token * stage::bytes + at, a.q + (token0 + token) * s.stride + from + at);
+        if (token0 + token < a.n && from + at < s.stride)
+            tern__cp_async16(to + token * stage::bytes + at, a.q + (token0 + token) * s.stride + from + at);
     }
     tern__cp_commit();
 }
 
-template <bool Base3> static __device__ void tern__stage_weights(const uint8_t *panel, const tern__step &step, uint4 w[tern__stage<Base3>::units / 4])
+template <bool Base3>
+static __device__ void tern__stage_weights(const uint8_t *panel, const tern__step &step, uint4 w[tern__stage<Base3>::units / 4])
 {
     const int u = step.begin + (int)threadIdx.x % 4;
 #pragma unroll
@@ -1400,8 +1422,8 @@ static __device__ void tern__store_rows(const tern_matmul_args &a, int64_t token
 }
 
 /* facc of a token's rows (+)= dot * scale; dot begins anew. */
-template <int Tiles> static __device__ void tern__fold_many(const tern_matmul_args &a, const tern__shape &s, int group, int64_t row, int64_t token,
-                                                           int dot[2][Tiles][4], float facc[2][Tiles][4])
+template <int Tiles> static __device__ void tern__fold_many(const tern_matmul_args &a, const tern__shape &s, int group, int64_t row,
+                                                            int64_t token, int dot[2][Tiles][4], float facc[2][Tiles][4])
 {
     const int32_t *sums = a.sum + token * s.groups + group;
     const int tokens = (int)tern__min(a.n - token, 8 * Tiles), groups = (int)s.groups;
@@ -1425,7 +1447,8 @@ template <int Tiles> static __device__ void tern__fold_many(const tern_matmul_ar
 /* What outputs need of a lane's four rows, read once. */
 typedef struct tern__lane_rows { float scale[4], bias[4]; } tern__lane_rows;
 
-static __device__ __forceinline__ tern__lane_rows tern__rows_from(const tern_matmul_args &a, const tern__shape &s, bool grouped, int64_t row)
+static __device__ __forceinline__ tern__lane_rows tern__rows_from(const tern_matmul_args &a, const tern__shape &s,
+                                                                  bool grouped, int64_t row)
 {
     tern__lane_rows rows;
 #pragma unroll
@@ -1438,8 +1461,9 @@ static __device__ __forceinline__ tern__lane_rows tern__rows_from(const tern_mat
 }
 
 /* Outputs of token x, the k-th of the lane's, in its four rows. */
-template <int Tiles> static __device__ __forceinline__ void tern__outputs(const tern_matmul_args &a, const tern__lane_rows &rows, bool grouped, int64_t x, int k,
-                                                                          const int dot[2][Tiles][4], const float facc[2][Tiles][4], float y[4])
+template <int Tiles>
+static __device__ __forceinline__ void tern__outputs(const tern_matmul_args &a, const tern__lane_rows &rows, bool grouped, int64_t x, int k,
+                                                     const int dot[2][Tiles][4], const float facc[2][Tiles][4], float y[4])
 {
     const float scale = a.scale[x];
     const int sum = grouped ? 0 : a.sum[x];
@@ -1452,8 +1476,9 @@ template <int Tiles> static __device__ __forceinline__ void tern__outputs(const 
 }
 
 /* Those of all tokens of the lane, from `token` on. */
-template <int Tiles> static __device__ __forceinline__ void tern__store_many(const tern_matmul_args &a, const tern__shape &s, bool grouped, int64_t row, int64_t token,
-                                                                             const int dot[2][Tiles][4], const float facc[2][Tiles][4])
+template <int Tiles>
+static __device__ __forceinline__ void tern__store_many(const tern_matmul_args &a, const tern__shape &s, bool grouped, int64_t row,
+                                                        int64_t token, const int dot[2][Tiles][4], const float facc[2][Tiles][4])
 {
     const tern__lane_rows rows = tern__rows_from(a, s, grouped, row);
 #pragma unroll
@@ -1468,10 +1493,12 @@ template <int Tiles> static __device__ __forceinline__ void tern__store_many(con
 
 /* The tile of 128 rows and 16 Tiles tokens that begins at these. */
 template <int Tiles, bool Base3, bool Grouped>
-static __device__ __forceinline__ void tern__many_tokens(const tern_matmul_args &a, const tern__shape &s, int64_t row_tile, int64_t token0, int8_t *shared)
+static __device__ __forceinline__ void tern__many_tokens(const tern_matmul_args &a, const tern__shape &s, int64_t row_tile, int64_t token0,
+                                                         int8_t *shared)
 {
     typedef tern__stage<Base3> stage;
-    const int warp = (int)threadIdx.x / 32, g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4, stage_bytes = 16 * Tiles * stage::bytes;
+    const int warp = (int)threadIdx.x / 32, g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4,
+              stage_bytes = 16 * Tiles * stage::bytes;
     const int64_t pair = row_tile * 4 + warp % 4;
     const int64_t row = pair * 32 + 4 * g, token = token0 + warp / 4 * 8 * Tiles + 2 * t; /* of the lane's first output */
     const int steps = tern__step_count(s, stage::units);
@@ -1525,19 +1552,23 @@ typedef struct tern__wgmma_source {
     int tokens, room; /* from q on: tokens, and bytes of one */
 } tern__wgmma_source;
 
-template <int Threads> static __device__ tern__wgmma_source tern__wgmma_source_of(const tern_matmul_args &a, const tern__shape &s, int64_t panel0, int64_t token0)
+template <int Threads>
+static __device__ tern__wgmma_source tern__wgmma_source_of(const tern_matmul_args &a, const tern__shape &s, int64_t panel0, int64_t token0)
 {
     const int i = (int)threadIdx.x;
     tern__wgmma_source from;
     from.q = a.q + (token0 + i / 8) * s.stride + i % 8 * 16;
     from.tokens = (int)tern__min(a.n - token0, Threads) - i / 8;
     from.room = (int)s.stride - i % 8 * 16;
-    for (int k = 0; k < 2; k++) from.panel[k] = (const uint8_t *)a.m.trits + tern__min(panel0 + (i + k * Threads) / 32, s.panels - 1) * s.panel_bytes + i % 32 * 16;
+    for (int k = 0; k < 2; k++)
+        from.panel[k] = (const uint8_t *)a.m.trits + tern__min(panel0 + (i + k * Threads) / 32, s.panels - 1) * s.panel_bytes + i % 32 * 16;
     return from;
 }
 
 /* Tokens and units that are not there are 0. Without a branch: with one, the compiler would let products wait for each other. */
-template <int Tokens, int Threads> static __device__ __forceinline__ void tern__wgmma_load(const tern__wgmma_source &from, const tern__shape &s, const tern__step &step, int8_t *to)
+template <int Tokens, int Threads>
+static __device__ __forceinline__ void tern__wgmma_load(const tern__wgmma_source &from, const tern__shape &s,
+                                                        const tern__step &step, int8_t *to)
 {
     const int i = (int)threadIdx.x, at = step.begin * 16, tokens = at < from.room ? from.tokens : 0;
     int8_t *q = to + i / 8 * 128 + (i % 8 ^ i / 8 % 8) * 16, *weights = to + Tokens * 128 + i * 16;
@@ -1564,12 +1595,15 @@ static __device__ __forceinline__ void tern__wgmma_codes(const int8_t *units, ui
 
 /* The tile of Threads rows and Tokens tokens that begins at these. */
 template <int Tokens, int Threads, bool Grouped>
-static __device__ __forceinline__ void tern__wgmma_tokens(const tern_matmul_args &a, const tern__shape &s, int64_t row_tile, int64_t token0, int8_t *shared)
+static __device__ __forceinline__ void tern__wgmma_tokens(const tern_matmul_args &a, const tern__shape &s, int64_t row_tile, int64_t token0,
+                                                          int8_t *shared)
 {
     enum { TILES = Tokens / 8, AHEAD = TERN__WGMMA_STAGES - 2, STAGE = Tokens * 128 + Threads * TERN__WGMMA_ROW };
     const int warp = (int)threadIdx.x / 32, g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
-    const int64_t row0 = row_tile * Threads, row = row0 + warp * 32 + 4 * g, token = token0 + 2 * t; /* the latter of the lane's first output */
-    const int steps = TERN__HAS_WGMMA ? tern__step_count(s, TERN__WGMMA_UNITS) : 0, units = Tokens * 128 + (2 * warp + g / 4) * TERN__WGMMA_UNITS * TERN__UNIT + g % 4 * 16;
+    /* row, token: of the lane's first output. */
+    const int64_t row0 = row_tile * Threads, row = row0 + warp * 32 + 4 * g, token = token0 + 2 * t;
+    const int steps = TERN__HAS_WGMMA ? tern__step_count(s, TERN__WGMMA_UNITS) : 0,
+              units = Tokens * 128 + (2 * warp + g / 4) * TERN__WGMMA_UNITS * TERN__UNIT + g % 4 * 16;
     const tern__wgmma_source from = tern__wgmma_source_of<Threads>(a, s, row0 / TERN__ROWS, token0);
     tern__step step = tern__step_from(s, TERN__WGMMA_UNITS, 0, 0), next = step;
     uint32_t codes[2][2][4];
@@ -1588,7 +1622,8 @@ static __device__ __forceinline__ void tern__wgmma_tokens(const tern_matmul_args
         tern__wgmma_publish();
         __syncthreads(); /* stage i is there for all, and the products of stage i - 2, where the next goes, are done */
 #pragma unroll
-        for (int k = 0; k < TERN__WGMMA_UNITS / 2; k++) { /* while products are under way, codes of the next ones are made, and the next stage is asked for */
+        for (int k = 0; k < TERN__WGMMA_UNITS / 2; k++) {
+            /* While products are under way, codes of the next ones are made, and the next stage is asked for. */
             tern__wgmma_codes(here + units + 2 * k * TERN__UNIT, codes[k % 2]);
             tern__wgmma_fence(codes[k % 2], dot);
             tern__wgmma_s8(dot[0], codes[k % 2][0], tern__wgmma_tile(here) + 2 * k);
@@ -1647,19 +1682,23 @@ static tern_result tern__gpu_matmul_many(tern_run *r, tern__gpu *d, const tern_m
         {TERN__MANY(2, true), TERN__MANY(4, true), {NULL, NULL}} /* float sums of groups leave room for 64 tokens */
     };
 #undef TERN__MANY
-    const int base3 = a->m.encoding == TERN_BASE3, grouped = a->m.grain > 0, size = a->n <= 32 ? 0 : a->n <= 64 || grouped ? 1 : 2, tokens = 32 << size;
+    const int base3 = a->m.encoding == TERN_BASE3, grouped = a->m.grain > 0, size = a->n <= 32 ? 0 : a->n <= 64 || grouped ? 1 : 2,
+              tokens = 32 << size;
     const int64_t row_tiles = tern__ceil_div(s.panels, 8), tiles = tern__mul(row_tiles, tern__ceil_div(a->n, tokens));
     tern__many_kernel *const kernel = kernels[grouped][size][base3];
-    TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: matmul: %d tiles of 128 rows by %d tokens; %d are the most", tiles, (int64_t)tokens, (int64_t)INT32_MAX);
-    TERN__LAUNCH(kernel, (unsigned)tiles, TERN__THREADS, 2 * tokens * (base3 ? (int)tern__stage<true>::bytes : (int)tern__stage<false>::bytes), d->stream,
-                 *a, s, (unsigned)row_tiles);
+    TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED,
+                  "cuda: matmul: %d tiles of 128 rows by %d tokens; %d are the most", tiles, (int64_t)tokens, (int64_t)INT32_MAX);
+    TERN__LAUNCH(kernel, (unsigned)tiles, TERN__THREADS,
+                 2 * tokens * (base3 ? (int)tern__stage<true>::bytes : (int)tern__stage<false>::bytes), d->stream, *a, s,
+                 (unsigned)row_tiles);
     return TERN_OK;
 }
 
 /* Sums of groups leave room for 64 tokens. Blocks are of half the rows where there would not be one for every processor. */
 typedef struct tern__wgmma_kernel { tern__many_kernel *kernel; int rows, tokens; } tern__wgmma_kernel;
 #define TERN__WGMMA(rows) \
-    {tern__wgmma_product<64, rows, false>, rows, 64}, {tern__wgmma_product<128, rows, false>, rows, 128}, {tern__wgmma_product<64, rows, true>, rows, 64}
+    {tern__wgmma_product<64, rows, false>, rows, 64}, {tern__wgmma_product<128, rows, false>, rows, 128}, \
+    {tern__wgmma_product<64, rows, true>, rows, 64}
 static const tern__wgmma_kernel tern__wgmma_kernels[] = {TERN__WGMMA(128), TERN__WGMMA(256)};
 #undef TERN__WGMMA
 
@@ -1668,16 +1707,19 @@ static int tern__wgmma_bytes(int rows, int tokens) { return TERN__WGMMA_STAGES *
 /* Where tiles of 64 tokens, and stages of a group's inputs, are more than half full. */
 static bool tern__suits_wgmma(const tern__gpu *d, const tern_matrix &m, const tern__shape &s, int64_t n)
 {
-    return d->wgmma && m.encoding != TERN_BASE3 && n > 32 && 2 * s.group_units > tern__ceil_div(s.group_units, TERN__WGMMA_UNITS) * TERN__WGMMA_UNITS;
+    return d->wgmma && m.encoding != TERN_BASE3 && n > 32
+           && 2 * s.group_units > tern__ceil_div(s.group_units, TERN__WGMMA_UNITS) * TERN__WGMMA_UNITS;
 }
 
 static tern_result tern__gpu_matmul_wgmma(tern_run *r, tern__gpu *d, const tern_matmul_args *a, const tern__shape &s)
 {
     const int kind = a->m.grain > 0 ? 2 : a->n > 64;
     const int64_t token_tiles = tern__ceil_div(a->n, tern__wgmma_kernels[kind].tokens);
-    const tern__wgmma_kernel &k = tern__wgmma_kernels[tern__mul(tern__ceil_div(a->m.rows, 256), token_tiles) >= d->processors ? 3 + kind : kind];
+    const tern__wgmma_kernel &k =
+        tern__wgmma_kernels[tern__mul(tern__ceil_div(a->m.rows, 256), token_tiles) >= d->processors ? 3 + kind : kind];
     const int64_t row_tiles = tern__ceil_div(a->m.rows, k.rows), tiles = tern__mul(row_tiles, token_tiles);
-    TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: matmul: %d tiles of %d rows by %d tokens; %d are the most", tiles, (int64_t)k.rows, (int64_t)k.tokens, (int64_t)INT32_MAX);
+    TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: matmul: %d tiles of %d rows by %d tokens; %d are the most", tiles,
+                  (int64_t)k.rows, (int64_t)k.tokens, (int64_t)INT32_MAX);
     TERN__LAUNCH(k.kernel, (unsigned)tiles, k.rows, tern__wgmma_bytes(k.rows, k.tokens), d->stream, *a, s, (unsigned)row_tiles);
     return TERN_OK;
 }
@@ -1694,7 +1736,8 @@ static tern_result tern__gpu_matmul_int8(tern_run *r, tern__gpu *d, const tern_m
 /* Bits as int8, in the layout of those. */
 static __global__ void tern__widen_bits(int64_t n, const int8_t *bits, tern__shape s, int8_t *q)
 {
-    const int64_t run = s.group_units * s.unit, words = tern__bit_words(s.group_units, s.unit), used = s.units * s.unit, fours = s.stride / 4;
+    const int64_t run = s.group_units * s.unit, words = tern__bit_words(s.group_units, s.unit), used = s.units * s.unit,
+                  fours = s.stride / 4;
     TERN__EACH(item, n * fours) {
         const int64_t t = item / fours, at = (item - t * fours) * 4, g = at / run;
         const int8_t *from = bits + t * s.stride + g * words * 4;
@@ -1719,7 +1762,8 @@ static tern_result tern__gpu_matmul_bits(tern_run *r, tern__gpu *d, const tern_m
         piece.scale += t;
         piece.sum += t * s.groups;
         piece.y += t * a->m.rows;
-        TERN__LAUNCH(tern__widen_bits, tern__grid(d, piece.n * s.stride / 4, TERN__THREADS), TERN__THREADS, 0, d->stream, piece.n, a->q + t * s.stride, s, (int8_t *)d->work);
+        TERN__LAUNCH(tern__widen_bits, tern__grid(d, piece.n * s.stride / 4, TERN__THREADS), TERN__THREADS, 0, d->stream, piece.n,
+                     a->q + t * s.stride, s, (int8_t *)d->work);
         TERN__TRY(tern__gpu_matmul_int8(r, d, &piece));
     }
     return TERN_OK;
@@ -1790,7 +1834,9 @@ template <typename Matrix> static __device__ void tern__count_tiles(const tern__
 
 /* body(w, set, first, n, block) for each tile [first, first + n) of a group's rows and each block of its matrices; after the last
    group there are zeros, of so many floats a row. */
-template <typename Body> static __device__ __forceinline__ void tern__each_group_block(const tern__groups &p, int tokens, int blocks, int64_t width, tern__group_room *my, Body body)
+template <typename Body>
+static __device__ __forceinline__ void tern__each_group_block(const tern__groups &p, int tokens, int blocks, int64_t width,
+                                                              tern__group_room *my, Body body)
 {
     tern__count_tiles(p, tokens, my);
     const int64_t items = (int64_t)my->tile[p.count] * p.sets * blocks;
@@ -1805,9 +1851,11 @@ template <typename Body> static __device__ __forceinline__ void tern__each_group
 }
 
 /* body(a, block) for each tile of a group and each block of rows of its matrices. */
-template <typename Body> static __device__ __forceinline__ void tern__each_group_tile(const tern__groups &p, int tokens, int blocks, tern__group_room *my, Body body)
+template <typename Body>
+static __device__ __forceinline__ void tern__each_group_tile(const tern__groups &p, int tokens, int blocks, tern__group_room *my, Body body)
 {
-    tern__each_group_block(p, tokens, blocks, p.a.m.rows, my, [&](const tern__group_matrix &w, int set, int64_t first, int64_t n, int64_t block) {
+    tern__each_group_block(p, tokens, blocks, p.a.m.rows, my,
+                           [&](const tern__group_matrix &w, int set, int64_t first, int64_t n, int64_t block) {
         tern_matmul_args a = p.a;
         a.m.trits = w.trits;
         a.m.scales = w.scales;
@@ -1826,7 +1874,9 @@ template <typename Body> static __device__ __forceinline__ void tern__each_group
 #else
 #define TERN__FEW_BLOCKS 2
 #endif
-template <int Tiles, bool Base3> static __global__ void __launch_bounds__(TERN__THREADS, Tiles == 1 ? 2 : TERN__FEW_BLOCKS) tern__few_groups(tern__groups p, int pieces, int blocks)
+template <int Tiles, bool Base3>
+static __global__ void __launch_bounds__(TERN__THREADS, Tiles == 1 ? 2 : TERN__FEW_BLOCKS)
+    tern__few_groups(tern__groups p, int pieces, int blocks)
 {
     TERN__SHARED(tern__group_room, my);
     tern__each_group_tile(p, 8 * Tiles, blocks, my, [&](const tern_matmul_args &a, int64_t block) {
@@ -1834,7 +1884,8 @@ template <int Tiles, bool Base3> static __global__ void __launch_bounds__(TERN__
     });
 }
 
-template <int Tiles, bool Base3, bool Grouped> static __global__ void __launch_bounds__(TERN__THREADS, Tiles == 2 && !Grouped ? 2 : 1) tern__many_groups(tern__groups p, int blocks)
+template <int Tiles, bool Base3, bool Grouped>
+static __global__ void __launch_bounds__(TERN__THREADS, Tiles == 2 && !Grouped ? 2 : 1) tern__many_groups(tern__groups p, int blocks)
 {
     TERN__SHARED(tern__group_room, my);
     tern__each_group_tile(p, 16 * Tiles, blocks, my, [&](const tern_matmul_args &a, int64_t block) {
@@ -1854,7 +1905,8 @@ template <int Tokens, bool Grouped> static __global__ void __launch_bounds__(256
 }
 
 typedef struct tern__wgmma_group_kernel { void (*kernel)(tern__groups, int); int tokens; } tern__wgmma_group_kernel;
-static const tern__wgmma_group_kernel tern__wgmma_group_kernels[] = {{tern__wgmma_groups<64, false>, 64}, {tern__wgmma_groups<128, false>, 128}, {tern__wgmma_groups<64, true>, 64}};
+static const tern__wgmma_group_kernel tern__wgmma_group_kernels[] = {
+    {tern__wgmma_groups<64, false>, 64}, {tern__wgmma_groups<128, false>, 128}, {tern__wgmma_groups<64, true>, 64}};
 
 static int tern__wgmma_group_bytes(const tern__wgmma_group_kernel &k) { return TERN__WGMMA_GROUP_ROOM + tern__wgmma_bytes(256, k.tokens); }
 
@@ -1862,18 +1914,24 @@ static void tern__launch_wgmma_groups(const tern__gpu *d, const tern__groups &p,
 {
     const tern__wgmma_group_kernel &k = tern__wgmma_group_kernels[p.a.m.grain > 0 ? 2 : mean > 64];
     const int64_t blocks = tern__ceil_div(p.a.m.rows, 256);
-    TERN__LAUNCH(k.kernel, (unsigned)tern__min(d->processors, tern__mul(p.a.n, blocks * p.sets)), 256, tern__wgmma_group_bytes(k), d->stream, p, (int)blocks);
+    TERN__LAUNCH(k.kernel, (unsigned)tern__min(d->processors, tern__mul(p.a.n, blocks * p.sets)), 256, tern__wgmma_group_bytes(k),
+                 d->stream, p, (int)blocks);
 }
 
 /* Tiles by the mean load: what the device finds must not choose the launch. */
 static void tern__launch_groups(const tern__gpu *d, const tern__groups &p)
 {
-    const int base3 = p.a.m.encoding == TERN_BASE3, grouped = p.a.m.grain > 0, pieces = tern__pieces(d, p.s, tern__min(p.a.n, TERN__FEW_TOKENS));
-    const int64_t mean = tern__min(p.a.n, p.mean), few_blocks = tern__few_tokens_grid(p.s, pieces), many_blocks = tern__ceil_div(p.s.panels, 8);
+    const int base3 = p.a.m.encoding == TERN_BASE3, grouped = p.a.m.grain > 0,
+              pieces = tern__pieces(d, p.s, tern__min(p.a.n, TERN__FEW_TOKENS));
+    const int64_t mean = tern__min(p.a.n, p.mean), few_blocks = tern__few_tokens_grid(p.s, pieces),
+                  many_blocks = tern__ceil_div(p.s.panels, 8);
     const int few = p.a.n <= 8 ? 1 : 2, many = mean <= 32 ? 2 : 4;
     const size_t stage = base3 ? (size_t)tern__stage<true>::bytes : (size_t)tern__stage<false>::bytes;
-#define TERN__MANY(tiles) {{tern__many_groups<tiles, false, false>, tern__many_groups<tiles, true, false>}, {tern__many_groups<tiles, false, true>, tern__many_groups<tiles, true, true>}}
-    static void (*const few_kernels[2][2])(tern__groups, int, int) = {{tern__few_groups<1, false>, tern__few_groups<1, true>}, {tern__few_groups<2, false>, tern__few_groups<2, true>}};
+#define TERN__MANY(tiles)                                                             \
+    {{tern__many_groups<tiles, false, false>, tern__many_groups<tiles, true, false>}, \
+     {tern__many_groups<tiles, false, true>, tern__many_groups<tiles, true, true>}}
+    static void (*const few_kernels[2][2])(tern__groups, int, int) = {
+        {tern__few_groups<1, false>, tern__few_groups<1, true>}, {tern__few_groups<2, false>, tern__few_groups<2, true>}};
     static void (*const many_kernels[2][2][2])(tern__groups, int) = {TERN__MANY(2), TERN__MANY(4)};
 #undef TERN__MANY
     if (tern__suits_wgmma(d, p.a.m, p.s, mean)) tern__launch_wgmma_groups(d, p, mean);
@@ -1905,7 +1963,8 @@ template <typename Matrix> static tern__groups_of<Matrix> tern__groups_for(const
 }
 
 /* As many groups at a time as a launch has room for, with what `of` takes of their parameters. */
-template <typename Matrix, typename Of, typename Launch> static tern_result tern__each_group_launch(const tern_grouped_args *a, tern__groups_of<Matrix> *p, Of of, Launch launch)
+template <typename Matrix, typename Of, typename Launch>
+static tern_result tern__each_group_launch(const tern_grouped_args *a, tern__groups_of<Matrix> *p, Of of, Launch launch)
 {
     const int32_t most = TERN__GROUP_MATRICES / a->sets;
     for (p->first = 0; p->first < a->count; p->first += most) {
@@ -1937,7 +1996,9 @@ static tern_result tern__gpu_grouped_products(tern_run *r, tern__gpu *d, const t
         p.a.scale = a->scale + t;
         p.a.sum = a->sum + t * p.s.groups;
         p.a.y = a->y + t * a->m.rows;
-        if (bits) TERN__LAUNCH(tern__widen_bits, tern__grid(d, p.a.n * p.s.stride / 4, TERN__THREADS), TERN__THREADS, 0, d->stream, p.a.n, a->q + t * p.s.stride, p.s, (int8_t *)d->work);
+        if (bits)
+            TERN__LAUNCH(tern__widen_bits, tern__grid(d, p.a.n * p.s.stride / 4, TERN__THREADS), TERN__THREADS, 0, d->stream, p.a.n,
+                         a->q + t * p.s.stride, p.s, (int8_t *)d->work);
         TERN__TRY(tern__each_group_launch(a, &p, tern__group_matrix_of, [&] {
             for (int32_t i = 0; i < p.count * p.sets; i++) TERN__TRY(tern__check_aligned16(r, "grouped: trits", p.w[i].trits));
             tern__launch_groups(d, p);
@@ -1957,9 +2018,11 @@ static tern_result tern__gpu_open_wgmma(tern_run *r, tern__gpu *d)
     TERN__CUDA(r, cudaStreamSynchronize(d->stream), "the first kernel");
     if (!d->wgmma) return TERN_OK;
     for (const auto &k : tern__wgmma_kernels)
-        TERN__CUDA(r, cudaFuncSetAttribute(k.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tern__wgmma_bytes(k.rows, k.tokens)), "shared memory");
+        TERN__CUDA(r, cudaFuncSetAttribute(k.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tern__wgmma_bytes(k.rows, k.tokens)),
+                   "shared memory");
     for (const auto &k : tern__wgmma_group_kernels)
-        TERN__CUDA(r, cudaFuncSetAttribute(k.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tern__wgmma_group_bytes(k)), "shared memory");
+        TERN__CUDA(r, cudaFuncSetAttribute(k.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tern__wgmma_group_bytes(k)),
+                   "shared memory");
     return TERN_OK;
 }
 
@@ -1970,15 +2033,16 @@ static tern_result tern__gpu_linear(tern_run *r, tern__gpu *d, const tern_linear
     const tern__shape s = tern__shape_of(&m.m);
     const int64_t bytes = tern__mul(m.n, s.stride + 4 + 4 * s.groups);
     const int pieces = tern__pieces(d, s, m.n);
-    if (m.act == TERN_ACT_BIT || m.n > TERN__FUSED_TOKENS || bytes > TERN__FUSED_BYTES || tern__few_tokens_grid(s, pieces) > 2 * (unsigned)d->processors) {
+    if (m.act == TERN_ACT_BIT || m.n > TERN__FUSED_TOKENS || bytes > TERN__FUSED_BYTES
+        || tern__few_tokens_grid(s, pieces) > 2 * (unsigned)d->processors) {
         TERN__TRY(tern__gpu_quantize(r, d, &a->quantize));
         return tern__gpu_matmul_quantized(r, d, &m);
     }
     TERN__TRY(tern__check_aligned16(r, "linear: m.trits", m.m.trits));
     TERN__TRY(tern__check_aligned16(r, "linear: q", m.q));
-    TERN__LAUNCH((m.m.encoding == TERN_BASE3 ? tern__few_tokens_layer<true> : tern__few_tokens_layer<false>), tern__few_tokens_grid(s, pieces),
-                 TERN__THREADS, tern__few_room<1>::bytes + (size_t)bytes, d->stream, m, a->quantize, s, pieces,
-                 tern__blame_of(d, TERN__FAULT_QUANTIZE));
+    TERN__LAUNCH((m.m.encoding == TERN_BASE3 ? tern__few_tokens_layer<true> : tern__few_tokens_layer<false>),
+                 tern__few_tokens_grid(s, pieces), TERN__THREADS, tern__few_room<1>::bytes + (size_t)bytes, d->stream, m, a->quantize, s,
+                 pieces, tern__blame_of(d, TERN__FAULT_QUANTIZE));
     return TERN_OK;
 }
 
@@ -2021,7 +2085,8 @@ static __global__ void tern__fixed_products(tern_matmul_fixed_args a, tern__shap
 static tern_result tern__gpu_matmul_fixed(tern_run *r, tern__gpu *d, const tern_matmul_fixed_args *a)
 {
     TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
-    TERN__LAUNCH(tern__fixed_products, tern__grid(d, tern__mul(a->n, a->m.rows), TERN__THREADS), TERN__THREADS, 0, d->stream, *a, tern__shape_of(&a->m));
+    TERN__LAUNCH(tern__fixed_products, tern__grid(d, tern__mul(a->n, a->m.rows), TERN__THREADS), TERN__THREADS, 0, d->stream, *a,
+                 tern__shape_of(&a->m));
     return TERN_OK;
 }
 
@@ -2119,7 +2184,10 @@ template <int Lines> static __device__ tern__place tern__place_of(bool along_k)
     p.along_k = along_k;
     return p;
 }
-static __device__ int tern__place_k(const tern__place &p, int i) { return p.k + (p.along_k ? i % 2 * (TERN__DEPTH / 2) : i * (TERN__DEPTH / 4)); }
+static __device__ int tern__place_k(const tern__place &p, int i)
+{
+    return p.k + (p.along_k ? i % 2 * (TERN__DEPTH / 2) : i * (TERN__DEPTH / 4));
+}
 static __device__ int tern__place_line(const tern__place &p, int i) { return p.line + (p.along_k ? i / 2 * (TERN__SIDE / 2) : 0); }
 
 /* Where a thread finds its elements of any chunk: */
@@ -2164,14 +2232,16 @@ template <int Lines> static __device__ tern__code_lines tern__lines_of(const ter
 }
 
 /* Of bits: where the group's begin, and the number among them. */
-template <int Lines, bool Bits> static __device__ tern__code_lines tern__lines_of(const tern__b_tokens<Bits> &b, tern__which, int64_t first, int64_t end)
+template <int Lines, bool Bits>
+static __device__ tern__code_lines tern__lines_of(const tern__b_tokens<Bits> &b, tern__which, int64_t first, int64_t end)
 {
     tern__code_lines l;
     l.place = tern__place_of<Lines>(false);
     const int64_t input = first + l.place.line, group = input / b.s.group;
     l.inside = input < end;
     l.digit = (int)(input % b.s.group);
-    l.p = (const uint8_t *)b.q + (Bits ? group * tern__bit_words(b.s.group_units, b.s.unit) * 4 : group * b.s.group_units * b.s.unit + l.digit);
+    l.p = (const uint8_t *)b.q
+          + (Bits ? group * tern__bit_words(b.s.group_units, b.s.unit) * 4 : group * b.s.group_units * b.s.unit + l.digit);
     return l;
 }
 
@@ -2190,17 +2260,22 @@ static __device__ float tern__panel_scale(const tern_matrix &m, int64_t first, i
 }
 
 /* From memory to registers; zero where the matrix ends, which adds nothing. */
-template <int Count, typename Element> static __device__ void tern__read_each(const tern__place &p, const tern__chunk &c, int lines, float (&v)[Count], Element element)
+template <int Count, typename Element>
+static __device__ void tern__read_each(const tern__place &p, const tern__chunk &c, int lines, float (&v)[Count], Element element)
 {
     for (int i = 0; i < Count; i++)
         v[i] = tern__place_k(p, i) < c.len && tern__place_line(p, i) < lines ? element(i) : 0.0f;
 }
-template <int Count> static __device__ void tern__read(const tern__strided &x, const tern__float_lines &l, const tern__chunk &c, float (&v)[Count])
+template <int Count>
+static __device__ void tern__read(const tern__strided &x, const tern__float_lines &l, const tern__chunk &c, float (&v)[Count])
 {
     const float *p = l.p + (int64_t)c.k * x.k_step;
     tern__read_each(l.place, c, l.lines, v, [&](int i) { return p[i % 2 * x.near + i / 2 * x.far]; });
 }
-static __device__ void tern__read(const tern__b_floats &b, const tern__float_lines &l, const tern__chunk &c, float (&v)[4]) { tern__read(b.x, l, c, v); }
+static __device__ void tern__read(const tern__b_floats &b, const tern__float_lines &l, const tern__chunk &c, float (&v)[4])
+{
+    tern__read(b.x, l, c, v);
+}
 
 static __device__ void tern__read(const tern__b_weights &b, const tern__code_lines &l, const tern__chunk &c, float (&v)[4])
 {
@@ -2222,7 +2297,8 @@ static __device__ void tern__read(const tern__b_trits &b, const tern__code_lines
     });
 }
 
-template <bool Bits> static __device__ void tern__read(const tern__b_tokens<Bits> &b, const tern__code_lines &l, const tern__chunk &c, float (&v)[4])
+template <bool Bits>
+static __device__ void tern__read(const tern__b_tokens<Bits> &b, const tern__code_lines &l, const tern__chunk &c, float (&v)[4])
 {
     const int8_t *q = (const int8_t *)l.p + (int64_t)c.k * b.s.stride;
     tern__read_each(l.place, c, l.inside ? TERN__SIDE : 0, v, [&](int i) {
@@ -2270,8 +2346,10 @@ template <int Rows> static __device__ void tern__end_segment(bool first, float (
 }
 
 /* The end of a group: its sums times their row's scale are added to those before it. */
-template <typename B, int Rows> static __device__ void tern__end_group(const B &, int, int64_t, int64_t, const float (&)[Rows][4], float (&)[Rows][4]) {}
-template <int Rows> static __device__ void tern__end_group(const tern__b_trits &b, int group, int64_t column, int64_t n, const float (&whole)[Rows][4], float (&total)[Rows][4])
+template <typename B, int Rows>
+static __device__ void tern__end_group(const B &, int, int64_t, int64_t, const float (&)[Rows][4], float (&)[Rows][4]) {}
+template <int Rows> static __device__ void tern__end_group(const tern__b_trits &b, int group, int64_t column, int64_t n,
+                                                           const float (&whole)[Rows][4], float (&total)[Rows][4])
 {
     const int64_t scales = tern__scale_index(&b.m, &b.s, column, group); /* four columns are of one panel */
     float scale[4];
@@ -2283,7 +2361,8 @@ template <int Rows> static __device__ void tern__end_group(const tern__b_trits &
     });
 }
 
-template <int Rows> static __device__ void tern__store(const tern__product &g, tern__which w, int64_t row, int64_t column, const float (&sum)[Rows][4])
+template <int Rows>
+static __device__ void tern__store(const tern__product &g, tern__which w, int64_t row, int64_t column, const float (&sum)[Rows][4])
 {
     float *c = g.c + tern__offset(g.c_steps, w) + row * g.c_row + column;
     const float *delta = g.delta ? g.delta + tern__offset(g.delta_steps, w) + row * g.delta_row : NULL;
@@ -2327,7 +2406,8 @@ static __device__ void tern__product_tile(const tern__product &g, const B &b, te
     __syncthreads(); /* shared memory is free again */
 }
 
-template <typename B, bool Fused, int Rows> static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__product_tiles(tern__product g, B b)
+template <typename B, bool Fused, int Rows>
+static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__product_tiles(tern__product g, B b)
 {
     TERN__SHARED(float, shared);
     const int64_t rows = TERN__ROW_THREADS * Rows, strips = tern__ceil_div(g.m, rows);
@@ -2378,16 +2458,21 @@ static tern__product tern__product_of(int64_t m, int64_t n, int64_t k, tern__str
 }
 
 /* Low tiles where high ones would be mostly empty, or leave processors without work. */
-static bool tern__low_tiles(const tern__gpu *d, int64_t lines, int64_t tiles) { return lines <= TERN__ROW_THREADS || tiles < d->processors; }
+static bool tern__low_tiles(const tern__gpu *d, int64_t lines, int64_t tiles)
+{
+    return lines <= TERN__ROW_THREADS || tiles < d->processors;
+}
 
-template <bool Fused, typename B> static tern_result tern__gpu_product(tern_run *r, const tern__gpu *d, const char *op, const tern__product &g, const B &b)
+template <bool Fused, typename B>
+static tern_result tern__gpu_product(tern_run *r, const tern__gpu *d, const char *op, const tern__product &g, const B &b)
 {
     const int64_t columns = tern__ceil_div(g.n, TERN__SIDE), high = tern__mul(tern__ceil_div(g.m, TERN__SIDE), columns);
     const bool low = tern__low_tiles(d, g.m, tern__mul(high, g.items));
     const int64_t tiles = low ? tern__mul(tern__ceil_div(g.m, TERN__ROW_THREADS), columns) : high;
     TERN__REQUIRE(r, g.k <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: %s: sums of %d terms; %d is the most", op, g.k, (int64_t)INT32_MAX);
     TERN__REQUIRE(r, g.items <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: %s: %d heads; %d is the most", op, g.items, (int64_t)INT32_MAX);
-    TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: %s: a result of %d x %d has %d tiles; %d is the most", op, g.m, g.n, tiles, (int64_t)INT32_MAX);
+    TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED,
+                  "cuda: %s: a result of %d x %d has %d tiles; %d is the most", op, g.m, g.n, tiles, (int64_t)INT32_MAX);
     const dim3 grid((unsigned)tiles, (unsigned)tern__min(g.items, TERN__ITEMS));
     if (low) TERN__LAUNCH((tern__product_tiles<B, Fused, 1>), grid, TERN__THREADS, TERN__TILE_BYTES, d->stream, g, b);
     else TERN__LAUNCH((tern__product_tiles<B, Fused, 4>), grid, TERN__THREADS, TERN__TILE_BYTES, d->stream, g, b);
@@ -2442,7 +2527,8 @@ static tern_result tern__gpu_matmul(tern_run *r, tern__gpu *d, const tern_matmul
 static tern_result tern__gpu_matmul_dx(tern_run *r, tern__gpu *d, const tern_matmul_dx_args *a)
 {
     const tern__steps none = tern__no_steps();
-    const tern__product g = tern__product_of(a->n, a->m.cols, a->m.rows, tern__strided_of(a->dy, 1, a->m.rows, none), a->dx, a->m.cols, none);
+    const tern__product g =
+        tern__product_of(a->n, a->m.cols, a->m.rows, tern__strided_of(a->dy, 1, a->m.rows, none), a->dx, a->m.cols, none);
     tern__b_weights b;
     b.m = a->m;
     b.s = tern__shape_of(&a->m);
@@ -2496,7 +2582,8 @@ template <int Rows> static __global__ void __launch_bounds__(TERN__THREADS, 2) t
 {
     TERN__SHARED(tern__group_room, my);
     const int columns = (int)tern__ceil_div(g.n, TERN__SIDE);
-    tern__each_group_block(p, TERN__ROW_THREADS * Rows, columns, g.n, my, [&](const tern__group_matrix &w, int set, int64_t first, int64_t n, int64_t block) {
+    tern__each_group_block(p, TERN__ROW_THREADS * Rows, columns, g.n, my,
+                           [&](const tern__group_matrix &w, int set, int64_t first, int64_t n, int64_t block) {
         tern__product tile = g;
         tern__b_weights b;
         tile.m = n;
@@ -2511,7 +2598,8 @@ template <int Rows> static __global__ void __launch_bounds__(TERN__THREADS, 2) t
 }
 
 /* A tile of dw of one matrix after the other, from the row of blocks on: of all, where two are the same. */
-template <bool Bits, int Rows> static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__group_dw(tern__group_grads p, tern__product g)
+template <bool Bits, int Rows>
+static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__group_dw(tern__group_grads p, tern__product g)
 {
     TERN__SHARED(tern__group_room, my);
     const int64_t rows = TERN__ROW_THREADS * Rows, strips = tern__ceil_div(g.m, rows);
@@ -2527,7 +2615,8 @@ template <bool Bits, int Rows> static __global__ void __launch_bounds__(TERN__TH
         b.scale = p.a.scale + first;
         b.s = p.s;
         if (tile.k > 0 && tile.c)
-            tern__product_tile<tern__b_tokens<Bits>, true, Rows>(tile, b, tern__which(), blockIdx.x % strips * rows, blockIdx.x / strips * TERN__SIDE, (float *)(my + 1));
+            tern__product_tile<tern__b_tokens<Bits>, true, Rows>(tile, b, tern__which(), blockIdx.x % strips * rows,
+                                                                 blockIdx.x / strips * TERN__SIDE, (float *)(my + 1));
     }
 }
 
@@ -2539,7 +2628,9 @@ static __global__ void tern__group_bias(tern__group_grads p, const float *dy)
     TERN__EACH(row, rows)
         for (int i = 0; i < p.count * p.sets; i++) {
             const int64_t first = my->row[i / p.sets];
-            if (p.w[i].dbias) tern__bias_column(my->row[i / p.sets + 1] - first, rows, dy + (i % p.sets * p.a.n + first) * rows + row, p.w[i].dbias + row);
+            if (p.w[i].dbias)
+                tern__bias_column(my->row[i / p.sets + 1] - first, rows, dy + (i % p.sets * p.a.n + first) * rows + row,
+                                  p.w[i].dbias + row);
         }
 }
 
@@ -2578,8 +2669,12 @@ template <bool Bits> static tern_result tern__gpu_groups_dw(tern_run *r, tern__g
     const size_t bytes = sizeof(tern__group_room) + TERN__TILE_BYTES;
     tern__product g = tern__product_of(a->m.rows, a->m.cols, 0, tern__strided_of(a->dy, a->m.rows, 1, none), NULL, a->m.cols, none);
     tern__group_grads p = tern__groups_for<tern__group_grad>(a, 0);
-    const auto grad_of = [](const tern_param *w) { tern__group_grad grad = {tern__floats(w, TERN_GRAD), tern__floats(w->dead, TERN_GRAD)}; return grad; };
-    TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: grouped: a result of %d x %d has %d tiles; %d is the most", a->m.rows, a->m.cols, tiles, (int64_t)INT32_MAX);
+    const auto grad_of = [](const tern_param *w) {
+        tern__group_grad grad = {tern__floats(w, TERN_GRAD), tern__floats(w->dead, TERN_GRAD)};
+        return grad;
+    };
+    TERN__REQUIRE(r, tiles <= INT32_MAX, TERN_E_UNSUPPORTED,
+                  "cuda: grouped: a result of %d x %d has %d tiles; %d is the most", a->m.rows, a->m.cols, tiles, (int64_t)INT32_MAX);
     g.add = 1;
     p.a.q = a->q;
     p.a.scale = a->scale;
@@ -2597,7 +2692,8 @@ template <bool Bits> static tern_result tern__gpu_groups_dw(tern_run *r, tern__g
 static tern_result tern__gpu_grouped(tern_run *r, tern__gpu *d, const tern_grouped_args *a)
 {
     if (!a->dy) return tern__gpu_grouped_products(r, d, a);
-    TERN__REQUIRE(r, a->m.rows <= INT32_MAX, TERN_E_UNSUPPORTED, "cuda: grouped: sums of %d terms; %d is the most", a->m.rows, (int64_t)INT32_MAX);
+    TERN__REQUIRE(r, a->m.rows <= INT32_MAX, TERN_E_UNSUPPORTED,
+                  "cuda: grouped: sums of %d terms; %d is the most", a->m.rows, (int64_t)INT32_MAX);
     TERN__TRY(a->act == TERN_ACT_BIT ? tern__gpu_groups_dw<true>(r, d, a) : tern__gpu_groups_dw<false>(r, d, a));
     return tern__gpu_groups_dx(d, a);
 }
@@ -2674,7 +2770,8 @@ static tern_result tern__attention_run(tern_run *r, const tern__gpu *d, const te
     tern__all_heads(a, &g);
     g.visible = a->keys - a->queries + 1;
     TERN__TRY(tern__gpu_product<false>(r, d, "attention", g, tern__b_floats_of(a->k, 1, a->k_stride, t->k)));
-    TERN__LAUNCH(tern__softmax_rows, tern__grid(d, rows, 1), threads, TERN__BLOCK * sizeof(float), d->stream, rows, a->queries, a->keys, a->p, t->scale);
+    TERN__LAUNCH(tern__softmax_rows, tern__grid(d, rows, 1), threads, TERN__BLOCK * sizeof(float), d->stream, rows, a->queries, a->keys,
+                 a->p, t->scale);
     g = tern__product_of(a->queries, a->dim, a->keys, tern__strided_of(a->p, 1, a->keys, t->p), a->y, t->width, t->y);
     tern__all_heads(a, &g);
     return tern__gpu_product<false>(r, d, "attention", g, tern__b_floats_of(a->v, a->v_stride, 1, t->v));
@@ -2682,8 +2779,8 @@ static tern_result tern__attention_run(tern_run *r, const tern__gpu *d, const te
 
 /* dk = dS^T q, or dv = P^T dy: heads that share a key head add to it in order. */
 template <bool Fused>
-static tern_result tern__attention_keys(tern_run *r, const tern__gpu *d, const tern_attention_args *a, const tern__attention *t, const tern__b_floats &b,
-                                        float *c, int64_t c_row, tern__steps c_steps)
+static tern_result tern__attention_keys(tern_run *r, const tern__gpu *d, const tern_attention_args *a, const tern__attention *t,
+                                        const tern__b_floats &b, float *c, int64_t c_row, tern__steps c_steps)
 {
     for (int64_t head = 0; head < t->shared; head++) {
         tern__product g = tern__product_of(a->keys, a->dim, a->queries, tern__strided_of(a->p, a->keys, 1, t->p), c, c_row, c_steps);
@@ -2694,7 +2791,8 @@ static tern_result tern__attention_keys(tern_run *r, const tern__gpu *d, const t
 }
 
 /* dV = P^T dY; dS = P (dY V^T - <dy, y>) / sqrt(dim), in place of P; dQ = dS K; dK = dS^T Q. */
-template <bool Fused> static tern_result tern__attention_back(tern_run *r, const tern__gpu *d, const tern_attention_args *a, const tern__attention *t)
+template <bool Fused>
+static tern_result tern__attention_back(tern_run *r, const tern__gpu *d, const tern_attention_args *a, const tern__attention *t)
 {
     tern__product g = tern__product_of(a->queries, a->keys, a->dim, tern__strided_of(a->dy, 1, t->width, t->y), a->p, a->keys, t->p);
     const int64_t deltas = a->batch * a->queries * a->heads;
@@ -2952,7 +3050,8 @@ static tern_result tern__gpu_gather(tern_run *r, tern__gpu *d, const tern_gather
     const tern__shape s = tern__shape_of(&a->m);
     const int wide = tern__wide(a->w, a->y, 4 * a->m.cols, 4 * s.group);
     (void)r;
-    TERN__LAUNCH(tern__gather_rows, tern__grid(d, a->n, 1), TERN__THREADS, 0, d->stream, *a, s, wide, tern__blame_of(d, TERN__FAULT_GATHER));
+    TERN__LAUNCH(tern__gather_rows, tern__grid(d, a->n, 1), TERN__THREADS, 0, d->stream, *a, s, wide,
+                 tern__blame_of(d, TERN__FAULT_GATHER));
     return TERN_OK;
 }
 
@@ -3070,8 +3169,8 @@ static __device__ __forceinline__ void tern__map4(tern_map_fn fn, float alpha, c
 #undef TERN__MAP
     }
 }
-static __device__ __forceinline__ void tern__map4_back(tern_map_fn fn, float alpha, const float xs[4], const float zs[4], const float dys[4],
-                                                       float da[4], float db[4])
+static __device__ __forceinline__ void tern__map4_back(tern_map_fn fn, float alpha, const float xs[4], const float zs[4],
+                                                       const float dys[4], float da[4], float db[4])
 {
     switch (fn) {
 #define TERN__MAP(S, FN, Y, DA, DB)                                        \
@@ -3215,9 +3314,10 @@ static void tern__gpu_norm_gain(const tern__gpu *d, const tern_norm_args *a, int
         piece.n = tern__min(rows, a->n - t);
         piece.x += t * a->cols;
         piece.dy += t * a->cols;
-        TERN__LAUNCH(tern__norm_factors, tern__grid(d, piece.n, 1), tern__row_threads(a->cols), tern__row_shared(a->cols), d->stream, piece, d->work);
-        TERN__LAUNCH(tern__norm_gain_columns, (unsigned)tern__ceil_div(a->cols, 32), TERN__THREADS, TERN__GAIN_TOKENS * 32 * sizeof(float), d->stream,
+        TERN__LAUNCH(tern__norm_factors, tern__grid(d, piece.n, 1), tern__row_threads(a->cols), tern__row_shared(a->cols), d->stream,
                      piece, d->work);
+        TERN__LAUNCH(tern__norm_gain_columns, (unsigned)tern__ceil_div(a->cols, 32), TERN__THREADS, TERN__GAIN_TOKENS * 32 * sizeof(float),
+                     d->stream, piece, d->work);
     }
 }
 
@@ -3280,7 +3380,8 @@ static tern_result tern__gpu_hadamard(tern_run *r, tern__gpu *d, const tern_hada
     const int64_t p = tern__power_below(a->cols);
     const int64_t here = a->cols <= TERN__ROTATED_HERE ? a->cols : 1;
     (void)r;
-    TERN__LAUNCH(tern__hadamard_rows, tern__grid(d, a->n, 1), TERN__THREADS, sizeof(float) * (size_t)here, d->stream, *a, p, tern__rotation_factor(p));
+    TERN__LAUNCH(tern__hadamard_rows, tern__grid(d, a->n, 1), TERN__THREADS, sizeof(float) * (size_t)here, d->stream, *a, p,
+                 tern__rotation_factor(p));
     return TERN_OK;
 }
 
@@ -3416,7 +3517,8 @@ static tern_result tern__gpu_sum(tern_run *r, tern__gpu *d, const tern_sum_args 
 
 /* -- optimizers -- */
 
-static __device__ __forceinline__ void tern__optimize4(const tern_optimize_args *a, float factor, float correct1, float correct2, int64_t i, int n, int wide)
+static __device__ __forceinline__ void tern__optimize4(const tern_optimize_args *a, float factor, float correct1, float correct2, int64_t i,
+                                                       int n, int wide)
 {
     const int adam = a->kind == TERN_ADAMW;
     float w[4], grad[4], moment1[4] = {0.0f, 0.0f, 0.0f, 0.0f}, moment2[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -3488,8 +3590,10 @@ static tern_result tern__gpu_scale_grad(tern_run *r, tern__gpu *d, const tern_sc
 {
     float *total = d->work + TERN__WORK + TERN__WORK_LEVELS / 2;
     TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
-    TERN__REQUIRE(r, a->m.rows <= TERN__WORK, TERN_E_UNSUPPORTED, "cuda: scale_grad: %d rows; %d is the most", a->m.rows, (int64_t)TERN__WORK);
-    TERN__LAUNCH(tern__scale_rows, tern__grid(d, a->m.rows, 1), TERN__THREADS, TERN__BLOCK * sizeof(float), d->stream, *a, tern__shape_of(&a->m), d->work);
+    TERN__REQUIRE(r, a->m.rows <= TERN__WORK, TERN_E_UNSUPPORTED,
+                  "cuda: scale_grad: %d rows; %d is the most", a->m.rows, (int64_t)TERN__WORK);
+    TERN__LAUNCH(tern__scale_rows, tern__grid(d, a->m.rows, 1), TERN__THREADS, TERN__BLOCK * sizeof(float), d->stream, *a,
+                 tern__shape_of(&a->m), d->work);
     if (a->rule == TERN_LSQ) {
         tern__gpu_total(d, TERN_SUM, a->m.rows, TERN_F32, d->work, d->work + TERN__WORK, total, 0);
         TERN__LAUNCH(tern__scale_add, 1, 1, 0, d->stream, (int64_t)1, total, tern__scale_factor(a), a->dalpha);
@@ -3615,7 +3719,9 @@ static tern_result tern__gpu_dequantize(tern_run *r, tern__gpu *d, const tern_de
 typedef struct tern__flip_sums { unsigned long long flips, grains, saturated, scales, ends, score; } tern__flip_sums;
 
 enum { TERN__FLIP_GROUPS = 32 }; /* of a block, at most: grains whose score and flips lie in shared memory */
-typedef struct tern__flip_room { int score[TERN__FLIP_GROUPS * TERN__ROWS], flipped[TERN__FLIP_GROUPS * TERN__ROWS], events[2]; } tern__flip_room;
+typedef struct tern__flip_room {
+    int score[TERN__FLIP_GROUPS * TERN__ROWS], flipped[TERN__FLIP_GROUPS * TERN__ROWS], events[2];
+} tern__flip_room;
 
 /* The words of random halves that a weight's block has: they change at every eighth column. */
 typedef struct tern__halves { int64_t block; uint32_t words[4]; } tern__halves;
@@ -3630,8 +3736,8 @@ static __device__ uint32_t tern__next_half(const tern__random &r, int64_t row_bl
 }
 
 /* Four inputs of a word: their trits are the next digits of its four bytes. */
-static __device__ void tern__flip_four(const tern_flip_args &a, const tern__push &push, int64_t row, int64_t col, int n, int wide, tern__halves *h, int8_t trit[4],
-                                       int *score, int events[2])
+static __device__ void tern__flip_four(const tern_flip_args &a, const tern__push &push, int64_t row, int64_t col, int n, int wide,
+                                       tern__halves *h, int8_t trit[4], int *score, int events[2])
 {
     const int64_t at = row * a.m.cols + col, row_block = row * tern__ceil_div(a.m.cols, 8);
     const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -3643,7 +3749,8 @@ static __device__ void tern__flip_four(const tern_flip_args &a, const tern__push
     for (int k = 0; k < 4; k++) {
         if (k >= n) continue;
         *score += trit[k] * ((grad[k] > 0.0f) - (grad[k] < 0.0f));
-        const int event = tern__push_one(&push, push.sign ? 0 : tern__next_half(push.random, row_block, col + k, h), grad[k], &accum[k], &trit[k]);
+        const int event =
+            tern__push_one(&push, push.sign ? 0 : tern__next_half(push.random, row_block, col + k, h), grad[k], &accum[k], &trit[k]);
         events[0] += event == 1;
         events[1] += event == 2;
     }
@@ -3653,7 +3760,8 @@ static __device__ void tern__flip_four(const tern_flip_args &a, const tern__push
 
 /* A word of a row's unit. Returns how many of its trits change. */
 template <bool Base3>
-static __device__ int tern__flip_word(const tern_flip_args &a, const tern__push &push, const tern__shape &s, const tern__word &w, int wide, int *score, int *saturated)
+static __device__ int tern__flip_word(const tern_flip_args &a, const tern__push &push, const tern__shape &s, const tern__word &w, int wide,
+                                      int *score, int *saturated)
 {
     const int radix = Base3 ? 3 : 4;
     uint32_t *const at = tern__word_of(&a.m, &s, w.row, w.unit), word = *at;
@@ -3680,11 +3788,13 @@ static __device__ int tern__flip_word(const tern_flip_args &a, const tern__push 
 static __device__ void tern__clear_word(const tern_flip_args &a, const tern__word &w, int wide)
 {
     const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int i = 0; i < w.inputs; i += 4) tern__store4(TERN_F32, a.grad, w.row * a.m.cols + w.col + i, (int)tern__min(4, w.inputs - i), wide, zeros);
+    for (int i = 0; i < w.inputs; i += 4)
+        tern__store4(TERN_F32, a.grad, w.row * a.m.cols + w.col + i, (int)tern__min(4, w.inputs - i), wide, zeros);
 }
 
 /* The ends of the block's grains: votes and counts. The tensor's own score and grain come later. */
-static __device__ void tern__flip_grains(const tern_flip_args &a, const tern__shape &s, int64_t panel, int64_t first, int64_t groups, const tern__flip_room *room, tern__flip_sums *sums)
+static __device__ void tern__flip_grains(const tern_flip_args &a, const tern__shape &s, int64_t panel, int64_t first, int64_t groups,
+                                         const tern__flip_room *room, tern__flip_sums *sums)
 {
     for (int i = (int)threadIdx.x; i < groups * TERN__ROWS; i += TERN__THREADS) {
         const int64_t row = panel * TERN__ROWS + i % TERN__ROWS, at = tern__scale_index(&a.m, &s, row, first + i / TERN__ROWS);
@@ -3700,7 +3810,9 @@ static __device__ void tern__flip_grains(const tern_flip_args &a, const tern__sh
     if (threadIdx.x == 0 && room->events[1]) atomicAdd(&sums->saturated, (unsigned long long)room->events[1]);
 }
 
-template <bool Base3> static __global__ void __launch_bounds__(TERN__THREADS, 2) tern__flip_panels(tern_flip_args a, tern__shape s, int64_t parts, int wide, tern__flip_sums *sums)
+template <bool Base3>
+static __global__ void __launch_bounds__(TERN__THREADS, 2)
+    tern__flip_panels(tern_flip_args a, tern__shape s, int64_t parts, int wide, tern__flip_sums *sums)
 {
     TERN__SHARED(tern__flip_room, room);
     const int64_t each = tern__min(s.groups, TERN__FLIP_GROUPS);
@@ -3759,8 +3871,9 @@ static tern_result tern__gpu_flip(tern_run *r, tern__gpu *d, const tern_flip_arg
     tern__flip_sums *sums = (tern__flip_sums *)d->work;
     TERN__TRY(tern__check_aligned16(r, "m.trits", a->m.trits));
     TERN__CUDA(r, cudaMemsetAsync(sums, 0, sizeof *sums, d->stream), "clearing work memory");
-    TERN__LAUNCH((a->m.encoding == TERN_BASE3 ? tern__flip_panels<true> : tern__flip_panels<false>), tern__grid(d, tern__mul(s.panels, parts), 1), TERN__THREADS,
-                 sizeof(tern__flip_room), d->stream, *a, s, parts, tern__wide(a->grad, 4 * a->m.cols, 4 * s.group), sums);
+    TERN__LAUNCH((a->m.encoding == TERN_BASE3 ? tern__flip_panels<true> : tern__flip_panels<false>),
+                 tern__grid(d, tern__mul(s.panels, parts), 1), TERN__THREADS, sizeof(tern__flip_room), d->stream, *a, s, parts,
+                 tern__wide(a->grad, 4 * a->m.cols, 4 * s.group), sums);
     TERN__LAUNCH(tern__flip_end, 1, 1, 0, d->stream, *a, sums, tern__blame_of(d, TERN__FAULT_FLIP));
     return TERN_OK;
 }
@@ -3822,7 +3935,8 @@ static __device__ void tern__route_ids(int count, int k, const float *x, int32_t
     __syncwarp();
 }
 
-static __device__ void tern__route_token_weights(const tern_route_args &a, const float *x, tern__routed s, const int32_t *ids, float *weights)
+static __device__ void tern__route_token_weights(const tern_route_args &a, const float *x, tern__routed s, const int32_t *ids,
+                                                 float *weights)
 {
     const int k = a.k;
     const bool selected = a.kind == TERN_ROUTE_SELECTED;
@@ -3854,10 +3968,12 @@ static __device__ void tern__route_token(const tern_route_args &a, int64_t t, te
 static __global__ void __launch_bounds__(TERN__ROUTE_THREADS, 4) tern__route_tokens(tern_route_args a, tern__blame blame)
 {
     const int warps = TERN__ROUTE_THREADS / 32;
-    for (int64_t t = (int64_t)blockIdx.x * warps + threadIdx.x / 32; t < a.n; t += (int64_t)gridDim.x * warps) tern__route_token(a, t, blame);
+    for (int64_t t = (int64_t)blockIdx.x * warps + threadIdx.x / 32; t < a.n; t += (int64_t)gridDim.x * warps)
+        tern__route_token(a, t, blame);
 }
 
-static __global__ void __launch_bounds__(TERN__ROUTE_THREADS, 4) tern__route_tokens_back(tern_route_args a, float balance, tern__blame blame)
+static __global__ void __launch_bounds__(TERN__ROUTE_THREADS, 4)
+    tern__route_tokens_back(tern_route_args a, float balance, tern__blame blame)
 {
     const int lane = (int)(threadIdx.x % 32), warps = TERN__ROUTE_THREADS / 32;
     for (int64_t t = (int64_t)blockIdx.x * warps + threadIdx.x / 32; t < a.n; t += (int64_t)gridDim.x * warps) {
@@ -3869,7 +3985,8 @@ static __global__ void __launch_bounds__(TERN__ROUTE_THREADS, 4) tern__route_tok
         const float sum = tern__warp_sum(a.k, [&](int i) { return weights[i] * dw[i]; });
         const auto pull = [&](int i) { return balance * (float)a.loads[i]; }; /* of the load-balance loss on a share */
         if (!usable && lane == 0) tern__report(blame, t);
-        for (int i = lane; i < a.count; i += 32) dx[i] = usable && a.kind == TERN_ROUTE_ALL ? tern__route_share(x, i, s) * (0.0f - sum) : 0.0f;
+        for (int i = lane; i < a.count; i += 32)
+            dx[i] = usable && a.kind == TERN_ROUTE_ALL ? tern__route_share(x, i, s) * (0.0f - sum) : 0.0f;
         __syncwarp();
         for (int i = lane; i < a.k && usable; i += 32) dx[ids[i]] = weights[i] * (dw[i] - sum);
         __syncwarp();
@@ -3939,7 +4056,8 @@ static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__group_experts(t
 static tern_result tern__gpu_group(tern_run *r, tern__gpu *d, const tern_group_args *a)
 {
     (void)r;
-    TERN__LAUNCH(tern__group_experts, (unsigned)a->count, TERN__THREADS, sizeof(int32_t) * (4 * TERN__THREADS + TERN__THREADS / 8), d->stream, *a);
+    TERN__LAUNCH(tern__group_experts, (unsigned)a->count, TERN__THREADS, sizeof(int32_t) * (4 * TERN__THREADS + TERN__THREADS / 8),
+                 d->stream, *a);
     return TERN_OK;
 }
 
@@ -3977,7 +4095,8 @@ static __device__ __forceinline__ void tern__edge_row(const tern_aggregate_args 
 }
 
 /* The sum over edges [first, first + count), in order; the rows of four edges are on their way at once. */
-static __device__ __forceinline__ void tern__edges_sum(const tern_aggregate_args &a, int64_t first, int count, int64_t i, int n, int wide, float sum[4])
+static __device__ __forceinline__ void tern__edges_sum(const tern_aggregate_args &a, int64_t first, int count, int64_t i, int n,
+                                                       int wide, float sum[4])
 {
     const uint32_t *entry = a.edges.entry + first;
     for (int k = 0; k < 4; k++) sum[k] = 0.0f;
@@ -3996,7 +4115,8 @@ static __device__ __forceinline__ void tern__edges_sum(const tern_aggregate_args
 }
 
 /* The same from the sums of a hub's segments, in order. */
-static __device__ __forceinline__ void tern__parts_sum(const tern_aggregate_args &a, int64_t part, int64_t count, int64_t i, int n, int wide, float sum[4])
+static __device__ __forceinline__ void tern__parts_sum(const tern_aggregate_args &a, int64_t part, int64_t count, int64_t i, int n,
+                                                       int wide, float sum[4])
 {
     tern__load4(TERN_F32, a.part, part * a.cols + i, n, wide, sum);
     for (int64_t s = 1; s < tern__ceil_div(count, TERN__EDGES); s++) {
@@ -4019,7 +4139,9 @@ static __device__ __forceinline__ uint32_t tern__end_sums(const tern_aggregate_a
 }
 
 /* A row of y from four(i, n, sum), which gives the sums of its columns; zero where one is not finite. */
-template <typename Four> static __device__ __forceinline__ void tern__aggregate_end_row(const tern_aggregate_args &a, int64_t row, int wide, uint32_t *seen, tern__blame blame, Four four)
+template <typename Four>
+static __device__ __forceinline__ void tern__aggregate_end_row(const tern_aggregate_args &a, int64_t row, int wide, uint32_t *seen,
+                                                               tern__blame blame, Four four)
 {
     const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     uint32_t most = 0;
@@ -4041,7 +4163,8 @@ static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__aggregate_rows(
     for (int64_t row = blockIdx.x; row < a.edges.rows; row += gridDim.x) {
         const int64_t first = a.edges.start[row], count = a.edges.start[row + 1] - first;
         if (count > TERN__EDGES) continue;
-        tern__aggregate_end_row(a, row, wide, seen, blame, [&](int64_t i, int n, float *sum) { tern__edges_sum(a, first, (int)count, i, n, wide, sum); });
+        tern__aggregate_end_row(a, row, wide, seen, blame,
+                                [&](int64_t i, int n, float *sum) { tern__edges_sum(a, first, (int)count, i, n, wide, sum); });
     }
 }
 
@@ -4071,8 +4194,10 @@ static __global__ void __launch_bounds__(TERN__THREADS, 4) tern__aggregate_hubs_
 {
     TERN__SHARED(uint32_t, seen);
     for (int64_t h = blockIdx.x; h < a.edges.hubs; h += gridDim.x) {
-        const int64_t row = a.edges.hub[h] - a.edges.first, count = a.edges.start[row + 1] - a.edges.start[row], part = a.edges.part[h] - a.edges.part[0];
-        tern__aggregate_end_row(a, row, wide, seen, blame, [&](int64_t i, int n, float *sum) { tern__parts_sum(a, part, count, i, n, wide, sum); });
+        const int64_t row = a.edges.hub[h] - a.edges.first, count = a.edges.start[row + 1] - a.edges.start[row],
+                      part = a.edges.part[h] - a.edges.part[0];
+        tern__aggregate_end_row(a, row, wide, seen, blame,
+                                [&](int64_t i, int n, float *sum) { tern__parts_sum(a, part, count, i, n, wide, sum); });
     }
 }
 
@@ -4091,7 +4216,8 @@ static tern_result tern__gpu_aggregate(tern_run *r, tern__gpu *d, const tern_agg
     return TERN_OK;
 }
 
-/* -- hops: a block takes some nodes, whose sums, messages and quantized rows stay in shared memory; a warp takes a node, then 32 outputs of eight -- */
+/* -- hops: a block takes some nodes, whose sums, messages and quantized rows stay in shared memory; a warp takes a node,
+   then 32 outputs of eight -- */
 
 enum { TERN__HOP_NODES = 16, TERN__HOP_BYTES = 48 << 10, TERN__HOPS_TURNS = 4 /* of a block that takes part in whole hops, at most */ };
 static_assert(TERN__HOP_BYTES / TERN__HOP_NODES < 4 * TERN__BLOCK, "a canonical sum of a node's row is one block, which takes no memory");
@@ -4162,9 +4288,11 @@ static __device__ void tern__hop_end(const tern__hop_plan &p, int64_t row, int64
     tern__store4(TERN_F32, p.y, at, n, p.wide_out, y);
 }
 
-/* Outputs of a.n quantized rows, at most 8, `pitch` bytes apart, and of a pair of panels, by a warp, in fours: four(row of q, row of m, y). */
+/* Outputs of a.n quantized rows, at most 8, `pitch` bytes apart, and of a pair of panels, by a warp, in fours:
+   four(row of q, row of m, y). */
 template <bool Base3, typename Four>
-static __device__ __forceinline__ void tern__warp_product(const tern_matmul_args &a, const tern__shape &s, int64_t pitch, int64_t pair, Four four)
+static __device__ __forceinline__ void tern__warp_product(const tern_matmul_args &a, const tern__shape &s, int64_t pitch,
+                                                          int64_t pair, Four four)
 {
     const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
     const int64_t row = pair * 32 + 4 * g;
@@ -4189,7 +4317,9 @@ static __device__ __forceinline__ void tern__warp_product(const tern_matmul_args
 }
 
 /* Outputs of n quantized rows, in fours: four(node, column, v). */
-template <bool Base3, typename Four> static __device__ __forceinline__ void tern__hop_product(const tern__hop_plan &p, const tern__hop_step &step, int n, const tern__hop_room &my, Four four)
+template <bool Base3, typename Four>
+static __device__ __forceinline__ void tern__hop_product(const tern__hop_plan &p, const tern__hop_step &step, int n,
+                                                         const tern__hop_room &my, Four four)
 {
     const tern__shape &s = step.s;
     const int eights = (n + 7) / 8, items = eights * (int)tern__ceil_div(s.panels, 2);
@@ -4208,8 +4338,8 @@ template <bool Base3, typename Four> static __device__ __forceinline__ void tern
 
 /* A layer of n nodes from `first` on, whose rows lie `apart` floats from each other: four(node, column, v). */
 template <typename Four>
-static __device__ __forceinline__ void tern__hop_layer(const tern__hop_plan &p, const tern__hop_step &step, int64_t first, int n, const float *x, int64_t apart,
-                                                       const tern__hop_room &my, Four four)
+static __device__ __forceinline__ void tern__hop_layer(const tern__hop_plan &p, const tern__hop_step &step, int64_t first, int n,
+                                                       const float *x, int64_t apart, const tern__hop_room &my, Four four)
 {
     for (int i = (int)threadIdx.x / 32; i < n; i += TERN__WARPS)
         tern__quantize_row<tern__warp_team>(step.layer.quantize, step.s, first + i, x + i * apart, my.q + i * p.pitch, my.scale + i,
@@ -4242,8 +4372,8 @@ static __device__ __forceinline__ void tern__hop_phase(const tern__hop_plan &p, 
         }
         for (int i = warp; sends && rows.q && i < n; i += TERN__WARPS) {
             const int64_t row = first + i;
-            tern__quantize_row<tern__warp_team>(rows, p.rows.s, row, p.projects ? my.rows + i * p.width : rows.x + row * rows.m.cols, rows.q + row * p.rows.s.stride,
-                                                rows.scale + row, rows.sum + row, p.rows.blame, NULL);
+            tern__quantize_row<tern__warp_team>(rows, p.rows.s, row, p.projects ? my.rows + i * p.width : rows.x + row * rows.m.cols,
+                                                rows.q + row * p.rows.s.stride, rows.scale + row, rows.sum + row, p.rows.blame, NULL);
             if (p.from && threadIdx.x % 32 == 0) rows.scale[row] = rows.scale[row] * p.from[row];
         }
         if (sends || begin < end) continue;
@@ -4285,10 +4415,11 @@ static tern_result tern__hop_plan_of(tern_run *r, tern__gpu *d, const tern_whole
     const tern_hop_args *a = &hop->to;
     const tern_aggregate_args *sum = &a->sum;
     const tern_quantize_args *project = &hop->project.quantize;
-    TERN__REQUIRE(r, sum->cols <= TERN__HOP_BYTES && a->message.quantize.m.rows <= TERN__HOP_BYTES && project->m.cols <= TERN__HOP_BYTES &&
-                  project->act != TERN_ACT_BIT && a->message.quantize.act != TERN_ACT_BIT && a->update.quantize.act != TERN_ACT_BIT, TERN_E_UNSUPPORTED, "cuda: hop: bits, or rows of more than %d",
-                  (int64_t)TERN__HOP_BYTES);
-    TERN__REQUIRE(r, !project->m.trits || project->m.cols <= TERN__BLOCK || (project->norm == TERN_NORM_NONE && project->act == TERN_ACT_INT8), TERN_E_UNSUPPORTED,
+    TERN__REQUIRE(r, sum->cols <= TERN__HOP_BYTES && a->message.quantize.m.rows <= TERN__HOP_BYTES && project->m.cols <= TERN__HOP_BYTES
+                     && project->act != TERN_ACT_BIT && a->message.quantize.act != TERN_ACT_BIT && a->update.quantize.act != TERN_ACT_BIT,
+                  TERN_E_UNSUPPORTED, "cuda: hop: bits, or rows of more than %d", (int64_t)TERN__HOP_BYTES);
+    TERN__REQUIRE(r, !project->m.trits || project->m.cols <= TERN__BLOCK
+                     || (project->norm == TERN_NORM_NONE && project->act == TERN_ACT_INT8), TERN_E_UNSUPPORTED,
                   "cuda: hop: sums of %d columns; %d are the most", project->m.cols, (int64_t)TERN__BLOCK);
     tern__hop_add(d, p, &hop->project);
     p->projects = p->steps;
@@ -4328,7 +4459,9 @@ static tern_result tern__gpu_hop(tern_run *r, tern__gpu *d, const tern_hop_args 
     int64_t bytes;
     hop.to = *a;
     TERN__TRY(tern__hop_plan_of(r, d, &hop, &p, &bytes));
-    if (p.sum.edges.hubs) TERN__LAUNCH(tern__aggregate_parts, tern__grid(d, p.sum.edges.parts, 1), tern__aggregate_threads(&p.sum), 0, d->stream, p.sum, p.wide);
+    if (p.sum.edges.hubs)
+        TERN__LAUNCH(tern__aggregate_parts, tern__grid(d, p.sum.edges.parts, 1), tern__aggregate_threads(&p.sum), 0, d->stream,
+                     p.sum, p.wide);
     TERN__LAUNCH(tern__hop_nodes, tern__grid(d, p.sum.edges.rows, TERN__HOP_NODES), TERN__THREADS, (size_t)bytes, d->stream, p);
     return TERN_OK;
 }
@@ -4352,7 +4485,8 @@ static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__hops_nodes(tern
         const bool sends = phase % 2 == 0;
         if (!sends) tern__grid_barrier(p.meet);
         if (!sends && edges.hubs) {
-            for (int64_t part = (int64_t)blockIdx.x * TERN__WARPS + threadIdx.x / 32; part < edges.parts; part += (int64_t)gridDim.x * TERN__WARPS)
+            for (int64_t part = (int64_t)blockIdx.x * TERN__WARPS + threadIdx.x / 32; part < edges.parts;
+                 part += (int64_t)gridDim.x * TERN__WARPS)
                 tern__aggregate_part<tern__warp_team>(hop.sum, part, hop.wide);
             tern__grid_barrier(p.meet);
         }
@@ -4364,7 +4498,8 @@ static __global__ void __launch_bounds__(TERN__THREADS, 1) tern__hops_nodes(tern
 static tern_result tern__launched_together(tern_run *r, const char *what, int64_t blocks)
 {
     const cudaError_t error = cudaGetLastError();
-    TERN__REQUIRE(r, error != cudaErrorCooperativeLaunchTooLarge, TERN_E_UNSUPPORTED, "cuda: %s: fewer than %d blocks are there at once", what, blocks);
+    TERN__REQUIRE(r, error != cudaErrorCooperativeLaunchTooLarge, TERN_E_UNSUPPORTED,
+                  "cuda: %s: fewer than %d blocks are there at once", what, blocks);
     return tern__cuda_check(r, error, what);
 }
 
@@ -4386,13 +4521,15 @@ static tern_result tern__gpu_hops(tern_run *r, tern__gpu *d, const tern_hops_arg
     return tern__launched_together(r, "hops", blocks);
 }
 
-/* -- a mixture of few tokens: blocks that are launched together go from phase to phase, in a shape that does not depend on the routing -- */
+/* -- a mixture of few tokens: blocks that are launched together go from phase to phase, in a shape that does not depend on
+   the routing -- */
 
 enum {
     TERN__MIXTURE_PLACES = TERN__THREADS, /* of a token at an expert */
     TERN__MIXTURE_TOKENS = 16,
     TERN__MIXTURE_EXPERTS = 8,            /* of a tile of a dense router: */
-    TERN__MIXTURE_DEPTH = 256, TERN__MIXTURE_PITCH = TERN__MIXTURE_DEPTH + 4, /* terms at a time, and floats from row to row: the next rows' fours lie in other banks */
+    TERN__MIXTURE_DEPTH = 256, TERN__MIXTURE_PITCH = TERN__MIXTURE_DEPTH + 4, /* terms at a time, and floats from row to row:
+                                                                                 the next rows' fours lie in other banks */
     TERN__MIXTURE_ROWS = TERN__MIXTURE_TOKENS + TERN__MIXTURE_EXPERTS,
 #if CUDART_VERSION >= 12010 /* since when parameters may take more than 4 KB */
     TERN__MIXTURE_MATRICES = 384
@@ -4441,10 +4578,11 @@ static __device__ void tern__mixture_read(const tern__mixture &p, float *sums)
     for (int64_t job = blockIdx.x; job < 2 * in.n; job += gridDim.x) {
         const int64_t t = job / 2;
         if (job % 2)
-            tern__quantize_row<tern__block_team>(in, p.in, t, in.x + t * in.m.cols, in.q + t * p.in.stride, in.scale + t, in.sum + t * p.in.groups, p.in_blame, sums);
+            tern__quantize_row<tern__block_team>(in, p.in, t, in.x + t * in.m.cols, in.q + t * p.in.stride, in.scale + t,
+                                                 in.sum + t * p.in.groups, p.in_blame, sums);
         else if (router.m.trits)
-            tern__quantize_row<tern__block_team>(router, p.router, t, router.x + t * router.m.cols, router.q + t * p.router.stride, router.scale + t,
-                                                 router.sum + t * p.router.groups, p.read, sums);
+            tern__quantize_row<tern__block_team>(router, p.router, t, router.x + t * router.m.cols, router.q + t * p.router.stride,
+                                                 router.scale + t, router.sum + t * p.router.groups, p.read, sums);
         else if (p.a.norm.y) tern__norm_row(&p.a.norm, t, tern__norm_factor(p.a.norm, t, sums, p.read), p.wide);
     }
 }
@@ -4459,7 +4597,8 @@ static __device__ void tern__mixture_load(const tern_dense_args &a, int64_t expe
         const int row = (int)threadIdx.x / (TERN__MIXTURE_DEPTH / 4) + i * step;
         const int64_t expert = expert0 + row - TERN__MIXTURE_TOKENS;
         const bool token = row < TERN__MIXTURE_TOKENS;
-        tern__load4(TERN_F32, token ? a.a + row * a.a_row : a.b + expert * a.b_col, at + column, (token ? row < a.m : expert < a.n) ? n : 0, wide, x[i]);
+        tern__load4(TERN_F32, token ? a.a + row * a.a_row : a.b + expert * a.b_col, at + column,
+                    (token ? row < a.m : expert < a.n) ? n : 0, wide, x[i]);
     }
 }
 
@@ -4469,8 +4608,10 @@ static __device__ void tern__mixture_dense(const tern__mixture &p, float *rows)
     const tern_dense_args &a = p.a.dense;
     const int step = TERN__THREADS / (TERN__MIXTURE_DEPTH / 4), column = (int)threadIdx.x % (TERN__MIXTURE_DEPTH / 4) * 4;
     const int token = (int)threadIdx.x / TERN__MIXTURE_EXPERTS;
-    const float *mine = rows + token * TERN__MIXTURE_PITCH, *other = rows + (TERN__MIXTURE_TOKENS + (int)threadIdx.x % TERN__MIXTURE_EXPERTS) * TERN__MIXTURE_PITCH;
-    for (int64_t expert0 = (int64_t)blockIdx.x * TERN__MIXTURE_EXPERTS; expert0 < a.n; expert0 += (int64_t)gridDim.x * TERN__MIXTURE_EXPERTS) {
+    const float *mine = rows + token * TERN__MIXTURE_PITCH,
+                *other = rows + (TERN__MIXTURE_TOKENS + (int)threadIdx.x % TERN__MIXTURE_EXPERTS) * TERN__MIXTURE_PITCH;
+    for (int64_t expert0 = (int64_t)blockIdx.x * TERN__MIXTURE_EXPERTS; expert0 < a.n;
+         expert0 += (int64_t)gridDim.x * TERN__MIXTURE_EXPERTS) {
         const int64_t expert = expert0 + threadIdx.x % TERN__MIXTURE_EXPERTS;
         float next[6][4], part = 0.0f, whole = 0.0f;
         tern__mixture_load(a, expert0, 0, p.wide, next);
@@ -4478,7 +4619,8 @@ static __device__ void tern__mixture_dense(const tern__mixture &p, float *rows)
             const int64_t end = tern__min(a.k, at + TERN__MIXTURE_DEPTH);
 #pragma unroll
             for (int i = 0; i < 6; i++)
-                tern__store4(TERN_F32, rows, ((int)threadIdx.x / (TERN__MIXTURE_DEPTH / 4) + i * step) * TERN__MIXTURE_PITCH + column, 4, 1, next[i]);
+                tern__store4(TERN_F32, rows, ((int)threadIdx.x / (TERN__MIXTURE_DEPTH / 4) + i * step) * TERN__MIXTURE_PITCH + column,
+                             4, 1, next[i]);
             __syncthreads();
             if (end < a.k) tern__mixture_load(a, expert0, end, p.wide, next);
             for (int i = 0; i < end - at && token < a.m; i += 4) { /* behind the end there are zeros, which add nothing */
@@ -4555,8 +4697,9 @@ static __device__ void tern__mixture_loads(const tern__mixture &p, const tern__m
 }
 
 /* The product of a turn's expert, of its matrix `set`, with rows from `at` on. */
-static __device__ __forceinline__ tern_matmul_args tern__mixture_product(const tern__mixture &p, const tern_quantize_args &q, const tern__shape &s,
-                                                                         const tern__mixture_places *my, int turn, int set, int at)
+static __device__ __forceinline__ tern_matmul_args tern__mixture_product(const tern__mixture &p, const tern_quantize_args &q,
+                                                                         const tern__shape &s, const tern__mixture_places *my,
+                                                                         int turn, int set, int at)
 {
     const tern__packed &w = p.w[my->ids[my->slot[my->turn[turn]]] * p.sets + set];
     tern_matmul_args a = {};
@@ -4596,8 +4739,10 @@ template <bool Base3> static __device__ void tern__mixture_hidden(const tern__mi
     for (int item = (int)blockIdx.x; item < my->places.turns * blocks; item += (int)gridDim.x) {
         const int turn = item / blocks, first = my->places.turn[turn];
         for (int set = 0; set < p.sets - 1; set++) {
-            const tern__mixture_rows rows = {my->places.slot + first, p.a.route.k, p.a.fn, set < p.sets - 2, p.sets == 3, my->gate, p.a.hidden + first * p.a.in.m.rows};
-            tern__few_tokens<1, Base3>(tern__mixture_product(p, p.a.in, p.in, &my->places, turn, set, 0), p.in, p.pieces, item % blocks, my->dots, rows);
+            const tern__mixture_rows rows = {my->places.slot + first, p.a.route.k, p.a.fn, set < p.sets - 2, p.sets == 3, my->gate,
+                                             p.a.hidden + first * p.a.in.m.rows};
+            tern__few_tokens<1, Base3>(tern__mixture_product(p, p.a.in, p.in, &my->places, turn, set, 0), p.in, p.pieces, item % blocks,
+                                       my->dots, rows);
         }
     }
 }
@@ -4611,8 +4756,9 @@ template <bool Base3> static __device__ void tern__mixture_outputs(const tern__m
         for (int token = warp; token < TERN__MIXTURE_TOKENS; token += TERN__WARPS) my->y[token][lane] = 0.0f;
         for (int turn0 = 0; turn0 < places.turns; turn0 += TERN__WARPS) {
             if (turn0 + warp < places.turns)
-                tern__warp_product<Base3>(tern__mixture_product(p, p.a.inner, p.inner, &places, turn0 + warp, p.sets - 1, places.turn[turn0 + warp]), p.inner, p.inner.stride, pair,
-                                          [&](int x, int64_t at, const float v[4]) {
+                tern__warp_product<Base3>(
+                    tern__mixture_product(p, p.a.inner, p.inner, &places, turn0 + warp, p.sets - 1, places.turn[turn0 + warp]),
+                    p.inner, p.inner.stride, pair, [&](int x, int64_t at, const float v[4]) {
                     for (int i = 0; i < 4; i++) my->out[warp][x][at % 32 + i] = v[i];
                 });
             __syncthreads();
@@ -4620,7 +4766,8 @@ template <bool Base3> static __device__ void tern__mixture_outputs(const tern__m
                 for (int place = places.turn[turn]; place < places.turn[turn + 1]; place++) {
                     const int slot = places.slot[place], token = slot / p.a.route.k;
                     if (token % TERN__WARPS == warp)
-                        my->y[token][lane] = my->y[token][lane] + p.a.route.weights[slot] * my->out[turn - turn0][place - places.turn[turn]][lane];
+                        my->y[token][lane] = my->y[token][lane]
+                                             + p.a.route.weights[slot] * my->out[turn - turn0][place - places.turn[turn]][lane];
                 }
             __syncthreads(); /* out may be written again */
         }
@@ -4661,11 +4808,14 @@ static tern_result tern__gpu_moe(tern_run *r, tern__gpu *d, const tern_moe_args 
     const tern_matrix &router = a->router.quantize.m;
     const bool base3 = a->in.m.encoding == TERN_BASE3, dense = !router.trits;
     tern__mixture p = {};
-    TERN__REQUIRE(r, d->mixtures && a->route.n <= TERN__MIXTURE_TOKENS && a->route.n * a->route.k <= TERN__MIXTURE_PLACES, TERN_E_UNSUPPORTED,
+    TERN__REQUIRE(r, d->mixtures && a->route.n <= TERN__MIXTURE_TOKENS && a->route.n * a->route.k <= TERN__MIXTURE_PLACES,
+                  TERN_E_UNSUPPORTED,
                   "cuda: moe: %d tokens of %d experts each, or no launches of blocks together", a->route.n, (int64_t)a->route.k);
-    TERN__REQUIRE(r, a->route.count * sets <= TERN__MIXTURE_MATRICES && a->in.act != TERN_ACT_BIT && a->in.m.encoding == a->inner.m.encoding, TERN_E_UNSUPPORTED,
+    TERN__REQUIRE(r, a->route.count * sets <= TERN__MIXTURE_MATRICES && a->in.act != TERN_ACT_BIT
+                     && a->in.m.encoding == a->inner.m.encoding, TERN_E_UNSUPPORTED,
                   "cuda: moe: %d matrices, bits, or two encodings", (int64_t)(a->route.count * sets));
-    TERN__REQUIRE(r, dense ? a->dense.k <= TERN__LONGEST_ROW : router.encoding == a->in.m.encoding && a->router.quantize.act != TERN_ACT_BIT, TERN_E_UNSUPPORTED,
+    TERN__REQUIRE(r, dense ? a->dense.k <= TERN__LONGEST_ROW
+                           : router.encoding == a->in.m.encoding && a->router.quantize.act != TERN_ACT_BIT, TERN_E_UNSUPPORTED,
                   "cuda: moe: a router of %d columns, bits or another encoding", dense ? a->dense.k : router.cols);
     TERN__TRY(tern__check_aligned16(r, "moe: q", a->in.q));
     TERN__TRY(tern__check_aligned16(r, "moe: q", a->inner.q));
@@ -4694,19 +4844,22 @@ static tern_result tern__gpu_moe(tern_run *r, tern__gpu *d, const tern_moe_args 
     p.in_blame = tern__blame_of(d, TERN__FAULT_QUANTIZE);
     d->order++;
     p.inner_blame = tern__blame_of(d, TERN__FAULT_QUANTIZE);
-    TERN__LAUNCH_TOGETHER((base3 ? tern__mixture_tokens<true> : tern__mixture_tokens<false>), (unsigned)d->processors, TERN__THREADS, sizeof(tern__mixture_room), d->stream, p);
+    TERN__LAUNCH_TOGETHER((base3 ? tern__mixture_tokens<true> : tern__mixture_tokens<false>), (unsigned)d->processors, TERN__THREADS,
+                          sizeof(tern__mixture_room), d->stream, p);
     return tern__launched_together(r, "moe", d->processors);
 }
 
-/* Memory for the barriers of blocks that are launched together, where the device can. A mixture asks besides for a block's room, and for a driver that
-   passes so many parameters. */
+/* Memory for the barriers of blocks that are launched together, where the device can. A mixture asks besides for a block's
+   room, and for a driver that passes so many parameters. */
 static tern_result tern__gpu_open_together(tern_run *r, tern__gpu *d)
 {
     int together = 0, driver = 0, blocks[2] = {0, 0};
     TERN__CUDA(r, cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, d->device), "launches of blocks together");
     TERN__CUDA(r, cudaDriverGetVersion(&driver), "the driver's version");
-    TERN__CUDA(r, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks[0], tern__mixture_tokens<false>, TERN__THREADS, sizeof(tern__mixture_room)), "blocks at once");
-    TERN__CUDA(r, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks[1], tern__mixture_tokens<true>, TERN__THREADS, sizeof(tern__mixture_room)), "blocks at once");
+    TERN__CUDA(r, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks[0], tern__mixture_tokens<false>, TERN__THREADS,
+                                                                sizeof(tern__mixture_room)), "blocks at once");
+    TERN__CUDA(r, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks[1], tern__mixture_tokens<true>, TERN__THREADS,
+                                                                sizeof(tern__mixture_room)), "blocks at once");
     if (!together) return TERN_OK;
     d->mixtures = blocks[0] > 0 && blocks[1] > 0 && (sizeof(tern__mixture) <= 4096 || driver >= 12010);
     TERN__CUDA(r, cudaMalloc(&d->meet, sizeof *d->meet), "memory for barriers");
@@ -4774,7 +4927,8 @@ static __global__ void __launch_bounds__(1024) tern__gate_tokens_back(tern_gate_
 static tern_result tern__gpu_gate(tern_run *r, tern__gpu *d, const tern_gate_args *a)
 {
     const unsigned grid = tern__grid(d, a->n, 1);
-    const int threads = tern__row_threads(a->cols), wide = tern__wide(a->h, a->key, a->value, a->y, a->dy, a->dh, a->dkey, a->dvalue, 4 * a->cols);
+    const int threads = tern__row_threads(a->cols),
+              wide = tern__wide(a->h, a->key, a->value, a->y, a->dy, a->dh, a->dkey, a->dvalue, 4 * a->cols);
     const size_t room = tern__row_shared(a->cols);
     TERN__TRY(tern__check_row(r, "gate", a->cols));
     if (a->dy) TERN__LAUNCH(tern__gate_tokens_back, grid, threads, room, d->stream, *a, wide);
@@ -4795,7 +4949,8 @@ static __global__ void __launch_bounds__(TERN__THREADS) tern__nearest_codes(tern
         tern__key best = (tern__key)0x7F7FFFFFu << 32; /* the largest float: beyond it nothing is nearest */
         for (int64_t i = warp; i < a.rows; i += TERN__WARPS) {
             const float *w = a.w + i * a.cols;
-            const float distance = tern__warp_long_sum(a.cols, [&](int64_t j) { const float apart = x[j] - w[j]; return apart * apart; }, sums);
+            const float distance =
+                tern__warp_long_sum(a.cols, [&](int64_t j) { const float apart = x[j] - w[j]; return apart * apart; }, sums);
             const tern__key key = (tern__key)tern__bits(distance) << 32 | (tern__key)i;
             best = key < best ? key : best;
         }
@@ -4815,8 +4970,8 @@ static __global__ void __launch_bounds__(TERN__THREADS) tern__nearest_codes(tern
 static tern_result tern__gpu_nearest(tern_run *r, tern__gpu *d, const tern_nearest_args *a)
 {
     TERN__TRY(tern__check_row(r, "nearest", a->cols));
-    TERN__LAUNCH(tern__nearest_codes, tern__grid(d, a->n, 1), TERN__THREADS, TERN__WARPS * (sizeof(tern__key) + tern__row_shared(a->cols)), d->stream, *a,
-                 tern__blame_of(d, TERN__FAULT_NEAREST));
+    TERN__LAUNCH(tern__nearest_codes, tern__grid(d, a->n, 1), TERN__THREADS, TERN__WARPS * (sizeof(tern__key) + tern__row_shared(a->cols)),
+                 d->stream, *a, tern__blame_of(d, TERN__FAULT_NEAREST));
     return TERN_OK;
 }
 
@@ -4878,14 +5033,17 @@ static void tern__gpu_close(tern_run *r)
 static tern_result tern__gpu_compare_wgmma(tern_context *c, tern__gpu *d, int32_t grain, int64_t n)
 {
     enum { ROWS = 40, COLS = 300, TOKENS = 70, OUTPUTS = TOKENS * ROWS };
-    float *const w = (float *)tern_alloc(c, (ROWS * COLS + TOKENS * COLS + 2 * OUTPUTS) * sizeof(float)), *const x = w + ROWS * COLS, *const y = x + TOKENS * COLS;
+    float *const w = (float *)tern_alloc(c, (ROWS * COLS + TOKENS * COLS + 2 * OUTPUTS) * sizeof(float)), *const x = w + ROWS * COLS,
+          *const y = x + TOKENS * COLS;
     uint8_t *const packed = (uint8_t *)tern_alloc(c, 1 << 17);
     float *const host = (float *)tern__host_alloc(&c->run.allocator, 2 * OUTPUTS * sizeof(float));
     tern_fill_args f = {};
     tern_ternarize_args t = {};
     tern_quantize_args q = {};
     tern_matmul_args a = {};
-    tern_result result = w && packed && host ? TERN_OK : tern__set_error(&c->run.error, TERN_E_MEMORY, "selftest: no memory for products of %d tokens", n);
+    tern_result result =
+        w && packed && host ? TERN_OK
+                            : tern__set_error(&c->run.error, TERN_E_MEMORY, "selftest: no memory for products of %d tokens", n);
     f.count = ROWS * COLS + TOKENS * COLS;
     f.x = w;
     f.deviation = 1.0f;
@@ -4912,7 +5070,8 @@ static tern_result tern__gpu_compare_wgmma(tern_context *c, tern__gpu *d, int32_
     d->wgmma = 1;
     if (result == TERN_OK) result = tern_copy(c, host, y, 2 * OUTPUTS * sizeof(float), TERN_TO_HOST);
     if (result == TERN_OK && memcmp(host, host + OUTPUTS, (size_t)(n * ROWS) * sizeof(float)) != 0)
-        result = tern__set_error(&c->run.error, TERN_E_SELFTEST, "selftest: products of %d tokens by warpgroups are not those by warps on %s", n, c->run.backend->name);
+        result = tern__set_error(&c->run.error, TERN_E_SELFTEST,
+                                 "selftest: products of %d tokens by warpgroups are not those by warps on %s", n, c->run.backend->name);
     tern__host_free(&c->run.allocator, host);
     tern_free(c, packed);
     tern_free(c, w);
@@ -4945,7 +5104,8 @@ static tern_result tern__gpu_start(tern_run *r)
     tern__gpu *d;
     TERN__REQUIRE(r, device != -2, TERN_E_VERSION, "cuda: the caller's ternary.h is another version than ternary_cuda.cu's");
     TERN__CUDA(r, cudaGetDeviceCount(&devices), "looking for devices");
-    TERN__REQUIRE(r, device >= 0 && device < devices, TERN_E_DEVICE, "cuda: there is no such device; %d can be used, counted from 0", (int64_t)tern__min(devices, TERN__GPUS));
+    TERN__REQUIRE(r, device >= 0 && device < devices, TERN_E_DEVICE,
+                  "cuda: there is no such device; %d can be used, counted from 0", (int64_t)tern__min(devices, TERN__GPUS));
     d = (tern__gpu *)tern__host_alloc(&r->allocator, sizeof *d);
     TERN__REQUIRE(r, d, TERN_E_MEMORY, "cuda: no memory for the device's state");
     d->device = device;
@@ -4971,8 +5131,9 @@ static tern_result tern__gpu_open(tern_run *r)
      tern__gpu_sync, TERN_OPS(TERN__OP) TERN_FUSED(TERN__OP) 0}
 static const int tern__gpu_index[TERN__GPUS + 2] = {-2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 static const tern_backend tern__gpu_table[TERN__GPUS + 2] = {
-    TERN__TABLE(-2), TERN__TABLE(-1), TERN__TABLE(0), TERN__TABLE(1), TERN__TABLE(2), TERN__TABLE(3), TERN__TABLE(4), TERN__TABLE(5), TERN__TABLE(6),
-    TERN__TABLE(7), TERN__TABLE(8), TERN__TABLE(9), TERN__TABLE(10), TERN__TABLE(11), TERN__TABLE(12), TERN__TABLE(13), TERN__TABLE(14), TERN__TABLE(15)
+    TERN__TABLE(-2), TERN__TABLE(-1), TERN__TABLE(0), TERN__TABLE(1), TERN__TABLE(2), TERN__TABLE(3),
+    TERN__TABLE(4), TERN__TABLE(5), TERN__TABLE(6), TERN__TABLE(7), TERN__TABLE(8), TERN__TABLE(9),
+    TERN__TABLE(10), TERN__TABLE(11), TERN__TABLE(12), TERN__TABLE(13), TERN__TABLE(14), TERN__TABLE(15)
 };
 #undef TERN__TABLE
 #undef TERN__OP

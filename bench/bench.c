@@ -242,8 +242,10 @@ static void spin_int8_scalar(int64_t rounds)
 }
 
 #ifdef TERN__X86
-#define STEP_MADDUBS_SSE(i) { vector t; __asm__ volatile("movdqa %2, %1\n\tpmaddubsw %3, %1\n\tpaddw %1, %0" : "+x"(a##i), "=&x"(t) : "x"(x), "x"(y)); }
-#define STEP_MADDUBS(i) { vector t; __asm__ volatile("vpmaddubsw %2, %3, %1\n\tvpaddw %1, %0, %0" : "+x"(a##i), "=&x"(t) : "x"(x), "x"(y)); }
+#define STEP_MADDUBS_SSE(i) \
+    { vector t; __asm__ volatile("movdqa %2, %1\n\tpmaddubsw %3, %1\n\tpaddw %1, %0" : "+x"(a##i), "=&x"(t) : "x"(x), "x"(y)); }
+#define STEP_MADDUBS(i) \
+    { vector t; __asm__ volatile("vpmaddubsw %2, %3, %1\n\tvpaddw %1, %0, %0" : "+x"(a##i), "=&x"(t) : "x"(x), "x"(y)); }
 #define STEP_MULADD(i) { vector t; __asm__ volatile("vmulps %2, %3, %1\n\tvaddps %1, %0, %0" : "+x"(a##i), "=&x"(t) : "x"(x), "x"(y)); }
 #define STEP_FMA(i) __asm__ volatile("vfmadd231ps %1, %2, %0" : "+x"(a##i) : "x"(x), "x"(y));
 #define STEP_DPBUSD(i) __asm__ volatile("vpdpbusd %1, %2, %0" : "+x"(a##i) : "x"(x), "x"(y));
@@ -295,7 +297,8 @@ static void spin_int8_amx_int8(int64_t rounds)
     for (i = 0; i < sizeof data; i++) { x = x * 1664525u + 1013904223u; data[i] = (uint8_t)(x >> 24); }
     TERN__TILE_CONFIG(&config);
     TERN__TILE_LOAD(0, data, 64); TERN__TILE_LOAD(1, data, 64); TERN__TILE_LOAD(2, data, 64); TERN__TILE_LOAD(3, data, 64);
-    TERN__TILE_LOAD(4, data, 64); TERN__TILE_LOAD(5, data + 1024, 64); TERN__TILE_LOAD(6, data + 2048, 64); TERN__TILE_LOAD(7, data + 3072, 64);
+    TERN__TILE_LOAD(4, data, 64); TERN__TILE_LOAD(5, data + 1024, 64);
+    TERN__TILE_LOAD(6, data + 2048, 64); TERN__TILE_LOAD(7, data + 3072, 64);
     while (rounds-- > 0)
         for (i = 0; i < 3; i++) {
             TERN__TILE_DOT(0, 4, 6);
@@ -495,7 +498,7 @@ static double limit_over(limit l, const setup *s, double span)
    of long ones. Returns the rate, 0 for a case that is not wanted. */
 static double measure(metric m, const char *op, const char *shape, const setup *s, limit l, double work, void (*call)(void *), void *arg)
 {
-    const double limit_s = option.quick ? 0.02 : 0.3, turn_s = option.quick ? 0.001 : 0.002; /* short: a turn should fit between two interruptions */
+    const double limit_s = option.quick ? 0.02 : 0.3, turn_s = option.quick ? 0.001 : 0.002; /* a turn fits between two interruptions */
     double start, span, rate = 0, least = 1e9, t;
     int64_t calls = 1, i;
     int turn;
@@ -754,14 +757,16 @@ static void bench_kinds(int64_t size, tern_type encoding, int64_t n)
     int k, s;
     for (k = 0; k < 4; k++) {
         char *matmul = names[base3][k][0], *linear = names[base3][k][1];
-        for (i = 0; i < n * size; i++) x[i] = kinds[k].percent == 100 ? (float)random24() / 8388608.0f - 1.0f : (float)(random24() % 100 < (uint32_t)kinds[k].percent);
+        for (i = 0; i < n * size; i++)
+            x[i] = kinds[k].percent == 100 ? (float)random24() / 8388608.0f - 1.0f : (float)(random24() % 100 < (uint32_t)kinds[k].percent);
         product_quantize(&p, kinds[k].act);
         snprintf(matmul, 40, "matmul %s%s", base3 ? "base-3 " : "", kinds[k].name);
         snprintf(linear, 40, "linear %s%s", base3 ? "base-3 " : "", kinds[k].name);
         for (s = 0; s < setup_count; s++) {
             if (setups[s].isa == TERN_ISA_SCALAR || setups[s].threads > 1) continue;
             product_use(&p, &setups[s]);
-            if (kinds[k].act != TERN_ACT_INT4) measure(MACS, matmul, shape, &setups[s], INT8, macs, call_matmul, &p); /* int4 is int8 there */
+            if (kinds[k].act != TERN_ACT_INT4) /* which is int8 there */
+                measure(MACS, matmul, shape, &setups[s], INT8, macs, call_matmul, &p);
             measure(MACS, linear, shape, &setups[s], INT8, macs, call_linear, &p);
         }
     }
@@ -774,7 +779,8 @@ static void bench_batch(int64_t size)
     int t, f;
     for (t = 0; t < 9; t++) bench_tokens(size, size, TERN_2BIT, TERN_PER_ROW, tokens[t], TERN_ISA_SCALAR);
     for (f = 1; f < 4; f++)
-        for (t = 0; t < 9; t += 3) bench_tokens(size, size, f & 2 ? TERN_BASE3 : TERN_2BIT, f & 1 ? 128 : TERN_PER_ROW, tokens[t], TERN_ISA_SSE41);
+        for (t = 0; t < 9; t += 3)
+            bench_tokens(size, size, f & 2 ? TERN_BASE3 : TERN_2BIT, f & 1 ? 128 : TERN_PER_ROW, tokens[t], TERN_ISA_SSE41);
 }
 
 /* The steps between numbers of tokens: of the multiples of 16 none should be slower than one before it, and no
@@ -793,7 +799,8 @@ static void bench_steps(int64_t size)
             const setup *s = &setups[k];
             double least[MOST], fall = 0, longer = 0, start;
             int64_t from = 16, to = 16, odd = 1;
-            if (s->threads > 1 || s->isa == TERN_ISA_SCALAR || !wanted("steps", format_name(f ? TERN_BASE3 : TERN_2BIT, -1), s->name)) continue;
+            if (s->threads > 1 || s->isa == TERN_ISA_SCALAR || !wanted("steps", format_name(f ? TERN_BASE3 : TERN_2BIT, -1), s->name))
+                continue;
             product_use(&p, s);
             start = seconds(CLOCK_MONOTONIC);
             for (turn = 0; turn < 2 || seconds(CLOCK_MONOTONIC) - start < (option.quick ? 0.05 : 3.0); turn++)
@@ -808,17 +815,27 @@ static void bench_steps(int64_t size)
             for (i = 0; i < count; i++)
                 for (j = 0; j < count; j++) {
                     const double rate_i = (double)tokens[i] / least[i], rate_j = (double)tokens[j] / least[j];
-                    if (tokens[i] % 16 == 0 && tokens[j] % 16 == 0 && i < j && 1 - rate_j / rate_i > fall) { fall = 1 - rate_j / rate_i; from = tokens[i]; to = tokens[j]; }
-                    if (tokens[i] % 16 && tokens[j] == (tokens[i] + 15) / 16 * 16 && least[i] / least[j] > longer) { longer = least[i] / least[j]; odd = tokens[i]; }
+                    if (tokens[i] % 16 == 0 && tokens[j] % 16 == 0 && i < j && 1 - rate_j / rate_i > fall) {
+                        fall = 1 - rate_j / rate_i;
+                        from = tokens[i];
+                        to = tokens[j];
+                    }
+                    if (tokens[i] % 16 && tokens[j] == (tokens[i] + 15) / 16 * 16 && least[i] / least[j] > longer) {
+                        longer = least[i] / least[j];
+                        odd = tokens[i];
+                    }
                 }
             if (option.csv) {
-                printf("steps,%s,%s,1,fall of the rate over multiples of 16,%.6g,,\n", format_name(f ? TERN_BASE3 : TERN_2BIT, -1), s->name, fall);
-                printf("steps,%s,%s,1,time over that of the next multiple of 16,%.6g,,\n", format_name(f ? TERN_BASE3 : TERN_2BIT, -1), s->name, longer);
+                printf("steps,%s,%s,1,fall of the rate over multiples of 16,%.6g,,\n",
+                       format_name(f ? TERN_BASE3 : TERN_2BIT, -1), s->name, fall);
+                printf("steps,%s,%s,1,time over that of the next multiple of 16,%.6g,,\n",
+                       format_name(f ? TERN_BASE3 : TERN_2BIT, -1), s->name, longer);
                 continue;
             }
             if (pending_title) printf("\n%s\n", pending_title);
             pending_title = NULL;
-            printf("  %-12s %-12s over multiples of 16 the rate falls most from N=%ld to %ld, by %.1f%%; against the next multiple, N=%ld takes most: %.1f%%\n",
+            printf("  %-12s %-12s over multiples of 16 the rate falls most from N=%ld to %ld, by %.1f%%; "
+                   "against the next multiple, N=%ld takes most: %.1f%%\n",
                    format_name(f ? TERN_BASE3 : TERN_2BIT, -1), s->name, (long)from, (long)to, 100 * fall, (long)odd, 100 * longer);
         }
         product_close(&p);
@@ -901,9 +918,13 @@ static void bench_blas(int64_t n, int64_t rows, int64_t cols, int streamed)
     j.c = (float *)memory((size_t)(n * rows) * 4);
     if (streamed) {
         stream_fill(w, (size_t)(rows * cols) * 4);
-        measure(BYTES, "sgemv float weights", shape_text("%ldx%ld DRAM", (long)rows, (long)cols), &blas_setup, DRAM, 4 * macs, call_sgemv, &j);
-    } else if (n == 1) measure(MACS, "sgemv float weights", shape_text("%ldx%ld N=1", (long)rows, (long)cols), &blas_setup, FMA, macs, call_sgemv, &j);
-    else measure(MACS, "sgemm float weights", shape_text("%ldx%ld N=%ld", (long)rows, (long)cols, (long)n), &blas_setup, FMA, macs, call_sgemm, &j);
+        measure(BYTES, "sgemv float weights", shape_text("%ldx%ld DRAM", (long)rows, (long)cols), &blas_setup, DRAM, 4 * macs,
+                call_sgemv, &j);
+    } else if (n == 1)
+        measure(MACS, "sgemv float weights", shape_text("%ldx%ld N=1", (long)rows, (long)cols), &blas_setup, FMA, macs, call_sgemv, &j);
+    else
+        measure(MACS, "sgemm float weights", shape_text("%ldx%ld N=%ld", (long)rows, (long)cols, (long)n), &blas_setup, FMA, macs,
+                call_sgemm, &j);
     tern_free(plain, w);
     tern_free(plain, (void *)(uintptr_t)j.a);
     tern_free(plain, j.c);
@@ -1313,7 +1334,8 @@ static void call_blas_dense(void *arg)
 {
     const backward *b = (const backward *)arg;
     const int n = (int)b->dense.m, rows = (int)b->dense.n, cols = (int)b->dense.k;
-    cblas_sgemm(BLAS_ROW_MAJOR, BLAS_PLAIN, BLAS_TRANSPOSED, n, rows, cols, 1.0f, b->dense.a, cols, b->dense.b, cols, 0.0f, b->dense.c, rows);
+    cblas_sgemm(BLAS_ROW_MAJOR, BLAS_PLAIN, BLAS_TRANSPOSED, n, rows, cols, 1.0f, b->dense.a, cols, b->dense.b, cols, 0.0f,
+                b->dense.c, rows);
 }
 
 /* dX and dW in bf16; their limit is that of floats. */
@@ -1398,9 +1420,11 @@ static void bench_int8(int64_t size)
     for (i = 0; i < setup_count; i++) {
         p.c = setups[i].c;
         p.a.a_row = p.a.b_col = 1; p.a.a_col = p.a.b_row = size;
-        measure(MACS, "dense i8 dy^T x", shape_text("%ldx%ldx%ld", (long)size, (long)size, (long)size), &setups[i], INT8, macs, call_dense_i8, &p);
+        measure(MACS, "dense i8 dy^T x", shape_text("%ldx%ldx%ld", (long)size, (long)size, (long)size), &setups[i], INT8, macs,
+                call_dense_i8, &p);
         p.a.a_row = p.a.b_col = size; p.a.a_col = p.a.b_row = 1;
-        measure(MACS, "dense i8 x w^T", shape_text("%ldx%ldx%ld", (long)size, (long)size, (long)size), &setups[i], INT8, macs, call_dense_i8, &p);
+        measure(MACS, "dense i8 x w^T", shape_text("%ldx%ldx%ld", (long)size, (long)size, (long)size), &setups[i], INT8, macs,
+                call_dense_i8, &p);
     }
     tern_free(plain, a);
     tern_free(plain, b);
@@ -1470,11 +1494,14 @@ static void call_quantize(void *arg) { convert *v = (convert *)arg; must(v->c, t
 static void bench_ternarize(int64_t size, const float *w)
 {
     static const struct { const char *op; tern_rule rule; tern_type type; int32_t grain, passes; } rows[] = {
-        {"ternarize absmean", TERN_ABSMEAN, TERN_F32, TERN_PER_ROW, 1}, {"ternarize absmean bf16", TERN_ABSMEAN, TERN_BF16, TERN_PER_ROW, 1},
+        {"ternarize absmean", TERN_ABSMEAN, TERN_F32, TERN_PER_ROW, 1},
+        {"ternarize absmean bf16", TERN_ABSMEAN, TERN_BF16, TERN_PER_ROW, 1},
         {"ternarize absmean group", TERN_ABSMEAN, TERN_F32, 128, 1}, {"ternarize absmean bf16 group", TERN_ABSMEAN, TERN_BF16, 128, 1},
-        {"ternarize absmean tensor", TERN_ABSMEAN, TERN_F32, TERN_PER_TENSOR, 2}, {"ternarize absmean bf16 tensor", TERN_ABSMEAN, TERN_BF16, TERN_PER_TENSOR, 2},
+        {"ternarize absmean tensor", TERN_ABSMEAN, TERN_F32, TERN_PER_TENSOR, 2},
+        {"ternarize absmean bf16 tensor", TERN_ABSMEAN, TERN_BF16, TERN_PER_TENSOR, 2},
         {"ternarize TWN", TERN_TWN, TERN_F32, TERN_PER_ROW, 1}, {"ternarize TWN bf16", TERN_TWN, TERN_BF16, TERN_PER_ROW, 1},
-        {"ternarize TWN tensor", TERN_TWN, TERN_F32, TERN_PER_TENSOR, 3}, {"ternarize TWN bf16 tensor", TERN_TWN, TERN_BF16, TERN_PER_TENSOR, 3},
+        {"ternarize TWN tensor", TERN_TWN, TERN_F32, TERN_PER_TENSOR, 3},
+        {"ternarize TWN bf16 tensor", TERN_TWN, TERN_BF16, TERN_PER_TENSOR, 3},
         {"ternarize LSQ", TERN_LSQ, TERN_F32, TERN_PER_TENSOR, 1}, {"ternarize LSQ bf16", TERN_LSQ, TERN_BF16, TERN_PER_TENSOR, 1},
         {"ternarize SEQ", TERN_SEQ, TERN_F32, TERN_PER_ROW, 1}, {"ternarize SEQ bf16", TERN_SEQ, TERN_BF16, TERN_PER_ROW, 1}
     };
@@ -1972,7 +1999,8 @@ static void bench_totals(int64_t cols, int64_t width, int64_t n)
         char name[48];
         snprintf(name, sizeof name, "%s", shape_text("%dx%ldx%ld top-4 N=%ld", counts[i], (long)cols, (long)width, (long)n));
         mixture_use(&t, best, TERN_DISPATCH_AUTO);
-        measure(LATENCY, "moe of more experts", name, best, n == 1 ? DRAM : NONE, n == 1 ? (double)(t.router_bytes + 4 * t.expert_bytes) : 0, call_mixture, &t);
+        measure(LATENCY, "moe of more experts", name, best, n == 1 ? DRAM : NONE,
+                n == 1 ? (double)(t.router_bytes + 4 * t.expert_bytes) : 0, call_mixture, &t);
         mixture_close(&t);
     }
 }
@@ -2244,7 +2272,9 @@ static const result *find_result(const char *op, const char *place, const char *
     for (i = 0; i < result_count; i++) {
         const result *r = &results[i];
         const size_t whole = strlen(r->shape); /* the place is how the shape ends */
-        if (strcmp(r->op, op) == 0 && whole >= length && strcmp(r->shape + whole - length, place) == 0 && strcmp(r->tier, tier) == 0 && r->threads == 1) return r;
+        if (strcmp(r->op, op) == 0 && whole >= length && strcmp(r->shape + whole - length, place) == 0 && strcmp(r->tier, tier) == 0
+            && r->threads == 1)
+            return r;
     }
     return NULL;
 }
@@ -2294,11 +2324,13 @@ static void target_peer_bf16(const char *text, const char *op, const char *float
 
 static void targets_table(void)
 {
-    printf("\nTargets, one thread%s\n", option.quick ? " (a quick run: its working sets fit a cache, so these say nothing about memory)" : "");
+    printf("\nTargets, one thread%s\n",
+           option.quick ? " (a quick run: its working sets fit a cache, so these say nothing about memory)" : "");
     target("2-bit x 1 token from DRAM, avx512-vnni, of DRAM read", "matmul 2-bit row", "DRAM", "avx512-vnni", 0.95);
     target("2-bit x 1 token from DRAM, avx2, of DRAM read", "matmul 2-bit row", "DRAM", "avx2", 0.80);
     target("base-3 x 1 token from DRAM, best tier, of DRAM read", "matmul base-3 row", "DRAM", best->name, 0.92);
-    target_ratio("base-3 x 1 token from DRAM, best tier, trits of 2-bit", "matmul 2-bit row", "matmul base-3 row", "DRAM", best->name, 1.15);
+    target_ratio("base-3 x 1 token from DRAM, best tier, trits of 2-bit", "matmul 2-bit row", "matmul base-3 row", "DRAM",
+                 best->name, 1.15);
     target("2-bit x 1 token from L2, avx512-vnni, of vpdpbusd", "matmul 2-bit row", "L2", "avx512-vnni", 0.45);
     target("2-bit x 4 tokens, amx-int8, of tdpbsud", "matmul 2-bit row", "N=4", "amx-int8", 0.15);
     target("2-bit x 8 tokens, amx-int8, of tdpbsud", "matmul 2-bit row", "N=8", "amx-int8", 0.28);
@@ -2310,11 +2342,14 @@ static void targets_table(void)
     target("2-bit x 64 tokens, avx512-vnni, of vpdpbusd", "matmul 2-bit row", "N=64", "avx512-vnni", 0.90);
     target("2-bit x 512 tokens, avx512-vnni, of vpdpbusd", "matmul 2-bit row", "N=512", "avx512-vnni", 0.90);
     target("2-bit x 64 tokens, avx2, of maddubs+add", "matmul 2-bit row", "N=64", "avx2", 0.85);
-    target_ratio("2-bit groups of 128 from DRAM, avx512-vnni, rate of rows", "matmul 2-bit row", "matmul 2-bit group 128", "DRAM", "avx512-vnni", 0.92);
-    target_ratio("2-bit groups of 128 from L2, avx512-vnni, rate of rows", "matmul 2-bit row", "matmul 2-bit group 128", "L2", "avx512-vnni", 0.85);
+    target_ratio("2-bit groups of 128 from DRAM, avx512-vnni, rate of rows", "matmul 2-bit row", "matmul 2-bit group 128", "DRAM",
+                 "avx512-vnni", 0.92);
+    target_ratio("2-bit groups of 128 from L2, avx512-vnni, rate of rows", "matmul 2-bit row", "matmul 2-bit group 128", "L2",
+                 "avx512-vnni", 0.85);
     target_ratio("the same in the log lattice, from DRAM", "matmul 2-bit row", "matmul 2-bit log group 128", "DRAM", "avx512-vnni", 0.92);
     target_ratio("the same in the log lattice, from L2", "matmul 2-bit row", "matmul 2-bit log group 128", "L2", "avx512-vnni", 0.85);
-    target_ratio("2-bit groups of 128 x 64 tokens, avx512-vnni, rate of rows", "matmul 2-bit row", "matmul 2-bit group 128", "N=64", "avx512-vnni", 0.85);
+    target_ratio("2-bit groups of 128 x 64 tokens, avx512-vnni, rate of rows", "matmul 2-bit row", "matmul 2-bit group 128", "N=64",
+                 "avx512-vnni", 0.85);
     target_share("training step but for its update (optimizer, ternarize, pack)", "step: update", "step", best->name, 0.90);
     target_peer("dX of 2560x2560 x 2048 tokens, best tier, of OpenBLAS", "matmul_dx", "2560x2560 N=2048");
     target_peer("dW of the same, int8 activations", "matmul_dw int8", "2560x2560 N=2048");
@@ -2340,8 +2375,8 @@ static void legend(void)
            "  N        tokens; thr: threads; xN: float lanes; h4x64: heads of 64\n",
            option.quick ? ", quick run" : "", option.quick ? 2 : 5, (unsigned long)(stream.bytes / MIB));
     if (blas)
-        printf("  OpenBLAS with its kernels for %s (OPENBLAS_CORETYPE chooses), one thread; among the peers and the float products also two\n",
-               openblas_get_corename());
+        printf("  OpenBLAS with its kernels for %s (OPENBLAS_CORETYPE chooses), one thread; "
+               "among the peers and the float products also two\n", openblas_get_corename());
 }
 
 static int usage(void)
@@ -2353,7 +2388,8 @@ static int usage(void)
 int main(int argc, char **argv)
 {
     static const int64_t sgemm_tokens[] = {1, 8, 128, 512}, mixture_tokens[] = {1, 8, 64, 512}, fewer_edges[] = {1000000, 2500000, 5000000};
-    static const int64_t layers[][3] = {{1024, 1024, 512}, {768, 768, 768}, {2560, 2560, 2048}, {4096, 14336, 512}, {128, 512, 768}}; /* rows, cols, tokens */
+    static const int64_t layers[][3] = { /* rows, cols, tokens */
+        {1024, 1024, 512}, {768, 768, 768}, {2560, 2560, 2048}, {4096, 14336, 512}, {128, 512, 768}};
     const int64_t big[2] = {4096, 1024}, hot_rows[2] = {2560, 1024}, hot_cols[2] = {1600, 640}, batch[2] = {2560, 320};
     const int64_t peer_size[2] = {2560, 256}; /* ggml's blocks are of 256 */
     int i, q;

@@ -1087,7 +1087,8 @@ static void bench_moe(int64_t cols, int64_t width, int32_t count, int32_t top_k,
         tern_need need = {};
         must(tern_moe_need(gpu, &moe, n, &need));
         must(tern_reserve(gpu, need.scratch));
-        measure(n > 16 ? MACS : LATENCY, "MoE", shape, n > 16 ? int8_limit() : NONE, macs, round, [&] { return tern_moe_forward(gpu, &moe, n, (const float *)x.next(), y, NULL); });
+        measure(n > 16 ? MACS : LATENCY, "MoE", shape, n > 16 ? int8_limit() : NONE, macs, round,
+                [&] { return tern_moe_forward(gpu, &moe, n, (const float *)x.next(), y, NULL); });
         if (n <= 16) continue;
         product p(m, 3 * top_k * width, cols, formats[0], n, true);
         p.tokens(n);
@@ -1220,11 +1221,13 @@ static void target_tokens(const std::string &op, const std::string &shape, const
 }
 
 /* How long one takes as a part of the other. */
-static void target_share(const std::string &name, double aim, const std::string &op, const std::string &of, const std::string &shape, bool most)
+static void target_share(const std::string &name, double aim, const std::string &op, const std::string &of,
+                         const std::string &shape, bool most)
 {
     const result *a = find_result(op, shape), *b = find_result(of, shape);
     if (!a || !b) return print_target(name, aim, 0);
-    printf("  %-66s %4.0f%%   is      %5.1f%%  %s\n", name.c_str(), 100 * aim, 100 * a->graph / b->graph, most == (a->graph / b->graph <= aim) ? "yes" : "NO");
+    printf("  %-66s %4.0f%%   is      %5.1f%%  %s\n",
+           name.c_str(), 100 * aim, 100 * a->graph / b->graph, most == (a->graph / b->graph <= aim) ? "yes" : "NO");
 }
 
 static void targets_table()
@@ -1247,7 +1250,8 @@ static void targets_table()
     printf("  %-66s 8 us   %s", "MoE N=1", one ? "" : "   not measured\n");
     if (one) printf("   reached %.1f us  %s\n", 1e6 * one->graph, one->graph <= 8e-6 ? "yes" : "NO");
     target("training step", "16x 8192x8192 N=4096", "bf16 peak", 0.40);
-    target_share("optimizer of the training step, at most", 0.10, "training: optimizer alone", "training step", "16x 8192x8192 N=4096", true);
+    target_share("optimizer of the training step, at most", 0.10, "training: optimizer alone", "training step",
+                 "16x 8192x8192 N=4096", true);
 }
 
 static void legend()

@@ -400,9 +400,11 @@ static struct { double begun; int64_t done, total; } work; /* in steps, of all t
 /* A line that is written over on a terminal, elsewhere one for each training. */
 static void show_progress(const char *what, int step, int steps)
 {
-    const int left = (int)((seconds() - work.begun) * (double)(work.total - work.done) / (double)work.done), terminal = isatty(STDOUT_FILENO);
+    const int left = (int)((seconds() - work.begun) * (double)(work.total - work.done) / (double)work.done),
+              terminal = isatty(STDOUT_FILENO);
     if (!terminal && step < steps) return;
-    printf("%s%-32s step %4d of %d   time left %d:%02d%s", terminal ? "\r" : "", what, step, steps, left / 60, left % 60, terminal ? "\033[K" : "\n");
+    printf("%s%-32s step %4d of %d   time left %d:%02d%s",
+           terminal ? "\r" : "", what, step, steps, left / 60, left % 60, terminal ? "\033[K" : "\n");
     fflush(stdout);
 }
 
@@ -545,7 +547,8 @@ static void measure(tern_context *c, network *net, const task *upright, const ta
 }
 
 /* All lines for one seed; with files unless it is one of a sweep. */
-static void run_seed(tern_context *c, const options *o, const task *upright, const task *shifted, const int *rank, int count, int before, line *lines)
+static void run_seed(tern_context *c, const options *o, const task *upright, const task *shifted, const int *rank, int count,
+                     int before, line *lines)
 {
     const int seed = o->seed + before;
     network base, net;
@@ -585,7 +588,8 @@ static void print_line(const line *l, int seeds)
 static void print_table(const line *lines, int ranks_run, int seeds)
 {
     const int width = seeds > 1 ? 25 : 7;
-    printf("\n%-26s %9s %11s %10s    %-*s  %s\n%-26s %9s %11s %10s    %-*s  %s\n", "", "weights", "bytes in", "bytes", width, "right on", "right on",
+    printf("\n%-26s %9s %11s %10s    %-*s  %s\n%-26s %9s %11s %10s    %-*s  %s\n",
+           "", "weights", "bytes in", "bytes", width, "right on", "right on",
            "", "trained", "training", "as kept", width, "upright", "turned");
     print_line(&lines[BASE], seeds);
     for (int i = 0; i < ranks_run; i++) print_line(&lines[LORA + i], seeds);
@@ -634,9 +638,11 @@ static void draw_sweep(const options *o, const line *lines)
                "<style>text{fill:#444}.grid{stroke:#e6e6e6}.axis{stroke:#888;fill:none}.lora,.merged,.all{fill:none;stroke-width:2}"
                ".lora{stroke:#c0392b}.merged{stroke:#2471a3}.all{stroke:#444;stroke-dasharray:6 4}</style>\n"
                "<rect width=\"%d\" height=\"%d\" rx=\"8\" fill=\"#fff\"/>\n", WIDTH, HEIGHT, WIDTH, HEIGHT);
-    fprintf(f, "<text x=\"%d\" y=\"32\" font-size=\"17\" style=\"fill:#111\">Turned digits, learned by a packed ternary network (%d seeds)</text>\n", LEFT, SEEDS);
+    fprintf(f, "<text x=\"%d\" y=\"32\" font-size=\"17\" style=\"fill:#111\">"
+               "Turned digits, learned by a packed ternary network (%d seeds)</text>\n", LEFT, SEEDS);
     for (double v = a.low; v < a.high + a.unit / 2; v += a.unit)
-        fprintf(f, "<line class=\"grid\" x1=\"%d\" x2=\"%d\" y1=\"%.1f\" y2=\"%.1f\"/><text x=\"%d\" y=\"%.1f\" text-anchor=\"end\">%g</text>\n",
+        fprintf(f, "<line class=\"grid\" x1=\"%d\" x2=\"%d\" y1=\"%.1f\" y2=\"%.1f\"/>"
+                   "<text x=\"%d\" y=\"%.1f\" text-anchor=\"end\">%g</text>\n",
                 LEFT, WIDTH - RIGHT, y_of(&a, v), y_of(&a, v), LEFT - 8, y_of(&a, v) + 4, v);
     for (int i = 0; i < RANKS; i++)
         fprintf(f, "<text x=\"%.1f\" y=\"%d\" text-anchor=\"middle\">%d</text>\n", x_of(i), HEIGHT - BOTTOM + 20, ranks[i]);
@@ -644,7 +650,8 @@ static void draw_sweep(const options *o, const line *lines)
                "<text transform=\"translate(18 %d) rotate(-90)\" text-anchor=\"middle\">percent right on turned digits</text>\n"
                "<path class=\"axis\" d=\"M%d %dV%dH%d\"/>\n",
             (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 14, (TOP + HEIGHT - BOTTOM) / 2, LEFT, TOP, HEIGHT - BOTTOM, WIDTH - RIGHT);
-    fprintf(f, "<path class=\"all\" d=\"M%d %.1fH%d\"/><text x=\"%d\" y=\"%.1f\">all weights</text>\n", LEFT, all, WIDTH - RIGHT, LEFT + 8, all - 6);
+    fprintf(f, "<path class=\"all\" d=\"M%d %.1fH%d\"/><text x=\"%d\" y=\"%.1f\">all weights</text>\n",
+            LEFT, all, WIDTH - RIGHT, LEFT + 8, all - 6);
     draw_lines(f, &a, &lines[LORA], "lora", "LoRA beside the trits");
     draw_lines(f, &a, &lines[MERGED], "merged", "merged into the trits");
     fprintf(f, "</svg>\n");
@@ -687,7 +694,8 @@ static options parse(int argc, char **argv)
         else if (strcmp(name, "--threads") == 0) o.threads = (int)number(name, value, 0, 64);
         else if (strcmp(name, "--rate") == 0) o.rate = positive(name, value);
         else if (strcmp(name, "--full-rate") == 0) o.full_rate = positive(name, value);
-        else stop(name, "is none of --data DIR, --base FILE, --out DIR, --sweep, --cuda, --steps N, --rank R, --seed S, --threads T, --rate X, --full-rate X");
+        else stop(name, "is none of --data DIR, --base FILE, --out DIR, --sweep, --cuda, --steps N, --rank R, --seed S, --threads T, "
+                        "--rate X, --full-rate X");
     }
     if (o.cuda && !gpu())
         stop("--cuda", "this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/finetune_cuda");

@@ -1,7 +1,8 @@
 /* Image classifier: one small network trained three times, with float weights, with ternary weights on
-   float activations, and with ternary weights on int8 activations; or once without any float that lasts. It ends with a table of accuracy, bytes
-   and time per image, and a picture of the last network's predictions. (The float row is this library's
-   float path, whose sums have one order on every machine; a tuned BLAS is faster.)
+   float activations, and with ternary weights on int8 activations; or once without any float that
+   lasts. It ends with a table of accuracy, bytes and time per image, and a picture of the last
+   network's predictions. (The float row is this library's float path, whose sums have one order on
+   every machine; a tuned BLAS is faster.)
 
        cc -O2 -I. examples/image_classifier.c -o image_classifier -pthread
        ./image_classifier        digits that the program draws itself, some 20 seconds
@@ -483,7 +484,8 @@ static void save_state(tern_context *c, const network *net, place *at, const int
     if (write_bytes(f, at, sizeof *at) || write_bytes(f, order, (size_t)at->images * sizeof *order)) stop(path, "cannot be written");
     check(c, tern_model_save(c, &net->model, TERN_FOR_TRAINING, &sink));
     if (fclose(f)) stop(path, "cannot be written");
-    printf("\nStopped after step %ld of the network \"%s\". To go on, add to the command: --resume %s\n", (long)at->step, recipes[at->which].name, path);
+    printf("\nStopped after step %ld of the network \"%s\". To go on, add to the command: --resume %s\n",
+           (long)at->step, recipes[at->which].name, path);
 }
 
 /* Reads place and order; returns the network's bytes, which the caller frees. */
@@ -558,7 +560,8 @@ static double microseconds(tern_context *c, network *net, int n)
 static void write_image(FILE *f, const uint8_t *pixels, int predicted, int label, int column, int row)
 {
     static const char *const greys[] = {"", "#aab", "#667", "#112"};
-    fprintf(f, "<g transform='translate(%d %d)'><path d='M0 0h56v56h-56z' fill='#fff'/><g transform='scale(2)'>", 12 + column * 68, 12 + row * 84);
+    fprintf(f, "<g transform='translate(%d %d)'><path d='M0 0h56v56h-56z' fill='#fff'/><g transform='scale(2)'>",
+            12 + column * 68, 12 + row * 84);
     for (int grey = 1; grey < 4; grey++) {
         fprintf(f, "<path fill='%s' d='", greys[grey]);
         for (int p = 0, run; p < PIXELS; p += run) {
@@ -609,11 +612,13 @@ int main(int argc, char **argv)
         else if (strcmp(argv[i], "--seed") == 0 && i + 1 < argc && atoi(argv[i + 1]) > 0) seed = atoi(argv[++i]);
         else if (strcmp(argv[i], "--true-ternary") == 0) integer = 1;
         else if (strcmp(argv[i], "--cuda") == 0) cuda = 1;
-        else if (dir || argv[i][0] == '-') stop(argv[0], "takes the directory of the MNIST files, or none, --seed 1 (or above), --true-ternary, --cuda and --resume FILE");
+        else if (dir || argv[i][0] == '-')
+            stop(argv[0], "takes the directory of the MNIST files, or none, --seed 1 (or above), --true-ternary, --cuda and --resume FILE");
         else dir = argv[i];
     }
     if (cuda && !gpu())
-        stop("--cuda", "this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/image_classifier_cuda");
+        stop("--cuda",
+             "this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/image_classifier_cuda");
     if (dir) {
         t.train = read_mnist(dir, "train-images-idx3-ubyte", "train-labels-idx1-ubyte");
         t.test = read_mnist(dir, "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte");

@@ -131,8 +131,8 @@ static options parse(int count, char **words)
     enum { BY_RULE = -2 }; /* a grain, scales, a schedule, the balance */
     options o = {.text = "ternary.h", .out = "build", .generate = 400, .layers = 4, .heads = 4, .width = 128, .context = 64, .batch = 12,
                  .accumulate = 1, .steps = 600, .seed = 1, .schedule = BY_RULE, .rule = TERN_ABSMEAN, .grain = BY_RULE,
-                 .scales = BY_RULE, .activations = TERN_ACT_INT8, .shadows = TERN_BF16, .moments = TERN_F32, .decay = 0.05, .balance = BY_RULE,
-                 .push = 3};
+                 .scales = BY_RULE, .activations = TERN_ACT_INT8, .shadows = TERN_BF16, .moments = TERN_F32, .decay = 0.05,
+                 .balance = BY_RULE, .push = 3};
     const struct { const char *name; int64_t *option, value; } flags[] = {
         {"--cuda", &o.cuda, 1}, {"--float", &o.rule, TERN_DENSE}, {"--float-ends", &o.ends, 1}, {"--float-shadows", &o.shadows, TERN_F32},
         {"--rotate", &o.rotate, 1}, {"--true-ternary", &o.true_ternary, 1}, {"--shared", &o.shared, 1}};
@@ -159,8 +159,8 @@ static options parse(int count, char **words)
         {"--seed", &o.seed, 0, INT64_C(1) << 53}, {"--threads", &o.threads, 0, 64}, {"--generate", &o.generate, 0, 1 << 30},
         {"--experts", &o.experts, 1, 1024},  {"--top-k", &o.top_k, 1, 1024},  {"--expert-width", &o.expert_width, 1, 65536}};
     const struct { const char *name; double *option; } numbers[] = { /* ranges: the library's */
-        {"--lr", &o.rate}, {"--decay", &o.decay}, {"--tequila", &o.tequila}, {"--arenas", &o.arenas}, {"--noise", &o.noise}, {"--rho", &o.rho},
-        {"--push", &o.push}, {"--balance", &o.balance}};
+        {"--lr", &o.rate}, {"--decay", &o.decay}, {"--tequila", &o.tequila}, {"--arenas", &o.arenas}, {"--noise", &o.noise},
+        {"--rho", &o.rho}, {"--push", &o.push}, {"--balance", &o.balance}};
 #define EACH(list) for (k = 0; k < (int)(sizeof list / sizeof list[0]); k++) if (!strcmp(name, list[k].name))
     int i, k;
     for (i = 1; i < count; i++) {
@@ -182,7 +182,8 @@ static options parse(int count, char **words)
             done = 1;
         }
         EACH(wholes) if (!done) {
-            if (!is_number(value, &number) || !(number >= (double)wholes[k].least && number <= (double)wholes[k].most) || number != (double)(int64_t)number)
+            if (!is_number(value, &number) || !(number >= (double)wholes[k].least && number <= (double)wholes[k].most)
+                || number != (double)(int64_t)number)
                 die("%s %s is not a whole number from %lld to %lld", name, value, (long long)wholes[k].least, (long long)wholes[k].most);
             *wholes[k].option = (int64_t)number;
             done = 1;
@@ -203,7 +204,9 @@ static options parse(int count, char **words)
     if (o.schedule == BY_RULE) o.schedule = o.true_ternary ? TERN_LINEAR : TERN_COSINE;
     if (o.scales == BY_RULE) o.scales = o.true_ternary ? TERN_LOG : TERN_F32;
     if (o.grain == BY_RULE) o.grain = o.rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW;
-    if (o.cuda && !gpu()) die("--cuda: this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/language_model_cuda");
+    if (o.cuda && !gpu())
+        die("--cuda: this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, "
+            "or by make build/language_model_cuda");
     if (o.width % (2 * o.heads)) die("--width %lld does not divide into %lld heads of even size", (long long)o.width, (long long)o.heads);
     if (access(o.out, W_OK)) die("cannot write into %s; --out names an existing directory", o.out);
     if (o.rate == 0) o.rate = o.rule == TERN_DENSE ? 3e-3 : 7e-3; /* ternary weights want two to three times the rate */
@@ -245,7 +248,8 @@ static uint64_t random_bits(uint64_t *state)
 /* -- the model: a context, parameters, and room for the activations of a batch -- */
 
 enum { BYTES = 256, EMBEDDING = 0, HEAD = 1, FIRST_BLOCK = 2 };
-enum { QK, V, O, UP, DOWN, LINEARS, ROUTER = UP, EXPERTS }; /* the linear layers of a block; of a mixture, from EXPERTS on, up and down of each */
+/* The linear layers of a block; of a mixture, from EXPERTS on, up and down of each. */
+enum { QK, V, O, UP, DOWN, LINEARS, ROUTER = UP, EXPERTS };
 
 /* What a block's forward leaves for its backward. */
 typedef struct block {
@@ -287,7 +291,8 @@ static int64_t param_of(const options *o, int64_t layer, int64_t which)
 }
 static int64_t param_count(const options *o) { return param_of(o, o->layers, 0); }
 static int is_float(const options *o, int64_t param) { return o->rule == TERN_DENSE || (o->ends && param < FIRST_BLOCK); }
-static int is_plain(const options *o, int64_t param) { return param == EMBEDDING || (o->ends && param < FIRST_BLOCK); } /* the recipe is for the others */
+/* The recipe is for the others. */
+static int is_plain(const options *o, int64_t param) { return param == EMBEDDING || (o->ends && param < FIRST_BLOCK); }
 
 static tern_linear linear(const lm *m, int64_t param)
 {
@@ -996,8 +1001,8 @@ static void progress(lm *m, const place *at, int64_t done, double elapsed)
     printf("%sstep %lld of %lld   loss %.3f   ", terminal ? "\r" : "", (long long)step, (long long)o->steps, at->smooth);
     if (o->true_ternary) printf("%.0f flips/step   ", at->flipped);
     if (o->experts) print_loads(m);
-    printf("%.0f tokens/s   %d:%02d left%s", (double)(done * o->accumulate * o->batch * o->context) / elapsed, (int)left / 60, (int)left % 60,
-           terminal ? "\033[K" : "\n");
+    printf("%.0f tokens/s   %d:%02d left%s",
+           (double)(done * o->accumulate * o->batch * o->context) / elapsed, (int)left / 60, (int)left % 60, terminal ? "\033[K" : "\n");
     fflush(stdout);
 }
 
@@ -1005,7 +1010,8 @@ static void name_curve(const options *o, char *name, size_t size)
 {
     const int used = snprintf(name, size, "%s weights", o->rule == TERN_DENSE ? "float" : o->true_ternary ? "true-ternary" : "ternary");
     if (!o->experts) return;
-    snprintf(name + used, size - (size_t)used, ", %lld of %lld experts%s", (long long)o->top_k, (long long)o->experts, o->shared ? " and one" : "");
+    snprintf(name + used, size - (size_t)used, ", %lld of %lld experts%s",
+             (long long)o->top_k, (long long)o->experts, o->shared ? " and one" : "");
 }
 
 /* From where it is to the last step, or to one at which it is stopped. */
@@ -1064,10 +1070,14 @@ static curve read_curve(const char *path)
     double step = 0, loss = 0;
     int64_t validations = 0;
     memset(&c, 0, sizeof c);
-    if (!f || !fgets(line, sizeof line, f) || sscanf(line, "# %79[-A-Za-z0-9 ,.]", c.name) != 1) die("%s is not the loss.csv of a training", path);
+    if (!f || !fgets(line, sizeof line, f) || sscanf(line, "# %79[-A-Za-z0-9 ,.]", c.name) != 1)
+        die("%s is not the loss.csv of a training", path);
     while (fgets(line, sizeof line, f)) {
-        const int train = sscanf(line, "training,%lf,%lf", &step, &loss) == 2, validation = sscanf(line, "validation,%lf,%lf", &step, &loss) == 2;
-        if (!(step >= 0 && step < 1e9 && loss >= 0 && loss < 1e3) || c.points + train > POINTS || validations + validation > VALIDATIONS + 1) break;
+        const int train = sscanf(line, "training,%lf,%lf", &step, &loss) == 2,
+                  validation = sscanf(line, "validation,%lf,%lf", &step, &loss) == 2;
+        if (!(step >= 0 && step < 1e9 && loss >= 0 && loss < 1e3) || c.points + train > POINTS
+            || validations + validation > VALIDATIONS + 1)
+            break;
         if (train) c.train[c.points++] = loss;
         if (validation) c.validation[validations++] = loss;
     }
@@ -1122,14 +1132,18 @@ static void draw_axes(FILE *f, const axes *a)
     const double dx = tick(a->steps, 8), dy = tick(a->high - a->low, 8);
     int i;
     for (i = 0; a->low + i * dy < a->high + dy / 2; i++)
-        fprintf(f, "<line class=\"grid\" x1=\"%d\" x2=\"%d\" y1=\"%.1f\" y2=\"%.1f\"/><text x=\"%d\" y=\"%.1f\" text-anchor=\"end\">%g</text>\n",
-                LEFT, WIDTH - RIGHT, y_of(a, a->low + i * dy), y_of(a, a->low + i * dy), LEFT - 8, y_of(a, a->low + i * dy) + 4, a->low + i * dy);
+        fprintf(f, "<line class=\"grid\" x1=\"%d\" x2=\"%d\" y1=\"%.1f\" y2=\"%.1f\"/>"
+                   "<text x=\"%d\" y=\"%.1f\" text-anchor=\"end\">%g</text>\n",
+                LEFT, WIDTH - RIGHT, y_of(a, a->low + i * dy), y_of(a, a->low + i * dy),
+                LEFT - 8, y_of(a, a->low + i * dy) + 4, a->low + i * dy);
     for (i = 0; i * dx < a->steps + dx / 100; i++)
-        fprintf(f, "<line class=\"axis\" x1=\"%.1f\" x2=\"%.1f\" y1=\"%d\" y2=\"%d\"/><text x=\"%.1f\" y=\"%d\" text-anchor=\"middle\">%.0f</text>\n",
+        fprintf(f, "<line class=\"axis\" x1=\"%.1f\" x2=\"%.1f\" y1=\"%d\" y2=\"%d\"/>"
+                   "<text x=\"%.1f\" y=\"%d\" text-anchor=\"middle\">%.0f</text>\n",
                 x_of(a, i * dx), x_of(a, i * dx), HEIGHT - BOTTOM, HEIGHT - BOTTOM + 5, x_of(a, i * dx), HEIGHT - BOTTOM + 20, i * dx);
     fprintf(f, "<path class=\"axis\" d=\"M%d %dV%dH%d\"/>\n", LEFT, TOP, HEIGHT - BOTTOM, WIDTH - RIGHT);
     fprintf(f, "<text x=\"%d\" y=\"%d\" text-anchor=\"middle\">training step</text>\n", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 14);
-    fprintf(f, "<text transform=\"translate(18 %d) rotate(-90)\" text-anchor=\"middle\">loss in nats per byte</text>\n", (TOP + HEIGHT - BOTTOM) / 2);
+    fprintf(f, "<text transform=\"translate(18 %d) rotate(-90)\" text-anchor=\"middle\">loss in nats per byte</text>\n",
+            (TOP + HEIGHT - BOTTOM) / 2);
 }
 
 /* `other`: drawn as the curve beside the one that this picture is of. */
@@ -1142,13 +1156,15 @@ static void draw_curve(FILE *f, const axes *a, const curve *c, const char *other
     for (i = 0; i <= VALIDATIONS; i++) fprintf(f, "%c%.1f %.1f", i ? 'L' : 'M', x_of(a, validation_at(c, i)), y_of(a, c->validation[i]));
     fprintf(f, "\"/>\n");
     for (i = 0; i <= VALIDATIONS; i++)
-        fprintf(f, "<circle class=\"dot%s\" r=\"3.5\" cx=\"%.1f\" cy=\"%.1f\"/>\n", other, x_of(a, validation_at(c, i)), y_of(a, c->validation[i]));
+        fprintf(f, "<circle class=\"dot%s\" r=\"3.5\" cx=\"%.1f\" cy=\"%.1f\"/>\n",
+                other, x_of(a, validation_at(c, i)), y_of(a, c->validation[i]));
 }
 
 /* A line of the legend. */
 static void draw_key(FILE *f, int line, const char *class, const char *label)
 {
-    fprintf(f, "<path class=\"%s\" d=\"M%d %dh28\"/><text x=\"%d\" y=\"%d\">%s</text>\n", class, WIDTH - 470, 76 + 20 * line, WIDTH - 434, 80 + 20 * line, label);
+    fprintf(f, "<path class=\"%s\" d=\"M%d %dh28\"/><text x=\"%d\" y=\"%d\">%s</text>\n",
+            class, WIDTH - 470, 76 + 20 * line, WIDTH - 434, 80 + 20 * line, label);
 }
 
 /* beside: of another training, or NULL. */
@@ -1162,8 +1178,8 @@ static void draw(const options *o, const curve *c, const curve *beside)
                ".validation{stroke:#c0392b;fill:none;stroke-width:2}.dot{fill:#c0392b}", WIDTH, HEIGHT);
     if (beside) fprintf(f, ".train.other{stroke:#d8d8d8}.validation.other{stroke:#555;stroke-dasharray:6 4}.dot.other{fill:#555}");
     fprintf(f, "</style>\n<rect width=\"%d\" height=\"%d\" rx=\"8\" fill=\"#fff\"/>\n", WIDTH, HEIGHT);
-    fprintf(f, "<text x=\"%d\" y=\"32\" font-size=\"%d\" style=\"fill:#111\">Byte-level language model with %s: %.3f nats", LEFT, o->experts ? 15 : 17,
-            c->name, c->validation[VALIDATIONS]);
+    fprintf(f, "<text x=\"%d\" y=\"32\" font-size=\"%d\" style=\"fill:#111\">Byte-level language model with %s: %.3f nats",
+            LEFT, o->experts ? 15 : 17, c->name, c->validation[VALIDATIONS]);
     if (!o->experts) fprintf(f, " after %lld steps", (long long)c->steps);
     fprintf(f, "</text>\n");
     draw_axes(f, &a);
@@ -1176,7 +1192,8 @@ static void draw(const options *o, const curve *c, const curve *beside)
     if (beside) {
         snprintf(label, sizeof label, "training with %s", beside->name);
         draw_key(f, 2, "train other", label);
-        snprintf(label, sizeof label, "validation with %s: %.3f nats after %lld steps", beside->name, beside->validation[VALIDATIONS], (long long)beside->steps);
+        snprintf(label, sizeof label, "validation with %s: %.3f nats after %lld steps",
+                 beside->name, beside->validation[VALIDATIONS], (long long)beside->steps);
         draw_key(f, 3, "validation other", label);
     }
     fprintf(f, "</svg>\n");
@@ -1309,7 +1326,8 @@ static speed print_speed(const options *o, const text *t, tern_isa isa, int thre
     if (path) ok(m, tern_model_load_file(m->c, &m->model, path));
     else lm_initialise(m);
     s = measure(m, t);
-    printf("%-8s %-12s %7d  %19.0f  %10.0f  ", o->rule == TERN_DENSE ? "float" : "ternary", tern_backend_name(m->c), threads, s.batched, s.single);
+    printf("%-8s %-12s %7d  %19.0f  %10.0f  ",
+           o->rule == TERN_DENSE ? "float" : "ternary", tern_backend_name(m->c), threads, s.batched, s.single);
     lm_close(m);
     return s;
 }
@@ -1348,7 +1366,8 @@ static int compare_tiers(const options *o, const text *t, const char *path)
     uint64_t hash[2] = {0, 0};
     int all = 1, isa, threads, last = 0;
     cpu.cuda = 0;
-    printf("weights  tier         threads  tokens/s in batches  one by one  hash of the logits%s\n", o->true_ternary ? "  of training's first steps" : "");
+    printf("weights  tier         threads  tokens/s in batches  one by one  hash of the logits%s\n",
+           o->true_ternary ? "  of training's first steps" : "");
     if (o->cuda) all = compare(o, t, TERN_ISA_BEST, 1, path, hash);
     for (isa = TERN_ISA_SCALAR; !last; isa++) {
         const tern_backend *tier = tern_cpu_backend((tern_isa)isa);
@@ -1388,8 +1407,8 @@ static void print_sizes(const tern_audit *trained, const tern_audit *packed, con
            trits + accumulators, trits, accumulators, gradient, (long long)trained->trainable_floats, (long long)trained->persistent_floats,
            (long long)trained->transient_floats);
     printf("flips            %lld, %.2f per weight; %.4f of a step's weights held at the threshold; %lld of %lld updates skipped\n",
-           (long long)at->flips.flips, (double)at->flips.flips / n, (double)at->flips.saturated / n / (double)at->step, (long long)at->flips.skipped,
-           (long long)(at->flips.updates + at->flips.skipped));
+           (long long)at->flips.flips, (double)at->flips.flips / n, (double)at->flips.saturated / n / (double)at->step,
+           (long long)at->flips.skipped, (long long)(at->flips.updates + at->flips.skipped));
 }
 
 /* Who was chosen in a validation. */
@@ -1402,8 +1421,8 @@ static void print_experts(const lm *m, int64_t parameters)
            (long long)(parameters - o->layers * (o->experts - o->top_k) * 2 * o->expert_width * o->width));
     for (i = 0; i < o->layers; i++) {
         const spread s = spread_of(m, i);
-        printf("block %-3lld        loads from %.3f to %.3f of an even share, their entropy %.3f of %.3f, that of a byte's choice %.3f\n", (long long)i,
-               s.least, s.most, s.entropy, 0 - natural_log(1 / (double)o->experts), m->entropy[i] / (double)m->counted);
+        printf("block %-3lld        loads from %.3f to %.3f of an even share, their entropy %.3f of %.3f, that of a byte's choice %.3f\n",
+               (long long)i, s.least, s.most, s.entropy, 0 - natural_log(1 / (double)o->experts), m->entropy[i] / (double)m->counted);
     }
 }
 
@@ -1446,8 +1465,8 @@ int main(int count, char **words)
     int same;
 
     on_signals(stop);
-    printf("%s: %lld bytes to learn from, %lld windows of %lld to validate; tier %s, seed %lld\n", o.text, (long long)t.train, (long long)t.windows,
-           (long long)o.context, tern_backend_name(m->c), (long long)o.seed);
+    printf("%s: %lld bytes to learn from, %lld windows of %lld to validate; tier %s, seed %lld\n",
+           o.text, (long long)t.train, (long long)t.windows, (long long)o.context, tern_backend_name(m->c), (long long)o.seed);
     fflush(stdout);
     memset(&at, 0, sizeof at);
     if (o.resume) load_state(m, &t, &at);
@@ -1477,8 +1496,8 @@ int main(int count, char **words)
     if (o.experts) print_experts(m, trained.weights);
     lm_close(m);
     same = memcmp(&loss, &at.c.validation[VALIDATIONS], sizeof loss) == 0;
-    printf("validation loss  %.4f nats per byte in training (%a), %.4f reloaded (%a): %s\n\n", at.c.validation[VALIDATIONS], at.c.validation[VALIDATIONS],
-           loss, loss, same ? "equal" : "DIFFERENT");
+    printf("validation loss  %.4f nats per byte in training (%a), %.4f reloaded (%a): %s\n\n",
+           at.c.validation[VALIDATIONS], at.c.validation[VALIDATIONS], loss, loss, same ? "equal" : "DIFFERENT");
     same &= compare_tiers(&o, &t, path);
     printf("%s\n", same ? "All the same bits." : "The bits are DIFFERENT.");
     free(t.bytes);

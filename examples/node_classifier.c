@@ -135,7 +135,8 @@ static int next_number(char **at, const char *path, int below)
 
 static part next_part(char **at, const char *path)
 {
-    static const struct { const char *name; part is; } names[] = {{" train", TRAIN}, {" val", VALIDATION}, {" test", TEST}, {" -", NOWHERE}};
+    static const struct { const char *name; part is; } names[] = {
+        {" train", TRAIN}, {" val", VALIDATION}, {" test", TEST}, {" -", NOWHERE}};
     for (int i = 0; i < 4; i++)
         if (strncmp(*at, names[i].name, strlen(names[i].name)) == 0) { *at += strlen(names[i].name); return names[i].is; }
     stop(path, "a node is not of train, val, test or -");
@@ -448,7 +449,10 @@ static double train(tern_context *c, network *net, const recipe *how, int seed, 
             result = accuracy(net, TEST);
             for (int v = 0; v < net->t->nodes; v++) predicted[v] = best_class(net, v);
         }
-        if (isatty(1) && epoch % 10 == 0) { printf("\r%-14s seed %2d  epoch %3d  train %5.1f%%  test %5.1f%%", how->name, seed, epoch, accuracy(net, TRAIN), result); fflush(stdout); }
+        if (isatty(1) && epoch % 10 == 0) {
+            printf("\r%-14s seed %2d  epoch %3d  train %5.1f%%  test %5.1f%%", how->name, seed, epoch, accuracy(net, TRAIN), result);
+            fflush(stdout);
+        }
     }
     tern_free(c, keep);
     if (isatty(1)) printf("\r%70s\r", "");
@@ -494,7 +498,8 @@ static void lay_out(const task *t, float *x, float *y)
 
 static void draw(const task *t, const int *predicted)
 {
-    static const char *const colours[MOST_CLASSES] = {"#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#db2777",
+    static const char *const colours[MOST_CLASSES] = {
+        "#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#db2777",
         "#65a30d", "#4b5563", "#7c3aed", "#0d9488", "#b45309", "#1d4ed8", "#be123c", "#15803d"};
     const char *path = "build/node_classifier.svg";
     float *x = (float *)room((size_t)t->nodes, sizeof(float)), *y = (float *)room((size_t)t->nodes, sizeof(float)), most = 0;
@@ -510,17 +515,21 @@ static void draw(const task *t, const int *predicted)
     }
     for (int v = 0; v < t->nodes; v++) x[v] = 320 + 300 * x[v] / most, y[v] = 320 + 300 * y[v] / most;
     fprintf(f, "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 640 670' font-family='sans-serif' font-size='13'>"
-               "<rect width='640' height='670' fill='white'/>\n<g stroke='#9ca3af' stroke-width='%.1f' stroke-opacity='.6'>\n", t->nodes < 500 ? 1.0 : 0.3);
+               "<rect width='640' height='670' fill='white'/>\n<g stroke='#9ca3af' stroke-width='%.1f' stroke-opacity='.6'>\n",
+            t->nodes < 500 ? 1.0 : 0.3);
     for (int e = 0; e < t->edges; e++)
-        fprintf(f, "<path d='M%.1f %.1fL%.1f %.1f'/>\n", (double)x[t->from[e]], (double)y[t->from[e]], (double)x[t->to[e]], (double)y[t->to[e]]);
+        fprintf(f, "<path d='M%.1f %.1fL%.1f %.1f'/>\n",
+                (double)x[t->from[e]], (double)y[t->from[e]], (double)x[t->to[e]], (double)y[t->to[e]]);
     fprintf(f, "</g>\n");
     for (int v = 0; v < t->nodes; v++) {
         const int mistake = predicted[v] != t->label[v];
         wrong += mistake;
-        fprintf(f, "<circle cx='%.1f' cy='%.1f' r='%.1f' fill='%s'%s/>\n", (double)x[v], (double)y[v], (double)size * (t->part[v] == TRAIN ? 1.5 : 1.0), colours[predicted[v]],
+        fprintf(f, "<circle cx='%.1f' cy='%.1f' r='%.1f' fill='%s'%s/>\n",
+                (double)x[v], (double)y[v], (double)size * (t->part[v] == TRAIN ? 1.5 : 1.0), colours[predicted[v]],
                 mistake ? " stroke='black' stroke-width='1.2'" : "");
     }
-    fprintf(f, "<text x='320' y='660' text-anchor='middle'>predicted class by colour; large: labelled for training; ringed: wrong (%d of %d)</text>\n</svg>\n", wrong, t->nodes);
+    fprintf(f, "<text x='320' y='660' text-anchor='middle'>predicted class by colour; large: labelled for training; "
+               "ringed: wrong (%d of %d)</text>\n</svg>\n", wrong, t->nodes);
     if (fclose(f)) stop(path, "cannot be written");
     printf("%s shows the last predictions\n", path);
     free(x);
@@ -577,7 +586,8 @@ static void compare(tern_context *c, const task *t, int which, int seeds, int cu
         }
         mean = sum / seeds;
         deviation = seeds > 1 ? sqrt(fmax(0, (squares - sum * mean) / (seeds - 1))) : 0;
-        printf("%-14s  %5.2f +- %-4.2f (%2d seeds)  %5.1f   %5.1f   %d\n", recipes[r].name, mean, deviation, seeds, lowest, highest, (int)audit.packed_bytes);
+        printf("%-14s  %5.2f +- %-4.2f (%2d seeds)  %5.1f   %5.1f   %d\n",
+               recipes[r].name, mean, deviation, seeds, lowest, highest, (int)audit.packed_bytes);
         fflush(stdout);
     }
     printf("\n");
@@ -599,12 +609,14 @@ int main(int argc, char **argv)
         else if (strcmp(argv[i], "--ternary") == 0) which = 1;
         else if (strcmp(argv[i], "--cuda") == 0) cuda = 1;
         else if (strcmp(argv[i], "--seeds") == 0 && i + 1 < argc && atoi(argv[i + 1]) > 0) seeds = atoi(argv[++i]);
-        else if (argv[i][0] == '-' || count == 2) stop(argv[0], "takes a file of nodes and one of edges, or none, --float, --ternary, --cuda and --seeds 10");
+        else if (argv[i][0] == '-' || count == 2)
+            stop(argv[0], "takes a file of nodes and one of edges, or none, --float, --ternary, --cuda and --seeds 10");
         else paths[count++] = argv[i];
     }
     if (count == 1) stop(argv[0], "takes two files: nodes and edges");
     if (cuda && !gpu())
-        stop("--cuda", "this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/node_classifier_cuda");
+        stop("--cuda",
+             "this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/node_classifier_cuda");
     t = count ? read_graph(paths[0], paths[1]) : karate();
     desc.parallel = tern_pool_parallel(pool);
     if (cuda) desc.backend = gpu();

@@ -292,7 +292,11 @@ static void move(world *w, brain *b, int64_t frame, haul *h)
 /* -- a life: frames of moving and learning, from inputs alone -- */
 
 typedef struct { uint8_t key, steps; } input; /* of a frame */
-typedef struct { uint64_t seed; int64_t frames, budget, steps, cuda; const char *record, *replay; } options; /* frames, steps: -1 for none */
+typedef struct {
+    uint64_t seed;
+    int64_t frames, budget, steps, cuda; /* frames, steps: -1 for none */
+    const char *record, *replay;
+} options;
 typedef struct {
     options o;
     world w;
@@ -379,7 +383,8 @@ static void open_recording(life *l)
     char start[sizeof magic];
     if (l->o.replay) {
         l->replay = fopen(l->o.replay, "rb");
-        if (!l->replay || fread(start, sizeof start, 1, l->replay) != 1 || memcmp(start, magic, sizeof magic)) stop(l->o.replay, "is not a recording");
+        if (!l->replay || fread(start, sizeof start, 1, l->replay) != 1 || memcmp(start, magic, sizeof magic))
+            stop(l->o.replay, "is not a recording");
         l->o.seed = read_number(l->replay);
     }
     if (!l->o.record) return;
@@ -403,7 +408,8 @@ static int close_recording(life *l)
     if (l->replay && (feof(l->replay) || fclose(l->replay))) stop(l->o.replay, "is truncated");
     if (l->record) write_number(l->record, hash);
     if (l->record && (ferror(l->record) | fclose(l->record))) stop(l->o.record, "cannot be written");
-    printf("%lld frames, hash %016llx%s\n", (long long)l->frame, (unsigned long long)hash, !l->o.replay ? "" : differs ? ": DIFFERENT from the recording" : ", as recorded");
+    printf("%lld frames, hash %016llx%s\n", (long long)l->frame, (unsigned long long)hash,
+           !l->o.replay ? "" : differs ? ": DIFFERENT from the recording" : ", as recorded");
     return differs;
 }
 
@@ -444,8 +450,8 @@ static void report(life *l)
     tern_flips flips;
     check(b, tern_model_audit(b->c, &b->model, &a));
     check(b, tern_copy(b->c, &flips, b->flips, sizeof flips, TERN_TO_HOST));
-    printf("frame %lld: %lld food and %lld poison per 1000 frames; before learning %lld and %lld%s", (long long)l->frame, per_1000(l->late.food),
-           per_1000(l->late.poison), per_1000(l->early.food), per_1000(l->early.poison), end);
+    printf("frame %lld: %lld food and %lld poison per 1000 frames; before learning %lld and %lld%s",
+           (long long)l->frame, per_1000(l->late.food), per_1000(l->late.poison), per_1000(l->early.food), per_1000(l->early.poison), end);
     printf("    %lld weights in %zu bytes, %zu more to learn with; %u training steps, %lld flips%s", (long long)a.weights, a.packed_bytes,
            a.bytes[TERN_ACCUM], b->steps, (long long)flips.flips, end);
     printf("    %.0f microseconds of a frame to move, %.0f to learn, %.0f for a training step%s", l->moving, l->learning, l->a_step, end);
@@ -497,7 +503,8 @@ static options parse(int argc, char **argv)
         if (!strcmp(name, "--cuda")) o.cuda = 1, i--;
         else if (value && !strcmp(name, "--record")) o.record = value;
         else if (value && !strcmp(name, "--replay")) o.replay = value;
-        else if (number < 0 || *end || end == value) stop(name, "--headless FRAMES, --record FILE, --replay FILE, --seed N, --budget MICROSECONDS, --steps N or --cuda");
+        else if (number < 0 || *end || end == value)
+            stop(name, "--headless FRAMES, --record FILE, --replay FILE, --seed N, --budget MICROSECONDS, --steps N or --cuda");
         else if (!strcmp(name, "--headless")) o.frames = number;
         else if (!strcmp(name, "--seed")) o.seed = (uint64_t)number;
         else if (!strcmp(name, "--budget")) o.budget = number;

@@ -51,8 +51,14 @@ static float *take(tern_context *c, int64_t count)
     return p;
 }
 
-static void copy_out(tern_context *c, void *host, const float *x, int64_t count) { ok(c, tern_copy(c, host, x, (size_t)count * 4, TERN_TO_HOST)); }
-static void copy_in(tern_context *c, void *x, const void *host, int64_t count) { ok(c, tern_copy(c, x, host, (size_t)count * 4, TERN_TO_DEVICE)); }
+static void copy_out(tern_context *c, void *host, const float *x, int64_t count)
+{
+    ok(c, tern_copy(c, host, x, (size_t)count * 4, TERN_TO_HOST));
+}
+static void copy_in(tern_context *c, void *x, const void *host, int64_t count)
+{
+    ok(c, tern_copy(c, x, host, (size_t)count * 4, TERN_TO_DEVICE));
+}
 
 /* -- the network: three BitLinear layers, a ReLU between -- */
 
@@ -81,7 +87,8 @@ static void open_network(tern_context *c, network *net)
     net->batch = take(c, BATCH * INPUTS);
     net->targets = (int32_t *)tern_alloc(c, BATCH * sizeof(int32_t));
     net->losses = take(c, BATCH);
-    ok(c, tern_fill(c, &(tern_fill_args){.count = net->count, .x = net->weights, .deviation = 0.15f, .seed = 1})); /* about 1/sqrt(inputs) */
+    /* A deviation of about 1/sqrt(inputs). */
+    ok(c, tern_fill(c, &(tern_fill_args){.count = net->count, .x = net->weights, .deviation = 0.15f, .seed = 1}));
     for (int i = 0; i < LAYERS; i++) {
         tern_param *w = net->list[i] = &net->params[i];
         const tern_linear layer = layer_of(net, i);
@@ -107,7 +114,8 @@ static void close_network(tern_context *c, network *net)
         tern_param_free(c, &net->params[i], -1);
         tern_free(c, net->saved[i]), tern_free(c, net->x[i + 1]), tern_free(c, net->dx[i + 1]);
     }
-    tern_free(c, net->losses), tern_free(c, net->targets), tern_free(c, net->batch), tern_free(c, net->gradients), tern_free(c, net->weights);
+    tern_free(c, net->losses), tern_free(c, net->targets), tern_free(c, net->batch),
+        tern_free(c, net->gradients), tern_free(c, net->weights);
     free(net->sum), free(net->other);
 }
 
@@ -251,7 +259,8 @@ int main(int argc, char **argv)
     parts = words > 3 ? atoi(argv[3]) : ranks;
     if (cuda && !gpu())
         fail("--cuda: this program was built without CUDA; build it with -DUSE_CUDA and ternary_cuda.o, or by make build/train_mpi_cuda");
-    if (words < 2 || steps < 1 || parts < 1 || BATCH % parts) fail("usage: train_mpi OUT [STEPS [PARTS [OTHER]]] [--cuda]; PARTS, the ranks unless given, divides 256");
+    if (words < 2 || steps < 1 || parts < 1 || BATCH % parts)
+        fail("usage: train_mpi OUT [STEPS [PARTS [OTHER]]] [--cuda]; PARTS, the ranks unless given, divides 256");
     if (tern_open(&c, &desc, &error) != TERN_OK) fail(error.text);
     open_network(c, &net);
     train(c, &net, (uint32_t)steps, rank, ranks, parts);

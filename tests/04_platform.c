@@ -104,7 +104,8 @@ static void test_platform_asks_for_tiles(void)
     platform_expect(NULL, TERN_ISA_BEST, TERN_ISA_AMX_INT8);
     CHECK(amx_asked > 0, "not asked");
     amx_int8_alone = 1;
-    CHECK(tern_cpu_backend(TERN_ISA_AMX_INT8) && !((const tern__kernels *)tern_cpu_backend(TERN_ISA_AMX_INT8)->data)->pairs, "pairs without AMX-BF16");
+    CHECK(tern_cpu_backend(TERN_ISA_AMX_INT8) && !((const tern__kernels *)tern_cpu_backend(TERN_ISA_AMX_INT8)->data)->pairs,
+          "pairs without AMX-BF16");
     amx_int8_alone = 0;
     CHECK(((const tern__kernels *)tern_cpu_backend(TERN_ISA_AMX_INT8)->data)->pairs != NULL, "no pairs");
     amx_refused = 1;
@@ -419,7 +420,8 @@ static void test_platform_floating_point_mode(void)
                 platform_outputs(t.c, scales[i], platform_plain, plain);
                 platform_outputs(t.c, scales[i], platform_flush, flushed);
                 for (j = 0; j < PLATFORM_OUTPUTS; j++)
-                    CHECK(plain[j] == flushed[j], "%s: output %d depends on the mode at scale %g", test_tier_name[isa], j, (double)scales[i]);
+                    CHECK(plain[j] == flushed[j],
+                          "%s: output %d depends on the mode at scale %g", test_tier_name[isa], j, (double)scales[i]);
             }
             test_close(&t);
         }

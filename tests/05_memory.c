@@ -47,7 +47,8 @@ static void test_memory_checked_arithmetic(void)
     CHECK(tern__mul(INT64_MAX, INT64_MAX) == INT64_MAX && tern__mul(INT64_MAX, 1) == INT64_MAX, "too large stays so");
     CHECK(tern__add(limit - 1, 1) == limit && tern__add(limit, 1) == INT64_MAX, "sums");
     CHECK(tern__add(INT64_MAX, INT64_MAX) == INT64_MAX && tern__add(0, INT64_MAX) == INT64_MAX, "too large stays so");
-    CHECK(tern__ceil_div(0, 16) == 0 && tern__ceil_div(1, 16) == 1 && tern__ceil_div(16, 16) == 1 && tern__ceil_div(17, 16) == 2, "ceil_div");
+    CHECK(tern__ceil_div(0, 16) == 0 && tern__ceil_div(1, 16) == 1 && tern__ceil_div(16, 16) == 1
+          && tern__ceil_div(17, 16) == 2, "ceil_div");
     CHECK(tern__ceil_div(INT64_MAX, 2) == limit, "ceil_div does not overflow");
     CHECK(tern__fits(0) && tern__fits(4096) && !tern__fits(-1) && !tern__fits(INT64_MAX), "fits");
     CHECK(tern__scratch_piece(1) == 64 && tern__scratch_piece(64) == 64 && tern__scratch_piece(65) == 128, "pieces of 64 bytes");

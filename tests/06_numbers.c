@@ -46,7 +46,8 @@ static void test_numbers_every_16_bit_pattern_returns(void)
         if (f16 != f16) CHECK(tern__to_f16(f16) == ((h & 0x8000) | 0x7E00) && exponent == 31 && fraction, "NaN %04x", h);
         else CHECK(tern__to_f16(f16) == h, "f16 %04x", h);
         if (exponent < 31)
-            CHECK(numbers_same((double)f16, copysign(ldexp(exponent ? 1024 + fraction : fraction, (exponent ? exponent : 1) - 25), h >> 15 ? -1 : 1)), "f16 %04x is %g", h, (double)f16);
+            CHECK(numbers_same((double)f16, copysign(ldexp(exponent ? 1024 + fraction : fraction, (exponent ? exponent : 1) - 25),
+                                                     h >> 15 ? -1 : 1)), "f16 %04x is %g", h, (double)f16);
         CHECK(tern__bits(bf16) == (uint32_t)h << 16, "bf16 %04x", h);
         if (bf16 != bf16) CHECK(tern__from_bf16(tern__to_bf16(bf16)) != tern__from_bf16(tern__to_bf16(bf16)), "NaN %04x", h);
         else CHECK(tern__to_bf16(bf16) == h, "bf16 %04x", h);
@@ -66,7 +67,8 @@ static void test_numbers_rounding_to_16_bits(void)
         for (d = -1; d <= 1; d++) {
             const float h = tern__from_f16((uint16_t)i), next = tern__from_f16((uint16_t)(i + 1));
             const float b = tern__float(((uint32_t)i << 16) + 0x8000u + (uint32_t)d);
-            if (tern__finite(h) && tern__finite(next) && (i & 0x7FFF) != 0x7FFF) numbers_check_conversions(tern__float(tern__bits((h + next) * 0.5f) + (uint32_t)d));
+            if (tern__finite(h) && tern__finite(next) && (i & 0x7FFF) != 0x7FFF)
+                numbers_check_conversions(tern__float(tern__bits((h + next) * 0.5f) + (uint32_t)d));
             if (tern__finite(b)) numbers_check_conversions(b);
         }
     CHECK(tern__to_f16(65519.996f) == 0x7BFF && tern__to_f16(65520.0f) == 0x7C00, "the last f16");
@@ -107,16 +109,19 @@ static void test_numbers_log(void)
         CHECK((long double)s == (l < -126 * 256 ? 0.0L : ldexpl(number, (int)floor8 - 15)), "L = %d is %g", (int)l, (double)s);
         CHECK(tern__to_log(s) == (l < -126 * 256 ? INT16_MIN : l), "L = %d returns as %d", (int)l, tern__to_log(s));
     }
-    for (u = 0x3F800000; u < 0x40000000; u++) wrong += tern__to_log(tern__float((uint32_t)u)) != (int)floor(256.0 * log2((double)tern__float((uint32_t)u)) + 0.5);
+    for (u = 0x3F800000; u < 0x40000000; u++)
+        wrong += tern__to_log(tern__float((uint32_t)u)) != (int)floor(256.0 * log2((double)tern__float((uint32_t)u)) + 0.5);
     CHECK(wrong == 0, "%d mantissas are not rounded to the nearest L", (int)wrong);
     for (u = 0x00800000; u < 0x7F800000; u += 3571) {
         const double wanted = fmax(-126 * 256, fmin(32767, floor(256.0 * log2((double)tern__float((uint32_t)u)) + 0.5)));
-        CHECK(tern__to_log(tern__float((uint32_t)u)) == (int)wanted, "%g gives %d", (double)tern__float((uint32_t)u), tern__to_log(tern__float((uint32_t)u)));
+        CHECK(tern__to_log(tern__float((uint32_t)u)) == (int)wanted,
+              "%g gives %d", (double)tern__float((uint32_t)u), tern__to_log(tern__float((uint32_t)u)));
     }
     CHECK(tern__to_log(99.9f) == 1700 && fabs((double)tern__from_log(1700) - 99.776) < 0.001, "99.9");
     CHECK(tern__to_log(0.0f) == INT16_MIN && tern__to_log(-0.0f) == INT16_MIN && tern__from_log(INT16_MIN) == 0.0f, "zero");
     CHECK(tern__to_log(1e-45f) == -126 * 256 && tern__to_log(1.1e-38f) == -126 * 256, "subnormal");
-    CHECK(tern__to_log(3.4028235e38f) == INT16_MAX && tern__to_log(INFINITY) == INT16_MAX && tern__finite(tern__from_log(INT16_MAX)), "the largest");
+    CHECK(tern__to_log(3.4028235e38f) == INT16_MAX && tern__to_log(INFINITY) == INT16_MAX && tern__finite(tern__from_log(INT16_MAX)),
+          "the largest");
 }
 
 /* -- stochastic rounding -- */
@@ -126,7 +131,8 @@ typedef uint16_t numbers_rounding(float x, uint32_t random);
 /* Over all 65536 random numbers: is the mean of the rounded values x, and are they its two neighbours? */
 static int numbers_rounds_well(numbers_rounding *rounding, float x)
 {
-    const double low = (double)tern__float(tern__bits(x) & 0xFFFF0000u), high = (double)tern__float((tern__bits(x) & 0xFFFF0000u) + 0x10000u);
+    const double low = (double)tern__float(tern__bits(x) & 0xFFFF0000u),
+                 high = (double)tern__float((tern__bits(x) & 0xFFFF0000u) + 0x10000u);
     const double p = ((double)x - low) / (high - low), mean = (double)x, variance = p * (1 - p) * (high - low) * (high - low);
     double sum = 0, squares = 0;
     uint32_t r;
@@ -156,7 +162,8 @@ static void test_numbers_stochastic_rounding(void)
     const float wrong = tern__float(0x42C82000); /* 100.0625: an eighth of a step */
     int i;
     for (i = 0; i < 9; i++) CHECK(numbers_rounds_well(tern__to_bf16_with, values[i]), "%g", (double)values[i]);
-    CHECK(!numbers_rounds_well(numbers_add_one, wrong) && !numbers_rounds_well(numbers_two_steps, wrong), "the test must see a variance that is too large");
+    CHECK(!numbers_rounds_well(numbers_add_one, wrong) && !numbers_rounds_well(numbers_two_steps, wrong),
+          "the test must see a variance that is too large");
     CHECK(!numbers_rounds_well(numbers_truncation, wrong), "the test must see a mean that drifts");
     CHECK(!numbers_rounds_well(numbers_nearest_rounding, wrong), "the test must see rounding to nearest");
     for (i = 0; i < 65536; i += 5) {
@@ -223,7 +230,8 @@ static void test_numbers_normal(void)
     CHECK(fabs(fourth / N / (squares / N) / (squares / N) - 2.85) < error * 4, "kurtosis");
     CHECK(fabs(neighbours / N) < error && fabs(streams / N) < error, "correlation");
     CHECK(largest < 4.9, "largest");
-    CHECK(tern__normal(42, UINT64_C(1) << 40, 3) != tern__normal(42, 0, 3) && tern__normal(43, 0, 3) != tern__normal(42, 0, 3), "all of the key counts");
+    CHECK(tern__normal(42, UINT64_C(1) << 40, 3) != tern__normal(42, 0, 3) && tern__normal(43, 0, 3) != tern__normal(42, 0, 3),
+          "all of the key counts");
 }
 
 /* -- canonical sums -- */
@@ -254,7 +262,8 @@ static float numbers_sum(int64_t n, const float *x)
 
 static void test_numbers_canonical_sum(void)
 {
-    const int64_t sizes[] = {1, 2, 63, 64, 65, 127, 1023, 1024, 1025, 2047, 2048, 4097, 1024 * 1024 - 1, 1024 * 1024, 1024 * 1024 + 3, 1024 * 1025 + 1};
+    const int64_t sizes[] = {1, 2, 63, 64, 65, 127, 1023, 1024, 1025, 2047, 2048, 4097, 1024 * 1024 - 1, 1024 * 1024, 1024 * 1024 + 3,
+                             1024 * 1025 + 1};
     const int64_t largest = 1024 * 1025 + 1;
     float *x = test_floats(largest), *parts[3];
     tern_isa isa;
@@ -281,7 +290,8 @@ static void test_numbers_canonical_sum(void)
                 a.x = x;
                 a.y = got;
                 CHECK_OK(t.c, tern_sum(t.c, &a));
-                CHECK(tern__bits(got[0]) == tern__bits(wanted), "%s: kind %d of %d floats: %a, not %a", test_tier_name[isa], (int)kind, (int)sizes[i], (double)got[0], (double)wanted);
+                CHECK(tern__bits(got[0]) == tern__bits(wanted), "%s: kind %d of %d floats: %a, not %a", test_tier_name[isa], (int)kind,
+                      (int)sizes[i], (double)got[0], (double)wanted);
                 a.y = got + 1;
                 a.add = 1;
                 CHECK_OK(t.c, tern_sum(t.c, &a));
@@ -344,10 +354,12 @@ static void test_numbers_sigmoid_tanh_sincos(void)
         numbers_worst(abs(i) < 100 ? &sine : &large, fabs((double)numbers_sin(angle) - sin((double)angle)));
         numbers_worst(abs(i) < 100 ? &sine : &large, fabs((double)numbers_cos(angle) - cos((double)angle)));
     }
-    printf("  absolute errors: sigmoid %.2e, tanh %.2e, sine and cosine %.2e (|x| < 2) and %.2e (|x| < 8192)\n", sigmoid, hyperbolic, sine, large);
+    printf("  absolute errors: sigmoid %.2e, tanh %.2e, sine and cosine %.2e (|x| < 2) and %.2e (|x| < 8192)\n",
+           sigmoid, hyperbolic, sine, large);
     CHECK(sigmoid < 1.5e-7 && hyperbolic < 3e-7, "sigmoid and tanh");
     CHECK(sine < 2e-7 && large < 5e-7, "sine and cosine");
-    CHECK(tern__sigmoid(-INFINITY) == 0.0f && tern__sigmoid(INFINITY) == 1.0f && tern__tanh(INFINITY) == 1.0f && tern__tanh(-INFINITY) == -1.0f, "ends");
+    CHECK(tern__sigmoid(-INFINITY) == 0.0f && tern__sigmoid(INFINITY) == 1.0f && tern__tanh(INFINITY) == 1.0f
+          && tern__tanh(-INFINITY) == -1.0f, "ends");
 }
 
 /* The correctly rounded root: float64's own, rounded once more, is that. */
@@ -423,7 +435,8 @@ static void test_numbers_golden_hashes(void)
             sum = tern__sum_of((const tern__kernels *)b->data, (tern_sum_kind)(i % 3), i, x);
             h = test_hash_floats(h, &sum, 1);
         }
-        CHECK(h == UINT64_C(0x57cd48cb6163887a), "sum, %s: 0x%08lx%08lx", test_tier_name[isa], (unsigned long)(h >> 32), (unsigned long)(h & 0xFFFFFFFF));
+        CHECK(h == UINT64_C(0x57cd48cb6163887a),
+              "sum, %s: 0x%08lx%08lx", test_tier_name[isa], (unsigned long)(h >> 32), (unsigned long)(h & 0xFFFFFFFF));
     }
     free(x);
 }

@@ -1,5 +1,6 @@
 /* [TERN-7] Ternarize: every rule, grain, input and scale type against the definition written out. Mutations that these tests see:
-   SEQ with alpha as its scale or started at the mean, alpha without its floor or always from the start, rho swapped, the zone of the noise ignored. */
+   SEQ with alpha as its scale or started at the mean, alpha without its floor or always from the start, rho swapped, the zone of
+   the noise ignored. */
 
 /* A matrix with allocated buffers. */
 static tern_matrix ternarize_matrix(tern_context *c, int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_type scale_type)
@@ -81,7 +82,8 @@ static float ternarize_stored(tern_type scale_type, float scale)
 }
 
 /* One grain: its scale as stored (GIVEN: *scale comes in) and its trits. */
-static void ternarize_grain(tern_rule rule, tern_type scale_type, const float *w, int64_t stride, int64_t rows, int64_t cols, float *scale, int8_t *trits)
+static void ternarize_grain(tern_rule rule, tern_type scale_type, const float *w, int64_t stride, int64_t rows, int64_t cols, float *scale,
+                            int8_t *trits)
 {
     int64_t count, r, j;
     const float mean = ternarize_sum(w, stride, rows, cols, -1.0f, &count) / (float)(rows * cols);
@@ -145,7 +147,8 @@ static void ternarize_compare(tern_context *c, const tern_matrix *m, const float
 }
 
 /* Ternarizes w [rows, cols] and compares. GIVEN takes scales made here. */
-static void ternarize_check(tern_context *c, tern_rule rule, int64_t rows, int64_t cols, int32_t grain, tern_type type, tern_type scale_type, float *w)
+static void ternarize_check(tern_context *c, tern_rule rule, int64_t rows, int64_t cols, int32_t grain, tern_type type,
+                            tern_type scale_type, float *w)
 {
     tern_matrix m = ternarize_matrix(c, rows, cols, grain, test_random() & 1 ? TERN_BASE3 : TERN_2BIT, scale_type);
     const int64_t group = grain > 0 ? grain : cols, groups = grain == TERN_PER_TENSOR ? 1 : (cols + group - 1) / group;
@@ -158,7 +161,8 @@ static void ternarize_check(tern_context *c, tern_rule rule, int64_t rows, int64
              (int)rows, (int)cols, (int)grain, (int)type, (int)scale_type, (int)m.encoding);
     for (r = 0; rule == TERN_GIVEN && r < (grain == TERN_PER_TENSOR ? 1 : rows); r++)
         for (g = 0; g < groups; g++)
-            scales[r * groups + g] = tern__store_scale(scale_type, m.scales, ternarize_scale_at(&m, r, g, groups), fabsf(scales[r * groups + g]));
+            scales[r * groups + g] =
+                tern__store_scale(scale_type, m.scales, ternarize_scale_at(&m, r, g, groups), fabsf(scales[r * groups + g]));
     ternarize_reference(&m, rule, w, scales, trits);
     CHECK_OK(c, ternarize_run(c, &m, rule, type, stored));
     ternarize_compare(c, &m, scales, trits, what);
@@ -224,12 +228,14 @@ static void test_ternarize_short_tail_is_not_diluted(void)
     int i;
     for (i = 0; i < 20; i++) w[i] = i < 16 ? 1.0f : -2.0f;
     CHECK_OK(t.c, ternarize_run(t.c, &m, TERN_ABSMEAN, TERN_F32, w));
-    CHECK(((const float *)m.scales)[0] == 1.0f && ((const float *)m.scales)[16] == 2.0f, "scales %g and %g", (double)((const float *)m.scales)[0], (double)((const float *)m.scales)[16]);
+    CHECK(((const float *)m.scales)[0] == 1.0f && ((const float *)m.scales)[16] == 2.0f,
+          "scales %g and %g", (double)((const float *)m.scales)[0], (double)((const float *)m.scales)[16]);
     ternarize_release(t.c, &m);
     test_close(&t);
 }
 
-static void ternarize_expect(tern_context *c, tern_rule rule, tern_type scale_type, float given, const float *w, int64_t n, float scale, const int8_t *trits, const char *what)
+static void ternarize_expect(tern_context *c, tern_rule rule, tern_type scale_type, float given, const float *w, int64_t n, float scale,
+                             const int8_t *trits, const char *what)
 {
     tern_matrix m = ternarize_matrix(c, 1, n, TERN_PER_ROW, TERN_2BIT, scale_type);
     tern__store_scale(scale_type, m.scales, 0, given);
@@ -403,8 +409,8 @@ static void ternarize_learned(tern_context *c, tern_rule rule, int64_t rows, int
             const double limit = rule == TERN_SEQ ? 0.99 : 1.0, factor = rule == TERN_SEQ ? 1.5 : 1.0;
             const double x = factor * fmax(-limit, fmin(limit, (double)at[j] / want)); /* the formula of the papers */
             trits[g * grain_rows * cols + j] = (int8_t)((at[j] > scales[g] / 2) - (at[j] < -scales[g] / 2));
-            CHECK((scale_type != TERN_F32 && scale_type != TERN_TYPE_DEFAULT) || fabs(fabs(x) - 0.5) < 1e-6 || trits[g * grain_rows * cols + j] == (int)rint(x),
-                  "rule %d: weight %d", (int)rule, (int)j);
+            CHECK((scale_type != TERN_F32 && scale_type != TERN_TYPE_DEFAULT) || fabs(fabs(x) - 0.5) < 1e-6
+                  || trits[g * grain_rows * cols + j] == (int)rint(x), "rule %d: weight %d", (int)rule, (int)j);
         }
     }
     ternarize_compare(c, &m, scales, trits, "a learned scale");
@@ -427,7 +433,9 @@ static void test_ternarize_learned_scales(void)
         test_context t = test_open(isa, 3);
         for (s = 0; t.c && s < 5; s++)
             for (i = 0; i < 4; i++)
-                for (k = 0; k < 6; k++) ternarize_learned(t.c, k & 1 ? TERN_SEQ : TERN_LSQ, shapes[s][0], shapes[s][1], types[(i + k) % 3], scale_types[i], set[k / 2]);
+                for (k = 0; k < 6; k++)
+                    ternarize_learned(t.c, k & 1 ? TERN_SEQ : TERN_LSQ, shapes[s][0], shapes[s][1], types[(i + k) % 3],
+                                      scale_types[i], set[k / 2]);
         test_close(&t);
     }
 }
@@ -459,7 +467,8 @@ static void test_ternarize_averaged_scales(void)
             for (i = 0; i < scale_rows * groups; i++) want[i] = 0.75f * old[i] + 0.25f * want[i];
             for (r = 0; a.rule != TERN_TWN && r < 17; r++)
                 for (i = 0; i < 50; i++) {
-                    const float scale = want[grain == TERN_PER_TENSOR ? 0 : r * groups + (grain > 0 ? i / grain : 0)], w = second[r * 50 + i];
+                    const float scale = want[grain == TERN_PER_TENSOR ? 0 : r * groups + (grain > 0 ? i / grain : 0)],
+                                w = second[r * 50 + i];
                     trits[r * 50 + i] = (int8_t)((w > scale / 2) - (w < -scale / 2));
                 }
             ternarize_compare(t.c, &m, want, trits, "an average");
@@ -500,7 +509,8 @@ static void ternarize_noisy(tern_context *c, const tern_ternarize_args *a, int8_
     }
     /* uniform: variance 1/3, bounds of five deviations; |w| = 0.45 or 0.55 in the zone passes 0.5 one way as often as the other */
     CHECK(fabs(mean / (double)near_zone) < 5.0 / sqrt(3.0 * (double)near_zone), "the mean of the noise is %g", mean / (double)near_zone);
-    CHECK(fabs((double)plus / (double)near_zone - 0.5) < 2.5 / sqrt((double)near_zone), "%g of the weights near the threshold are not 0", (double)plus / (double)near_zone);
+    CHECK(fabs((double)plus / (double)near_zone - 0.5) < 2.5 / sqrt((double)near_zone),
+          "%g of the weights near the threshold are not 0", (double)plus / (double)near_zone);
 }
 
 static void test_ternarize_noise(void)
@@ -557,18 +567,25 @@ static void test_ternarize_options_refused(void)
     CHECK_OK(t.c, tern_matrix_bytes(t.c, &m, &trits, &scales));
     memset(m.trits, 0xA5, trits);
     memset(m.scales, 0xA5, scales);
-    a = good; a.rule = TERN_LSQ; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rule lsq learns one scale for the tensor; a grain of -1");
-    a = good; a.rule = TERN_LSQ; a.m.grain = 8; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rule lsq learns one scale for the tensor; a grain of 8");
-    a = good; a.m.grain = TERN_PER_TENSOR; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rule seq learns a scale for each row; the grain is 0");
-    a = good; a.m.grain = 8; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rule seq learns a scale for each row; the grain is 8");
+    a = good; a.rule = TERN_LSQ;
+    CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rule lsq learns one scale for the tensor; a grain of -1");
+    a = good; a.rule = TERN_LSQ; a.m.grain = 8;
+    CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rule lsq learns one scale for the tensor; a grain of 8");
+    a = good; a.m.grain = TERN_PER_TENSOR;
+    CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rule seq learns a scale for each row; the grain is 0");
+    a = good; a.m.grain = 8;
+    CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rule seq learns a scale for each row; the grain is 8");
     a = good; a.alpha = NULL; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "alpha is NULL");
-    a = good; a.alpha = (float *)(void *)((char *)alpha + 1); CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ALIGNMENT, "alpha is not aligned");
-    a = good; a.rho = 0.5f; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rho averages scales taken from the weights; those of rule 4");
+    a = good; a.alpha = (float *)(void *)((char *)alpha + 1);
+    CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ALIGNMENT, "alpha is not aligned");
+    a = good; a.rho = 0.5f;
+    CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rho averages scales taken from the weights; those of rule 4");
     a = good; a.rule = TERN_GIVEN; a.rho = 0.5f; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rho averages");
     a = good; a.rule = TERN_ABSMEAN; a.rho = 1.0f; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rho is not in [0, 1)");
     a = good; a.rule = TERN_ABSMEAN; a.rho = -0.1f; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rho is not in [0, 1)");
     a = good; a.rule = TERN_ABSMEAN; a.rho = NAN; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rho is not in [0, 1)");
-    a = good; a.rule = TERN_ABSMEAN; a.rho = 0.5f; a.m.scale_type = TERN_F16; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rho needs scales of TERN_F32");
+    a = good; a.rule = TERN_ABSMEAN; a.rho = 0.5f; a.m.scale_type = TERN_F16;
+    CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "rho needs scales of TERN_F32");
     a = good; a.noise = -1.0f; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "noise or zone");
     a = good; a.zone = INFINITY; CHECK_FAILS(t.c, tern_ternarize(t.c, &a), TERN_E_ARGUMENT, "noise or zone");
     alpha[16] = NAN;
@@ -618,7 +635,8 @@ static void test_ternarize_spare(void)
             for (r = 0; t.c && r < 6; r++)
                 for (y = 0; y < 3; y++)
                     for (g = 0; g < 3; g++) {
-                        tern_matrix m = ternarize_matrix(t.c, SPARE_ROWS, SPARE_COLS, grains[g], isa & 1 ? TERN_BASE3 : TERN_2BIT, TERN_F32);
+                        tern_matrix m =
+                            ternarize_matrix(t.c, SPARE_ROWS, SPARE_COLS, grains[g], isa & 1 ? TERN_BASE3 : TERN_2BIT, TERN_F32);
                         float *w = test_floats(SPARE_ROWS * SPARE_COLS);
                         tern_ternarize_args a = ternarize_args(&m, rules[r], NULL);
                         size_t trits = 0, scales = 0, all;
@@ -643,8 +661,8 @@ static void test_ternarize_spare(void)
                                 CHECK_FAILS(t.c, ternarize_spared(t.c, a, &got, all), TERN_E_NONFINITE, place);
                                 CHECK(memcmp(&wanted, &before, sizeof wanted) == 0, "rule %d: something is written", (int)rules[r]);
                             }
-                            CHECK(memcmp(&wanted, &got, sizeof wanted) == 0, "%s: rule %d, type %d, grain %d, weights %d", test_tier_name[isa],
-                                  (int)rules[r], (int)types[y], (int)grains[g], b);
+                            CHECK(memcmp(&wanted, &got, sizeof wanted) == 0, "%s: rule %d, type %d, grain %d, weights %d",
+                                  test_tier_name[isa], (int)rules[r], (int)types[y], (int)grains[g], b);
                             free(stored);
                         }
                         free(w);

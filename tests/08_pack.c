@@ -61,7 +61,8 @@ static void test_pack_layout_and_sizes(void)
     pack_case p = TERN_ZERO;
     int number = 0;
     while (pack_next(&number, &p)) {
-        const int64_t group = p.grain > 0 ? p.grain : p.cols, groups = (p.cols + group - 1) / group, slots = p.encoding == TERN_BASE3 ? 20 : 16;
+        const int64_t group = p.grain > 0 ? p.grain : p.cols, groups = (p.cols + group - 1) / group,
+                      slots = p.encoding == TERN_BASE3 ? 20 : 16;
         int8_t *trits = pack_trits(&p);
         const size_t bytes = pack_literal(&p, trits, wanted);
         const int64_t inputs = (int64_t)bytes / ((p.rows + 15) / 16) / 64 * slots; /* of a token, groups padded */
@@ -72,9 +73,12 @@ static void test_pack_layout_and_sizes(void)
         CHECK_OK(t.c, tern_matrix_bytes(t.c, &m, &trit_bytes, &scale_bytes));
         CHECK_OK(t.c, tern_activation_shape(t.c, &m, &stride, &activation_groups));
         CHECK(trit_bytes == bytes, "%d bytes of trits, not %d", (int)trit_bytes, (int)bytes);
-        CHECK(scale_bytes == (p.grain == TERN_PER_TENSOR ? 4 : (size_t)((p.rows + 15) / 16 * 16 * groups * 4)), "%d bytes of scales", (int)scale_bytes);
-        CHECK(activation_groups == groups && stride % 128 == 64 && stride >= inputs && stride < inputs + 128, "stride %d, %d groups", (int)stride, (int)activation_groups);
-        CHECK(memcmp(m.trits, wanted, bytes) == 0, "layout of %d x %d, grain %d, encoding %d", (int)p.rows, (int)p.cols, (int)p.grain, (int)p.encoding);
+        CHECK(scale_bytes == (p.grain == TERN_PER_TENSOR ? 4 : (size_t)((p.rows + 15) / 16 * 16 * groups * 4)),
+              "%d bytes of scales", (int)scale_bytes);
+        CHECK(activation_groups == groups && stride % 128 == 64 && stride >= inputs && stride < inputs + 128,
+              "stride %d, %d groups", (int)stride, (int)activation_groups);
+        CHECK(memcmp(m.trits, wanted, bytes) == 0,
+              "layout of %d x %d, grain %d, encoding %d", (int)p.rows, (int)p.cols, (int)p.grain, (int)p.encoding);
         m.scale_type = TERN_POW2;
         CHECK_OK(t.c, tern_matrix_bytes(t.c, &m, &trit_bytes, &trit_bytes));
         CHECK(trit_bytes * 4 == scale_bytes, "an exponent is one byte");
@@ -91,7 +95,8 @@ static void test_pack_layout_and_sizes(void)
 static void test_pack_bits_per_weight(void)
 {
     static const struct { int32_t grain; tern_type encoding; double bits; } wanted[] = {
-        {TERN_PER_ROW, TERN_2BIT, 2.0}, {TERN_PER_ROW, TERN_BASE3, 1.6}, {128, TERN_2BIT, 2.0}, {128, TERN_BASE3, 1.75}, {32, TERN_BASE3, 2.0}
+        {TERN_PER_ROW, TERN_2BIT, 2.0}, {TERN_PER_ROW, TERN_BASE3, 1.6},
+        {128, TERN_2BIT, 2.0}, {128, TERN_BASE3, 1.75}, {32, TERN_BASE3, 2.0}
     };
     test_context t = test_open(TERN_ISA_BEST, 1);
     int i;
@@ -125,7 +130,8 @@ static void test_pack_round_trip(void)
         a.count = p.rows;
         a.trits = got;
         CHECK_OK(t.c, tern_unpack(t.c, &a));
-        CHECK(memcmp(got, trits, (size_t)size) == 0, "%d x %d, grain %d, encoding %d", (int)p.rows, (int)p.cols, (int)p.grain, (int)p.encoding);
+        CHECK(memcmp(got, trits, (size_t)size) == 0,
+              "%d x %d, grain %d, encoding %d", (int)p.rows, (int)p.cols, (int)p.grain, (int)p.encoding);
         s = tern__shape_of(&a.m);
         for (r = 0; r < s.scales; r++) ((float *)a.m.scales)[r] = (float)r + 0.5f;
         for (a.row = 0; a.row < p.rows; a.row++) {
@@ -138,7 +144,8 @@ static void test_pack_round_trip(void)
             CHECK_OK(t.c, tern_unpack(t.c, &a));
             CHECK(!a.trits || memcmp(got, row, (size_t)(a.count * p.cols)) == 0, "%d rows from %d on", (int)a.count, (int)a.row);
             for (r = 0; a.values && r < a.count * p.cols; r++) {
-                const int64_t in = a.row + r / p.cols, at = p.grain == TERN_PER_TENSOR ? 0 : (in / 16 * s.groups + r % p.cols / group) * 16 + in % 16;
+                const int64_t in = a.row + r / p.cols,
+                              at = p.grain == TERN_PER_TENSOR ? 0 : (in / 16 * s.groups + r % p.cols / group) * 16 + in % 16;
                 wrong += values[r] != (float)row[r] * ((float)at + 0.5f);
             }
             for (i = 0; i < 4; i++) {
@@ -159,7 +166,8 @@ static void test_pack_round_trip(void)
 /* A bad code in any byte of a row: refused by that row, nothing written, the others readable. */
 static void test_pack_refuses_invalid_codes(void)
 {
-    const pack_case cases[] = {{18, 21, TERN_PER_ROW, TERN_2BIT}, {18, 21, 7, TERN_2BIT}, {18, 21, TERN_PER_ROW, TERN_BASE3}, {18, 21, 7, TERN_BASE3}};
+    const pack_case cases[] = {
+        {18, 21, TERN_PER_ROW, TERN_2BIT}, {18, 21, 7, TERN_2BIT}, {18, 21, TERN_PER_ROW, TERN_BASE3}, {18, 21, 7, TERN_BASE3}};
     test_context t = test_open(TERN_ISA_BEST, 1);
     int n, code;
     for (n = 0; n < 4; n++) {
@@ -175,7 +183,9 @@ static void test_pack_refuses_invalid_codes(void)
             const uint8_t kept = *byte;
             const int64_t row = (int64_t)(i / (bytes / 2) * 16 + i % 64 / 4);
             for (code = 0; row < 18 && code < 256; code += cases[n].encoding == TERN_BASE3 ? 1 : 3) {
-                const int bad = cases[n].encoding == TERN_BASE3 ? code > 242 : (code & 3) == 3 || (code >> 2 & 3) == 3 || (code >> 4 & 3) == 3 || code >> 6 == 3;
+                const int bad = cases[n].encoding == TERN_BASE3
+                    ? code > 242
+                    : (code & 3) == 3 || (code >> 2 & 3) == 3 || (code >> 4 & 3) == 3 || code >> 6 == 3;
                 char place[32];
                 if (!bad) continue;
                 *byte = (uint8_t)code;
@@ -187,7 +197,8 @@ static void test_pack_refuses_invalid_codes(void)
                 a.count = 18;
                 snprintf(place, sizeof place, "row %d has", (int)row);
                 CHECK_FAILS(t.c, tern_unpack(t.c, &a), TERN_E_TRIT, place);
-                CHECK(memcmp(got, untouched, sizeof got) == 0 && memcmp(values, untouched, sizeof got) == 0, "written in spite of byte %d", (int)i);
+                CHECK(memcmp(got, untouched, sizeof got) == 0 && memcmp(values, untouched, sizeof got) == 0,
+                      "written in spite of byte %d", (int)i);
                 a.row = (row + 1) % 18;
                 a.count = 1;
                 CHECK_OK(t.c, tern_unpack(t.c, &a));

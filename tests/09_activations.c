@@ -5,7 +5,8 @@
 typedef struct activations { tern_matrix m; tern_act act; int64_t n, stride, groups; float *scale; int8_t *q; int32_t *sum; } activations;
 
 /* Quantizes x [n, cols] into new buffers that were full of other bytes. */
-static activations activations_of(tern_context *c, tern_act act, int64_t n, int64_t cols, int32_t grain, tern_type encoding, const float *x, const float *gain, tern_norm_kind norm, float eps)
+static activations activations_of(tern_context *c, tern_act act, int64_t n, int64_t cols, int32_t grain, tern_type encoding, const float *x,
+                                  const float *gain, tern_norm_kind norm, float eps)
 {
     tern_quantize_args a = TERN_ZERO;
     activations out;
@@ -44,7 +45,8 @@ static void activations_free(activations *a)
 /* Where element i of a group lies, and what it is. */
 static void activations_put(const activations *a, int8_t *q, int64_t group, int64_t i, int32_t v)
 {
-    const int64_t slots = a->m.encoding == TERN_BASE3 ? 20 : 16, run = ((a->m.grain > 0 ? a->m.grain : a->m.cols) + slots - 1) / slots * slots;
+    const int64_t slots = a->m.encoding == TERN_BASE3 ? 20 : 16,
+                  run = ((a->m.grain > 0 ? a->m.grain : a->m.cols) + slots - 1) / slots * slots;
     uint8_t *byte = (uint8_t *)q + group * ((run + 31) / 32 * 4) + i / 32 * 4 + i % 4;
     if (a->act != TERN_ACT_BIT) q[group * run + i] = (int8_t)v;
     else *byte = (uint8_t)(*byte | v << (i % 32 >= 16) << i % 16 / 4 * 2);
@@ -52,7 +54,8 @@ static void activations_put(const activations *a, int8_t *q, int64_t group, int6
 
 /* m = max|x g| and steps = 127, or m = mean|x g| and steps = sqrt(7) with q in -8..7: q = rne((x g) (steps/m)); scale =
    (m/steps) r; r = 1/sqrt(mean(x^2) + eps). Bits: x != 0, scale 1. */
-static void activations_check_row(const activations *a, int64_t row, const float *x, const float *gain, tern_norm_kind norm, float eps, const char *what)
+static void activations_check_row(const activations *a, int64_t row, const float *x, const float *gain, tern_norm_kind norm, float eps,
+                                  const char *what)
 {
     const int64_t group = a->m.grain > 0 ? a->m.grain : a->m.cols, cols = a->m.cols;
     const int int4 = a->act == TERN_ACT_INT4, bits = a->act == TERN_ACT_BIT;
@@ -120,7 +123,8 @@ static void activations_define(tern_context *c, tern_act act, int64_t cols, int3
     a = activations_of(c, act, N, cols, grain, variant & 4 ? TERN_BASE3 : TERN_2BIT, x, gain, norm, 1e-6f);
     for (row = 0; row < N; row++) {
         char what[120];
-        snprintf(what, sizeof what, "%s: act %d, row %d of %d columns, grain %d, variant %d", tier, (int)act, (int)row, (int)cols, (int)grain, variant);
+        snprintf(what, sizeof what, "%s: act %d, row %d of %d columns, grain %d, variant %d",
+                 tier, (int)act, (int)row, (int)cols, (int)grain, variant);
         activations_check_row(&a, row, x + row * cols, gain, norm, 1e-6f, what);
     }
     CHECK_OK(c, tern_sync(c));
@@ -142,7 +146,8 @@ static void test_activations_against_the_definition(void)
             for (g = 0; g < 7; g++)
                 for (variant = k < 6 ? 0 : (k + g) % 2; variant < 8; variant += k < 6 ? 1 : 2) /* long rows: half of them */
                     for (i = 0; i < 3; i++)
-                        if (acts[i] != TERN_ACT_BIT || variant % 4 == 0) activations_define(t.c, acts[i], columns[k], grains[g], variant, test_tier_name[isa]);
+                        if (acts[i] != TERN_ACT_BIT || variant % 4 == 0)
+                            activations_define(t.c, acts[i], columns[k], grains[g], variant, test_tier_name[isa]);
         test_close(&t);
     }
 }
@@ -195,7 +200,8 @@ static void test_activations_data_faults(void)
                 for (j = 0; j < a.stride; j++) different += a.q[i * a.stride + j] != (zero ? 0 : wanted.q[i * a.stride + j]);
                 for (j = 0; j < a.groups; j++) different += a.sum[i * a.groups + j] != (zero ? 0 : wanted.sum[i * a.groups + j]);
                 different += a.scale[i] != (zero ? 0.0f : wanted.scale[i]);
-                CHECK(different == 0, "%s: act %d, row %d beside %g: %d differences", test_tier_name[isa], (int)act, i, (double)bad[b % 4], (int)different);
+                CHECK(different == 0,
+                      "%s: act %d, row %d beside %g: %d differences", test_tier_name[isa], (int)act, i, (double)bad[b % 4], (int)different);
             }
             activations_free(&a);
             activations_free(&wanted);
@@ -217,7 +223,8 @@ static void test_activations_data_faults(void)
             x[6 * COLS + 3] = NAN;
             a = activations_of(t.c, TERN_ACT_BIT, N, COLS, 16, TERN_2BIT, x, NULL, TERN_NORM_NONE, 0.0f);
             CHECK_FAILS(t.c, tern_sync(t.c), TERN_E_DATA, "activation row 6 is not finite");
-            CHECK(a.sum[6 * 3] == 0 && a.q[6 * a.stride] == 0 && a.scale[6] == 0.0f && a.scale[5] == 1.0f && a.sum[5 * 3] == 16, "%s: bits beside NaN", test_tier_name[isa]);
+            CHECK(a.sum[6 * 3] == 0 && a.q[6 * a.stride] == 0 && a.scale[6] == 0.0f && a.scale[5] == 1.0f && a.sum[5 * 3] == 16,
+                  "%s: bits beside NaN", test_tier_name[isa]);
             activations_free(&a);
         }
         test_close(&t);

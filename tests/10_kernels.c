@@ -2,9 +2,10 @@
    Mutations that test_kernels_bits saw: high nibbles shifted by 3; a chunk's words counted by 2-bit units in base 3;
    the unit behind an odd last one read; idle nibbles counted by their units; a last group of full length. The scalar sum_above
    with a NaN taken as not above a negative bound was seen by its test and by test_ternarize_spare.
-   test_kernels_pairs (with AVX512-BF16 or TEST_AMX) saw: ties away from zero; truncation; a NaN rounded as a number; halves of a word exchanged;
-   a partner of the last odd term; rows that are missing left as they were; sums begun at zero always; c never added to; tiles
-   not released; the second of a tile's two eights of rows read from the first; the lanes' halves exchanged. */
+   test_kernels_pairs (with AVX512-BF16 or TEST_AMX) saw: ties away from zero; truncation; a NaN rounded as a number; halves of
+   a word exchanged; a partner of the last odd term; rows that are missing left as they were; sums begun at zero always; c
+   never added to; tiles not released; the second of a tile's two eights of rows read from the first; the lanes' halves
+   exchanged. */
 
 /* The tier's kernels, or NULL where it is not here. */
 static const tern__kernels *kernels_of(tern_isa isa)
@@ -44,7 +45,8 @@ typedef struct kernels_dot {
     int base3;
 } kernels_dot;
 
-static kernels_dot kernels_dot_new(int base3, int64_t units, int32_t panels, int32_t tokens, int64_t sum_stride, size_t shift, kernels_fill fill)
+static kernels_dot kernels_dot_new(int base3, int64_t units, int32_t panels, int32_t tokens, int64_t sum_stride, size_t shift,
+                                   kernels_fill fill)
 {
     const int64_t inputs = units * (base3 ? 20 : 16), q_stride = inputs + 37 * (int64_t)shift;
     const size_t panel_bytes = (size_t)(panels * units * TERN__UNIT), q_bytes = (size_t)((tokens - 1) * q_stride + inputs);
@@ -59,7 +61,8 @@ static kernels_dot kernels_dot_new(int base3, int64_t units, int32_t panels, int
     k.q = (int8_t *)malloc(q_bytes + shift);
     k.sum = (int32_t *)calloc(1, k.sum_bytes);
     for (i = 0; i < (int64_t)panel_bytes; i++) {
-        uint32_t byte = base3 ? test_random() % 243 : (test_random() % 3) | (test_random() % 3) << 2 | (test_random() % 3) << 4 | (test_random() % 3) << 6;
+        uint32_t byte = base3 ? test_random() % 243
+                              : (test_random() % 3) | (test_random() % 3) << 2 | (test_random() % 3) << 4 | (test_random() % 3) << 6;
         if (fill == KERNELS_HIGH || fill == KERNELS_MIXED) byte = base3 ? 242 : 0xAA;
         if (fill == KERNELS_LOW) byte = 0;
         k.panel[shift + (size_t)i] = (uint8_t)byte;
@@ -133,14 +136,16 @@ static void kernels_dot_run(const tern__kernels *k, kernels_dot *x, int32_t *acc
 #endif
 }
 
-static void kernels_compare_dot(int base3, int64_t units, int32_t panels, int32_t tokens, int64_t sum_stride, size_t shift, kernels_fill fill)
+static void kernels_compare_dot(int base3, int64_t units, int32_t panels, int32_t tokens, int64_t sum_stride, size_t shift,
+                                kernels_fill fill)
 {
     kernels_dot x = kernels_dot_new(base3, units, panels, tokens, sum_stride, shift, fill);
     kernels_dot_run(&tern__kernels_scalar, &x, kernels_acc[0]);
     KERNELS_EACH_TIER(
         kernels_dot_run(k, &x, kernels_acc[1]);
-        CHECK(memcmp(kernels_acc[0], kernels_acc[1], sizeof kernels_acc[0]) == 0, "%s: base3 %d, %d units, %d panels, %d tokens, shift %d, fill %d",
-              tier, base3, (int)units, (int)panels, (int)tokens, (int)shift, (int)fill));
+        CHECK(memcmp(kernels_acc[0], kernels_acc[1], sizeof kernels_acc[0]) == 0,
+              "%s: base3 %d, %d units, %d panels, %d tokens, shift %d, fill %d", tier, base3, (int)units, (int)panels, (int)tokens,
+              (int)shift, (int)fill));
     kernels_dot_free(&x);
 }
 
@@ -223,7 +228,8 @@ static void kernels_guarded_dot(int base3, int64_t total, int64_t units, int32_t
         memset(facc, 0x3C, bytes);
         (base3 ? k->dot_base3 : k->dot_2bit)(&guarded.d);
         CHECK(x.d.facc ? memcmp(kernels_facc[0], facc, bytes) == 0 : memcmp(kernels_acc[0], acc, bytes) == 0,
-              "%s: base3 %d, %d units in groups of %d, %d panels, %d tokens", tier, base3, (int)total, (int)units, (int)panels, (int)tokens));
+              "%s: base3 %d, %d units in groups of %d, %d panels, %d tokens", tier, base3, (int)total, (int)units,
+              (int)panels, (int)tokens));
     test_unguard(panel, x.panel_bytes);
     test_unguard(q, x.q_bytes);
     test_unguard(sum, x.sum_bytes);
@@ -243,7 +249,8 @@ static void test_kernels_dot_touches_no_more(void)
             for (panels = 1; panels <= 4; panels++)
                 for (variant = 0; variant < 4; variant++) {
                     const int64_t units = groups[(u + t + panels) % 4];
-                    kernels_guarded_dot(variant / 2, totals[u], units == 0 || units > totals[u] ? totals[u] : units, panels, tokens[t], variant % 2);
+                    kernels_guarded_dot(variant / 2, totals[u], units == 0 || units > totals[u] ? totals[u] : units, panels,
+                                        tokens[t], variant % 2);
                 }
 }
 
@@ -349,14 +356,17 @@ static void kernels_compare_groups(int base3, int64_t total, int64_t units, int3
         }
     }
     kernels_dot_run(&tern__kernels_scalar, &x, kernels_acc[0]);
-    CHECK(memcmp(wanted, kernels_facc[0], sizeof(float) * (size_t)count) == 0, "scalar: base3 %d, %d units in groups of %d", base3, (int)total, (int)units);
+    CHECK(memcmp(wanted, kernels_facc[0], sizeof(float) * (size_t)count) == 0,
+          "scalar: base3 %d, %d units in groups of %d", base3, (int)total, (int)units);
     KERNELS_EACH_TIER(
         memset(kernels_facc[0], 0x3C, sizeof kernels_facc[0]);
         kernels_dot_run(k, &x, kernels_acc[1]);
-        CHECK(memcmp(wanted, kernels_facc[0], sizeof(float) * (size_t)count) == 0, "%s: base3 %d, %d units in groups of %d, %d panels, %d tokens, scales %d",
-              tier, base3, (int)total, (int)units, (int)panels, (int)tokens, (int)type);
+        CHECK(memcmp(wanted, kernels_facc[0], sizeof(float) * (size_t)count) == 0,
+              "%s: base3 %d, %d units in groups of %d, %d panels, %d tokens, scales %d", tier, base3, (int)total, (int)units, (int)panels,
+              (int)tokens, (int)type);
         for (i = count; i < KERNELS_ACC; i++)
-            CHECK(tern__bits(kernels_facc[0][i]) == 0x3C3C3C3Cu, "%s: written beside %d panels of %d tokens", tier, (int)panels, (int)tokens));
+            CHECK(tern__bits(kernels_facc[0][i]) == 0x3C3C3C3Cu,
+                  "%s: written beside %d panels of %d tokens", tier, (int)panels, (int)tokens));
     kernels_dot_free(&x);
 }
 
@@ -370,7 +380,8 @@ static void test_kernels_groups(void)
         for (i = 0; i < 5; i++)
             for (j = 0; j < 5; j++)
                 for (t = 0; t < 11; t++)
-                    if (units[j] <= totals[i]) n++, kernels_compare_groups(base3, totals[i], units[j], 1 + n % 4, tokens[t], types[n / 4 % 4]);
+                    if (units[j] <= totals[i])
+                        n++, kernels_compare_groups(base3, totals[i], units[j], 1 + n % 4, tokens[t], types[n / 4 % 4]);
 }
 
 /* -- dot products of bits -- */
@@ -379,9 +390,11 @@ static void test_kernels_groups(void)
    faults, or right before one. */
 static void kernels_bits(int base3, int64_t total, int64_t group, int32_t panels, int32_t tokens, uint32_t each, int at_end)
 {
-    const int64_t unit = base3 ? 20 : 16, units = group ? group : total, stride = (total / units + 1) * tern__bit_words(units, unit) * 4 + tokens % 3;
+    const int64_t unit = base3 ? 20 : 16, units = group ? group : total,
+                  stride = (total / units + 1) * tern__bit_words(units, unit) * 4 + tokens % 3;
     const int64_t count = panels * tokens * TERN__ROWS, groups = (total + units - 1) / units;
-    const size_t q_bytes = (size_t)((tokens - 1) * stride + (groups - 1) * tern__bit_words(units, unit) * 4 + tern__bit_words(total - (groups - 1) * units, unit) * 4);
+    const size_t q_bytes = (size_t)((tokens - 1) * stride + (groups - 1) * tern__bit_words(units, unit) * 4
+                                    + tern__bit_words(total - (groups - 1) * units, unit) * 4);
     static int32_t wanted[KERNELS_ACC];
     static float summed[KERNELS_ACC];
     kernels_dot x = kernels_dot_new(base3, total, panels, tokens, 1, 0, KERNELS_RANDOM);
@@ -398,17 +411,20 @@ static void kernels_bits(int base3, int64_t total, int64_t group, int32_t panels
         for (t = 0; t < tokens; t++)
             for (i = 0; i < inputs; i++) {
                 if (test_random() % each) continue;
-                q[t * stride + g * tern__bit_words(units, unit) * 4 + i / 32 * 4 + i % 4] |= (uint8_t)(1u << (i % 16 / 4 * 2 + i % 32 / 16));
+                q[t * stride + g * tern__bit_words(units, unit) * 4 + i / 32 * 4 + i % 4] |=
+                    (uint8_t)(1u << (i % 16 / 4 * 2 + i % 32 / 16));
                 x.sum[t * groups + g]++;
                 for (p = 0; p < panels; p++)
                     for (r = 0; r < TERN__ROWS; r++) {
                         int8_t trits[20];
-                        tern__unpack_unit(base3 ? TERN_BASE3 : TERN_2BIT, x.d.panel + p * x.d.panel_stride + (g * units + i / unit) * 64, r, trits);
+                        tern__unpack_unit(base3 ? TERN_BASE3 : TERN_2BIT,
+                                          x.d.panel + p * x.d.panel_stride + (g * units + i / unit) * 64, r, trits);
                         wanted[(p * tokens + t) * TERN__ROWS + r] += trits[i % unit];
                     }
             }
         for (i = 0; i < count; i++) {
-            const float product = (float)wanted[i] * tern__load_scale(TERN_F16, x.scale, (i / TERN__ROWS / tokens * groups + g) * TERN__ROWS + i % TERN__ROWS);
+            const float product = (float)wanted[i] * tern__load_scale(TERN_F16, x.scale,
+                                                                      (i / TERN__ROWS / tokens * groups + g) * TERN__ROWS + i % TERN__ROWS);
             summed[i] = g ? summed[i] + product : product;
         }
     }
@@ -428,9 +444,11 @@ static void kernels_bits(int base3, int64_t total, int64_t group, int32_t panels
         memset(kernels_facc[0], 0x3C, sizeof kernels_facc[0]);
         k->dot_bits(&x.d, base3 ? TERN_BASE3 : TERN_2BIT);
         CHECK(memcmp(group ? (const void *)kernels_facc[0] : kernels_acc[0], group ? (const void *)summed : wanted, (size_t)count * 4) == 0,
-              "%s: base3 %d, %d units in groups of %d, %d panels, %d tokens, one in %d", test_tier_name[isa], base3, (int)total, (int)group, (int)panels, (int)tokens, (int)each);
+              "%s: base3 %d, %d units in groups of %d, %d panels, %d tokens, one in %d", test_tier_name[isa], base3, (int)total, (int)group,
+              (int)panels, (int)tokens, (int)each);
         for (i = count; i < KERNELS_ACC; i++)
-            CHECK(kernels_acc[0][i] == 0x3C3C3C3C && tern__bits(kernels_facc[0][i]) == 0x3C3C3C3Cu, "%s: written beside %d panels of %d tokens", test_tier_name[isa], (int)panels, (int)tokens);
+            CHECK(kernels_acc[0][i] == 0x3C3C3C3C && tern__bits(kernels_facc[0][i]) == 0x3C3C3C3Cu,
+                  "%s: written beside %d panels of %d tokens", test_tier_name[isa], (int)panels, (int)tokens);
     }
     test_unguard(panel, x.panel_bytes);
     test_unguard(bits, q_bytes);
@@ -450,7 +468,8 @@ static void test_kernels_bits(void)
         for (u = 0; u < 12; u++)
             for (g = 0; g < 6; g++)
                 for (panels = 1; panels <= TERN__PANELS; panels++, n++)
-                    if (groups[g] <= totals[u]) kernels_bits(base3, totals[u], groups[g], panels, tokens[n % 5], each[(n + u + g) % 5], n % 2);
+                    if (groups[g] <= totals[u])
+                        kernels_bits(base3, totals[u], groups[g], panels, tokens[n % 5], each[(n + u + g) % 5], n % 2);
     for (base3 = 0; base3 < 2; base3++) {
         kernels_bits(base3, 5, 0, 2, TERN__TOKENS, 3, 1);
         kernels_bits(base3, 5, 0, 4, TERN__PAIRS / 4, 60, 0);
@@ -498,7 +517,8 @@ static void test_kernels_emit(void)
                     memcpy(got, y, sizeof(float) * (size_t)size);
                     e.y = got;
                     k->emit(&e);
-                    CHECK(memcmp(wanted, got, sizeof(float) * (size_t)size) == 0, "%s: %d tokens, %d rows, variant %d", tier, (int)tokens[n], rows, variant));
+                    CHECK(memcmp(wanted, got, sizeof(float) * (size_t)size) == 0,
+                          "%s: %d tokens, %d rows, variant %d", tier, (int)tokens[n], rows, variant));
                 free(scale);
                 free(s);
                 free(bias);
@@ -514,7 +534,8 @@ static void test_kernels_emit(void)
 static void kernels_dot_i8(int64_t units, int32_t panels, int32_t tokens, int32_t add, size_t shift, int32_t extreme)
 {
     const int64_t acc_row = panels * TERN__ROWS + (tokens % 3), size = (tokens - 1) * acc_row + panels * TERN__ROWS;
-    int32_t *start = (int32_t *)malloc(((size_t)size + shift) * 4), *want = (int32_t *)malloc((size_t)size * 4), *got = (int32_t *)malloc(((size_t)size + shift) * 4);
+    int32_t *start = (int32_t *)malloc(((size_t)size + shift) * 4), *want = (int32_t *)malloc((size_t)size * 4),
+            *got = (int32_t *)malloc(((size_t)size + shift) * 4);
     int32_t *sum = (int32_t *)malloc((size_t)tokens * 4);
     int8_t *q = (int8_t *)malloc((size_t)(tokens * units * 4));
     uint8_t *code = kernels_code;
@@ -544,8 +565,8 @@ static void kernels_dot_i8(int64_t units, int32_t panels, int32_t tokens, int32_
         if (!k) continue;
         memcpy(got + shift, start, (size_t)size * 4);
         k->dot_i8(&d, acc_row, add);
-        CHECK(memcmp(got + shift, want, (size_t)size * 4) == 0, "%s: %d units, %d panels, %d tokens, add %d, extreme %d", test_tier_name[isa],
-              (int)units, (int)panels, (int)tokens, (int)add, (int)extreme);
+        CHECK(memcmp(got + shift, want, (size_t)size * 4) == 0, "%s: %d units, %d panels, %d tokens, add %d, extreme %d",
+              test_tier_name[isa], (int)units, (int)panels, (int)tokens, (int)add, (int)extreme);
     }
     free(start); free(want); free(got); free(sum); free(q);
 }
@@ -558,7 +579,8 @@ static void test_kernels_dot_i8(void)
     for (u = 0; u < 9; u++)
         for (t = 0; t < 16; t++)
             for (panels = 1; panels <= 4; panels++, variant++)
-                if (tokens[t] < 200 || u == 1) kernels_dot_i8(units[u], panels, tokens[t], (variant / 4 + variant) % 2, (size_t)variant % 5, variant % 7 == 0);
+                if (tokens[t] < 200 || u == 1)
+                    kernels_dot_i8(units[u], panels, tokens[t], (variant / 4 + variant) % 2, (size_t)variant % 5, variant % 7 == 0);
     kernels_dot_i8(TERN__I8_K / 4, 4, 13, 0, 1, 1);
 }
 
@@ -566,7 +588,8 @@ static void test_kernels_dot_i8(void)
 
 /* A tile of each tier with m rows or more against the definition; a, strided, lies in a buffer of exactly that size.
    to_c: to rows 37 apart, and the floats between them stay. */
-static void kernels_compare_tile(int64_t m, int64_t n, int64_t a_row, int64_t a_col, int32_t first, int32_t trits, int32_t to_c, int32_t add)
+static void kernels_compare_tile(int64_t m, int64_t n, int64_t a_row, int64_t a_col, int32_t first, int32_t trits,
+                                 int32_t to_c, int32_t add)
 {
     const int64_t size = (m - 1) * a_row + (n - 1) * a_col + 1;
     float *a = test_floats(size), *start = test_floats(16 * TERN__LANES), *c = test_floats(16 * 37), want[16 * 37], got[16 * 37];
@@ -591,8 +614,8 @@ static void kernels_compare_tile(int64_t m, int64_t n, int64_t a_row, int64_t a_
         k->pack_a(m, n, a, a_row, a_col, kernels_a);
         for (j = 0; j < n; j++)
             for (i = 0; i < m; i++)
-                CHECK(tern__bits(kernels_a[j * k->rows + i]) == tern__bits(a[i * a_row + j * a_col]), "%s: pack %d x %d, strides %d and %d", test_tier_name[isa],
-                      (int)m, (int)n, (int)a_row, (int)a_col);
+                CHECK(tern__bits(kernels_a[j * k->rows + i]) == tern__bits(a[i * a_row + j * a_col]),
+                      "%s: pack %d x %d, strides %d and %d", test_tier_name[isa], (int)m, (int)n, (int)a_row, (int)a_col);
         for (fused = 0; fused <= trits; fused++) {
             tern__tile t;
             t.k = n; t.a = kernels_a; t.b = kernels_b;
@@ -602,8 +625,9 @@ static void kernels_compare_tile(int64_t m, int64_t n, int64_t a_row, int64_t a_
             memcpy(kernels_p[1], start, sizeof kernels_p[1]);
             memcpy(got, c, sizeof got);
             (fused ? k->tile_fused : k->tile)(&t);
-            CHECK(memcmp(kernels_p[0], kernels_p[1], sizeof kernels_p[0]) == 0 && memcmp(want, got, sizeof want) == 0, "%s: tile%s %d x %d, first %d, c %d, add %d",
-                  test_tier_name[isa], fused ? " of trits, fused" : "", (int)m, (int)n, (int)first, (int)to_c, (int)add);
+            CHECK(memcmp(kernels_p[0], kernels_p[1], sizeof kernels_p[0]) == 0 && memcmp(want, got, sizeof want) == 0,
+                  "%s: tile%s %d x %d, first %d, c %d, add %d", test_tier_name[isa], fused ? " of trits, fused" : "", (int)m, (int)n,
+                  (int)first, (int)to_c, (int)add);
         }
     }
     free(a);
@@ -620,7 +644,8 @@ static void test_kernels_tile(void)
         for (n = 0; n < 8; n++)
             for (variant = 0; variant < 4; variant++) {
                 const int64_t k = terms[n];
-                const int32_t first = (variant + n + (int)m) % 2, trits = (variant / 2 + n) % 2, to_c = (int32_t)(m / 2 + n + variant) % 2, add = (n / 2 + variant) % 2;
+                const int32_t first = (variant + n + (int)m) % 2, trits = (variant / 2 + n) % 2, to_c = (int32_t)(m / 2 + n + variant) % 2,
+                              add = (n / 2 + variant) % 2;
                 if (variant == 0) kernels_compare_tile(m, k, k, 1, first, trits, to_c, add);
                 if (variant == 1) kernels_compare_tile(m, k, 1, m, first, trits, to_c, add);
                 if (variant == 2) kernels_compare_tile(m, k, 3 * k + 2, 3, first, trits, to_c, add);
@@ -642,8 +667,10 @@ static void test_kernels_columns(void)
                     for (l = 0; l < lanes; l++) want[i * 40 + l] = from[l * 41 + i];
                 k->columns(lanes, len, from, 41, got, 40);
                 for (i = 0; i < len; i++)
-                    CHECK(memcmp(want + i * 40, got + i * 40, (size_t)lanes * 4) == 0, "%s: %d columns of %d, row %d", tier, (int)lanes, (int)len, (int)i);
-                CHECK(memcmp(want + len * 40, got + len * 40, (size_t)(40 * 41 - len * 40) * 4) == 0, "%s: behind %d columns of %d", tier, (int)lanes, (int)len));
+                    CHECK(memcmp(want + i * 40, got + i * 40, (size_t)lanes * 4) == 0,
+                          "%s: %d columns of %d, row %d", tier, (int)lanes, (int)len, (int)i);
+                CHECK(memcmp(want + len * 40, got + len * 40, (size_t)(40 * 41 - len * 40) * 4) == 0,
+                      "%s: behind %d columns of %d", tier, (int)lanes, (int)len));
 }
 
 /* Right operands: int8 of every number of lanes times scales of their rows, and units of trits. */
@@ -664,20 +691,26 @@ static void test_kernels_operands(void)
     for (base3 = 0; base3 < 2; base3++)
         for (units = 1; units <= 3; units++) {
             const int32_t inputs = base3 ? 20 : 16;
-            for (i = 0; i < 3 * 64; i++) unit[i] = (uint8_t)(base3 ? test_random() % 243 : (test_random() % 3) | (test_random() % 3) << 2 | (test_random() % 3) << 4 | (test_random() % 3) << 6);
-            for (i = 0; i < 16 * units; i++) tern__unpack_unit(base3 ? TERN_BASE3 : TERN_2BIT, unit + i % units * 64, i / units, want_t + i / units * 64 + i % units * inputs);
+            for (i = 0; i < 3 * 64; i++)
+                unit[i] = (uint8_t)(base3 ? test_random() % 243 : (test_random() % 3) | (test_random() % 3) << 2 | (test_random() % 3) << 4
+                                    | (test_random() % 3) << 6);
+            for (i = 0; i < 16 * units; i++)
+                tern__unpack_unit(base3 ? TERN_BASE3 : TERN_2BIT, unit + i % units * 64, i / units,
+                                  want_t + i / units * 64 + i % units * inputs);
             KERNELS_EACH_TIER(
                 k->trits(base3, units, unit, got_t);
                 for (i = 0; i < 16; i++)
-                    CHECK(memcmp(want_t + i * 64, got_t + i * 64, (size_t)(units * inputs)) == 0, "%s: row %d of %d units, base %d", tier, (int)i, (int)units, base3 ? 3 : 2));
+                    CHECK(memcmp(want_t + i * 64, got_t + i * 64, (size_t)(units * inputs)) == 0,
+                          "%s: row %d of %d units, base %d", tier, (int)i, (int)units, base3 ? 3 : 2));
         }
 }
 
 /* -- pairs of bf16 -- */
 
 enum { KERNELS_PAIR_ROWS = 80, KERNELS_PAIR_TERMS = 2 * TERN__K_BLOCK };
-static float kernels_pair_a[KERNELS_PAIR_ROWS * KERNELS_PAIR_TERMS / 2] TERN__ALIGN64, kernels_pair_b[KERNELS_PAIR_TERMS * TERN__LANES / 2] TERN__ALIGN64,
-    kernels_pair_p[KERNELS_PAIR_ROWS * TERN__LANES] TERN__ALIGN64;
+static float kernels_pair_a[KERNELS_PAIR_ROWS * KERNELS_PAIR_TERMS / 2] TERN__ALIGN64,
+             kernels_pair_b[KERNELS_PAIR_TERMS * TERN__LANES / 2] TERN__ALIGN64,
+             kernels_pair_p[KERNELS_PAIR_ROWS * TERN__LANES] TERN__ALIGN64;
 
 static uint16_t kernels_half(const float *words, int64_t i)
 {
@@ -693,11 +726,14 @@ static int kernels_same_bf16(uint16_t got, float x)
 }
 
 /* Both sides as they are packed, each half a value by tern__to_bf16 or zero; then tiles beside float64 of these halves. */
-static void kernels_compare_pairs(const tern__pairs *k, int64_t m, int64_t n, int64_t a_row, int64_t a_col, int special, int32_t first, int32_t to_c, int32_t add)
+static void kernels_compare_pairs(const tern__pairs *k, int64_t m, int64_t n, int64_t a_row, int64_t a_col, int special, int32_t first,
+                                  int32_t to_c, int32_t add)
 {
-    static const uint32_t specials[] = {0x7FC00000u, 0x7F800001u, 0xFF800000u, 0x3F808000u, 0x3F818000u, 0xBF808001u, 0x3F807FFFu, 0x00012345u, 0x7FFFFFFFu, 0x80000000u};
+    static const uint32_t specials[] = {0x7FC00000u, 0x7F800001u, 0xFF800000u, 0x3F808000u, 0x3F818000u, 0xBF808001u, 0x3F807FFFu,
+                                        0x00012345u, 0x7FFFFFFFu, 0x80000000u};
     const int64_t steps = (n + 31) / 32, size = (m - 1) * a_row + (n - 1) * a_col + 1, padded = (m + 15) / 16 * 16;
-    float *a = test_floats(size), *b = test_floats(n * TERN__LANES), *scale = test_floats(n), *start = test_floats(padded * TERN__LANES), *c = test_floats(m * 37), *before = test_floats(m * 37);
+    float *a = test_floats(size), *b = test_floats(n * TERN__LANES), *scale = test_floats(n), *start = test_floats(padded * TERN__LANES),
+          *c = test_floats(m * 37), *before = test_floats(m * 37);
     int64_t i, j, l, wrong = 0;
     tern__tile t;
     for (i = 0; special && i < size; i += 3) memcpy(&a[i], &specials[i / 3 % 10], 4);
@@ -709,7 +745,8 @@ static void kernels_compare_pairs(const tern__pairs *k, int64_t m, int64_t n, in
     for (j = 0; j < n; j += 32) k->pack_b(tern__min(32, n - j), b + j * TERN__LANES, kernels_pair_b + j * 16);
     for (i = 0; i < padded; i++)
         for (j = 0; j < 32 * steps; j++)
-            wrong += !kernels_same_bf16(kernels_half(kernels_pair_a, (i / 16 * steps + j / 32) * 512 + i % 16 * 32 + j % 32), i < m && j < n ? a[i * a_row + j * a_col] * scale[j] : 0.0f);
+            wrong += !kernels_same_bf16(kernels_half(kernels_pair_a, (i / 16 * steps + j / 32) * 512 + i % 16 * 32 + j % 32),
+                                        i < m && j < n ? a[i * a_row + j * a_col] * scale[j] : 0.0f);
     CHECK(wrong == 0, "%d of a, %d x %d, strides %d and %d, special %d", (int)wrong, (int)m, (int)n, (int)a_row, (int)a_col, special);
     for (wrong = 0, j = 0; j < 32 * steps; j++)
         for (l = 0; l < TERN__LANES; l++)
@@ -727,7 +764,8 @@ static void kernels_compare_pairs(const tern__pairs *k, int64_t m, int64_t n, in
             const double from = !to_c ? 0.0 : add ? (double)before[i * 37 + l] : 0.0;
             double sum = l < 32 && !first ? (double)start[i * 32 + l] : 0.0, bound = fabs(sum) + fabs(from);
             for (j = 0; l < 32 && j < n; j++) {
-                const double product = (double)tern__from_bf16(tern__to_bf16(a[i * a_row + j * a_col] * scale[j])) * (double)tern__from_bf16(tern__to_bf16(b[j * 32 + l]));
+                const double product = (double)tern__from_bf16(tern__to_bf16(a[i * a_row + j * a_col] * scale[j]))
+                                       * (double)tern__from_bf16(tern__to_bf16(b[j * 32 + l]));
                 sum += product;
                 bound += fabs(product);
             }
@@ -750,7 +788,8 @@ static void kernels_pairs(const tern__pairs *k)
         for (n = 0; n < 8; n++)
             for (variant = 0; variant < 3; variant++) {
                 const int64_t i = rows[m], j = terms[n];
-                const int special = (m + n + variant) % 4 == 0, first = (m + n) % 2, to_c = (m / 2 + n + variant) % 2, add = (n / 2 + variant) % 2;
+                const int special = (m + n + variant) % 4 == 0, first = (m + n) % 2, to_c = (m / 2 + n + variant) % 2,
+                          add = (n / 2 + variant) % 2;
                 if (i * j > 17 * KERNELS_PAIR_TERMS) continue;
                 kernels_compare_pairs(k, i, j, variant ? 1 : j, variant ? i + variant - 1 : 1, special, first, to_c, add);
                 kernels_compare_pairs(k, i, j, 3 * j + 2, 3, special, !first, !to_c, add);
@@ -822,7 +861,8 @@ static void test_kernels_tile_fused_is_close(void)
                     sum += product;
                     size += fabs(product);
                 }
-                CHECK(fabs(sum - (double)kernels_p[0][i * TERN__LANES + l]) < size * 100 * 6e-8, "%s: row %d, lane %d", test_tier_name[isa], (int)i, (int)l);
+                CHECK(fabs(sum - (double)kernels_p[0][i * TERN__LANES + l]) < size * 100 * 6e-8,
+                      "%s: row %d, lane %d", test_tier_name[isa], (int)i, (int)l);
             }
     }
     free(a);
@@ -876,7 +916,8 @@ static void kernels_compare_floats(int base3, int32_t panels, int32_t tokens, in
         for (i = 0; i < KERNELS_P; i++) /* the panel behind an odd number of them is spoil */
             if (i / TERN__STRIP >= tokens || i % TERN__STRIP / 16 != panels || panels % 2 == 0)
                 wrong += tern__bits(kernels_sums[0][i]) != tern__bits(kernels_sums[1][i]);
-        CHECK(wrong == 0, "%s: base3 %d, %d panels, %d tokens, inputs %d + %d, first %d: %d", tier, base3, (int)panels, (int)tokens, (int)from, (int)inputs, (int)first, (int)wrong));
+        CHECK(wrong == 0, "%s: base3 %d, %d panels, %d tokens, inputs %d + %d, first %d: %d", tier, base3, (int)panels, (int)tokens,
+              (int)from, (int)inputs, (int)first, (int)wrong));
     kernels_dot_free(&packed);
     free(x);
     free(start);
@@ -936,15 +977,19 @@ static void test_kernels_sum_above(void)
                     above += fabsf(v) > deltas[d];
                 }
                 wanted = tern__sum_scalar(TERN_SUM_ABS, n, kept);
-                CHECK(tern__sum_above_scalar(of, n, stored, NULL, deltas[d], &count) == wanted && count == before + above, "%d floats", (int)n);
+                CHECK(tern__sum_above_scalar(of, n, stored, NULL, deltas[d], &count) == wanted && count == before + above,
+                      "%d floats", (int)n);
                 KERNELS_EACH_TIER(
+                    const uint8_t *ask = n % 3 ? (const uint8_t *)stored : NULL;
                     count = before;
-                    CHECK(tern__bits(k->sum_above(of, n, stored, n % 3 ? (const uint8_t *)stored : NULL, deltas[d], &count)) == tern__bits(wanted), "%s: %d of type %d", tier, (int)n, (int)of);
+                    CHECK(tern__bits(k->sum_above(of, n, stored, ask, deltas[d], &count)) == tern__bits(wanted), "%s: %d of type %d",
+                          tier, (int)n, (int)of);
                     CHECK(count == before + above, "%s: %d above %g of %d", tier, (int)(count - before), (double)deltas[d], (int)n));
                 if (d == 0 && n > 0) { /* among all, a NaN is seen */
                     tern__store_float(of, stored, n / 2, NAN);
                     CHECK(isnan(tern__sum_above_scalar(of, n, stored, NULL, -1.0f, &count)), "%d floats", (int)n);
-                    KERNELS_EACH_TIER(CHECK(isnan(k->sum_above(of, n, stored, NULL, -1.0f, &count)), "%s: %d of type %d", tier, (int)n, (int)of));
+                    KERNELS_EACH_TIER(CHECK(isnan(k->sum_above(of, n, stored, NULL, -1.0f, &count)), "%s: %d of type %d", tier,
+                                            (int)n, (int)of));
                 }
                 free(stored);
                 free(kept);
@@ -971,7 +1016,8 @@ static void test_kernels_absmax(void)
                     if (size > 0 && s >= 4) CHECK(!tern__finite(tern__float(wanted)), "%g must win", (double)special[s]);
                     KERNELS_EACH_TIER(
                         const uint32_t got = k->absmax(size, x + 1, g);
-                        CHECK(got == wanted || (got > 0x7F800000u && wanted > 0x7F800000u), "%s: %g among %d: %08x, not %08x", tier, (double)special[s], (int)size, (unsigned)got, (unsigned)wanted));
+                        CHECK(got == wanted || (got > 0x7F800000u && wanted > 0x7F800000u),
+                              "%s: %g among %d: %08x, not %08x", tier, (double)special[s], (int)size, (unsigned)got, (unsigned)wanted));
                     free(x);
                     free(gain);
                 }
@@ -1056,12 +1102,14 @@ static void test_kernels_widen(void)
             for (n = 1; n < 130; n += n % 16 == 1 ? 14 : 1) {
                 memset(got, 0x3C, sizeof got);
                 k->widen(of, n, from + 0x3C01, got);
-                CHECK(memcmp(wanted + 0x3C01, got, (size_t)n * 4) == 0 && tern__bits(got[n]) == 0x3C3C3C3C, "%s: %d of type %d", tier, n, (int)of);
+                CHECK(memcmp(wanted + 0x3C01, got, (size_t)n * 4) == 0 && tern__bits(got[n]) == 0x3C3C3C3C,
+                      "%s: %d of type %d", tier, n, (int)of);
             });
     }
 }
 
-static void kernels_pack(const tern__kernels *k, int base3, tern_type type, int64_t n, const void *x, int64_t stride, int64_t rows, const float *threshold, uint8_t *unit)
+static void kernels_pack(const tern__kernels *k, int base3, tern_type type, int64_t n, const void *x, int64_t stride, int64_t rows,
+                         const float *threshold, uint8_t *unit)
 {
     tern__packing p;
     p.type = type; p.x = x;
@@ -1090,7 +1138,8 @@ static void test_kernels_ternarize(void)
                 void *stored;
                 int64_t r, i;
                 int zeros = 0;
-                for (r = 0; r < TERN__ROWS; r++) threshold[r] = r >= rows ? FLT_MAX : r % 5 == 2 ? 0.0f : r % 5 == 3 ? 0.40699f : 0.40625f; /* the fourth lies between two of bf16 */
+                for (r = 0; r < TERN__ROWS; r++) /* the fourth threshold lies between two of bf16 */
+                    threshold[r] = r >= rows ? FLT_MAX : r % 5 == 2 ? 0.0f : r % 5 == 3 ? 0.40699f : 0.40625f;
                 for (r = 0; r < rows; r++)
                     for (i = 0; i < size; i++) {
                         float *v = &x[r * stride + i];
@@ -1107,14 +1156,16 @@ static void test_kernels_ternarize(void)
                 for (i = 0; i < size; i++) {
                     int8_t t[20];
                     tern__unpack_unit(base3 ? TERN_BASE3 : TERN_2BIT, wanted + i / (base3 ? 20 : 16) * TERN__UNIT, 0, t);
-                    CHECK(t[i % (base3 ? 20 : 16)] == (fabsf(x[i]) > threshold[0] ? x[i] > 0 ? 1 : -1 : 0), "trit %d of %d", (int)i, (int)size);
+                    CHECK(t[i % (base3 ? 20 : 16)] == (fabsf(x[i]) > threshold[0] ? x[i] > 0 ? 1 : -1 : 0),
+                          "trit %d of %d", (int)i, (int)size);
                     zeros += t[i % (base3 ? 20 : 16)] == 0;
                 }
                 CHECK(zeros > 0, "no zeros");
                 KERNELS_EACH_TIER(
                     memset(got, 0x3C, bytes);
                     kernels_pack(k, base3, type, size, stored, stride, rows, threshold, got);
-                    CHECK(memcmp(wanted, got, bytes) == 0, "%s: %d rows of %d, base3 %d, type %d", tier, (int)rows, (int)size, base3, (int)type));
+                    CHECK(memcmp(wanted, got, bytes) == 0,
+                          "%s: %d rows of %d, base3 %d, type %d", tier, (int)rows, (int)size, base3, (int)type));
                 free(stored);
                 free(wanted);
                 free(got);

@@ -1,8 +1,9 @@
 /* Room 14, backends: every operation of the table. Forward results are the scalar single-thread result bit
    for bit on every tier, for any number of threads and any split of the batch, with hashes that hold on
    every machine; gradients stand beside float64 references.
-   Mutations that test_bf16_products saw (with AVX512-BF16 or TEST_AMX): ties away from zero; truncation; scales left out; scales of groups taken
-   from the first one; scales of rows rounded by themselves; the first 32 scales for all terms. */
+   Mutations that test_bf16_products saw (with AVX512-BF16 or TEST_AMX): ties away from zero; truncation;
+   scales left out; scales of groups taken from the first one; scales of rows rounded by themselves; the
+   first 32 scales for all terms. */
 #include <math.h>
 #include <stddef.h>
 
@@ -94,7 +95,8 @@ static void same_for_threads_as(work *f, tern_isa isa, const record *want, int f
     int i;
     for (i = first; i < TEST_THREAD_COUNTS; i++) {
         record got = record_of(f, isa, test_threads[i]);
-        CHECK(got.size == want->size && memcmp(got.data, want->data, got.size) == 0, "tier %d with %d threads differs", (int)isa, (int)test_threads[i]);
+        CHECK(got.size == want->size && memcmp(got.data, want->data, got.size) == 0,
+              "tier %d with %d threads differs", (int)isa, (int)test_threads[i]);
         free(got.data);
     }
 }
@@ -150,7 +152,8 @@ static tern_matrix hold_matrix(tern_context *c, int64_t rows, int64_t cols, int3
     return a.m;
 }
 
-static tern_quantize_args hold_activations(tern_context *c, tern_act act, const tern_matrix *m, int64_t n, const float *x, tern_norm_kind norm, const float *gain)
+static tern_quantize_args hold_activations(tern_context *c, tern_act act, const tern_matrix *m, int64_t n, const float *x,
+                                           tern_norm_kind norm, const float *gain)
 {
     tern_quantize_args a = TERN_ZERO;
     int64_t stride = 0, groups = 0;
@@ -169,7 +172,8 @@ static tern_quantize_args hold_activations(tern_context *c, tern_act act, const 
     return a;
 }
 
-static tern_quantize_args hold_quantized(tern_context *c, const tern_matrix *m, int64_t n, const float *x, tern_norm_kind norm, const float *gain)
+static tern_quantize_args hold_quantized(tern_context *c, const tern_matrix *m, int64_t n, const float *x, tern_norm_kind norm,
+                                         const float *gain)
 {
     return hold_activations(c, TERN_ACT_INT8, m, n, x, norm, gain);
 }
@@ -262,7 +266,8 @@ static void odd_products(tern_context *c, record *r)
     for (i = 0; i < TEST_SIZES; i++)
         for (j = 0; j < TEST_SIZES; j++)
             for (g = 0; g < 5; g++, variant++) {
-                const tern_matrix m = hold_matrix(c, test_sizes[i], test_sizes[j], every_grain[g], variant & 1 ? TERN_BASE3 : TERN_2BIT, every_scale_type[variant / 2 % 4]);
+                const tern_matrix m = hold_matrix(c, test_sizes[i], test_sizes[j], every_grain[g], variant & 1 ? TERN_BASE3 : TERN_2BIT,
+                                                  every_scale_type[variant / 2 % 4]);
                 record_unpacked(c, r, &m);
                 record_product(c, r, &m, tokens[variant % 3], variant >> 2);
                 release();
@@ -341,7 +346,8 @@ static void record_kinds(tern_context *c, record *r, const tern_matrix *m, int64
     a.scale = bits.scale;
     a.sum = bits.sum;
     CHECK_OK(c, tern_matmul(c, &a));
-    CHECK(memcmp(a.y, y, (size_t)(n * m->rows) * 4) == 0, "%d x %d, grain %d, %d tokens: bits are not 0 and 1", (int)m->rows, (int)m->cols, (int)m->grain, (int)n);
+    CHECK(memcmp(a.y, y, (size_t)(n * m->rows) * 4) == 0,
+          "%d x %d, grain %d, %d tokens: bits are not 0 and 1", (int)m->rows, (int)m->cols, (int)m->grain, (int)n);
     a = matmul_of(&int4, NULL, y);
     CHECK_OK(c, tern_matmul(c, &a));
     record_words(r, y, n * m->rows);
@@ -354,7 +360,8 @@ static void kind_products(tern_context *c, record *r)
     for (i = 0; i < TEST_SIZES; i++)
         for (j = 0; j < TEST_SIZES; j++)
             for (g = 0; g < 5; g++, variant++) {
-                const tern_matrix m = hold_matrix(c, test_sizes[i], test_sizes[j], every_grain[g], variant & 1 ? TERN_BASE3 : TERN_2BIT, every_scale_type[variant / 2 % 4]);
+                const tern_matrix m = hold_matrix(c, test_sizes[i], test_sizes[j], every_grain[g], variant & 1 ? TERN_BASE3 : TERN_2BIT,
+                                                  every_scale_type[variant / 2 % 4]);
                 record_kinds(c, r, &m, tokens[variant % 3], variant % 4 ? 2 : 40);
                 release();
             }
@@ -405,13 +412,16 @@ static void guarded_product(const test_context *t, int64_t rows, int64_t cols, i
         for (i = 2; i < 5; i++) memset(guarded[i], 0x55, size[i]);
         CHECK_OK(t[isa].c, tern_quantize(t[isa].c, &z));
         for (i = 2; i < 5; i++)
-            CHECK(memcmp(guarded[i], from[i], size[i]) == 0, "%s: %d x %d, grain %d, %d tokens: activations differ", test_tier_name[isa], (int)rows, (int)cols, (int)grain, (int)n);
+            CHECK(memcmp(guarded[i], from[i], size[i]) == 0,
+                  "%s: %d x %d, grain %d, %d tokens: activations differ", test_tier_name[isa], (int)rows, (int)cols, (int)grain, (int)n);
         g.q = z.q;
         CHECK_OK(t[isa].c, tern_matmul(t[isa].c, &g));
-        CHECK(memcmp(g.y, a.y, size[7]) == 0, "%s: %d x %d, grain %d, %d tokens, variant %d: int8 differs", test_tier_name[isa], (int)rows, (int)cols, (int)grain, (int)n, variant);
+        CHECK(memcmp(g.y, a.y, size[7]) == 0, "%s: %d x %d, grain %d, %d tokens, variant %d: int8 differs", test_tier_name[isa], (int)rows,
+              (int)cols, (int)grain, (int)n, variant);
         g.q = NULL;
         CHECK_OK(t[isa].c, tern_matmul(t[isa].c, &g));
-        CHECK(memcmp(g.y, b.y, size[7]) == 0, "%s: %d x %d, grain %d, %d tokens, variant %d: float differs", test_tier_name[isa], (int)rows, (int)cols, (int)grain, (int)n, variant);
+        CHECK(memcmp(g.y, b.y, size[7]) == 0, "%s: %d x %d, grain %d, %d tokens, variant %d: float differs", test_tier_name[isa], (int)rows,
+              (int)cols, (int)grain, (int)n, variant);
     }
     for (i = 0; i < 8; i++) test_unguard(guarded[i], size[i]);
     release();
@@ -428,7 +438,8 @@ static void test_every_shape(void)
         for (j = 0; j < 7; j++)
             for (n = 0; n < 9; n++)
                 for (g = 0; g < 4; g++)
-                    for (base3 = 0; base3 < 2; base3++) guarded_product(t, rows[i], cols[j], tokens[n], grains[g], base3 | (i + j + n + g) % 4 << 1);
+                    for (base3 = 0; base3 < 2; base3++)
+                        guarded_product(t, rows[i], cols[j], tokens[n], grains[g], base3 | (i + j + n + g) % 4 << 1);
     for (isa = TERN_ISA_SCALAR; isa < TERN__ISA_END; isa++) test_close(&t[isa]);
 }
 
@@ -574,7 +585,8 @@ static void fused_products(tern_context *c, record *r)
             for (col = 0; col < a.n; col++) {
                 double sum = a.bias[col];
                 for (k = 0; k < a.k; k++) sum += (double)a.a[row * a.k + k] * a.b[col * a.k + k];
-                CHECK(fabs(a.c[row * a.c_row + col] - sum) < 1e-4, "[%d][%d]: %g, not %g", (int)row, (int)col, a.c[row * a.c_row + col], sum);
+                CHECK(fabs(a.c[row * a.c_row + col] - sum) < 1e-4,
+                      "[%d][%d]: %g, not %g", (int)row, (int)col, a.c[row * a.c_row + col], sum);
             }
         record_words(r, a.c, a.m * a.c_row);
         release();
@@ -650,8 +662,8 @@ static void dense_i8_case(tern_context *c, tern_dense_i8_args a)
             want[row * a.c_row + col] = (int32_t)(uint32_t)(uint64_t)sum;
         }
     CHECK_OK(c, tern_dense_i8(c, &a));
-    CHECK(memcmp(a.c, want, (size_t)size * 4) == 0, "%s: [%d, %d] * [%d, %d], a %d %d, b %d %d, add %d", tern_backend_name(c), (int)a.m, (int)a.k,
-          (int)a.k, (int)a.n, (int)a.a_row, (int)a.a_col, (int)a.b_row, (int)a.b_col, (int)a.add);
+    CHECK(memcmp(a.c, want, (size_t)size * 4) == 0, "%s: [%d, %d] * [%d, %d], a %d %d, b %d %d, add %d", tern_backend_name(c), (int)a.m,
+          (int)a.k, (int)a.k, (int)a.n, (int)a.a_row, (int)a.a_col, (int)a.b_row, (int)a.b_col, (int)a.add);
     release();
 }
 
@@ -883,7 +895,8 @@ static void rope_values(tern_context *c, record *unused)
                 const int64_t at = t * a.stride + h * 16 + i;
                 const double angle = (double)(2000 + t % 30) * pow(10000.0, -2.0 * i / 16);
                 CHECK(fabs(a.x[at] - (x[at] * cos(angle) - x[at + 8] * sin(angle))) < 1e-3, "token %d pair %d: %g", (int)t, i, a.x[at]);
-                CHECK(fabs(a.x[at + 8] - (x[at] * sin(angle) + x[at + 8] * cos(angle))) < 1e-3, "token %d pair %d: %g", (int)t, i, a.x[at + 8]);
+                CHECK(fabs(a.x[at + 8] - (x[at] * sin(angle) + x[at + 8] * cos(angle))) < 1e-3,
+                      "token %d pair %d: %g", (int)t, i, a.x[at + 8]);
             }
     a.inverse = 1;
     CHECK_OK(c, tern_rope(c, &a));
@@ -1222,7 +1235,8 @@ static tern_attention_args attention_of(int64_t batch, int64_t queries, int64_t 
     return a;
 }
 
-static const int64_t attention_shapes[][6] = {{1, 1, 1, 1, 1, 1}, {2, 5, 5, 4, 2, 6}, {3, 33, 33, 2, 2, 17}, {2, 3, 40, 6, 1, 8}, {1, 200, 200, 2, 1, 32}, {1, 2, 2100, 1, 1, 4}};
+static const int64_t attention_shapes[][6] = {
+    {1, 1, 1, 1, 1, 1}, {2, 5, 5, 4, 2, 6}, {3, 33, 33, 2, 2, 17}, {2, 3, 40, 6, 1, 8}, {1, 200, 200, 2, 1, 32}, {1, 2, 2100, 1, 1, 4}};
 
 static tern_attention_args attention_case(int i)
 {
@@ -1246,7 +1260,8 @@ static void attentions(tern_context *c, record *r)
 static void test_attention(void) { same_everywhere(attentions, UINT64_C(0x938DA8664971EB3E)); }
 
 /* The forward of one head and query in float64: probabilities into p, the output into y. */
-static void attention_row(const tern_attention_args *a, const double *q, const double *k, const double *v, int64_t visible, double *p, double *y)
+static void attention_row(const tern_attention_args *a, const double *q, const double *k, const double *v, int64_t visible,
+                          double *p, double *y)
 {
     double sum = 0.0;
     int64_t j;
@@ -1289,7 +1304,8 @@ static void attention_values(tern_context *c, record *unused)
                     const int64_t visible = a.keys - a.queries + t + 1, kv_head = h / (a.heads / a.kv_heads) * a.dim;
                     const float *got = a.y + ((b * a.queries + t) * a.heads + h) * a.dim;
                     const float *row = a.p + ((b * a.heads + h) * a.queries + t) * a.keys;
-                    attention_row(&a, q + (b * a.queries + t) * width + h * a.dim, kv + b * a.keys * width + k_at + kv_head, kv + b * a.keys * width + v_at + kv_head, visible, p, y);
+                    attention_row(&a, q + (b * a.queries + t) * width + h * a.dim, kv + b * a.keys * width + k_at + kv_head,
+                                  kv + b * a.keys * width + v_at + kv_head, visible, p, y);
                     for (j = 0; j < a.dim; j++) CHECK(fabs(got[j] - y[j]) < 2e-6, "y %g, not %g", got[j], y[j]);
                     for (j = 0; j < a.keys; j++) CHECK(fabs(row[j] - (j < visible ? p[j] : 0.0)) < 1e-6, "p %g, not %g", row[j], p[j]);
                 }
@@ -1321,9 +1337,11 @@ static void decoding(tern_context *c, record *unused)
                 one.k = a.k + b * a.keys * a.k_stride;
                 one.v = a.v + b * a.keys * a.v_stride;
                 CHECK_OK(c, tern_attention(c, &one));
-                CHECK(memcmp(one.y, a.y + (b * a.queries + t) * width, (size_t)width * 4) == 0, "case %d: output of query %d differs", cases[i], (int)t);
+                CHECK(memcmp(one.y, a.y + (b * a.queries + t) * width, (size_t)width * 4) == 0,
+                      "case %d: output of query %d differs", cases[i], (int)t);
                 for (h = 0; h < a.heads; h++)
-                    CHECK(memcmp(one.p + h * one.keys, a.p + ((b * a.heads + h) * a.queries + t) * a.keys, (size_t)one.keys * 4) == 0, "case %d: probabilities of query %d differ", cases[i], (int)t);
+                    CHECK(memcmp(one.p + h * one.keys, a.p + ((b * a.heads + h) * a.queries + t) * a.keys, (size_t)one.keys * 4) == 0,
+                          "case %d: probabilities of query %d differ", cases[i], (int)t);
             }
         release();
     }
@@ -1341,7 +1359,8 @@ static void batch_splits(tern_context *c, record *unused)
     int i;
     (void)unused;
     for (i = 0; i < 6; i++) {
-        const tern_matrix m = hold_matrix(c, rows, cols, i < 3 ? every_grain[i] : every_grain[i - 1], i & 1 ? TERN_BASE3 : TERN_2BIT, TERN_F32);
+        const tern_matrix m =
+            hold_matrix(c, rows, cols, i < 3 ? every_grain[i] : every_grain[i - 1], i & 1 ? TERN_BASE3 : TERN_2BIT, TERN_F32);
         tern_quantize_args q = hold_quantized(c, &m, n, x, TERN_NORM_RMS, NULL);
         tern_quantize_args p = hold_quantized(c, &m, 1, x, TERN_NORM_RMS, NULL);
         tern_matmul_args a = matmul_of(&q, bias, all), f;
@@ -1421,7 +1440,8 @@ static void activation_faults(tern_context *c, record *unused)
         CHECK_FAILS(c, tern_sync(c), TERN_E_DATA, "row 1");
         for (t = 0; t < n; t++)
             for (j = 0; j < rows; j++)
-                CHECK(y[t * rows + j] == (t == 1 || t == 3 ? 0.0f : clean[t * rows + j]), "mode %d [%d][%d] is %g", mode, t, j, y[t * rows + j]);
+                CHECK(y[t * rows + j] == (t == 1 || t == 3 ? 0.0f : clean[t * rows + j]),
+                      "mode %d [%d][%d] is %g", mode, t, j, y[t * rows + j]);
     }
 }
 static void test_activation_faults(void) { on_each_tier(activation_faults); }
@@ -1436,9 +1456,11 @@ static void matmul_gradients(tern_context *c, record *r)
         for (g = 0; g < 10; g++) {
             const int64_t n = shapes[i][0], rows = shapes[i][1], cols = shapes[i][2];
             const tern_act act = g < 5 ? (i + g) & 1 ? TERN_ACT_INT8 : TERN_ACT_FLOAT : (i + g) & 1 ? TERN_ACT_INT4 : TERN_ACT_BIT;
-            const tern_matrix m = hold_matrix(c, rows, cols, every_grain[g % 5], g & 1 ? TERN_2BIT : TERN_BASE3, every_scale_type[(g / 2 + i) % 4]);
+            const tern_matrix m =
+                hold_matrix(c, rows, cols, every_grain[g % 5], g & 1 ? TERN_2BIT : TERN_BASE3, every_scale_type[(g / 2 + i) % 4]);
             const float *x = act == TERN_ACT_BIT ? hold_sparse(n * cols, 2) : hold_floats(n * cols), *before = hold_floats(rows * cols);
-            const tern_quantize_args q = hold_activations(c, act == TERN_ACT_FLOAT ? TERN_ACT_INT8 : act, &m, n, x, act == TERN_ACT_BIT ? TERN_NORM_NONE : TERN_NORM_RMS, NULL);
+            const tern_quantize_args q = hold_activations(c, act == TERN_ACT_FLOAT ? TERN_ACT_INT8 : act, &m, n, x,
+                                                          act == TERN_ACT_BIT ? TERN_NORM_NONE : TERN_NORM_RMS, NULL);
             float *used = hold_copy(x, n * cols); /* the activations that the forward used */
             tern_unpack_args u = TERN_ZERO;
             tern_matmul_dx_args dx = TERN_ZERO;
@@ -1447,7 +1469,8 @@ static void matmul_gradients(tern_context *c, record *r)
             CHECK_OK(c, tern_activation_shape(c, &m, &stride, &groups));
             for (t = 0; act != TERN_ACT_FLOAT && t < n; t++)
                 for (col = 0; col < cols; col++)
-                    used[t * cols + col] = (act == TERN_ACT_BIT ? (float)(x[t * cols + col] != 0.0f) : (float)q.q[t * stride + place_of(&m, col)]) * q.scale[t];
+                    used[t * cols + col] = (act == TERN_ACT_BIT ? (float)(x[t * cols + col] != 0.0f)
+                                                                : (float)q.q[t * stride + place_of(&m, col)]) * q.scale[t];
             u.m = m;
             u.count = rows;
             u.values = hold_output(rows * cols);
@@ -1511,10 +1534,12 @@ static void check_factored(const char *what, float got, const factored *f, int64
 static void bf16_products_of(tern_context *c, record *r, int64_t n, int64_t rows, int64_t cols, int variant)
 {
     const tern_act act = (tern_act)(variant % 4);
-    const tern_matrix m = hold_matrix(c, rows, cols, every_grain[variant % 5], variant & 1 ? TERN_2BIT : TERN_BASE3, every_scale_type[variant / 2 % 4]);
+    const tern_matrix m =
+        hold_matrix(c, rows, cols, every_grain[variant % 5], variant & 1 ? TERN_2BIT : TERN_BASE3, every_scale_type[variant / 2 % 4]);
     const tern__shape s = tern__shape_of(&m);
     const float *x = act == TERN_ACT_BIT ? hold_sparse(n * cols, 2) : hold_floats(n * cols), *before = hold_floats(rows * cols);
-    const tern_quantize_args q = hold_activations(c, act == TERN_ACT_FLOAT ? TERN_ACT_INT8 : act, &m, n, x, act == TERN_ACT_BIT ? TERN_NORM_NONE : TERN_NORM_RMS, NULL);
+    const tern_quantize_args q = hold_activations(c, act == TERN_ACT_FLOAT ? TERN_ACT_INT8 : act, &m, n, x,
+                                                  act == TERN_ACT_BIT ? TERN_NORM_NONE : TERN_NORM_RMS, NULL);
     tern_unpack_args u = TERN_ZERO;
     tern_matmul_dx_args dx = TERN_ZERO;
     tern_matmul_dw_args dw = TERN_ZERO;
@@ -1541,7 +1566,8 @@ static void bf16_products_of(tern_context *c, record *r, int64_t n, int64_t rows
             factored f = {0.0, 0.0, 0.0};
             for (row = 0; row < rows; row++) {
                 const float dy = dx.dy[t * rows + row], w = u.values[row * cols + col];
-                factored_add(&f, s.groups > 1 ? bf16(c, dy) * bf16(c, w) : bf16(c, dy * scales[row]) * u.trits[row * cols + col], (double)dy * (double)w);
+                factored_add(&f, s.groups > 1 ? bf16(c, dy) * bf16(c, w) : bf16(c, dy * scales[row]) * u.trits[row * cols + col],
+                             (double)dy * (double)w);
             }
             check_factored("dx", dx.dx[t * cols + col], &f, rows, s.groups > 1 ? 2 : 1);
         }
@@ -1551,8 +1577,10 @@ static void bf16_products_of(tern_context *c, record *r, int64_t n, int64_t rows
             factored_add(&f, before[row * cols + col], before[row * cols + col]);
             for (t = 0; t < n; t++) {
                 const float dy = dw.dy[t * rows + row], scale = q.scale[t];
-                const double code = act == TERN_ACT_BIT ? (double)(x[t * cols + col] != 0.0f) : (double)q.q[t * s.stride + place_of(&m, col)];
-                if (act == TERN_ACT_FLOAT) factored_add(&f, bf16(c, dy) * bf16(c, x[t * cols + col]), (double)dy * (double)x[t * cols + col]);
+                const double code = act == TERN_ACT_BIT ? (double)(x[t * cols + col] != 0.0f)
+                                                        : (double)q.q[t * s.stride + place_of(&m, col)];
+                if (act == TERN_ACT_FLOAT)
+                    factored_add(&f, bf16(c, dy) * bf16(c, x[t * cols + col]), (double)dy * (double)x[t * cols + col]);
                 else factored_add(&f, bf16(c, dy * scale) * code, (double)dy * (double)scale * code);
             }
             check_factored("dw", dw.dw[row * cols + col], &f, n, act == TERN_ACT_FLOAT ? 2 : 1);
@@ -1562,21 +1590,27 @@ static void bf16_products_of(tern_context *c, record *r, int64_t n, int64_t rows
     other = hold_copy(dx.dx, n * cols);
     dx.factors = dw.factors = TERN_F32;
     CHECK_OK(c, tern_matmul_dx(c, &dx));
-    if (n > 1) CHECK((memcmp(other, dx.dx, (size_t)(n * cols) * 4) != 0) == has_pairs(c), "dx of %d x %d x %d: factors are those of the other type", (int)n, (int)rows, (int)cols);
+    if (n > 1)
+        CHECK((memcmp(other, dx.dx, (size_t)(n * cols) * 4) != 0) == has_pairs(c),
+              "dx of %d x %d x %d: factors are those of the other type", (int)n, (int)rows, (int)cols);
     other = hold_copy(dw.dw, rows * cols);
     dw.dw = (float *)memcpy(hold_output(rows * cols), before, (size_t)(rows * cols) * 4);
     CHECK_OK(c, tern_matmul_dw(c, &dw));
-    if (n > 1) CHECK((memcmp(other, dw.dw, (size_t)(rows * cols) * 4) != 0) == has_pairs(c), "dw of %d x %d x %d: factors are those of the other type", (int)n, (int)rows, (int)cols);
+    if (n > 1)
+        CHECK((memcmp(other, dw.dw, (size_t)(rows * cols) * 4) != 0) == has_pairs(c),
+              "dw of %d x %d x %d: factors are those of the other type", (int)n, (int)rows, (int)cols);
     release();
 }
 
 /* Around a tile, a block of rows, the 512 terms of a block and the 2048 of a segment. */
 static void bf16_products(tern_context *c, record *r)
 {
-    static const int64_t shapes[][3] = {{1, 1, 1}, {3, 17, 35}, {70, 40, 130}, {340, 33, 50}, {20, 600, 40}, {2, 2100, 20}, {2100, 3, 36}}; /* n, rows, cols */
+    static const int64_t shapes[][3] = { /* n, rows, cols */
+        {1, 1, 1}, {3, 17, 35}, {70, 40, 130}, {340, 33, 50}, {20, 600, 40}, {2, 2100, 20}, {2100, 3, 36}};
     int i, variant;
     for (i = 0; i < 7; i++)
-        for (variant = 0; variant < (i < 2 ? 20 : 3); variant++) bf16_products_of(c, r, shapes[i][0], shapes[i][1], shapes[i][2], variant + 7 * i);
+        for (variant = 0; variant < (i < 2 ? 20 : 3); variant++)
+            bf16_products_of(c, r, shapes[i][0], shapes[i][1], shapes[i][2], variant + 7 * i);
 }
 static void test_bf16_products(void) { same_for_threads(bf16_products); }
 
@@ -1705,7 +1739,8 @@ static void attention_gradients(tern_context *c, record *r)
         qkv[i] = kept + h; up = attention_literal(&a, qkv);
         qkv[i] = kept - h; down = attention_literal(&a, qkv);
         qkv[i] = kept;
-        CHECK(fabs(d[i] - (up - down) / (2 * h)) < 1e-5, "gradient %d of a token: %g, not %g", (int)(i % a.q_stride), d[i], (up - down) / (2 * h));
+        CHECK(fabs(d[i] - (up - down) / (2 * h)) < 1e-5,
+              "gradient %d of a token: %g, not %g", (int)(i % a.q_stride), d[i], (up - down) / (2 * h));
     }
     record_words(r, d, n);
 }
@@ -1735,13 +1770,15 @@ static void large_attention_gradients(tern_context *c, record *r)
             for (e = 0; e < 9; e++) ds += dy[e] * ((double)a.v[j * a.v_stride + kv * 9 + e] - y[e]);
             for (e = 0; e < 9; e++) want[e] += p[(h * 230 + i) * 230 + j] * ds / 3.0 * a.k[j * a.k_stride + kv * 9 + e];
         }
-        for (e = 0; e < 9; e++) CHECK(fabs(a.dq[i * a.q_stride + h * 9 + e] - want[e]) < 1e-5, "dq %g, not %g", a.dq[i * a.q_stride + h * 9 + e], want[e]);
+        for (e = 0; e < 9; e++)
+            CHECK(fabs(a.dq[i * a.q_stride + h * 9 + e] - want[e]) < 1e-5, "dq %g, not %g", a.dq[i * a.q_stride + h * 9 + e], want[e]);
     }
     for (j = 0; j < 230; j += 37) /* dv of key head 1: both query heads, every query */
         for (e = 0; e < 9; e++) {
             double want = 0.0;
             for (i = j; i < 230; i++)
-                want += p[(2 * 230 + i) * 230 + j] * (double)a.dy[(i * 4 + 2) * 9 + e] + p[(3 * 230 + i) * 230 + j] * (double)a.dy[(i * 4 + 3) * 9 + e];
+                want += p[(2 * 230 + i) * 230 + j] * (double)a.dy[(i * 4 + 2) * 9 + e]
+                        + p[(3 * 230 + i) * 230 + j] * (double)a.dy[(i * 4 + 3) * 9 + e];
             CHECK(fabs(a.dv[j * a.v_stride + 9 + e] - want) < 1e-4, "dv %g, not %g", a.dv[j * a.v_stride + 9 + e], want);
         }
 }
@@ -1823,11 +1860,13 @@ static void test_hadamard_literal(void)
             for (j = 0; j < cols[i]; j++) want[j] = a.x[j];
             rotate_literal(want, cols[i], 9, inverse);
             CHECK_OK(t.c, tern_hadamard(t.c, &a));
-            for (j = 0; j < cols[i]; j++) CHECK(fabs(a.y[j] - want[j]) < 2e-6, "%d columns: [%d] %g, not %g", (int)cols[i], (int)j, a.y[j], want[j]);
+            for (j = 0; j < cols[i]; j++)
+                CHECK(fabs(a.y[j] - want[j]) < 2e-6, "%d columns: [%d] %g, not %g", (int)cols[i], (int)j, a.y[j], want[j]);
             a.inverse = !inverse; /* there and back */
             a.x = a.y;
             CHECK_OK(t.c, tern_hadamard(t.c, &a));
-            for (j = 0; j < cols[i]; j++) CHECK(fabs(a.y[j] - x[j]) < 2e-6, "%d columns: back at [%d] %g, not %g", (int)cols[i], (int)j, a.y[j], x[j]);
+            for (j = 0; j < cols[i]; j++)
+                CHECK(fabs(a.y[j] - x[j]) < 2e-6, "%d columns: back at [%d] %g, not %g", (int)cols[i], (int)j, a.y[j], x[j]);
             a.inverse = inverse;
             a.seed = 10; /* other signs */
             CHECK_OK(t.c, tern_hadamard(t.c, &a));
@@ -1865,7 +1904,8 @@ static void dead_zones(tern_context *c, record *r)
                 for (col = 0; col < cols[i]; col++) {
                     const int64_t at = row * cols[i] + col;
                     if (u.trits[at] == 0) want += 0.25 * (double)((const float *)a.w)[at];
-                    CHECK(fabs(a.dw[at] - (before[at] + (u.trits[at] ? 0.0 : 0.25 * a.dbias[row]))) < 1e-6, "dw[%d] is %g", (int)at, a.dw[at]);
+                    CHECK(fabs(a.dw[at] - (before[at] + (u.trits[at] ? 0.0 : 0.25 * a.dbias[row]))) < 1e-6,
+                          "dw[%d] is %g", (int)at, a.dw[at]);
                 }
                 CHECK(fabs(a.bias[row] - want) < 1e-5, "bias[%d] %g, not %g", (int)row, a.bias[row], want);
             }
@@ -1929,16 +1969,20 @@ static void make_good(void)
     good_ternarize.m = m; good_ternarize.w = x;
     good_pack.m = m; good_pack.trits = trits;
     good_unpack.m = m; good_unpack.count = 3; good_unpack.values = x; good_unpack.trits = trits;
-    good_quantize.m = m; good_quantize.n = 1; good_quantize.x = x; good_quantize.gain = y; good_quantize.norm = TERN_NORM_RMS; good_quantize.eps = 1e-6f;
+    good_quantize.m = m; good_quantize.n = 1; good_quantize.x = x; good_quantize.gain = y;
+    good_quantize.norm = TERN_NORM_RMS; good_quantize.eps = 1e-6f;
     good_quantize.q = trits; good_quantize.scale = z; good_quantize.sum = ids;
-    good_matmul.m = m; good_matmul.n = 1; good_matmul.q = trits; good_matmul.scale = x; good_matmul.sum = ids; good_matmul.bias = z; good_matmul.y = y;
+    good_matmul.m = m; good_matmul.n = 1; good_matmul.q = trits; good_matmul.scale = x; good_matmul.sum = ids;
+    good_matmul.bias = z; good_matmul.y = y;
     good_matmul_fixed.m = m; good_matmul_fixed.m.scale_type = TERN_LOG; good_matmul_fixed.n = 1; good_matmul_fixed.x = trits;
     good_matmul_fixed.bias = ids; good_matmul_fixed.y = (int32_t *)(void *)u;
     good_matmul_dx.m = m; good_matmul_dx.n = 1; good_matmul_dx.dy = x; good_matmul_dx.dx = y;
-    good_matmul_dw.m = m; good_matmul_dw.n = 1; good_matmul_dw.dy = x; good_matmul_dw.q = trits; good_matmul_dw.scale = y; good_matmul_dw.dw = z; good_matmul_dw.dbias = u;
+    good_matmul_dw.m = m; good_matmul_dw.n = 1; good_matmul_dw.dy = x; good_matmul_dw.q = trits; good_matmul_dw.scale = y;
+    good_matmul_dw.dw = z; good_matmul_dw.dbias = u;
     good_dense.m = 2; good_dense.n = 3; good_dense.k = 4; good_dense.a = x; good_dense.a_row = 4; good_dense.a_col = 1;
     good_dense.b = y; good_dense.b_row = 3; good_dense.b_col = 1; good_dense.bias = z; good_dense.c = u; good_dense.c_row = 3;
-    good_dense_i8.m = 2; good_dense_i8.n = 3; good_dense_i8.k = 4; good_dense_i8.a = trits; good_dense_i8.a_row = 4; good_dense_i8.a_col = 1;
+    good_dense_i8.m = 2; good_dense_i8.n = 3; good_dense_i8.k = 4; good_dense_i8.a = trits;
+    good_dense_i8.a_row = 4; good_dense_i8.a_col = 1;
     good_dense_i8.b = trits; good_dense_i8.b_row = 3; good_dense_i8.b_col = 1; good_dense_i8.c = ids; good_dense_i8.c_row = 3;
     good_gather.m = m; good_gather.n = 1; good_gather.ids = ids; good_gather.y = y;
     good_scatter.rows = 3; good_scatter.cols = 5; good_scatter.n = 2; good_scatter.ids = ids; good_scatter.dy = x; good_scatter.dw = y;
@@ -1947,29 +1991,43 @@ static void make_good(void)
     good_map.count = 10; good_map.a = x; good_map.b = y; good_map.y = z;
     good_norm.n = 2; good_norm.cols = 5; good_norm.x = x; good_norm.gain = y; good_norm.eps = 1e-6f; good_norm.y = z;
     good_hadamard.n = 2; good_hadamard.cols = 5; good_hadamard.x = x; good_hadamard.y = y; good_hadamard.seed = 3;
-    good_dead_zone.m = m; good_dead_zone.lambda = 0.5f; good_dead_zone.w = x; good_dead_zone.bias = y; good_dead_zone.dbias = z; good_dead_zone.dw = u;
+    good_dead_zone.m = m; good_dead_zone.lambda = 0.5f; good_dead_zone.w = x; good_dead_zone.bias = y;
+    good_dead_zone.dbias = z; good_dead_zone.dw = u;
     good_rope.n = 2; good_rope.heads = 2; good_rope.dim = 4; good_rope.x = x; good_rope.stride = 8; good_rope.period = 2;
-    good_attention.batch = 1; good_attention.queries = good_attention.keys = 2; good_attention.heads = good_attention.kv_heads = 2; good_attention.dim = 4;
-    good_attention.q = x; good_attention.k = y; good_attention.v = z; good_attention.q_stride = good_attention.k_stride = good_attention.v_stride = 8;
+    good_attention.batch = 1; good_attention.queries = good_attention.keys = 2;
+    good_attention.heads = good_attention.kv_heads = 2; good_attention.dim = 4;
+    good_attention.q = x; good_attention.k = y; good_attention.v = z;
+    good_attention.q_stride = good_attention.k_stride = good_attention.v_stride = 8;
     good_attention.y = u; good_attention.p = arena_take(16);
-    good_loss.n = 2; good_loss.classes = 5; good_loss.logits = x; good_loss.targets = ids; good_loss.losses = y; good_loss.dlogits = z; good_loss.scale = 1.0f;
+    good_loss.n = 2; good_loss.classes = 5; good_loss.logits = x; good_loss.targets = ids; good_loss.losses = y;
+    good_loss.dlogits = z; good_loss.scale = 1.0f;
     good_sum.count = 10; good_sum.x = x; good_sum.y = y;
-    good_optimize.kind = TERN_ADAMW; good_optimize.count = 10; good_optimize.w = x; good_optimize.grad = y; good_optimize.moment1 = z; good_optimize.moment2 = u;
+    good_optimize.kind = TERN_ADAMW; good_optimize.count = 10; good_optimize.w = x; good_optimize.grad = y;
+    good_optimize.moment1 = z; good_optimize.moment2 = u;
     good_optimize.rate = 0.1f; good_optimize.beta1 = 0.9f; good_optimize.beta2 = 0.99f; good_optimize.eps = 1e-8f; good_optimize.step = 1;
     good_optimize.norm2 = arena_take(1);
     good_round_i8.n = 2; good_round_i8.cols = 3; good_round_i8.x = v; good_round_i8.m = m; good_round_i8.q = trits; good_round_i8.scale = y;
-    good_dequantize.n = 2; good_dequantize.cols = 3; good_dequantize.x = ids; good_dequantize.scale = x; good_dequantize.y = y; good_dequantize.y_row = 3;
-    good_flip.m = m; good_flip.m.scale_type = TERN_POW2; good_flip.grad = x; good_flip.accum = good_flip.votes = trits; good_flip.sum_abs = v; good_flip.theta = 32;
+    good_dequantize.n = 2; good_dequantize.cols = 3; good_dequantize.x = ids; good_dequantize.scale = x;
+    good_dequantize.y = y; good_dequantize.y_row = 3;
+    good_flip.m = m; good_flip.m.scale_type = TERN_POW2; good_flip.grad = x; good_flip.accum = good_flip.votes = trits;
+    good_flip.sum_abs = v; good_flip.theta = 32;
     good_flip.push = 3.0f; good_flip.sign_step = 1; good_flip.scale_step = 1; good_flip.scale_theta = 32;
-    good_route.n = 2; good_route.count = 5; good_route.k = 2; good_route.logits = arena_take(16); good_route.ids = ids; good_route.weights = y;
+    good_route.n = 2; good_route.count = 5; good_route.k = 2; good_route.logits = arena_take(16);
+    good_route.ids = ids; good_route.weights = y;
     good_group.n = 2; good_group.count = 5; good_group.k = 2; good_group.ids = ids; good_group.weights = x;
-    good_group.loads = (int32_t *)(void *)z; good_group.tokens = good_group.loads + 8; good_group.slots = good_group.loads + 16; good_group.sorted = y;
-    good_row_dot.rows = 3; good_row_dot.cols = 5; good_row_dot.n = 2; good_row_dot.count = 2; good_row_dot.a = x; good_row_dot.b = y; good_row_dot.ids = good_row_dot.to = ids; good_row_dot.y = z;
-    good_aggregate.edges.rows = 3; good_aggregate.edges.sources = 2; good_aggregate.edges.count = 1; good_aggregate.edges.hubs = good_aggregate.edges.parts = 1;
-    good_aggregate.edges.start = edge_start; good_aggregate.edges.entry = (uint32_t *)(void *)ids; good_aggregate.edges.hub = ids; good_aggregate.edges.part = edge_start;
+    good_group.loads = (int32_t *)(void *)z; good_group.tokens = good_group.loads + 8;
+    good_group.slots = good_group.loads + 16; good_group.sorted = y;
+    good_row_dot.rows = 3; good_row_dot.cols = 5; good_row_dot.n = 2; good_row_dot.count = 2; good_row_dot.a = x; good_row_dot.b = y;
+    good_row_dot.ids = good_row_dot.to = ids; good_row_dot.y = z;
+    good_aggregate.edges.rows = 3; good_aggregate.edges.sources = 2; good_aggregate.edges.count = 1;
+    good_aggregate.edges.hubs = good_aggregate.edges.parts = 1;
+    good_aggregate.edges.start = edge_start; good_aggregate.edges.entry = (uint32_t *)(void *)ids;
+    good_aggregate.edges.hub = ids; good_aggregate.edges.part = edge_start;
     good_aggregate.cols = 5; good_aggregate.x = x; good_aggregate.part = y; good_aggregate.y = z;
-    good_gate.n = 2; good_gate.count = 1; good_gate.cols = 5; good_gate.h = good_gate.key = good_gate.value = arena_take(16); good_gate.gate = u; good_gate.y = v;
-    good_nearest.n = 2; good_nearest.rows = 3; good_nearest.cols = 5; good_nearest.x = good_nearest.w = arena_take(16); good_nearest.ids = (int32_t *)(void *)u; good_nearest.distance = z;
+    good_gate.n = 2; good_gate.count = 1; good_gate.cols = 5; good_gate.h = good_gate.key = good_gate.value = arena_take(16);
+    good_gate.gate = u; good_gate.y = v;
+    good_nearest.n = 2; good_nearest.rows = 3; good_nearest.cols = 5; good_nearest.x = good_nearest.w = arena_take(16);
+    good_nearest.ids = (int32_t *)(void *)u; good_nearest.distance = z;
     good_aggregate_i8 = good_aggregate; good_aggregate_i8.q = trits; good_aggregate_i8.q_row = 16; good_aggregate_i8.scale = x;
     good_scale_grad.m = m; good_scale_grad.rule = TERN_SEQ; good_scale_grad.w = x; good_scale_grad.dw = y; good_scale_grad.dalpha = z;
 }
@@ -1985,7 +2043,8 @@ typedef struct wrong {
     const char *part; /* of the text */
 } wrong;
 
-#define WRONG(op, field, how, value, code, part) {call_##op, &good_##op, sizeof good_##op, offsetof(tern_##op##_args, field), how, value, code, part},
+#define WRONG(op, field, how, value, code, part) \
+    {call_##op, &good_##op, sizeof good_##op, offsetof(tern_##op##_args, field), how, value, code, part},
 #define NEEDED(op, field) WRONG(op, field, TO_NULL, 0, TERN_E_ARGUMENT, #op ": " #field " is NULL") ALIGNED(op, field)
 #define NEEDED_BYTES(op, field) WRONG(op, field, TO_NULL, 0, TERN_E_ARGUMENT, #op ": " #field " is NULL")
 #define ALIGNED(op, field) WRONG(op, field, OFF_BY_ONE, 0, TERN_E_ALIGNMENT, #op ": " #field " is not aligned")
@@ -2019,83 +2078,127 @@ static const wrong wrongs[] = {
     WRONG(unpack, count, TO_INT64, 0, TERN_E_SHAPE, "of 3") WRONG(unpack, count, TO_INT64, 9e18, TERN_E_SHAPE, "of 3")
     MATRIX_COLS(quantize) COUNTED(quantize, n) NEEDED(quantize, x) ALIGNED(quantize, gain) NEEDED_BYTES(quantize, q)
     NEEDED(quantize, scale) NEEDED(quantize, sum)
-    RANGED32(quantize, norm, 2) RANGED32(quantize, act, TERN_ACT_FLOAT) RANGED32(quantize, act, TERN_ACT_BIT) RANGED_FLOAT(quantize, eps, 0) RANGED_FLOAT(quantize, eps, NAN) RANGED_FLOAT(quantize, eps, INFINITY)
+    RANGED32(quantize, norm, 2) RANGED32(quantize, act, TERN_ACT_FLOAT) RANGED32(quantize, act, TERN_ACT_BIT)
+    RANGED_FLOAT(quantize, eps, 0) RANGED_FLOAT(quantize, eps, NAN) RANGED_FLOAT(quantize, eps, INFINITY)
     PACKED(matmul) COUNTED(matmul, n) NEEDED(matmul, scale) NEEDED(matmul, sum) ALIGNED(matmul, bias) NEEDED(matmul, y)
-    WRONG(matmul, q, TO_NULL, 0, TERN_E_ARGUMENT, "x is NULL") RANGED32(matmul, act, TERN_ACT_FLOAT) RANGED32(matmul, act, 4) RANGED32(matmul, act, -1)
+    WRONG(matmul, q, TO_NULL, 0, TERN_E_ARGUMENT, "x is NULL")
+    RANGED32(matmul, act, TERN_ACT_FLOAT) RANGED32(matmul, act, 4) RANGED32(matmul, act, -1)
     PACKED(matmul_fixed) COUNTED(matmul_fixed, n) NEEDED_BYTES(matmul_fixed, x) ALIGNED(matmul_fixed, bias) NEEDED(matmul_fixed, y)
-    RANGED32(matmul_fixed, m.scale_type, TERN_F32) RANGED32(matmul_fixed, m.scale_type, TERN_F16) RANGED32(matmul_fixed, point, 32) RANGED32(matmul_fixed, point, -32)
+    RANGED32(matmul_fixed, m.scale_type, TERN_F32) RANGED32(matmul_fixed, m.scale_type, TERN_F16) RANGED32(matmul_fixed, point, 32)
+    RANGED32(matmul_fixed, point, -32)
     RANGED32(matmul_dx, factors, TERN_F16) RANGED32(matmul_dw, factors, TERN_I8) RANGED32(dense, factors, -1)
     PACKED(matmul_dx) COUNTED(matmul_dx, n) NEEDED(matmul_dx, dy) NEEDED(matmul_dx, dx)
     MATRIX(matmul_dw) COUNTED(matmul_dw, n) NEEDED(matmul_dw, dy) ALIGNED(matmul_dw, dw) ALIGNED(matmul_dw, dbias) NEEDED(matmul_dw, scale)
     WRONG(matmul_dw, q, TO_NULL, 0, TERN_E_ARGUMENT, "x is NULL") RANGED32(matmul_dw, act, TERN_ACT_FLOAT) RANGED32(matmul_dw, act, 4)
     COUNTED(dense, m) NEEDED(dense, a) NEEDED(dense, b) ALIGNED(dense, bias) NEEDED(dense, c)
-    WRONG(dense, n, TO_INT64, 0, TERN_E_SHAPE, "[2 x 4] * [4 x 0]") WRONG(dense, k, TO_INT64, 0, TERN_E_SHAPE, "[2 x 0]") WRONG(dense, k, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
+    WRONG(dense, n, TO_INT64, 0, TERN_E_SHAPE, "[2 x 4] * [4 x 0]") WRONG(dense, k, TO_INT64, 0, TERN_E_SHAPE, "[2 x 0]")
+    WRONG(dense, k, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
     WRONG(dense, a_row, TO_INT64, -1, TERN_E_SHAPE, "strides") WRONG(dense, a_col, TO_INT64, -1, TERN_E_SHAPE, "strides")
     WRONG(dense, b_row, TO_INT64, -1, TERN_E_SHAPE, "strides") WRONG(dense, b_col, TO_INT64, -1, TERN_E_SHAPE, "strides")
-    WRONG(dense, c_row, TO_INT64, 2, TERN_E_SHAPE, "c_row = 2 at least n = 3") WRONG(dense, a_row, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
+    WRONG(dense, c_row, TO_INT64, 2, TERN_E_SHAPE, "c_row = 2 at least n = 3")
+    WRONG(dense, a_row, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
     WRONG(dense, b_row, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows") WRONG(dense, b_col, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
     COUNTED(dense_i8, m) NEEDED_BYTES(dense_i8, a) NEEDED_BYTES(dense_i8, b) NEEDED(dense_i8, c)
     WRONG(dense_i8, n, TO_INT64, 0, TERN_E_SHAPE, "[2 x 4] * [4 x 0]") WRONG(dense_i8, k, TO_INT64, 0, TERN_E_SHAPE, "[2 x 0]")
-    WRONG(dense_i8, k, TO_INT64, 131072, TERN_E_SHAPE, "k = 131072 exceeds 131071") WRONG(dense_i8, n, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
+    WRONG(dense_i8, k, TO_INT64, 131072, TERN_E_SHAPE, "k = 131072 exceeds 131071")
+    WRONG(dense_i8, n, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
     WRONG(dense_i8, a_row, TO_INT64, -1, TERN_E_SHAPE, "strides") WRONG(dense_i8, a_col, TO_INT64, -1, TERN_E_SHAPE, "strides")
     WRONG(dense_i8, b_row, TO_INT64, -1, TERN_E_SHAPE, "strides") WRONG(dense_i8, b_col, TO_INT64, -1, TERN_E_SHAPE, "strides")
-    WRONG(dense_i8, c_row, TO_INT64, 2, TERN_E_SHAPE, "c_row = 2 at least n = 3") WRONG(dense_i8, a_row, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
-    WRONG(dense_i8, b_row, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows") WRONG(dense_i8, b_col, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
-    WRONG(gather, m.trits, TO_NULL, 0, TERN_E_ARGUMENT, "w is NULL") NEEDED(gather, m.scales) MATRIX(gather) COUNTED(gather, n) NEEDED(gather, ids) NEEDED(gather, y)
+    WRONG(dense_i8, c_row, TO_INT64, 2, TERN_E_SHAPE, "c_row = 2 at least n = 3")
+    WRONG(dense_i8, a_row, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
+    WRONG(dense_i8, b_row, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
+    WRONG(dense_i8, b_col, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
+    WRONG(gather, m.trits, TO_NULL, 0, TERN_E_ARGUMENT, "w is NULL") NEEDED(gather, m.scales) MATRIX(gather) COUNTED(gather, n)
+    NEEDED(gather, ids) NEEDED(gather, y)
     COUNTED(scatter, rows) COUNTED(scatter, cols) COUNTED(scatter, n) NEEDED(scatter, ids) NEEDED(scatter, dy) NEEDED(scatter, dw)
-    COUNTED(fill, count) NEEDED(fill, x) RANGED_FLOAT(fill, deviation, -1) RANGED_FLOAT(fill, deviation, NAN) RANGED_FLOAT(fill, deviation, INFINITY)
-    COUNTED(cast, count) NEEDED(cast, src) NEEDED_BYTES(cast, dst) ALIGNED(cast, dst) RANGED32(cast, from, TERN_I8) RANGED32(cast, to, TERN_2BIT)
+    COUNTED(fill, count) NEEDED(fill, x)
+    RANGED_FLOAT(fill, deviation, -1) RANGED_FLOAT(fill, deviation, NAN) RANGED_FLOAT(fill, deviation, INFINITY)
+    COUNTED(cast, count) NEEDED(cast, src) NEEDED_BYTES(cast, dst) ALIGNED(cast, dst)
+    RANGED32(cast, from, TERN_I8) RANGED32(cast, to, TERN_2BIT)
     COUNTED(map, count) NEEDED(map, a) NEEDED(map, b) NEEDED(map, y) RANGED32(map, fn, -1) RANGED32(map, fn, 7)
     COUNTED(norm, n) COUNTED(norm, cols) NEEDED(norm, x) ALIGNED(norm, gain) NEEDED(norm, y) ALIGNED(norm, dx) ALIGNED(norm, dgain)
     RANGED_FLOAT(norm, eps, 0) RANGED_FLOAT(norm, eps, NAN) RANGED_FLOAT(norm, eps, INFINITY)
     COUNTED(hadamard, n) NEEDED(hadamard, x) NEEDED(hadamard, y)
-    WRONG(hadamard, cols, TO_INT64, 0, TERN_E_SHAPE, "cols = 0") WRONG(hadamard, cols, TO_INT64, 262145, TERN_E_SHAPE, "hadamard: rows of 262145; 262144 is the most")
-    MATRIX(dead_zone) NEEDED_BYTES(dead_zone, m.trits) NEEDED(dead_zone, w) ALIGNED(dead_zone, bias) NEEDED(dead_zone, dbias) ALIGNED(dead_zone, dw)
+    WRONG(hadamard, cols, TO_INT64, 0, TERN_E_SHAPE, "cols = 0")
+    WRONG(hadamard, cols, TO_INT64, 262145, TERN_E_SHAPE, "hadamard: rows of 262145; 262144 is the most")
+    MATRIX(dead_zone) NEEDED_BYTES(dead_zone, m.trits) NEEDED(dead_zone, w) ALIGNED(dead_zone, bias) NEEDED(dead_zone, dbias)
+    ALIGNED(dead_zone, dw)
     RANGED32(dead_zone, type, TERN_I8) RANGED_FLOAT(dead_zone, lambda, NAN) RANGED_FLOAT(dead_zone, lambda, INFINITY)
-    COUNTED(rope, n) NEEDED(rope, x) WRONG(rope, heads, TO_INT32, 0, TERN_E_SHAPE, "heads = 0") WRONG(rope, stride, TO_INT64, 7, TERN_E_SHAPE, "stride 7 is below heads x dim = 8")
-    WRONG(rope, dim, TO_INT32, 3, TERN_E_SHAPE, "dim = 3") WRONG(rope, dim, TO_INT32, 0, TERN_E_SHAPE, "dim = 0") WRONG(rope, dim, TO_INT32, 1026, TERN_E_SHAPE, "dim = 1026")
+    COUNTED(rope, n) NEEDED(rope, x) WRONG(rope, heads, TO_INT32, 0, TERN_E_SHAPE, "heads = 0")
+    WRONG(rope, stride, TO_INT64, 7, TERN_E_SHAPE, "stride 7 is below heads x dim = 8")
+    WRONG(rope, dim, TO_INT32, 3, TERN_E_SHAPE, "dim = 3") WRONG(rope, dim, TO_INT32, 0, TERN_E_SHAPE, "dim = 0")
+    WRONG(rope, dim, TO_INT32, 1026, TERN_E_SHAPE, "dim = 1026")
     WRONG(rope, start, TO_INT64, -1, TERN_E_ARGUMENT, "start -1") WRONG(rope, start, TO_INT64, 16777216, TERN_E_ARGUMENT, "start 16777216")
-    WRONG(rope, period, TO_INT64, 0, TERN_E_ARGUMENT, "period 0") RANGED_FLOAT(rope, base, -1) RANGED_FLOAT(rope, base, 0.5f) RANGED_FLOAT(rope, base, NAN)
-    COUNTED(attention, batch) NEEDED(attention, q) NEEDED(attention, k) NEEDED(attention, v) NEEDED(attention, y) NEEDED(attention, p) ALIGNED(attention, dy)
-    WRONG(attention, queries, TO_INT64, 0, TERN_E_SHAPE, "0 queries") WRONG(attention, queries, TO_INT64, 3, TERN_E_SHAPE, "3 queries over 2 keys")
-    WRONG(attention, keys, TO_INT64, 1, TERN_E_SHAPE, "2 queries over 1 keys") WRONG(attention, keys, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
-    WRONG(attention, heads, TO_INT32, 3, TERN_E_SHAPE, "3 heads cannot share 2") WRONG(attention, heads, TO_INT32, 0, TERN_E_SHAPE, "0 heads") WRONG(attention, kv_heads, TO_INT32, 0, TERN_E_SHAPE, "share 0")
+    WRONG(rope, period, TO_INT64, 0, TERN_E_ARGUMENT, "period 0")
+    RANGED_FLOAT(rope, base, -1) RANGED_FLOAT(rope, base, 0.5f) RANGED_FLOAT(rope, base, NAN)
+    COUNTED(attention, batch) NEEDED(attention, q) NEEDED(attention, k) NEEDED(attention, v) NEEDED(attention, y) NEEDED(attention, p)
+    ALIGNED(attention, dy)
+    WRONG(attention, queries, TO_INT64, 0, TERN_E_SHAPE, "0 queries")
+    WRONG(attention, queries, TO_INT64, 3, TERN_E_SHAPE, "3 queries over 2 keys")
+    WRONG(attention, keys, TO_INT64, 1, TERN_E_SHAPE, "2 queries over 1 keys")
+    WRONG(attention, keys, TO_INT64, 4.6e18, TERN_E_OVERFLOW, "overflows")
+    WRONG(attention, heads, TO_INT32, 3, TERN_E_SHAPE, "3 heads cannot share 2")
+    WRONG(attention, heads, TO_INT32, 0, TERN_E_SHAPE, "0 heads") WRONG(attention, kv_heads, TO_INT32, 0, TERN_E_SHAPE, "share 0")
     WRONG(attention, dim, TO_INT32, 0, TERN_E_SHAPE, "dim = 0") WRONG(attention, dim, TO_INT32, 1025, TERN_E_SHAPE, "dim = 1025")
-    WRONG(attention, q_stride, TO_INT64, 7, TERN_E_SHAPE, "strides 7") WRONG(attention, k_stride, TO_INT64, 7, TERN_E_SHAPE, "strides 8, 7") WRONG(attention, v_stride, TO_INT64, 7, TERN_E_SHAPE, "strides 8, 8, 7")
+    WRONG(attention, q_stride, TO_INT64, 7, TERN_E_SHAPE, "strides 7") WRONG(attention, k_stride, TO_INT64, 7, TERN_E_SHAPE, "strides 8, 7")
+    WRONG(attention, v_stride, TO_INT64, 7, TERN_E_SHAPE, "strides 8, 8, 7")
     COUNTED(loss, n) COUNTED(loss, classes) NEEDED(loss, logits) NEEDED(loss, targets) NEEDED(loss, losses) ALIGNED(loss, dlogits)
     COUNTED(sum, count) NEEDED(sum, x) NEEDED(sum, y) RANGED32(sum, kind, -1) RANGED32(sum, kind, 3) RANGED32(sum, type, TERN_I8)
-    COUNTED(optimize, count) NEEDED(optimize, w) NEEDED(optimize, grad) NEEDED(optimize, moment1) NEEDED(optimize, moment2) ALIGNED(optimize, norm2)
+    COUNTED(optimize, count) NEEDED(optimize, w) NEEDED(optimize, grad) NEEDED(optimize, moment1) NEEDED(optimize, moment2)
+    ALIGNED(optimize, norm2)
     RANGED32(optimize, kind, 2) RANGED32(optimize, type, TERN_F16) RANGED32(optimize, step, 0)
-    RANGED_FLOAT(optimize, rate, -1) RANGED_FLOAT(optimize, rate, NAN) RANGED_FLOAT(optimize, eps, 0) RANGED_FLOAT(optimize, beta1, 1) RANGED_FLOAT(optimize, beta1, -0.5)
-    RANGED_FLOAT(optimize, beta2, 1) RANGED_FLOAT(optimize, beta2, NAN) RANGED_FLOAT(optimize, eps, -1) RANGED_FLOAT(optimize, decay, INFINITY)
+    RANGED_FLOAT(optimize, rate, -1) RANGED_FLOAT(optimize, rate, NAN) RANGED_FLOAT(optimize, eps, 0) RANGED_FLOAT(optimize, beta1, 1)
+    RANGED_FLOAT(optimize, beta1, -0.5)
+    RANGED_FLOAT(optimize, beta2, 1) RANGED_FLOAT(optimize, beta2, NAN) RANGED_FLOAT(optimize, eps, -1)
+    RANGED_FLOAT(optimize, decay, INFINITY)
     WRONG(optimize, moment_type, TO_INT32, TERN_F16, TERN_E_ARGUMENT, "moments of type 3")
-    COUNTED(round_i8, n) COUNTED(round_i8, cols) NEEDED(round_i8, x) ALIGNED(round_i8, row) NEEDED_BYTES(round_i8, q) NEEDED(round_i8, scale) MATRIX(round_i8)
+    COUNTED(round_i8, n) COUNTED(round_i8, cols) NEEDED(round_i8, x) ALIGNED(round_i8, row) NEEDED_BYTES(round_i8, q)
+    NEEDED(round_i8, scale) MATRIX(round_i8)
     ALIGNED(round_i8, m.scales) WRONG(round_i8, m.rows, TO_INT64, 4, TERN_E_SHAPE, "scales of 4 rows for 3 columns")
     WRONG(round_i8, group, TO_INT64, 1, TERN_E_SHAPE, "group 1 of 1") WRONG(round_i8, group, TO_INT64, -1, TERN_E_SHAPE, "group -1 of 1")
     COUNTED(dequantize, n) COUNTED(dequantize, cols) NEEDED(dequantize, x) NEEDED(dequantize, scale) NEEDED(dequantize, y)
     WRONG(dequantize, y_row, TO_INT64, 2, TERN_E_SHAPE, "y_row = 2 is below cols = 3")
-    MATRIX(flip) NEEDED_BYTES(flip, m.trits) NEEDED_BYTES(flip, m.scales) NEEDED(flip, grad) NEEDED_BYTES(flip, accum) NEEDED(flip, sum_abs) ALIGNED(flip, counts)
-    RANGED32(flip, rule, -1) RANGED32(flip, rule, 2) RANGED32(flip, theta, 1) RANGED32(flip, theta, 128) RANGED32(flip, scale_theta, 1) RANGED32(flip, scale_theta, 128)
-    RANGED_FLOAT(flip, push, -1) RANGED_FLOAT(flip, push, NAN) RANGED_FLOAT(flip, push, 128) RANGED32(flip, sign_step, -1) RANGED32(flip, sign_step, 128)
-    RANGED32(flip, scale_step, -1) RANGED32(flip, scale_step, 128) WRONG(flip, votes, TO_NULL, 0, TERN_E_ARGUMENT, "learn as TERN_POW2 or TERN_LOG with votes")
+    MATRIX(flip) NEEDED_BYTES(flip, m.trits) NEEDED_BYTES(flip, m.scales) NEEDED(flip, grad) NEEDED_BYTES(flip, accum) NEEDED(flip, sum_abs)
+    ALIGNED(flip, counts)
+    RANGED32(flip, rule, -1) RANGED32(flip, rule, 2) RANGED32(flip, theta, 1) RANGED32(flip, theta, 128) RANGED32(flip, scale_theta, 1)
+    RANGED32(flip, scale_theta, 128)
+    RANGED_FLOAT(flip, push, -1) RANGED_FLOAT(flip, push, NAN) RANGED_FLOAT(flip, push, 128)
+    RANGED32(flip, sign_step, -1) RANGED32(flip, sign_step, 128)
+    RANGED32(flip, scale_step, -1) RANGED32(flip, scale_step, 128)
+    WRONG(flip, votes, TO_NULL, 0, TERN_E_ARGUMENT, "learn as TERN_POW2 or TERN_LOG with votes")
     WRONG(flip, m.scale_type, TO_INT32, TERN_F16, TERN_E_ARGUMENT, "learn as TERN_POW2 or TERN_LOG with votes; theirs is type 3")
     WRONG(flip, m.scale_type, TO_INT32, TERN_LOG, TERN_E_ARGUMENT, "scale_push is 0, not 1 to 256")
-    COUNTED(route, n) NEEDED(route, logits) NEEDED(route, ids) NEEDED(route, weights) ALIGNED(route, dweights) ALIGNED(route, loads) RANGED32(route, kind, 3) RANGED32(route, kind, -1)
-    WRONG(route, count, TO_INT32, 0, TERN_E_SHAPE, "route: 0 experts; 1 to 1024") WRONG(route, count, TO_INT32, 1025, TERN_E_SHAPE, "route: 1025 experts; 1 to 1024")
-    WRONG(route, k, TO_INT32, 0, TERN_E_SHAPE, "route: k = 0 of 5 experts") WRONG(route, k, TO_INT32, 6, TERN_E_SHAPE, "route: k = 6 of 5 experts")
-    WRONG(route, n, TO_INT64, 429496730, TERN_E_OVERFLOW, "route: n = 429496730 x 5") RANGED_FLOAT(route, balance, NAN) RANGED_FLOAT(route, balance, INFINITY)
-    COUNTED(group, n) NEEDED(group, ids) NEEDED(group, weights) NEEDED(group, loads) NEEDED(group, tokens) NEEDED(group, slots) ALIGNED(group, sorted)
-    WRONG(group, count, TO_INT32, -1, TERN_E_SHAPE, "group: -1 experts") WRONG(group, k, TO_INT32, 6, TERN_E_SHAPE, "group: k = 6 of 5 experts")
-    COUNTED(row_dot, rows) COUNTED(row_dot, cols) COUNTED(row_dot, n) COUNTED(row_dot, count) NEEDED(row_dot, a) NEEDED(row_dot, b) NEEDED(row_dot, ids) NEEDED(row_dot, to) NEEDED(row_dot, y)
+    COUNTED(route, n) NEEDED(route, logits) NEEDED(route, ids) NEEDED(route, weights) ALIGNED(route, dweights) ALIGNED(route, loads)
+    RANGED32(route, kind, 3) RANGED32(route, kind, -1)
+    WRONG(route, count, TO_INT32, 0, TERN_E_SHAPE, "route: 0 experts; 1 to 1024")
+    WRONG(route, count, TO_INT32, 1025, TERN_E_SHAPE, "route: 1025 experts; 1 to 1024")
+    WRONG(route, k, TO_INT32, 0, TERN_E_SHAPE, "route: k = 0 of 5 experts")
+    WRONG(route, k, TO_INT32, 6, TERN_E_SHAPE, "route: k = 6 of 5 experts")
+    WRONG(route, n, TO_INT64, 429496730, TERN_E_OVERFLOW, "route: n = 429496730 x 5")
+    RANGED_FLOAT(route, balance, NAN) RANGED_FLOAT(route, balance, INFINITY)
+    COUNTED(group, n) NEEDED(group, ids) NEEDED(group, weights) NEEDED(group, loads) NEEDED(group, tokens) NEEDED(group, slots)
+    ALIGNED(group, sorted)
+    WRONG(group, count, TO_INT32, -1, TERN_E_SHAPE, "group: -1 experts")
+    WRONG(group, k, TO_INT32, 6, TERN_E_SHAPE, "group: k = 6 of 5 experts")
+    COUNTED(row_dot, rows) COUNTED(row_dot, cols) COUNTED(row_dot, n) COUNTED(row_dot, count)
+    NEEDED(row_dot, a) NEEDED(row_dot, b) NEEDED(row_dot, ids) NEEDED(row_dot, to) NEEDED(row_dot, y)
     ALIGNED(gather, weight) ALIGNED(scatter, weight)
-    COUNTED(gate, n) COUNTED(gate, count) COUNTED(gate, cols) NEEDED(gate, h) NEEDED(gate, key) NEEDED(gate, value) NEEDED(gate, gate) NEEDED(gate, y)
-    COUNTED(nearest, n) COUNTED(nearest, rows) COUNTED(nearest, cols) NEEDED(nearest, x) NEEDED(nearest, w) NEEDED(nearest, ids) ALIGNED(nearest, distance)
-    COUNTED(aggregate, cols) COUNTED(aggregate, edges.rows) COUNTED(aggregate, edges.sources) NEEDED(aggregate, x) NEEDED(aggregate, y) NEEDED(aggregate, part)
-    ALIGNED(aggregate, left) ALIGNED(aggregate, right) NEEDED(aggregate, edges.start) NEEDED(aggregate, edges.entry) NEEDED(aggregate, edges.hub) NEEDED(aggregate, edges.part)
-    WRONG(aggregate, edges.count, TO_INT64, -1, TERN_E_SHAPE, "-1 edges") WRONG(aggregate, edges.parts, TO_INT64, 0, TERN_E_SHAPE, "1 hubs and 0 parts")
-    {call_aggregate, &good_aggregate_i8, sizeof good_aggregate_i8, offsetof(tern_aggregate_args, q_row), TO_INT64, 24, TERN_E_SHAPE, "aggregate: q_row = 24; it must be a multiple of 16, at least cols = 5"},
-    {call_aggregate, &good_aggregate_i8, sizeof good_aggregate_i8, offsetof(tern_aggregate_args, q_row), TO_INT64, 0, TERN_E_SHAPE, "q_row = 0"},
-    {call_aggregate, &good_aggregate_i8, sizeof good_aggregate_i8, offsetof(tern_aggregate_args, scale), TO_NULL, 0, TERN_E_ARGUMENT, "scale is NULL"},
+    COUNTED(gate, n) COUNTED(gate, count) COUNTED(gate, cols)
+    NEEDED(gate, h) NEEDED(gate, key) NEEDED(gate, value) NEEDED(gate, gate) NEEDED(gate, y)
+    COUNTED(nearest, n) COUNTED(nearest, rows) COUNTED(nearest, cols) NEEDED(nearest, x) NEEDED(nearest, w) NEEDED(nearest, ids)
+    ALIGNED(nearest, distance)
+    COUNTED(aggregate, cols) COUNTED(aggregate, edges.rows) COUNTED(aggregate, edges.sources)
+    NEEDED(aggregate, x) NEEDED(aggregate, y) NEEDED(aggregate, part)
+    ALIGNED(aggregate, left) ALIGNED(aggregate, right)
+    NEEDED(aggregate, edges.start) NEEDED(aggregate, edges.entry) NEEDED(aggregate, edges.hub) NEEDED(aggregate, edges.part)
+    WRONG(aggregate, edges.count, TO_INT64, -1, TERN_E_SHAPE, "-1 edges")
+    WRONG(aggregate, edges.parts, TO_INT64, 0, TERN_E_SHAPE, "1 hubs and 0 parts")
+    {call_aggregate, &good_aggregate_i8, sizeof good_aggregate_i8, offsetof(tern_aggregate_args, q_row), TO_INT64, 24, TERN_E_SHAPE,
+     "aggregate: q_row = 24; it must be a multiple of 16, at least cols = 5"},
+    {call_aggregate, &good_aggregate_i8, sizeof good_aggregate_i8, offsetof(tern_aggregate_args, q_row), TO_INT64, 0,
+     TERN_E_SHAPE, "q_row = 0"},
+    {call_aggregate, &good_aggregate_i8, sizeof good_aggregate_i8, offsetof(tern_aggregate_args, scale), TO_NULL, 0, TERN_E_ARGUMENT,
+     "scale is NULL"},
     PACKED(scale_grad) NEEDED(scale_grad, w) NEEDED(scale_grad, dw) NEEDED(scale_grad, dalpha) RANGED32(scale_grad, type, TERN_I8)
     WRONG(scale_grad, rule, TO_INT32, TERN_TWN, TERN_E_ARGUMENT, "rule 2 has no learned scale")
     WRONG(scale_grad, rule, TO_INT32, TERN_LSQ, TERN_E_ARGUMENT, "rule lsq learns one scale for the tensor; a grain of -1")

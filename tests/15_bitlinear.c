@@ -40,14 +40,17 @@ static void test_param_buffers(void)
     CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_ADAMW));
     m = tern_param_matrix(&p);
     CHECK_OK(t.c, tern_matrix_bytes(t.c, &m, &trits, &scales));
-    CHECK(m.encoding == TERN_BASE3 && m.scale_type == TERN_POW2 && m.rows == 17 && m.cols == 50 && m.grain == 20, "the matrix differs from the parameter");
-    CHECK(p.buffer[TERN_TRITS].count == trits && p.buffer[TERN_SCALES].count == scales && p.buffer[TERN_SHADOW].count == 850 && p.buffer[TERN_GRAD].count == 850, "counts");
+    CHECK(m.encoding == TERN_BASE3 && m.scale_type == TERN_POW2 && m.rows == 17 && m.cols == 50 && m.grain == 20,
+          "the matrix differs from the parameter");
+    CHECK(p.buffer[TERN_TRITS].count == trits && p.buffer[TERN_SCALES].count == scales && p.buffer[TERN_SHADOW].count == 850
+          && p.buffer[TERN_GRAD].count == 850, "counts");
     CHECK(p.buffer[TERN_SHADOW].type == TERN_BF16 && p.buffer[TERN_MOMENT2].type == TERN_F32, "types");
     CHECK(test_blocks == before + 6, "%ld allocations for 6 buffers", test_blocks - before);
     CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_ADAMW));
     CHECK(test_blocks == before + 6, "what is there is not allocated again");
     tern_param_free(t.c, &p, TERN_FOR_TRAINING);
-    CHECK(test_blocks == before + 2 && p.buffer[TERN_TRITS].data && p.buffer[TERN_SCALES].data && !p.buffer[TERN_SHADOW].data, "frozen is trits and scales");
+    CHECK(test_blocks == before + 2 && p.buffer[TERN_TRITS].data && p.buffer[TERN_SCALES].data && !p.buffer[TERN_SHADOW].data,
+          "frozen is trits and scales");
     tern_param_free(t.c, &p, -1);
     CHECK_OK(t.c, tern_param_alloc(t.c, &d, TERN_FOR_ADAMW));
     CHECK(test_blocks == before + 4 && !d.buffer[TERN_TRITS].data && !d.buffer[TERN_SCALES].data, "a dense parameter has no trits");
@@ -91,7 +94,8 @@ static void test_param_refusals(void)
     tern_model m = TERN_ZERO;
     CHECK(tern_param_alloc(NULL, &p, 1) == TERN_E_ARGUMENT && tern_param_set(NULL, &p, TERN_F32, w) == TERN_E_ARGUMENT, "no context");
     CHECK_FAILS(t.c, tern_param_alloc(t.c, NULL, 1), TERN_E_ARGUMENT, "a parameter is NULL");
-    bad = p; memset(bad.name, 'x', sizeof bad.name); CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "name is not terminated");
+    bad = p; memset(bad.name, 'x', sizeof bad.name);
+    CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "name is not terminated");
     bad = p; bad.rule = (tern_rule)9; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "w: rule 9");
     bad = p; bad.rows = 0; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_SHAPE, "w: matrix is 0 x 5");
     bad = p; bad.cols = 300000; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_SHAPE, "w: K = 300000 exceeds 262144");
@@ -99,11 +103,15 @@ static void test_param_refusals(void)
     bad = p; bad.grain = -3; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "grain -3");
     bad = gain; bad.cols = 0; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_SHAPE, "gain: 1 x 0");
     bad = gain; bad.rows = INT64_MAX / 2; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_OVERFLOW, "overflows");
-    bad = gain; bad.buffer[TERN_SHADOW].type = TERN_BF16; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "gain: a dense parameter is TERN_F32");
+    bad = gain; bad.buffer[TERN_SHADOW].type = TERN_BF16;
+    CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "gain: a dense parameter is TERN_F32");
     bad = p; bad.buffer[TERN_TRITS].type = TERN_I8; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "w: trits of type 4");
-    bad = p; bad.buffer[TERN_SCALES].type = TERN_BF16; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "w: scales of type 2");
-    bad = p; bad.buffer[TERN_SHADOW].type = TERN_F16; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "w: shadow of type 3");
-    bad = p; bad.buffer[TERN_GRAD].type = TERN_BF16; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "w: gradient of type 2");
+    bad = p; bad.buffer[TERN_SCALES].type = TERN_BF16;
+    CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "w: scales of type 2");
+    bad = p; bad.buffer[TERN_SHADOW].type = TERN_F16;
+    CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "w: shadow of type 3");
+    bad = p; bad.buffer[TERN_GRAD].type = TERN_BF16;
+    CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, 1), TERN_E_ARGUMENT, "w: gradient of type 2");
     CHECK_FAILS(t.c, tern_param_set(t.c, &p, TERN_F32, w), TERN_E_MISSING, "w has no trits");
     CHECK_OK(t.c, tern_param_alloc(t.c, &p, 1 << TERN_TRITS));
     CHECK_FAILS(t.c, tern_param_set(t.c, &p, TERN_F32, w), TERN_E_MISSING, "w has no scales");
@@ -251,14 +259,16 @@ static void test_param_give(void)
                 tern_cast_args cast = TERN_ZERO;
                 CHECK_OK(t.c, tern_param_get(t.c, &p, r, row, row_scales, values));
                 CHECK(memcmp(row, trits + r * cols, (size_t)cols) == 0, "trits of row %d", (int)r);
-                CHECK(memcmp(row_scales, every_grain[g] == TERN_PER_TENSOR ? scales : scales + r * groups, (size_t)groups * 4) == 0, "scales of row %d", (int)r);
+                CHECK(memcmp(row_scales, every_grain[g] == TERN_PER_TENSOR ? scales : scales + r * groups, (size_t)groups * 4) == 0,
+                      "scales of row %d", (int)r);
                 cast.count = cols;
                 cast.from = p.buffer[TERN_SHADOW].type;
                 cast.to = TERN_F32;
                 cast.src = (char *)p.buffer[TERN_SHADOW].data + r * cols * (variant & 8 ? 2 : 4);
                 cast.dst = shadow;
                 CHECK_OK(t.c, tern_cast(t.c, &cast));
-                for (i = 0; i < cols; i++) CHECK(shadow[i] == values[i], "shadow[%d][%d] is %g, not %g", (int)r, (int)i, shadow[i], values[i]);
+                for (i = 0; i < cols; i++)
+                    CHECK(shadow[i] == values[i], "shadow[%d][%d] is %g, not %g", (int)r, (int)i, shadow[i], values[i]);
             }
             tern_param_free(t.c, &p, -1);
         }
@@ -359,8 +369,10 @@ static void test_param_stats(void)
                 }
             }
             CHECK(fabs(s.alpha - alpha / (double)groups) < 1e-6, "alpha %g, not %g", s.alpha, alpha / (double)groups);
-            CHECK(fabs(s.frac_neg * all - neg) < 0.01 && fabs(s.frac_pos * all - pos) < 0.01 && fabs(s.frac_zero * all - (all - neg - pos)) < 0.01, "signs");
-            CHECK(fabs(s.frac_boundary * all - boundary) < 1.01, "boundary %g, not %g", s.frac_boundary * all, boundary); /* one may lie on the edge */
+            CHECK(fabs(s.frac_neg * all - neg) < 0.01 && fabs(s.frac_pos * all - pos) < 0.01
+                  && fabs(s.frac_zero * all - (all - neg - pos)) < 0.01, "signs");
+            /* One may lie on the edge. */
+            CHECK(fabs(s.frac_boundary * all - boundary) < 1.01, "boundary %g, not %g", s.frac_boundary * all, boundary);
             CHECK(fabs(s.frac_zero_inner * all - inner) < 1.01, "inner %g, not %g", s.frac_zero_inner * all, inner);
             tern_param_free(t.c, &p, -1);
         }
@@ -382,7 +394,8 @@ static void test_param_verify(void)
     values[300] += 0.25f;
     values[800] -= 0.125f;
     CHECK_OK(t.c, tern_param_verify(t.c, &p, values, &v));
-    CHECK(v.wrong == 2 && v.first_wrong == 300 && fabs(v.max_error - 0.25) < 1e-6, "%d wrong, first %d, %g", (int)v.wrong, (int)v.first_wrong, v.max_error);
+    CHECK(v.wrong == 2 && v.first_wrong == 300 && fabs(v.max_error - 0.25) < 1e-6,
+          "%d wrong, first %d, %g", (int)v.wrong, (int)v.first_wrong, v.max_error);
     values[0] = NAN;
     CHECK_OK(t.c, tern_param_verify(t.c, &p, values, &v));
     CHECK(v.wrong == 3 && v.first_wrong == 0 && v.max_error != v.max_error, "a NaN stays");
@@ -464,7 +477,8 @@ static void test_param_chunks(void)
         CHECK_OK(c, tern_param_verify(c, &p, values, &v));
         CHECK(chunk_copies == 6 && v.wrong == 0, "%ld copies, %d wrong", chunk_copies, (int)v.wrong);
         CHECK_OK(c, tern_param_stats(c, &p, 0.1f, &s));
-        CHECK(chunk_copies == 15 && s.frac_neg == (float)neg / (float)(CHUNK_ROWS * CHUNK_COLS), "%ld copies, %g negative", chunk_copies, s.frac_neg);
+        CHECK(chunk_copies == 15 && s.frac_neg == (float)neg / (float)(CHUNK_ROWS * CHUNK_COLS),
+              "%ld copies, %g negative", chunk_copies, s.frac_neg);
         for (i = 0; i < 6; i++) values[rows[i] * CHUNK_COLS + i] += 1.0f;
         CHECK_OK(c, tern_param_verify(c, &p, values, &v));
         CHECK(v.wrong == 6 && v.first_wrong == 0, "%d wrong, the first %d", (int)v.wrong, (int)v.first_wrong);
@@ -655,7 +669,8 @@ static void linear_fusions(tern_context *c, record *r)
         float *y = hold_output(n * rows), *other = hold_output(n * rows), *x = hold_floats(n * cols);
         char text[2][sizeof c->run.fault.text];
         layer o;
-        layer_open(c, &o, rows, cols, i & 2 ? 20 : TERN_PER_ROW, (i & (WITH_NORM | WITH_BIAS)) + (i < 10 ? 0 : i < 20 ? WITH_INT4 : WITH_BITS), n);
+        layer_open(c, &o, rows, cols, i & 2 ? 20 : TERN_PER_ROW,
+                   (i & (WITH_NORM | WITH_BIAS)) + (i < 10 ? 0 : i < 20 ? WITH_INT4 : WITH_BITS), n);
         x[n / 2 * cols + 3] = NAN;
         CHECK_OK(c, tern_linear_forward(c, &o.l, n, x, y, NULL));
         CHECK_FAILS(c, tern_sync(c), TERN_E_DATA, "not finite");
@@ -681,7 +696,8 @@ static void test_linear_fused(void) { same_everywhere(linear_fusions, UINT64_C(0
 static void test_linear_forward(void) { same_everywhere(linear_forwards, UINT64_C(0x74D5E3766C93A1B1)); }
 
 /* <dy, y> in float64 with the quantizers as identity and the packed weights fixed. */
-static double linear_literal(const layer *o, const double *w, int64_t n, const double *x, const double *gain, const double *bias, const float *dy)
+static double linear_literal(const layer *o, const double *w, int64_t n, const double *x, const double *gain, const double *bias,
+                             const float *dy)
 {
     const int64_t rows = o->w.rows, cols = o->w.cols;
     double total = 0.0;
@@ -706,7 +722,8 @@ static void linear_backwards(tern_context *c, record *r)
     int variant;
     for (variant = 0; variant < VARIANTS; variant++) {
         const float *x = layer_input(n * cols, variant), *dy = hold_floats(n * rows), *used;
-        float *y = hold_output(n * rows), *dx = hold_output(n * cols), *values = hold_output(rows * cols), *expected = hold_zeros(rows * cols);
+        float *y = hold_output(n * rows), *dx = hold_output(n * cols), *values = hold_output(rows * cols),
+              *expected = hold_zeros(rows * cols);
         double *xd = hold_doubles(x, n * cols), *w, *gain, *bias;
         void *saved;
         int64_t i, t;
@@ -738,7 +755,8 @@ static void linear_backwards(tern_context *c, record *r)
                 for (i = 0; i < rows * cols; i++) expected[i] += dy[t * rows + i / cols] * used[t * cols + i % cols];
         } else {
             const tern_matrix m = tern_param_matrix(&o.w);
-            const tern_quantize_args q = hold_activations(c, o.l.act, &m, n, x, o.l.norm, o.l.gain ? (const float *)o.gain.buffer[TERN_SHADOW].data : NULL);
+            const tern_quantize_args q =
+                hold_activations(c, o.l.act, &m, n, x, o.l.norm, o.l.gain ? (const float *)o.gain.buffer[TERN_SHADOW].data : NULL);
             tern_matmul_dw_args a = TERN_ZERO;
             a.m = m;
             a.act = q.act;
@@ -748,7 +766,9 @@ static void linear_backwards(tern_context *c, record *r)
             a.dw = expected;
             CHECK_OK(c, tern_matmul_dw(c, &a));
         }
-        for (i = 0; i < rows * cols; i++) CHECK(fabs(grad_of(&o.w)[i] - expected[i]) < 1e-5, "variant %d: dw[%d] %g, not %g", variant, (int)i, grad_of(&o.w)[i], expected[i]);
+        for (i = 0; i < rows * cols; i++)
+            CHECK(fabs(grad_of(&o.w)[i] - expected[i]) < 1e-5,
+                  "variant %d: dw[%d] %g, not %g", variant, (int)i, grad_of(&o.w)[i], expected[i]);
         record_words(r, dx, n * cols);
         record_words(r, grad_of(&o.w), rows * cols);
         record_words(r, grad_of(&o.gain), cols);
@@ -761,7 +781,8 @@ static void linear_backwards(tern_context *c, record *r)
 }
 static void test_linear_backward(void) { same_for_threads(linear_backwards); }
 
-static void linear_gradients(tern_context *c, layer *o, int64_t n, const float *x, const float *dy, tern_type type, float *y, float *dx, float *dw)
+static void linear_gradients(tern_context *c, layer *o, int64_t n, const float *x, const float *dy, tern_type type, float *y,
+                             float *dx, float *dw)
 {
     void *saved = hold(o->need.saved + 1);
     o->l.gradients = type;
@@ -797,9 +818,12 @@ static void linear_bf16_gradients(tern_context *c, record *r)
         }
         CHECK(memcmp(y[0], y[1], (size_t)(n * rows) * 4) == 0, "variant %d: another forward", variant);
         CHECK((memcmp(dx[0], dx[1], (size_t)(n * cols) * 4) != 0) == has_pairs(c), "variant %d: dx has factors of the other type", variant);
-        CHECK((memcmp(dw[0], dw[1], (size_t)(rows * cols) * 4) != 0) == has_pairs(c), "variant %d: dw has factors of the other type", variant);
-        for (i = 0; i < n * cols; i++) CHECK(fabsf(dx[0][i] - dx[1][i]) < 0.05f, "variant %d: dx %g, not %g", variant, (double)dx[1][i], (double)dx[0][i]);
-        for (i = 0; i < rows * cols; i++) CHECK(fabsf(dw[0][i] - dw[1][i]) < 0.05f, "variant %d: dw %g, not %g", variant, (double)dw[1][i], (double)dw[0][i]);
+        CHECK((memcmp(dw[0], dw[1], (size_t)(rows * cols) * 4) != 0) == has_pairs(c),
+              "variant %d: dw has factors of the other type", variant);
+        for (i = 0; i < n * cols; i++)
+            CHECK(fabsf(dx[0][i] - dx[1][i]) < 0.05f, "variant %d: dx %g, not %g", variant, (double)dx[1][i], (double)dx[0][i]);
+        for (i = 0; i < rows * cols; i++)
+            CHECK(fabsf(dw[0][i] - dw[1][i]) < 0.05f, "variant %d: dw %g, not %g", variant, (double)dw[1][i], (double)dw[0][i]);
         record_words(r, dx[1], n * cols);
         record_words(r, dw[1], rows * cols);
         layer_close(c, &o);
@@ -856,13 +880,17 @@ static void linear_bf16_lora(tern_context *c, record *r)
         for (i = 0; i < rows; i++)
             for (j = 0; j < rank; j++) {
                 factored f = {0.0, 0.0, 0.0};
-                for (t = 0; t < n; t++) factored_add(&f, bf16(c, dy[t * rows + i]) * bf16(c, low[t * rank + j]), (double)dy[t * rows + i] * (double)low[t * rank + j]);
+                for (t = 0; t < n; t++)
+                    factored_add(&f, bf16(c, dy[t * rows + i]) * bf16(c, low[t * rank + j]),
+                                 (double)dy[t * rows + i] * (double)low[t * rank + j]);
                 check_factored("dB", db[i * rank + j], &f, n, 2);
             }
         for (j = 0; j < rank; j++)
             for (i = 0; i < cols; i++) {
                 factored f = {0.0, 0.0, 0.0};
-                for (t = 0; t < n; t++) factored_add(&f, bf16(c, dlow[t * rank + j]) * bf16(c, x[t * cols + i]), (double)dlow[t * rank + j] * (double)x[t * cols + i]);
+                for (t = 0; t < n; t++)
+                    factored_add(&f, bf16(c, dlow[t * rank + j]) * bf16(c, x[t * cols + i]),
+                                 (double)dlow[t * rank + j] * (double)x[t * cols + i]);
                 check_factored("dA", da[j * cols + i], &f, n, 2);
             }
         for (t = 0; t < n; t++)
@@ -870,8 +898,10 @@ static void linear_bf16_lora(tern_context *c, record *r)
                 factored f = {0.0, 0.0, 0.0}, whole = {0.0, 0.0, 0.0};
                 int64_t k;
                 for (j = 0; j < rank; j++) {
-                    factored_add(&f, bf16(c, dlow[t * rank + j]) * bf16(c, a[j * cols + i]), (double)dlow[t * rank + j] * (double)a[j * cols + i]);
-                    for (k = 0; k < rows; k++) factored_add(&whole, 0.0, 0.5 * (double)dy[t * rows + k] * (double)b[k * rank + j] * (double)a[j * cols + i]);
+                    factored_add(&f, bf16(c, dlow[t * rank + j]) * bf16(c, a[j * cols + i]),
+                                 (double)dlow[t * rank + j] * (double)a[j * cols + i]);
+                    for (k = 0; k < rows; k++)
+                        factored_add(&whole, 0.0, 0.5 * (double)dy[t * rows + k] * (double)b[k * rank + j] * (double)a[j * cols + i]);
                 }
                 whole.sum = dx[1][t * cols + i]; /* the exact sum alone is compared */
                 check_factored("dx", dx[1][t * cols + i], &f, rank, 2);
@@ -946,7 +976,8 @@ static void literal_input(const layer *o, const literal *t, const double *x, dou
 static double literal_forward(const layer *o, const literal *t, int64_t n, const double *x, const float *dy, double *y)
 {
     const int64_t rows = o->w.rows, cols = o->w.cols;
-    double *m = (double *)malloc(sizeof(double) * (size_t)(rows * cols)), *in = (double *)malloc(sizeof(double) * (size_t)cols), total = 0.0;
+    double *m = (double *)malloc(sizeof(double) * (size_t)(rows * cols)),
+           *in = (double *)malloc(sizeof(double) * (size_t)cols), total = 0.0;
     int64_t i, r, k;
     literal_matrix(o, t, m);
     for (i = 0; i < n; i++) {
@@ -1020,11 +1051,13 @@ static void linear_options(tern_context *c, record *r)
             CHECK(fabs(y[i] - want[i]) < 1e-5 + off * weights, "variant %d: y[%d] %g, not %g", variant, (int)i, y[i], want[i]);
         }
         literal_matrix(&o, &t, want);
-        for (i = 0; i < rows * cols; i++) CHECK(fabs(m[i] - want[i]) < 1e-5, "variant %d: rebuilt[%d] %g, not %g", variant, (int)i, m[i], want[i]);
+        for (i = 0; i < rows * cols; i++)
+            CHECK(fabs(m[i] - want[i]) < 1e-5, "variant %d: rebuilt[%d] %g, not %g", variant, (int)i, m[i], want[i]);
 #define GRADIENT(name, place, got, count) /* the other numbers of threads give the same bits */            \
         for (i = 0; i < (count) && c->run.parallel.workers <= test_threads[0]; i++) {                        \
             const double slope = literal_slope(&o, &t, n, xd, dy, (place) + i);                            \
-            CHECK(fabs((got)[i] - slope) < 1e-4 * (1 + fabs(slope)), "variant %d: " name "[%d] %g, not %g", variant, (int)i, (got)[i], slope); \
+            CHECK(fabs((got)[i] - slope) < 1e-4 * (1 + fabs(slope)),                                       \
+                  "variant %d: " name "[%d] %g, not %g", variant, (int)i, (got)[i], slope);                \
         }
         GRADIENT("dx", xd, dx, n * cols)
         if (o.l.gain) GRADIENT("dgain", t.gain, grad_of(&o.gain), cols)
@@ -1176,7 +1209,8 @@ static void test_linear_wide_dense(void)
 {
     enum { ROWS = 2, COLS = TERN__MAX_COLS + 5 };
     test_context t = test_open(TERN_ISA_BEST, 2);
-    tern_param w = param_of("w", ROWS, COLS, TERN_DENSE, 0), a = param_of("a", 1, COLS, TERN_DENSE, 0), b = param_of("b", ROWS, 1, TERN_DENSE, 0);
+    tern_param w = param_of("w", ROWS, COLS, TERN_DENSE, 0), a = param_of("a", 1, COLS, TERN_DENSE, 0),
+               b = param_of("b", ROWS, 1, TERN_DENSE, 0);
     float *before = hold_output(ROWS * COLS), *want = hold_output(ROWS * COLS), *up, y[2 * ROWS];
     tern_linear l = TERN_ZERO;
     tern_need need = TERN_ZERO;
@@ -1197,7 +1231,8 @@ static void test_linear_wide_dense(void)
     up[1] = -2.0f;
     CHECK_OK(t.c, tern_linear_rebuild(t.c, &l, want));
     CHECK_OK(t.c, tern_linear_merge(t.c, &l));
-    CHECK(memcmp(want, w.buffer[TERN_SHADOW].data, ROWS * COLS * 4) == 0 && memcmp(want, before, ROWS * COLS * 4) != 0 && up[0] == 0.0f, "the merged matrix is not the rebuilt one");
+    CHECK(memcmp(want, w.buffer[TERN_SHADOW].data, ROWS * COLS * 4) == 0 && memcmp(want, before, ROWS * COLS * 4) != 0 && up[0] == 0.0f,
+          "the merged matrix is not the rebuilt one");
     CHECK_OK(t.c, tern_linear_need(t.c, &l, 1, &need));
     CHECK_OK(t.c, tern_reserve(t.c, need.scratch));
     CHECK_OK(t.c, tern_linear_forward(t.c, &l, 1, before, y, NULL));
@@ -1350,21 +1385,32 @@ static void test_linear_option_refusals(void)
     const int32_t id = 0;
     layer o;
     layer_open(t.c, &o, 6, 20, TERN_PER_ROW, WITH_BIAS, 2);
-    bad = o.l; bad.lora_a = &o.lora_a; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "w: lora_a and lora_b come together");
-    bad.lora_b = &o.gain; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_SHAPE, "w: its lora_b is 1 x 20, not dense and 6 x 3");
-    bad.lora_a = &o.bias; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_SHAPE, "w: its lora_a is 1 x 6, not dense and 1 x 20");
-    bad.lora_a = &o.lora_a; bad.lora_b = &o.lora_b; bad.lora_scale = NAN; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "lora_scale");
+    bad = o.l; bad.lora_a = &o.lora_a;
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "w: lora_a and lora_b come together");
+    bad.lora_b = &o.gain;
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_SHAPE, "w: its lora_b is 1 x 20, not dense and 6 x 3");
+    bad.lora_a = &o.bias;
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_SHAPE, "w: its lora_a is 1 x 6, not dense and 1 x 20");
+    bad.lora_a = &o.lora_a; bad.lora_b = &o.lora_b; bad.lora_scale = NAN;
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "lora_scale");
     bad = o.l; bad.arenas = -0.5f; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "arenas is negative");
-    bad.arenas = INFINITY; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "arenas is negative or not finite");
-    bad.arenas = 0.5f; bad.w = &o.lora_b; bad.bias = NULL; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "arenas beside dense weights");
-    o.bias.rotate = 1; CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, 2, x, y, NULL), TERN_E_ARGUMENT, "bias: a dense parameter has neither"); o.bias.rotate = 0;
-    o.bias.dead = &o.dead; CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, 2, x, y, NULL), TERN_E_ARGUMENT, "bias: a dense parameter has neither"); o.bias.dead = NULL;
+    bad.arenas = INFINITY;
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "arenas is negative or not finite");
+    bad.arenas = 0.5f; bad.w = &o.lora_b; bad.bias = NULL;
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "arenas beside dense weights");
+    o.bias.rotate = 1;
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, 2, x, y, NULL), TERN_E_ARGUMENT, "bias: a dense parameter has neither");
+    o.bias.rotate = 0;
+    o.bias.dead = &o.dead;
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, 2, x, y, NULL), TERN_E_ARGUMENT, "bias: a dense parameter has neither");
+    o.bias.dead = NULL;
     CHECK_FAILS(t.c, tern_linear_merge(t.c, &o.l), TERN_E_MISSING, "no lora_a");
     CHECK_FAILS(t.c, tern_linear_fold(t.c, &o.l), TERN_E_MISSING, "to fold needs a dead zone");
     CHECK_FAILS(t.c, tern_linear_rebuild(t.c, &o.l, NULL), TERN_E_ARGUMENT, "w is NULL");
     o.w.dead = &o.dead; CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, 2, x, y, NULL), TERN_E_ARGUMENT, "lambda above 0");
     o.w.lambda = NAN; CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, 2, x, y, NULL), TERN_E_ARGUMENT, "lambda above 0");
-    o.w.lambda = 1.0f; o.w.dead = &o.gain; CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, 2, x, y, NULL), TERN_E_SHAPE, "w: its dead zone is 1 x 20, not dense and 1 x 6");
+    o.w.lambda = 1.0f; o.w.dead = &o.gain;
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, 2, x, y, NULL), TERN_E_SHAPE, "w: its dead zone is 1 x 20, not dense and 1 x 6");
     CHECK_FAILS(t.c, tern_param_set(t.c, &o.w, TERN_F32, NULL), TERN_E_SHAPE, "w: its dead zone");
     o.w.dead = &o.dead;
     bad = o.l; bad.bias = NULL; CHECK_FAILS(t.c, tern_linear_fold(t.c, &bad), TERN_E_MISSING, "a bias that takes it");
@@ -1469,7 +1515,8 @@ static void test_linear_faults(void)
         x[2 * cols + 5] = NAN;
         CHECK_OK(t.c, tern_linear_forward(t.c, &o.l, n, x, y, NULL));
         CHECK_FAILS(t.c, tern_sync(t.c), TERN_E_DATA, "row 2");
-        CHECK(memcmp(y, clean, (size_t)(2 * rows) * 4) == 0 && memcmp(y + 3 * rows, clean + 3 * rows, (size_t)rows * 4) == 0, "variant %d: a clean row changed", variant);
+        CHECK(memcmp(y, clean, (size_t)(2 * rows) * 4) == 0 && memcmp(y + 3 * rows, clean + 3 * rows, (size_t)rows * 4) == 0,
+              "variant %d: a clean row changed", variant);
         for (j = 0; j < rows; j++) CHECK(y[2 * rows + j] == 0.0f, "variant %d: [2][%d] is %g", variant, (int)j, y[2 * rows + j]);
         layer_close(t.c, &o);
         release();
@@ -1492,14 +1539,19 @@ static void test_linear_refusals(void)
     CHECK(tern_linear_forward(NULL, &o.l, 2, x, y, NULL) == TERN_E_ARGUMENT, "no context");
     CHECK_FAILS(t.c, tern_linear_forward(t.c, NULL, 2, x, y, NULL), TERN_E_ARGUMENT, "the layer or its w is NULL");
     bad = o.l; bad.w = NULL; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "the layer or its w is NULL");
-    bad = o.l; bad.bias = &o.gain; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_SHAPE, "w: its bias has 20 values for 6 rows");
-    bad = o.l; bad.gain = &o.bias; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_SHAPE, "w: its gain has 6 values for 20 columns");
-    bad = o.l; bad.norm = TERN_NORM_NONE; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "a gain without a norm");
-    bad = o.l; bad.act = TERN_ACT_BIT; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "w: bits take neither norm nor rotation");
+    bad = o.l; bad.bias = &o.gain;
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_SHAPE, "w: its bias has 20 values for 6 rows");
+    bad = o.l; bad.gain = &o.bias;
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_SHAPE, "w: its gain has 6 values for 20 columns");
+    bad = o.l; bad.norm = TERN_NORM_NONE;
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "a gain without a norm");
+    bad = o.l; bad.act = TERN_ACT_BIT;
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "w: bits take neither norm nor rotation");
     bad = o.l; bad.act = (tern_act)-1; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "act -1");
     bad = o.l; bad.act = (tern_act)7; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "act 7");
     bad = o.l; bad.norm = (tern_norm_kind)5; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "norm 5");
-    bad = o.l; bad.gradients = TERN_F16; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "w: factors of type 3");
+    bad = o.l; bad.gradients = TERN_F16;
+    CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "w: factors of type 3");
     bad = o.l; bad.eps = -1.0f; CHECK_FAILS(t.c, tern_linear_forward(t.c, &bad, 2, x, y, NULL), TERN_E_ARGUMENT, "eps");
     CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, 0, x, y, NULL), TERN_E_SHAPE, "w: n = 0");
     CHECK_FAILS(t.c, tern_linear_forward(t.c, &o.l, INT64_MAX / 4, x, y, NULL), TERN_E_OVERFLOW, "overflows");
@@ -1535,7 +1587,8 @@ static void test_linear_refusals(void)
 /* A parameter with its learned scale, where the rule has one. */
 typedef struct learner { tern_param w, alpha; } learner;
 
-static void learner_open(tern_context *c, learner *l, int64_t rows, int64_t cols, tern_rule rule, int32_t grain, tern_type shadow, tern_type scales, int32_t buffers)
+static void learner_open(tern_context *c, learner *l, int64_t rows, int64_t cols, tern_rule rule, int32_t grain, tern_type shadow,
+                         tern_type scales, int32_t buffers)
 {
     l->w = param_of("w", rows, cols, rule, grain);
     l->alpha = param_of("w.alpha", 1, rule == TERN_SEQ ? rows : 1, TERN_DENSE, 0);
@@ -1584,10 +1637,15 @@ static void test_param_give_is_idempotent(void)
                     for (r = 0; r < ROWS; r++) {
                         const float *want = g == 0 ? scales : scales + r * groups;
                         CHECK_OK(t.c, tern_param_get(t.c, &l.w, r, row, row_scales, NULL));
-                        CHECK(memcmp(row, trits + r * COLS, COLS) == 0, "rule %d, grain %d, variant %d, round %d: trits of row %d", (int)rule, (int)grains[g], variant, round, (int)r);
-                        CHECK(round == 2 || memcmp(row_scales, want, most) == 0, "rule %d, grain %d, variant %d, round %d: scales of row %d", (int)rule, (int)grains[g], variant, round, (int)r);
+                        CHECK(memcmp(row, trits + r * COLS, COLS) == 0, "rule %d, grain %d, variant %d, round %d: trits of row %d",
+                              (int)rule, (int)grains[g], variant, round, (int)r);
+                        CHECK(round == 2 || memcmp(row_scales, want, most) == 0,
+                              "rule %d, grain %d, variant %d, round %d: scales of row %d", (int)rule, (int)grains[g], variant,
+                              round, (int)r);
                         for (i = 0; i < groups; i++)
-                            CHECK(fabsf(row_scales[i] / want[i] - 1.0f) < (variant / 4 ? 0.004f : 1e-6f), "rule %d, grain %d, variant %d: scale %g became %g", (int)rule, (int)grains[g], variant, want[i], row_scales[i]);
+                            CHECK(fabsf(row_scales[i] / want[i] - 1.0f) < (variant / 4 ? 0.004f : 1e-6f),
+                                  "rule %d, grain %d, variant %d: scale %g became %g", (int)rule, (int)grains[g], variant, want[i],
+                                  row_scales[i]);
                     }
                 }
                 learner_close(t.c, &l);
@@ -1616,9 +1674,11 @@ static void test_param_convert(void)
         test_fail_at = test_allocations;
         CHECK_FAILS(t.c, tern_param_convert(t.c, &p, which[j], TERN_BF16), TERN_E_MEMORY, "w: no memory");
         test_fail_at = -1;
-        CHECK(p.buffer[which[j]].type == TERN_F32 && memcmp(before, p.buffer[which[j]].data, sizeof before) == 0, "a failed conversion changed something");
+        CHECK(p.buffer[which[j]].type == TERN_F32 && memcmp(before, p.buffer[which[j]].data, sizeof before) == 0,
+              "a failed conversion changed something");
         CHECK_OK(t.c, tern_param_convert(t.c, &p, which[j], TERN_BF16));
-        CHECK(p.buffer[which[j]].type == TERN_BF16 && p.buffer[which[j]].count == 731 && p.buffer[which[j]].owned, "buffer %d", (int)which[j]);
+        CHECK(p.buffer[which[j]].type == TERN_BF16 && p.buffer[which[j]].count == 731 && p.buffer[which[j]].owned,
+              "buffer %d", (int)which[j]);
         for (i = 0; i < 731; i++) {
             const uint16_t h = ((const uint16_t *)p.buffer[which[j]].data)[i];
             CHECK(h == tern__to_bf16(before[i]), "%g became %04x", before[i], (unsigned)h);
@@ -1654,11 +1714,17 @@ static void test_param_scale_refusals(void)
     test_context t = test_open(TERN_ISA_BEST, 1);
     tern_param lsq = param_of("w", 3, 5, TERN_LSQ, TERN_PER_TENSOR), alpha = param_of("w.alpha", 1, 1, TERN_DENSE, 0), p;
     const float w[15] = {1.0f};
-    p = lsq; p.grain = TERN_PER_ROW; CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w: rule lsq learns one scale for the tensor; a grain of -1 has more");
-    p = lsq; p.grain = 4; CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w: rule lsq learns one scale for the tensor; a grain of 4 has more");
-    p = lsq; p.rule = TERN_SEQ; CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w: rule seq learns a scale for each row; the grain is 0, not -1");
-    p = lsq; p.rho = 0.5f; CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w: rho averages scales taken from the weights; those of rule 3 are not");
-    p = lsq; p.rule = TERN_ABSMEAN; p.rho = 1.5f; CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w: rho is not in [0, 1)");
+    p = lsq; p.grain = TERN_PER_ROW;
+    CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w: rule lsq learns one scale for the tensor; a grain of -1 has more");
+    p = lsq; p.grain = 4;
+    CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w: rule lsq learns one scale for the tensor; a grain of 4 has more");
+    p = lsq; p.rule = TERN_SEQ;
+    CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w: rule seq learns a scale for each row; the grain is 0, not -1");
+    p = lsq; p.rho = 0.5f;
+    CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT,
+                "w: rho averages scales taken from the weights; those of rule 3 are not");
+    p = lsq; p.rule = TERN_ABSMEAN; p.rho = 1.5f;
+    CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w: rho is not in [0, 1)");
     p = lsq; p.rule = TERN_ABSMEAN; p.rho = 0.5f; p.buffer[TERN_SCALES].type = TERN_POW2;
     CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w: rho needs scales of TERN_F32, not of type 5");
     p = lsq; p.noise = NAN; CHECK_FAILS(t.c, tern_param_alloc(t.c, &p, 1), TERN_E_ARGUMENT, "w: noise or zone");

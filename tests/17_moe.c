@@ -39,7 +39,8 @@ typedef struct kit_options {
     tern_rule router;
 } kit_options;
 
-static tern_param *kit_param(kit *k, tern_param *p, const char *name, int32_t index, int64_t rows, int64_t cols, tern_rule rule, const kit_options *o)
+static tern_param *kit_param(kit *k, tern_param *p, const char *name, int32_t index, int64_t rows, int64_t cols, tern_rule rule,
+                             const kit_options *o)
 {
     *p = param_of("", rows, cols, rule, rule == TERN_DENSE ? 0 : o->grain);
     sprintf(p->name, "%s.%d", name, (int)index);
@@ -111,17 +112,28 @@ static void *kit_reserve(kit *k, int64_t n)
 }
 
 static const kit_options kits[] = {
-    {4, 2, 21, 13, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_ADD, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE},
-    {3, 1, 17, 30, 0, 9, 0, TERN_ABSMEAN, 8, TERN_BASE3, TERN_ACT_INT8, TERN_MAP_RELU2, TERN_ROUTE_ALL, TERN_NORM_NONE, TERN_NORM_RMS, TERN_ABSMEAN},
-    {8, 8, 33, 16, 1, 40, 0, TERN_ABSMEAN, TERN_PER_TENSOR, TERN_2BIT, TERN_ACT_FLOAT, TERN_MAP_GELU, TERN_ROUTE_RENORMALIZED, TERN_NORM_RMS, TERN_NORM_RMS, TERN_DENSE},
-    {5, 3, 20, 15, 1, 0, 0, TERN_DENSE, 0, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_ABSMEAN},
-    {4, 2, 50, 20, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT4, TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_NONE, TERN_NORM_NONE, TERN_ABSMEAN},
-    {1, 1, 16, 12, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_RELU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_RMS, TERN_DENSE},
-    {4, 2, 21, 18, 1, 0, 5, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_RMS, TERN_DENSE},
-    {6, 3, 19, 14, 0, 10, -4, TERN_ABSMEAN, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT8, TERN_MAP_GELU, TERN_ROUTE_ALL, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE},
-    {3, 2, 12, 9, 1, 0, 3, TERN_DENSE, 0, TERN_2BIT, TERN_ACT_FLOAT, TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_NONE, TERN_NORM_NONE, TERN_DENSE},
-    {4, 3, 14, 11, 0, 0, -3, TERN_ABSMEAN, 8, TERN_2BIT, TERN_ACT_FLOAT, TERN_MAP_RELU2, TERN_ROUTE_RENORMALIZED, TERN_NORM_NONE, TERN_NORM_NONE, TERN_ABSMEAN},
-    {4, 2, 40, 10, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_BIT, TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_NONE, TERN_NORM_NONE, TERN_DENSE},
+    {4, 2, 21, 13, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8,
+     TERN_MAP_ADD, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE},
+    {3, 1, 17, 30, 0, 9, 0, TERN_ABSMEAN, 8, TERN_BASE3, TERN_ACT_INT8,
+     TERN_MAP_RELU2, TERN_ROUTE_ALL, TERN_NORM_NONE, TERN_NORM_RMS, TERN_ABSMEAN},
+    {8, 8, 33, 16, 1, 40, 0, TERN_ABSMEAN, TERN_PER_TENSOR, TERN_2BIT, TERN_ACT_FLOAT,
+     TERN_MAP_GELU, TERN_ROUTE_RENORMALIZED, TERN_NORM_RMS, TERN_NORM_RMS, TERN_DENSE},
+    {5, 3, 20, 15, 1, 0, 0, TERN_DENSE, 0, TERN_2BIT, TERN_ACT_INT8,
+     TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_ABSMEAN},
+    {4, 2, 50, 20, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT4,
+     TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_NONE, TERN_NORM_NONE, TERN_ABSMEAN},
+    {1, 1, 16, 12, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8,
+     TERN_MAP_RELU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_RMS, TERN_DENSE},
+    {4, 2, 21, 18, 1, 0, 5, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8,
+     TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_RMS, TERN_DENSE},
+    {6, 3, 19, 14, 0, 10, -4, TERN_ABSMEAN, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT8,
+     TERN_MAP_GELU, TERN_ROUTE_ALL, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE},
+    {3, 2, 12, 9, 1, 0, 3, TERN_DENSE, 0, TERN_2BIT, TERN_ACT_FLOAT,
+     TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_NONE, TERN_NORM_NONE, TERN_DENSE},
+    {4, 3, 14, 11, 0, 0, -3, TERN_ABSMEAN, 8, TERN_2BIT, TERN_ACT_FLOAT,
+     TERN_MAP_RELU2, TERN_ROUTE_RENORMALIZED, TERN_NORM_NONE, TERN_NORM_NONE, TERN_ABSMEAN},
+    {4, 2, 40, 10, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_BIT,
+     TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_NONE, TERN_NORM_NONE, TERN_DENSE},
 };
 enum { KITS = sizeof kits / sizeof kits[0] };
 
@@ -194,7 +206,9 @@ static void routes(tern_context *c, record *r)
                         literal_choice(a.logits + t * count, count, k, ids);
                         literal_weights(x, count, k, a.kind, ids, weights);
                         CHECK(memcmp(ids, a.ids + t * k, (size_t)k * 4) == 0, "%d of %d experts, token %d", (int)k, (int)count, (int)t);
-                        for (e = 0; e < k; e++) CHECK(fabs(weights[e] - a.weights[t * k + e]) < 1e-6, "kind %d: %g is not %g", kind, a.weights[t * k + e], weights[e]);
+                        for (e = 0; e < k; e++)
+                            CHECK(fabs(weights[e] - a.weights[t * k + e]) < 1e-6,
+                                  "kind %d: %g is not %g", kind, a.weights[t * k + e], weights[e]);
                     }
                     record_words(r, a.ids, n * k);
                     record_words(r, a.weights, n * k);
@@ -314,7 +328,8 @@ static void test_moe_out_of_range(void)
     test_context t = test_open(TERN_ISA_BEST, 1);
     tern_route_args a = TERN_ZERO;
     tern_row_dot_args d = TERN_ZERO;
-    float logits[6] = {1, 2, 3, 3, 2, 1}, weights[4] = {0.5f, 0.5f, 0.5f, 0.5f}, dweights[4] = {1, 2, 3, 4}, dlogits[8], x[4] = {1, 2, 3, 4}, y[4];
+    float logits[6] = {1, 2, 3, 3, 2, 1}, weights[4] = {0.5f, 0.5f, 0.5f, 0.5f}, dweights[4] = {1, 2, 3, 4}, dlogits[8],
+          x[4] = {1, 2, 3, 4}, y[4];
     int32_t ids[4] = {0, 3, 0, 1}, to[3] = {1, 2, -1}, rows[3] = {0, 1, 0}, i;
     for (i = 0; i < 8; i++) dlogits[i] = -7;
     for (i = 0; i < 4; i++) y[i] = -7;
@@ -348,7 +363,8 @@ static void test_moe_out_of_range(void)
 static void map_edges(tern_context *c, record *r)
 {
     static const int64_t sizes[] = {1, 15, 16, 17, 127, 4097};
-    static const float edges[] = {0.0f, -0.0f, 87.0f, -87.0f, -87.00001f, 87.00001f, 88.37f, -88.37f, 88.38f, -88.38f, 88.69999f, -88.69999f, 88.7f, -88.7f, 44.0f, -44.0f, 44.35f,
+    static const float edges[] = {0.0f, -0.0f, 87.0f, -87.0f, -87.00001f, 87.00001f, 88.37f, -88.37f, 88.38f, -88.38f,
+                                  88.69999f, -88.69999f, 88.7f, -88.7f, 44.0f, -44.0f, 44.35f,
                                   43.5f, -43.5f, 1e-40f, -1e-40f, 1e4f, -1e4f, 1e9f, -1e9f};
     enum { EDGES = sizeof edges / sizeof *edges };
     int fn, s;
@@ -375,7 +391,8 @@ static void test_moe_maps(void) { same_everywhere(map_edges, UINT64_C(0x770D56A4
 static void test_moe_group(void)
 {
     static const int32_t ids[10] = {1, 3, 0, 3, -1, 9, 3, 0, 1, 3};
-    static const int32_t loads[5] = {2, 2, 0, 4, 0}, tokens[10] = {1, 3, 0, 4, 0, 1, 3, 4, -1, -1}, slots[10] = {2, 7, 0, 8, 1, 3, 6, 9, -1, -1};
+    static const int32_t loads[5] = {2, 2, 0, 4, 0}, tokens[10] = {1, 3, 0, 4, 0, 1, 3, 4, -1, -1},
+                         slots[10] = {2, 7, 0, 8, 1, 3, 6, 9, -1, -1};
     test_context t = test_open(TERN_ISA_BEST, 1);
     tern_group_args a = TERN_ZERO;
     float weights[10], sorted[25];
@@ -402,7 +419,8 @@ static void test_moe_group(void)
         for (i = 0; i < 5; i++) {
             int32_t slot = -1;
             for (j = 0; j < 2; j++) if (ids[2 * i + j] == e) slot = 2 * i + j;
-            CHECK(got_slots[5 * e + i] == slot && got_tokens[5 * e + i] == (slot < 0 ? -1 : i) && sorted[5 * e + i] == (slot < 0 ? 0.0f : weights[slot]), "expert %d, token %d", (int)e, (int)i);
+            CHECK(got_slots[5 * e + i] == slot && got_tokens[5 * e + i] == (slot < 0 ? -1 : i)
+                  && sorted[5 * e + i] == (slot < 0 ? 0.0f : weights[slot]), "expert %d, token %d", (int)e, (int)i);
         }
     a.sorted = NULL;
     a.weights = NULL;
@@ -476,7 +494,8 @@ static void composed(kit *k, const float *x, float *y)
     const tern_moe *m = &k->m;
     const tern_map_fn fn = m->fn == TERN_MAP_ADD ? TERN_MAP_SILU : m->fn;
     const int64_t cols = m->experts[0].up->cols, width = m->experts[0].up->rows;
-    float *logits = hold_output(m->count), *weights = hold_output(m->top_k), *g = hold_output(200), *u = hold_output(200), *out = hold_output(cols), *sum = hold_zeros(width);
+    float *logits = hold_output(m->count), *weights = hold_output(m->top_k), *g = hold_output(200), *u = hold_output(200),
+          *out = hold_output(cols), *sum = hold_zeros(width);
     int32_t *ids = (int32_t *)hold((size_t)m->top_k * 4), i, s;
     tern_route_args a = TERN_ZERO;
     int64_t j;
@@ -538,7 +557,10 @@ static void composed(kit *k, const float *x, float *y)
     }
 }
 
-static float *moe_input(const kit *k, int64_t n) { return k->m.act == TERN_ACT_BIT ? hold_sparse(n * k->m.router.w->cols, 3) : hold_floats(n * k->m.router.w->cols); }
+static float *moe_input(const kit *k, int64_t n)
+{
+    return k->m.act == TERN_ACT_BIT ? hold_sparse(n * k->m.router.w->cols, 3) : hold_floats(n * k->m.router.w->cols);
+}
 
 /* Both dispatches, with and without `saved`, beside the composition. */
 static void moe_forwards(tern_context *c, record *r)
@@ -562,7 +584,8 @@ static void moe_forwards(tern_context *c, record *r)
             CHECK(memcmp(y, other, (size_t)(n * cols) * 4) == 0, "kit %d, %d tokens: dense and sparse differ", i, (int)n);
             for (t = 0; t < n; t += 13) {
                 composed(k, x + t * cols, other);
-                CHECK(memcmp(y + t * cols, other, (size_t)cols * 4) == 0, "kit %d, token %d of %d is not the composition: %g, %g", i, (int)t, (int)n, y[t * cols], other[0]);
+                CHECK(memcmp(y + t * cols, other, (size_t)cols * 4) == 0,
+                      "kit %d, token %d of %d is not the composition: %g, %g", i, (int)t, (int)n, y[t * cols], other[0]);
             }
             record_words(r, y, n * cols);
             release();
@@ -605,7 +628,8 @@ static void moe_fusions(tern_context *c, record *r)
         memcpy(text, tern_last_error(c)->text, sizeof text);
         c->run.backend = &lacking;
         CHECK_OK(c, tern_moe_forward(c, &k->m, n, x, other, NULL));
-        CHECK(tern_sync(c) == TERN_E_DATA && strcmp(text, tern_last_error(c)->text) == 0, "kit %d: %s, in groups %s", i, tern_last_error(c)->text, text);
+        CHECK(tern_sync(c) == TERN_E_DATA && strcmp(text, tern_last_error(c)->text) == 0,
+              "kit %d: %s, in groups %s", i, tern_last_error(c)->text, text);
         c->run.backend = whole;
         CHECK(memcmp(y, other, bytes) == 0, "kit %d: in groups %g, one by one %g", i, y[0], other[0]);
         record_words(r, y, n * o->cols);
@@ -655,7 +679,8 @@ static void test_moe_leaks(void)
             kit_options o = kits[dense == 2 ? 7 : dense ? 3 : 0];
             const int64_t n = 6, cols = o.cols;
             kit *k = kit_open(t.c, &o);
-            float *x = moe_input(k, n), *y = hold_output(n * cols), *other = hold_output(n * cols), *router = (float *)k->router.buffer[TERN_SHADOW].data;
+            float *x = moe_input(k, n), *y = hold_output(n * cols), *other = hold_output(n * cols),
+                  *router = (float *)k->router.buffer[TERN_SHADOW].data;
             int64_t i, j;
             int which;
             k->m.dispatch = (tern_dispatch)dispatch;
@@ -789,7 +814,8 @@ static double reference_loss(const moe_reference *f, const double *x)
     int64_t t, i;
     for (i = 0; i < f->n * m->top_k; i++) loads[f->ids[i]]++;
     for (t = 0; t < f->n; t++) {
-        double routed[64], read[64], logits[KIT_EXPERTS], weights[KIT_EXPERTS], p[KIT_EXPERTS], y[64] = {0}, h[64], sum[64] = {0}, low[64], z[64];
+        double routed[64], read[64], logits[KIT_EXPERTS], weights[KIT_EXPERTS], p[KIT_EXPERTS], y[64] = {0}, h[64], sum[64] = {0},
+               low[64], z[64];
         const double *xt = x + t * cols, *in = xt;
         const int32_t *ids = f->ids + t * m->top_k;
         if (m->norm == TERN_NORM_RMS) {
@@ -834,7 +860,8 @@ static double *hold_values(tern_context *c, const tern_param *p)
 }
 
 /* Some 30 elements of each array, at odd steps. */
-static void compare_slopes(const moe_reference *f, const double *x, double *value, int64_t count, const float *got, double bound, int kit_index, const char *name)
+static void compare_slopes(const moe_reference *f, const double *x, double *value, int64_t count, const float *got, double bound,
+                           int kit_index, const char *name)
 {
     int64_t i;
     for (i = 0; i < count; i += count / 60 * 2 + 1) {
@@ -897,12 +924,17 @@ static void moe_gradients(tern_context *c, record *unused)
         CHECK_OK(c, tern_moe_backward(c, &k->m, n, x, saved, f.dy, dx));
         wide = hold_doubles(x, n * o.cols);
         compare_slopes(&f, wide, wide, n * o.cols, dx, bound, i, "x");
-        for (p = 0; p < k->count; p++) compare_slopes(&f, wide, f.value[p], k->all[p]->rows * k->all[p]->cols, grad_of(k->all[p]), bound, i, k->all[p]->name);
+        for (p = 0; p < k->count; p++)
+            compare_slopes(&f, wide, f.value[p], k->all[p]->rows * k->all[p]->cols, grad_of(k->all[p]), bound, i, k->all[p]->name);
         kit_close(k);
         release();
     }
 }
-static void test_moe_gradients(void) { free(record_of(moe_gradients, TERN_ISA_SCALAR, 1).data); free(record_of(moe_gradients, TERN_ISA_BEST, 2).data); }
+static void test_moe_gradients(void)
+{
+    free(record_of(moe_gradients, TERN_ISA_SCALAR, 1).data);
+    free(record_of(moe_gradients, TERN_ISA_BEST, 2).data);
+}
 
 /* All kinds of activations: near the gradients of floats, added to what is there, the same for any number of threads and
    either dispatch of the forward. */
@@ -938,8 +970,9 @@ static void moe_backwards(tern_context *c, record *r)
 static void test_moe_backward(void) { same_for_threads(moe_backwards); }
 
 /* The backward in groups, and by a backend without them, a matrix after the other: gradients that are added to what is there, some
-   absent, of a matrix that two experts share too, and of a dead zone that more do; the same faults. One token in the middle is NaN, in float and
-   so without an expert where the router reads it as it is. i >= KITS: all tokens to the same experts, factors of bf16. */
+   absent, of a matrix that two experts share too, and of a dead zone that more do; the same faults. One token in the middle is
+   NaN, in float and so without an expert where the router reads it as it is. i >= KITS: all tokens to the same experts, factors of
+   bf16. */
 static void moe_backward_fusions(tern_context *c, record *r)
 {
     const tern_backend *whole = c->run.backend;
@@ -950,7 +983,8 @@ static void moe_backward_fusions(tern_context *c, record *r)
         const kit_options *o = &kits[i % KITS];
         const int64_t n = i % 2 ? 67 : 3;
         kit *k = kit_open(c, o);
-        float *x = moe_input(k, n), *dy = hold_floats(n * o->cols), *y = hold_output(n * o->cols), *dx[2], **first = (float **)hold((size_t)(k->count + 1) * sizeof *first);
+        float *x = moe_input(k, n), *dy = hold_floats(n * o->cols), *y = hold_output(n * o->cols), *dx[2],
+              **first = (float **)hold((size_t)(k->count + 1) * sizeof *first);
         tern_param zone = param_of("zone", 1, o->width, TERN_DENSE, 0);
         int64_t j;
         int32_t p, alone;
@@ -996,7 +1030,8 @@ static void moe_backward_fusions(tern_context *c, record *r)
         for (p = 0; p <= k->count; p++) {
             tern_param *q = p < k->count ? k->all[p] : &zone;
             if (!grad_of(q)) continue;
-            CHECK(memcmp(first[p], grad_of(q), (size_t)(q->rows * q->cols) * 4) == 0, "kit %d: %s in groups %g, one by one %g", i, q->name, first[p][0], grad_of(q)[0]);
+            CHECK(memcmp(first[p], grad_of(q), (size_t)(q->rows * q->cols) * 4) == 0,
+                  "kit %d: %s in groups %g, one by one %g", i, q->name, first[p][0], grad_of(q)[0]);
             record_words(r, first[p], q->rows * q->cols);
         }
         tern_param_free(c, &zone, -1);
@@ -1059,7 +1094,8 @@ static void test_moe_grouped_backward(void)
         d.scale = a.scale + begin[g];
         d.dw = dw;
         if (d.n > 0) CHECK_OK(t.c, tern_matmul_dw(t.c, &d));
-        CHECK(memcmp(dw, grad_of(w[i]), ROWS * COLS * 4) == 0, "group %d, set %d: %g, not %g", (int)g, (int)set, (double)grad_of(w[i])[0], (double)dw[0]);
+        CHECK(memcmp(dw, grad_of(w[i]), ROWS * COLS * 4) == 0,
+              "group %d, set %d: %g, not %g", (int)g, (int)set, (double)grad_of(w[i])[0], (double)dw[0]);
         for (r = begin[g]; r < end[g]; r++) {
             tern_matmul_dx_args m;
             m.m = tern_param_matrix(w[i]);
@@ -1085,7 +1121,8 @@ static void moe_near(const float *got, const float *want, int64_t count, int kit
     int64_t j;
     for (j = 0; j < count; j++) most = fmaxf(most, fabsf(want[j]));
     for (j = 0; j < count; j++)
-        CHECK(fabsf(got[j] - want[j]) <= 0.05f * most, "kit %d: %s[%d] %g, not %g, of at most %g", kit_index, name, (int)j, (double)got[j], (double)want[j], (double)most);
+        CHECK(fabsf(got[j] - want[j]) <= 0.05f * most,
+              "kit %d: %s[%d] %g, not %g, of at most %g", kit_index, name, (int)j, (double)got[j], (double)want[j], (double)most);
 }
 
 /* The permission reaches every matrix of an expert, the router's its own alone, and changes no forward. Of what it reaches,
@@ -1124,7 +1161,8 @@ static void moe_bf16_gradients(tern_context *c, record *r)
             const int of_router = q == k->m.router.w || q == k->m.router.gain;
             /* the weights that the router's gradient comes from are of the forward, but in the low-rank form of dx of down */
             const int reached = of_router ? k->m.count > 1 && (router || k->m.low_a) : experts;
-            CHECK((memcmp(first[p], grad_of(k->all[p]), (size_t)(q->rows * q->cols) * 4) != 0) == (has_pairs(c) && reached), "kit %d: %s", i, q->name);
+            CHECK((memcmp(first[p], grad_of(k->all[p]), (size_t)(q->rows * q->cols) * 4) != 0) == (has_pairs(c) && reached),
+                  "kit %d: %s", i, q->name);
             moe_near(grad_of(k->all[p]), first[p], q->rows * q->cols, i, q->name);
             record_words(r, grad_of(k->all[p]), q->rows * q->cols);
         }
@@ -1160,7 +1198,8 @@ static void test_moe_stats(void)
     CHECK_OK(t.c, tern_moe_forward(t.c, &k->m, n, x, y, saved));
     CHECK_OK(t.c, tern_moe_stats(t.c, &k->m, n, saved, loads, &report));
     for (e = 0; e < 4; e++) CHECK(loads[e] == expected[e], "expert %d: %d, not %d", (int)e, (int)loads[e], (int)expected[e]);
-    CHECK(fabs(report.entropy - entropy) < 1e-5 && fabs(report.balance - balance) < 1e-5, "%g, %g; not %g, %g", report.entropy, report.balance, entropy, balance);
+    CHECK(fabs(report.entropy - entropy) < 1e-5 && fabs(report.balance - balance) < 1e-5,
+          "%g, %g; not %g, %g", report.entropy, report.balance, entropy, balance);
     CHECK_OK(t.c, tern_moe_stats(t.c, &k->m, n, saved, NULL, NULL));
     CHECK_FAILS(t.c, tern_moe_stats(t.c, &k->m, n, NULL, loads, &report), TERN_E_ARGUMENT, "saved is NULL");
     test_fail_at = test_allocations;
@@ -1181,9 +1220,14 @@ static void test_moe_refusals(void)
     tern_expert spare[4];
     void *saved = kit_reserve(k, 4);
     int32_t i;
-#define REFUSED(code, part) \
-    do { CHECK_FAILS(t.c, tern_moe_need(t.c, &m, 4, &need), code, part); CHECK_FAILS(t.c, tern_moe_forward(t.c, &m, 4, x, y, saved), code, part); \
-         CHECK_FAILS(t.c, tern_moe_backward(t.c, &m, 4, x, saved, x, y), code, part); CHECK(y[0] == before, "something was written"); m = k->m; } while (0)
+#define REFUSED(code, part)                                                          \
+    do {                                                                             \
+        CHECK_FAILS(t.c, tern_moe_need(t.c, &m, 4, &need), code, part);              \
+        CHECK_FAILS(t.c, tern_moe_forward(t.c, &m, 4, x, y, saved), code, part);     \
+        CHECK_FAILS(t.c, tern_moe_backward(t.c, &m, 4, x, saved, x, y), code, part); \
+        CHECK(y[0] == before, "something was written");                              \
+        m = k->m;                                                                    \
+    } while (0)
     CHECK_OK(t.c, tern_param_alloc(t.c, &other, TERN_FOR_GRADIENT));
     memcpy(spare, k->experts, sizeof spare);
     m.top_k = 0; REFUSED(TERN_E_SHAPE, "moe: k = 0 of 4 experts");
@@ -1203,8 +1247,10 @@ static void test_moe_refusals(void)
     m.experts = spare;
     spare[2].up = &other; REFUSED(TERN_E_SHAPE, "moe: the up of expert 2 is 14 x 21, that of the first 13 x 21");
     spare[2] = k->experts[2]; spare[3].down = NULL; m.experts = spare; REFUSED(TERN_E_MISSING, "moe: expert 3 has no down");
-    spare[3] = k->experts[3]; spare[1].gate = NULL; m.experts = spare; REFUSED(TERN_E_MISSING, "moe: expert 1 and the first differ in having a gate");
-    k->expert[5].grain = TERN_PER_TENSOR; REFUSED(TERN_E_ARGUMENT, "moe: the down of expert 1 differs from that of the first in rule, grain");
+    spare[3] = k->experts[3]; spare[1].gate = NULL; m.experts = spare;
+    REFUSED(TERN_E_MISSING, "moe: expert 1 and the first differ in having a gate");
+    k->expert[5].grain = TERN_PER_TENSOR;
+    REFUSED(TERN_E_ARGUMENT, "moe: the down of expert 1 differs from that of the first in rule, grain");
     k->expert[5].grain = TERN_PER_ROW;
     for (i = 0; i < 12; i++) k->expert[i].rotate = i % 3 == 2 ? 0 : 3;
     REFUSED(TERN_E_UNSUPPORTED, "up.0: what experts share is not rotated");
@@ -1212,7 +1258,8 @@ static void test_moe_refusals(void)
     k->expert[2].buffer[TERN_GRAD].count--;
     CHECK_FAILS(t.c, tern_moe_backward(t.c, &m, 4, x, saved, x, y), TERN_E_SHAPE, "down.0: its gradient has");
     k->expert[2].buffer[TERN_GRAD].count++;
-    CHECK(tern_moe_forward(NULL, &m, 4, x, y, NULL) == TERN_E_ARGUMENT && tern_moe_need(NULL, &m, 4, &need) == TERN_E_ARGUMENT, "no context");
+    CHECK(tern_moe_forward(NULL, &m, 4, x, y, NULL) == TERN_E_ARGUMENT && tern_moe_need(NULL, &m, 4, &need) == TERN_E_ARGUMENT,
+          "no context");
     CHECK_FAILS(t.c, tern_moe_forward(t.c, &m, 4, NULL, y, NULL), TERN_E_ARGUMENT, "moe: x is NULL");
     CHECK_FAILS(t.c, tern_moe_forward(t.c, &m, 0, x, y, NULL), TERN_E_SHAPE, "n = 0");
     CHECK_FAILS(t.c, tern_moe_forward(t.c, &m, (int64_t)1 << 40, x, y, NULL), TERN_E_OVERFLOW, "moe: n = 1099511627776 x 4");
@@ -1281,7 +1328,8 @@ static double mean_of(kit *k, uint32_t sync)
     for (i = 0; i < k->count; i++) {
         const float *w = (const float *)k->all[i]->buffer[TERN_SHADOW].data;
         if (k->all[i]->sync != sync) continue;
-        for (j = 0; j < k->all[i]->rows * k->all[i]->cols; j++) sum += fabs(k->all[i]->buffer[TERN_SHADOW].type == TERN_BF16 ? tern__load_float(TERN_BF16, w, j) : w[j]);
+        for (j = 0; j < k->all[i]->rows * k->all[i]->cols; j++)
+            sum += fabs(k->all[i]->buffer[TERN_SHADOW].type == TERN_BF16 ? tern__load_float(TERN_BF16, w, j) : w[j]);
         count += (double)(k->all[i]->rows * k->all[i]->cols);
     }
     return sum / count;
@@ -1385,7 +1433,8 @@ static void test_moe_sync_refusals(void)
     CHECK_FAILS(t.c, tern_model_requantize(t.c, &m), TERN_E_NONFINITE, "up.0: cast: element 3 is not finite");
     CHECK(scales[0] == scale, "the scale was written");
     tern_param_free(t.c, &k->expert[1], TERN_FOR_TRAINING);
-    CHECK_FAILS(t.c, tern_model_requantize(t.c, &m), TERN_E_MISSING, "up.0 shares its scale with gate.0 (sync 9), and one of them has no shadow");
+    CHECK_FAILS(t.c, tern_model_requantize(t.c, &m), TERN_E_MISSING,
+                "up.0 shares its scale with gate.0 (sync 9), and one of them has no shadow");
     CHECK_FAILS(t.c, tern_model_step(t.c, &m, &s), TERN_E_MISSING, "no shadow");
     kit_close(k);
     test_close(&t);
@@ -1481,7 +1530,9 @@ static void test_moe_integer(void)
         tern_param_free(t.c, p, TERN_FOR_TRAINING);
         CHECK_OK(t.c, tern_param_alloc(t.c, p, TERN_FOR_FLIPS));
         CHECK_OK(t.c, tern_param_set(t.c, p, TERN_F32, floats));
-        if (j == 1) CHECK_FAILS(t.c, tern_moe_forward(t.c, &k->m, n, x, y, NULL), TERN_E_ARGUMENT, "differs from that of the first in rule, grain, encoding, type of scales or accumulator");
+        if (j == 1)
+            CHECK_FAILS(t.c, tern_moe_forward(t.c, &k->m, n, x, y, NULL), TERN_E_ARGUMENT,
+                        "differs from that of the first in rule, grain, encoding, type of scales or accumulator");
     }
     saved = kit_reserve(k, n);
     CHECK_OK(t.c, tern_moe_forward(t.c, &k->m, n, x, y, saved));
@@ -1499,7 +1550,8 @@ static void test_moe_integer(void)
     CHECK_FAILS(t.c, tern_moe_backward(t.c, &k->m, n, x, saved, y, NULL), TERN_E_UNSUPPORTED, "beside an accumulator");
     CHECK(memcmp(grad[2], k->expert[1].buffer[TERN_GRAD].data, (size_t)weights * 4) == 0, "a refusal changed a gradient");
     k->expert[0].sync = 3;
-    CHECK_FAILS(t.c, tern_moe_forward(t.c, &k->m, n, x, y, NULL), TERN_E_ARGUMENT, "gate.0: a shared scale (sync 3) and an accumulator exclude each other");
+    CHECK_FAILS(t.c, tern_moe_forward(t.c, &k->m, n, x, y, NULL), TERN_E_ARGUMENT,
+                "gate.0: a shared scale (sync 3) and an accumulator exclude each other");
     kit_close(k);
     release();
     test_close(&t);
@@ -1542,15 +1594,18 @@ static void test_moe_from_dense(void)
             if (variant % 3 != 1) tern_param_free(t.c, p, TERN_FOR_TRAINING);
         }
         floats[2].up = NULL;
-        CHECK_FAILS(t.c, tern_moe_from_dense(t.c, &k->m, type, floats, &always, NULL, &bytes), TERN_E_ARGUMENT, "up.2: its float array is NULL");
+        CHECK_FAILS(t.c, tern_moe_from_dense(t.c, &k->m, type, floats, &always, NULL, &bytes), TERN_E_ARGUMENT,
+                    "up.2: its float array is NULL");
         CHECK_FAILS(t.c, tern_moe_from_dense(t.c, &k->m, type, floats, NULL, NULL, &bytes), TERN_E_ARGUMENT, "always on");
         floats[2].up = floats[1].up;
         if (variant % 3 == 2) { /* what sets of one scale take */
             const float scale = ((const float *)k->expert[0].buffer[TERN_SCALES].data)[0];
             for (i = 2; i < 12; i += 3) k->expert[i].rotate = 7;
-            CHECK_FAILS(t.c, tern_moe_from_dense(t.c, &k->m, type, floats, &always, NULL, &bytes), TERN_E_UNSUPPORTED, "down.0: a shared scale (sync 3) of a rotated matrix needs a shadow");
+            CHECK_FAILS(t.c, tern_moe_from_dense(t.c, &k->m, type, floats, &always, NULL, &bytes), TERN_E_UNSUPPORTED,
+                        "down.0: a shared scale (sync 3) of a rotated matrix needs a shadow");
             for (i = 2; i < 12; i += 3) k->expert[i].rotate = 0, k->expert[i].rule = TERN_ABSMEAN_SIGMA;
-            CHECK_FAILS(t.c, tern_moe_from_dense(t.c, &k->m, type, floats, &always, NULL, &bytes), TERN_E_ARGUMENT, "gate.0 and down.0 share a scale (sync 3) and differ in rule");
+            CHECK_FAILS(t.c, tern_moe_from_dense(t.c, &k->m, type, floats, &always, NULL, &bytes), TERN_E_ARGUMENT,
+                        "gate.0 and down.0 share a scale (sync 3) and differ in rule");
             for (i = 2; i < 12; i += 3) k->expert[i].rule = TERN_ABSMEAN;
             CHECK(((const float *)k->expert[0].buffer[TERN_SCALES].data)[0] == scale, "a refusal changed a scale");
         }
@@ -1562,10 +1617,12 @@ static void test_moe_from_dense(void)
             tern_param *p = &k->expert[i < 12 ? i : 3 * KIT_EXPERTS + i - 12];
             const tern_expert_floats *e = i < 12 ? &floats[i / 3] : &always;
             const void *w = i % 3 == 0 ? e->gate : i % 3 == 1 ? e->up : e->down;
-            const float scale = ((const float *)p->buffer[TERN_SCALES].data)[0], first = ((const float *)k->expert[0].buffer[TERN_SCALES].data)[0];
+            const float scale = ((const float *)p->buffer[TERN_SCALES].data)[0],
+                        first = ((const float *)k->expert[0].buffer[TERN_SCALES].data)[0];
             int8_t trits[21];
             int64_t j;
-            CHECK(variant % 3 == 2 ? scale == first : i == 0 || scale != first || p->name[0] == 'x', "%s: scale %g beside %g", p->name, scale, first);
+            CHECK(variant % 3 == 2 ? scale == first : i == 0 || scale != first || p->name[0] == 'x',
+                  "%s: scale %g beside %g", p->name, scale, first);
             CHECK_OK(t.c, tern_param_get(t.c, p, 1, trits, NULL, NULL));
             for (j = 0; j < p->cols; j++) {
                 const float v = tern__load_float(type, w, p->cols + j);
@@ -1620,7 +1677,14 @@ static void whole_params(kit *k, int variant, tern_param *alphas)
     }
 }
 
-typedef struct conversion { kit *k; tern_type type; tern_expert_floats floats[4], always; void *router; tern_moe_bytes bytes; uint64_t before; } conversion;
+typedef struct conversion {
+    kit *k;
+    tern_type type;
+    tern_expert_floats floats[4], always;
+    void *router;
+    tern_moe_bytes bytes;
+    uint64_t before;
+} conversion;
 
 static tern_result whole_set(conversion *o)
 {
@@ -1631,7 +1695,8 @@ static void whole_refused(conversion *o, tern_result code, const char *text)
 {
     CHECK_FAILS(o->k->c, whole_set(o), code, text);
     CHECK(kit_state(o->k) == o->before, "refused (%s), and something changed", text);
-    CHECK(o->bytes.before == 7 && o->bytes.after == 7, "refused (%s), and bytes are %d and %d", text, (int)o->bytes.before, (int)o->bytes.after);
+    CHECK(o->bytes.before == 7 && o->bytes.after == 7,
+          "refused (%s), and bytes are %d and %d", text, (int)o->bytes.before, (int)o->bytes.after);
 }
 
 /* All or nothing: whatever is refused, of whichever array, leaves every parameter as it was. */
@@ -1663,7 +1728,10 @@ static void test_moe_from_dense_whole(void)
             cast.dst = hold((size_t)cast.count * 4);
             cast.to = w.type;
             CHECK_OK(t.c, tern_cast(t.c, &cast));
-            if (i == 15) w.router = cast.dst; else if (i % 3 == 0) e->gate = cast.dst; else if (i % 3 == 1) e->up = cast.dst; else e->down = cast.dst;
+            if (i == 15) w.router = cast.dst;
+            else if (i % 3 == 0) e->gate = cast.dst;
+            else if (i % 3 == 1) e->up = cast.dst;
+            else e->down = cast.dst;
         }
         for (i = 0; i < 16; i++) {
             tern_param *p = i == 15 ? &w.k->router : &w.k->expert[i < 12 ? i : 3 * KIT_EXPERTS + i - 12];
@@ -1735,7 +1803,8 @@ static double ple_loss(const ple_case *f, const double *x, const double *rows)
     return loss;
 }
 
-static void ple_slopes(const ple_case *f, const double *x, const double *rows, double *value, int64_t count, const float *got, const char *name)
+static void ple_slopes(const ple_case *f, const double *x, const double *rows, double *value, int64_t count, const float *got,
+                       const char *name)
 {
     int64_t i;
     for (i = 0; i < count; i++) {
@@ -1755,7 +1824,8 @@ static void ples(tern_context *c, record *r)
     int act;
     for (act = TERN_ACT_INT8; act <= TERN_ACT_FLOAT; act++) {
         const int64_t n = 6, cols = 19, low = 11;
-        tern_param gate = param_of("gate", low, cols, TERN_ABSMEAN, TERN_PER_ROW), project = param_of("project", cols, low, TERN_ABSMEAN, TERN_PER_ROW), gain = param_of("gain", 1, cols, TERN_DENSE, 0);
+        tern_param gate = param_of("gate", low, cols, TERN_ABSMEAN, TERN_PER_ROW),
+                   project = param_of("project", cols, low, TERN_ABSMEAN, TERN_PER_ROW), gain = param_of("gain", 1, cols, TERN_DENSE, 0);
         tern_param *const all[] = {&gate, &project, &gain};
         const float *x = hold_floats(n * cols), *rows = hold_floats(n * low);
         float *y = hold_output(n * cols), *dx = hold_output(n * cols), *drows = hold_output(n * low), *again = hold_output(n * cols);
@@ -1849,7 +1919,8 @@ static void moe_training(tern_context *c, record *r)
         CHECK_OK(c, tern_moe_forward(c, &k->m, TOKENS, x, y, saved));
         CHECK_OK(c, tern_moe_stats(c, &k->m, TOKENS, saved, loads, &report));
         CHECK(loss < 0.3 * first, "kind %d: the loss went from %g to %g", kind, first, loss);
-        for (i = 0; kind && i < o.count; i++) CHECK(loads[i] > 15 && loads[i] < 60, "kind %d: expert %d has %d of %d tokens", kind, (int)i, (int)loads[i], TOKENS);
+        for (i = 0; kind && i < o.count; i++)
+            CHECK(loads[i] > 15 && loads[i] < 60, "kind %d: expert %d has %d of %d tokens", kind, (int)i, (int)loads[i], TOKENS);
         record_words(r, y, TOKENS * o.cols);
         kit_close(k);
         release();

@@ -5,11 +5,11 @@
    or of the wrong end, the graph not turned round, LoRA, its scale or the residual left out of dh, fn left out of the backward;
    of gates their slope or dy, of n-grams the value's gradient or the period, of codes the last of equal ones, either sign.
    Of graphs: edges of sign 0 kept, signs lost both ways or turned round, a loop of sign -1, twice or not seen, duplicates let
-   through or rows not closed up, degrees of the wrong end; of sums the finite check or its zeros, the last columns, a factor of int8 rows, the factor
-   of the whole, of hubs or not; of blocks their left, hubs, parts, first row, places, rows of h, of P h or in faults, of those that
-   workers take their scratch, its size, that of layers inside, whose error or fault it is, who has the hub; of several hops a
-   piece of scratch that two share, its size or base, who is offered to a backend and what stays of its answer; of n-grams
-   the order of tokens, its number, what is unknown; distances to a shadow. */
+   through or rows not closed up, degrees of the wrong end; of sums the finite check or its zeros, the last columns, a factor of
+   int8 rows, the factor of the whole, of hubs or not; of blocks their left, hubs, parts, first row, places, rows of h, of P h or in
+   faults, of those that workers take their scratch, its size, that of layers inside, whose error or fault it is, who has the hub;
+   of several hops a piece of scratch that two share, its size or base, who is offered to a backend and what stays of its answer; of
+   n-grams the order of tokens, its number, what is unknown; distances to a shadow. */
 
 /* -- building -- */
 
@@ -31,7 +31,8 @@ static void check_rows(const tern_adjacency *a, const char *want, const char *wh
     int64_t v, i;
     for (v = 0; v < a->rows; v++) {
         at += sprintf(at, "%d:", (int)v);
-        for (i = a->start[v]; i < a->start[v + 1]; i++) at += sprintf(at, " %c%d", a->entry[i] >> 31 ? '-' : '+', (int)(a->entry[i] & 0x7FFFFFFFu));
+        for (i = a->start[v]; i < a->start[v + 1]; i++)
+            at += sprintf(at, " %c%d", a->entry[i] >> 31 ? '-' : '+', (int)(a->entry[i] & 0x7FFFFFFFu));
         at += sprintf(at, "; ");
     }
     CHECK(strcmp(got, want) == 0, "%s: \"%s\"", what, got);
@@ -51,7 +52,8 @@ static void test_graph_build(void)
     check_rows(&g.in, "0: +3 -1 -1; 1: -4; 2: +0 +2; 3:; 4:; ", "in");
     check_rows(&g.out, "0: +2; 1: -0 -0; 2: +2; 3: +0; 4: -1; ", "out");
     CHECK(g.nodes == 5 && g.edges == 6 && g.in.hubs == 0 && g.out.parts == 0, "counts");
-    CHECK(g.mean[0] == 1.0f / 3.0f && g.mean[3] == 0.0f && g.to[0] == 1.0f / sqrtf(3.0f) && g.to[4] == 0.0f && g.from[1] == 1.0f / sqrtf(2.0f) && g.from[0] == 1.0f, "norms");
+    CHECK(g.mean[0] == 1.0f / 3.0f && g.mean[3] == 0.0f && g.to[0] == 1.0f / sqrtf(3.0f) && g.to[4] == 0.0f
+          && g.from[1] == 1.0f / sqrtf(2.0f) && g.from[0] == 1.0f, "norms");
     tern_graph_free(t.c, &g);
     CHECK(!g.memory && !g.nodes, "freed");
     tern_graph_free(t.c, &g);
@@ -205,10 +207,13 @@ static void sum_along(tern_context *c, record *r)
             a.y = hold_output(nodes * cols);
             literal_sum(&w.e, &a, k & 1, want);
             CHECK_OK(c, tern_aggregate(c, &a));
-            for (j = 0; j < nodes * cols; j++) CHECK(a.y[j] == want[j], "cols %d, form %d: y[%d][%d] is %g, not %g", (int)cols, k, (int)(j / cols), (int)(j % cols), a.y[j], want[j]);
+            for (j = 0; j < nodes * cols; j++)
+                CHECK(a.y[j] == want[j],
+                      "cols %d, form %d: y[%d][%d] is %g, not %g", (int)cols, k, (int)(j / cols), (int)(j % cols), a.y[j], want[j]);
             record_words(r, a.y, nodes * cols);
         }
-        CHECK(i % 2 == 0 || nodes == 1 || (w.g.in.hubs == 1 && w.g.out.hubs == 1 && w.g.in.parts > 1), "%d hubs of %d parts", (int)w.g.in.hubs, (int)w.g.in.parts);
+        CHECK(i % 2 == 0 || nodes == 1 || (w.g.in.hubs == 1 && w.g.out.hubs == 1 && w.g.in.parts > 1),
+              "%d hubs of %d parts", (int)w.g.in.hubs, (int)w.g.in.parts);
         tern_graph_free(c, &w.g);
         release();
     }
@@ -256,13 +261,17 @@ typedef struct hop_options {
     tern_norm_kind rms;
 } hop_options;
 static const hop_options hops[] = {
-    {9, 6, 9, TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_FLOAT, TERN_MAP_SILU, 1, 1, 1, TERN_ABSMEAN, TERN_ACT_FLOAT, TERN_NORM_NONE},
+    {9, 6, 9, TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_FLOAT, TERN_MAP_SILU, 1, 1, 1,
+     TERN_ABSMEAN, TERN_ACT_FLOAT, TERN_NORM_NONE},
     {9, 6, 5, TERN_AGGREGATE_FIRST, TERN_GRAPH_MEAN, TERN_ACT_FLOAT, TERN_MAP_GELU, 0, 1, 1, TERN_ABSMEAN, TERN_ACT_FLOAT, TERN_NORM_RMS},
     {7, 7, 0, TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_ADD, 1, 0, 0, TERN_DENSE, TERN_ACT_FLOAT, TERN_NORM_NONE},
-    {8, 5, 0, TERN_AGGREGATE_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_FLOAT, TERN_MAP_SILU, 0, 0, 1, TERN_DENSE, TERN_ACT_FLOAT, TERN_NORM_NONE},
+    {8, 5, 0, TERN_AGGREGATE_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_FLOAT, TERN_MAP_SILU, 0, 0, 1,
+     TERN_DENSE, TERN_ACT_FLOAT, TERN_NORM_NONE},
     {8, 0, 6, TERN_PROJECT_FIRST, TERN_GRAPH_MEAN, TERN_ACT_FLOAT, TERN_MAP_SILU, 0, 1, 0, TERN_ABSMEAN, TERN_ACT_FLOAT, TERN_NORM_NONE},
-    {6, 0, 0, TERN_AGGREGATE_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_FLOAT, TERN_MAP_SILU, 1, 0, 0, TERN_DENSE, TERN_ACT_FLOAT, TERN_NORM_NONE},
-    {21, 17, 21, TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_RELU, 1, 1, 1, TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_RMS},
+    {6, 0, 0, TERN_AGGREGATE_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_FLOAT, TERN_MAP_SILU, 1, 0, 0,
+     TERN_DENSE, TERN_ACT_FLOAT, TERN_NORM_NONE},
+    {21, 17, 21, TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_RELU, 1, 1, 1,
+     TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_RMS},
     {21, 17, 15, TERN_AGGREGATE_FIRST, TERN_GRAPH_MEAN, TERN_ACT_INT8, TERN_MAP_RELU2, 0, 0, 1, TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_RMS},
     {40, 16, 0, TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0, TERN_ABSMEAN, TERN_ACT_BIT, TERN_NORM_NONE},
 };
@@ -294,8 +303,16 @@ static hop_kit *hop_open(tern_context *c, const hop_options *o, int32_t mask)
     k->sent = o->sent ? o->sent : o->in;
     k->out = o->out ? o->out : k->sent;
     k->l.order = o->order; k->l.norm = o->norm; k->l.act = o->act; k->l.fn = o->fn; k->l.residual = o->residual; k->l.cols = o->in;
-    if (o->sent) { k->l.message.w = hop_param(k, &k->message, "message", o->sent, o->in, o->rule, mask); k->l.message.act = o->inside; k->l.message.norm = o->rms; }
-    if (o->out) { k->l.update.w = hop_param(k, &k->update, "update", o->out, k->sent, o->rule, mask); k->l.update.act = o->inside; k->l.update.norm = o->rms; }
+    if (o->sent) {
+        k->l.message.w = hop_param(k, &k->message, "message", o->sent, o->in, o->rule, mask);
+        k->l.message.act = o->inside;
+        k->l.message.norm = o->rms;
+    }
+    if (o->out) {
+        k->l.update.w = hop_param(k, &k->update, "update", o->out, k->sent, o->rule, mask);
+        k->l.update.act = o->inside;
+        k->l.update.norm = o->rms;
+    }
     if (o->sent && o->bias) k->l.message.bias = hop_param(k, &k->message_bias, "message.bias", 1, o->sent, TERN_DENSE, TERN_FOR_ADAMW);
     if (o->out && o->bias) k->l.update.bias = hop_param(k, &k->update_bias, "update.bias", 1, o->out, TERN_DENSE, TERN_FOR_ADAMW);
     if (o->lora) {
@@ -357,7 +374,8 @@ static void hop_forward(tern_context *c, record *r)
     for (i = 0; i < HOPS; i++) {
         hop_kit *k = hop_open(c, &hops[i], TERN_FOR_ADAMW);
         const float *h = hold_floats(HOP_NODES * k->in), *m = h, *z;
-        float *p = hold_output(HOP_NODES * k->sent), *g = hold_output(HOP_NODES * k->in), *s = hold_output(HOP_NODES * k->sent), *u = hold_output(HOP_NODES * k->out), *y = hold_output(HOP_NODES * k->out);
+        float *p = hold_output(HOP_NODES * k->sent), *g = hold_output(HOP_NODES * k->in), *s = hold_output(HOP_NODES * k->sent),
+              *u = hold_output(HOP_NODES * k->out), *y = hold_output(HOP_NODES * k->out);
         float *low = hold_output(HOP_NODES * HOP_RANK), *up = hold_output(HOP_NODES * k->out), *want = hold_output(HOP_NODES * k->out);
         void *saved = hop_reserve(k);
         CHECK_OK(c, tern_hop_forward(c, &k->l, &k->w.g, h, y, NULL));
@@ -428,9 +446,11 @@ static void hop_blocks(tern_context *c, record *r)
         tern__hop_blocks(c, &k->l, &k->w.g, 1, &w);
         CHECK(w.block == HOP_NODES && w.workers == 1, "hop %d, kept: blocks of %d", i, (int)w.block);
         tern__hop_blocks(c, &k->l, &k->w.g, 0, &w);
-        CHECK(c->run.parallel.workers > 3 || (w.block < HOP_NODES && w.workers == c->run.parallel.workers), "hop %d: blocks of %d for %d workers", i, (int)w.block, (int)w.workers);
+        CHECK(c->run.parallel.workers > 3 || (w.block < HOP_NODES && w.workers == c->run.parallel.workers),
+              "hop %d: blocks of %d for %d workers", i, (int)w.block, (int)w.workers);
         p.l = &k->l; p.g = &k->w.g; p.h = h; p.y = y; p.w = &w; p.receives = 1;
-        CHECK(w.workers != 2 || w.block != 3 || (tern__hop_shares(&p, 1) && !tern__hop_shares(&p, 0)), "hop %d: who takes a block with a hub", i);
+        CHECK(w.workers != 2 || w.block != 3 || (tern__hop_shares(&p, 1) && !tern__hop_shares(&p, 0)),
+              "hop %d: who takes a block with a hub", i);
         CHECK_OK(c, tern_hop_forward(c, &k->l, &k->w.g, h, want, saved));
         CHECK_OK(c, tern_hop_forward(c, &k->l, &k->w.g, h, y, NULL));
         CHECK(memcmp(y, want, (size_t)(HOP_NODES * k->out) * 4) == 0, "hop %d differs in blocks", i);
@@ -495,7 +515,8 @@ static void test_hop_scratch(void)
         void *saved = hop_reserve(k);
         unsigned char *const reserved = c->scratch;
         const size_t bytes = c->scratch_bytes, most = (size_t)tern__hop_scratch(c, &k->l, &k->w.g, 0, 0);
-        unsigned char *poison = (unsigned char *)memset(hold(most + 1), 0x5A, most), *guarded = (unsigned char *)test_guard(poison, most, 1);
+        unsigned char *poison = (unsigned char *)memset(hold(most + 1), 0x5A, most),
+                      *guarded = (unsigned char *)test_guard(poison, most, 1);
         tern__hop_work w;
         tern__hop_memory(c, &k->l, &k->w.g, 0, 0, NULL, guarded, &w);
         CHECK(w.workers == 3 && most <= bytes, "hop %d: %d workers, %d bytes of %d", i, (int)w.workers, (int)most, (int)bytes);
@@ -506,7 +527,8 @@ static void test_hop_scratch(void)
         c->scratch_bytes = most;
         CHECK_OK(c, tern_hop_forward(c, &k->l, &k->w.g, h, y, NULL));
         CHECK(memcmp(y, want, (size_t)(HOP_NODES * k->out) * 4) == 0, "hop %d differs", i);
-        CHECK(memcmp(w.own, poison, (size_t)(2 * w.own_bytes)) == 0 && memcmp(guarded + w.scratch_bytes, poison, (size_t)(2 * w.nested)) == 0,
+        CHECK(memcmp(w.own, poison, (size_t)(2 * w.own_bytes)) == 0
+              && memcmp(guarded + w.scratch_bytes, poison, (size_t)(2 * w.nested)) == 0,
               "hop %d: the last worker wrote what is another's", i);
         c->scratch = reserved;
         c->scratch_bytes = bytes;
@@ -542,7 +564,8 @@ static void test_turns(void)
     int64_t who[9];
     hop_kit *k;
     memset(who, -1, sizeof who);
-    CHECK(tern__take_turns(c, fails_behind_four, who, 2, 9, 0, TERN__TASK_COST) == TERN_E_DATA && strcmp(tern_last_error(c)->text, "block 5") == 0, "text is \"%s\"", tern_last_error(c)->text);
+    CHECK(tern__take_turns(c, fails_behind_four, who, 2, 9, 0, TERN__TASK_COST) == TERN_E_DATA
+          && strcmp(tern_last_error(c)->text, "block 5") == 0, "text is \"%s\"", tern_last_error(c)->text);
     CHECK(memcmp(who, want, sizeof who) == 0, "blocks went to others");
     CHECK_FAILS(c, tern_sync(c), TERN_E_DATA, "norm: row 5 is not finite");
     tern__set_fault(&c->run, TERN__FAULT_NORM, 99);
@@ -556,7 +579,8 @@ static void test_turns(void)
     c = open_last_first(&lacking, 2);
     k = hop_open(c, &hops[5], TERN_FOR_ADAMW);
     hop_reserve(k);
-    CHECK_FAILS(c, tern_hop_forward(c, &k->l, &k->w.g, hold_floats(HOP_NODES * k->in), hold_output(HOP_NODES * k->out), NULL), TERN_E_UNSUPPORTED, "has no operation map");
+    CHECK_FAILS(c, tern_hop_forward(c, &k->l, &k->w.g, hold_floats(HOP_NODES * k->in), hold_output(HOP_NODES * k->out), NULL),
+                TERN_E_UNSUPPORTED, "has no operation map");
     CHECK(c->run.row == 0, "faults would be counted from %d", (int)c->run.row);
     hop_close(k);
     tern_close(c);
@@ -658,7 +682,8 @@ static void hop_gradients(tern_context *c, record *r)
         hop_kit *k = hop_open(c, &hops[i], TERN_FOR_ADAMW);
         tern_param *const params[6] = {k->l.message.w, k->l.update.w, k->l.message.bias, k->l.update.bias, k->l.lora_a, k->l.lora_b};
         const tern_linear layers[6] = {k->l.message, k->l.update};
-        float *h = hold_floats(HOP_NODES * k->in), *dy = hold_floats(HOP_NODES * k->out), *y = hold_output(HOP_NODES * k->out), *dh = hold_output(HOP_NODES * k->in), *again = hold_output(HOP_NODES * k->in);
+        float *h = hold_floats(HOP_NODES * k->in), *dy = hold_floats(HOP_NODES * k->out), *y = hold_output(HOP_NODES * k->out),
+              *dh = hold_output(HOP_NODES * k->in), *again = hold_output(HOP_NODES * k->in);
         void *saved = hop_reserve(k);
         exact x;
         int64_t j;
@@ -676,7 +701,8 @@ static void hop_gradients(tern_context *c, record *r)
         {
             double loss = 0;
             for (j = 0; j < HOP_NODES * k->out; j++) loss += (double)dy[j] * y[j];
-            CHECK(fabs(loss - exact_loss(k, &hops[i], &x)) < 2e-5 * (1 + fabs(loss)), "hop %d: the loss is %g, not %g", i, loss, exact_loss(k, &hops[i], &x));
+            CHECK(fabs(loss - exact_loss(k, &hops[i], &x)) < 2e-5 * (1 + fabs(loss)),
+                  "hop %d: the loss is %g, not %g", i, loss, exact_loss(k, &hops[i], &x));
         }
         CHECK_OK(c, tern_hop_backward(c, &k->l, &k->w.g, h, saved, dy, dh));
         for (j = 0; j < HOP_NODES * k->in; j++) check_slope(k, i, &x, &x.h[j], dh[j], "h", j);
@@ -705,7 +731,8 @@ static void hop_backward(tern_context *c, record *r)
     int i, p;
     for (i = 0; i < HOPS; i++) {
         hop_kit *k = hop_open(c, &hops[i], TERN_FOR_ADAMW);
-        float *h = hold_floats(HOP_NODES * k->in), *dy = hold_floats(HOP_NODES * k->out), *y = hold_output(HOP_NODES * k->out), *dh = hold_output(HOP_NODES * k->in);
+        float *h = hold_floats(HOP_NODES * k->in), *dy = hold_floats(HOP_NODES * k->out), *y = hold_output(HOP_NODES * k->out),
+              *dh = hold_output(HOP_NODES * k->in);
         void *saved = hop_reserve(k);
         CHECK_OK(c, tern_hop_forward(c, &k->l, &k->w.g, h, y, saved));
         CHECK_OK(c, tern_hop_backward(c, &k->l, &k->w.g, h, saved, dy, dh));
@@ -732,7 +759,8 @@ static void hop_in_integers(tern_context *c, record *r)
         k = hop_open(c, &o, TERN_FOR_FLIPS);
         k->l.message.seed = 5;
         k->l.update.seed = 6;
-        h = hold_floats(HOP_NODES * k->in); dy = hold_floats(HOP_NODES * k->out); y = hold_output(HOP_NODES * k->out); dh = hold_output(HOP_NODES * k->in);
+        h = hold_floats(HOP_NODES * k->in); dy = hold_floats(HOP_NODES * k->out); y = hold_output(HOP_NODES * k->out);
+        dh = hold_output(HOP_NODES * k->in);
         saved = hop_reserve(k);
         CHECK_OK(c, tern_hop_forward(c, &k->l, &k->w.g, h, y, saved));
         CHECK_OK(c, tern_hop_backward(c, &k->l, &k->w.g, h, saved, dy, dh));
@@ -790,12 +818,15 @@ static void test_hop_refusals(void)
 /* Hops whose widths follow one another; the fourth one has LoRA. */
 static const hop_options chain[] = {
     {9, 6, 21, TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 1, TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_RMS},
-    {21, 17, 21, TERN_AGGREGATE_FIRST, TERN_GRAPH_MEAN, TERN_ACT_FLOAT, TERN_MAP_SILU, 1, 0, 0, TERN_ABSMEAN, TERN_ACT_INT4, TERN_NORM_NONE},
+    {21, 17, 21, TERN_AGGREGATE_FIRST, TERN_GRAPH_MEAN, TERN_ACT_FLOAT, TERN_MAP_SILU, 1, 0, 0,
+     TERN_ABSMEAN, TERN_ACT_INT4, TERN_NORM_NONE},
     {21, 9, 0, TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_ADD, 0, 0, 1, TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_NONE},
-    {9, 7, 9, TERN_AGGREGATE_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_GELU, 1, 1, 0, TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_NONE},
+    {9, 7, 9, TERN_AGGREGATE_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_GELU, 1, 1, 0,
+     TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_NONE},
     {9, 0, 0, TERN_PROJECT_FIRST, TERN_GRAPH_MEAN, TERN_ACT_INT8, TERN_MAP_RELU2, 1, 0, 0, TERN_DENSE, TERN_ACT_FLOAT, TERN_NORM_NONE},
     {9, 0, 13, TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_SILU, 0, 0, 1, TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_RMS},
-    {13, 9, 0, TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0, TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_NONE},
+    {13, 9, 0, TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0,
+     TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_NONE},
     {9, 9, 0, TERN_AGGREGATE_FIRST, TERN_GRAPH_MEAN, TERN_ACT_INT8, TERN_MAP_SILU, 1, 0, 0, TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_NONE},
     {9, 5, 9, TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_RELU, 1, 0, 0, TERN_ABSMEAN, TERN_ACT_INT8, TERN_NORM_NONE},
 };
@@ -854,7 +885,8 @@ static void hops_forward(tern_context *c, record *r)
         const size_t bytes = (size_t)(HOP_NODES * x.k[count - 1]->out) * 4, need = chain_scratch(c, &x, count);
         float *h = hold_floats(HOP_NODES * x.k[0]->in), *y = hold_output(HOP_NODES * x.k[count - 1]->out);
         const float *want = chain_apart(c, &x, count, h);
-        unsigned char *const scratch = c->scratch, *const guarded = (unsigned char *)test_guard(memset(hold(need + 1), 0x5A, need), need, 1);
+        unsigned char *const scratch = c->scratch,
+                      *const guarded = (unsigned char *)test_guard(memset(hold(need + 1), 0x5A, need), need, 1);
         const size_t reserved = c->scratch_bytes;
         c->scratch = guarded;
         c->scratch_bytes = need - 1;
@@ -904,11 +936,15 @@ static tern_result note_hops(tern_run *r, const tern_hops_args *a)
     offers.offered[offers.calls++] = a->count;
     for (i = 0; i < a->count; i++) {
         const tern_whole_hop *hop = &a->hop[i];
-        if (i) CHECK(hop->project.quantize.m.trits ? hop->project.quantize.x == hop[-1].to.y : hop->rows.q ? hop->rows.x == hop[-1].to.y : hop->to.sum.x == hop[-1].to.y, "hop %d reads", i);
+        if (i)
+            CHECK(hop->project.quantize.m.trits ? hop->project.quantize.x == hop[-1].to.y
+                  : hop->rows.q ? hop->rows.x == hop[-1].to.y : hop->to.sum.x == hop[-1].to.y, "hop %d reads", i);
         if (i && hop->rows.q && hop[-1].rows.q) CHECK(hop->rows.q != hop[-1].rows.q, "hop %d sends where the one before it has", i);
         CHECK(!hop->rows.q || (const unsigned char *)(hop->rows.sum + HOP_NODES) <= offers.end, "hop %d sends beyond scratch", i);
-        if (i && hop->project.y && hop[-1].project.y) CHECK(hop->project.y != hop[-1].project.y, "hop %d projects where the one before it has", i);
-        CHECK(!hop->project.y || (const unsigned char *)(hop->project.y + HOP_NODES * hop->project.quantize.m.rows) <= offers.end, "hop %d projects beyond scratch", i);
+        if (i && hop->project.y && hop[-1].project.y)
+            CHECK(hop->project.y != hop[-1].project.y, "hop %d projects where the one before it has", i);
+        CHECK(!hop->project.y || (const unsigned char *)(hop->project.y + HOP_NODES * hop->project.quantize.m.rows) <= offers.end,
+              "hop %d projects beyond scratch", i);
     }
     if (offers.answer != TERN_OK) tern__set_error(&r->error, offers.answer, "hops: no");
     return offers.answer;
@@ -945,8 +981,8 @@ static void test_hops_in_one(void)
     offers.end = c->scratch + c->scratch_bytes;
     CHECK_OK(c, tern_hops_forward(c, x.l, CHAIN, x.g, h, y));
     CHECK(memcmp(y, chain_apart(c, &x, CHAIN, h), HOP_NODES * 9 * 4) == 0, "hops that were declined differ");
-    CHECK(offers.calls == 3 && offers.offered[0] == 3 && offers.offered[1] == TERN_HOPS_AT_ONCE && offers.offered[2] == 1, "%d offers of %d, %d, %d", offers.calls,
-          offers.offered[0], offers.offered[1], offers.offered[2]);
+    CHECK(offers.calls == 3 && offers.offered[0] == 3 && offers.offered[1] == TERN_HOPS_AT_ONCE && offers.offered[2] == 1,
+          "%d offers of %d, %d, %d", offers.calls, offers.offered[0], offers.offered[1], offers.offered[2]);
     CHECK(tern_last_error(c)->code == TERN_OK, "an offer that was declined left \"%s\"", tern_last_error(c)->text);
     offers.answer = TERN_E_DEVICE;
     offers.end = c->scratch + c->scratch_bytes;
@@ -973,7 +1009,8 @@ static void test_hops_refusals(void)
     CHECK_FAILS(t.c, tern_hops_forward(t.c, x.l, 2, NULL, h, y), TERN_E_ARGUMENT, "graph is NULL");
     CHECK_FAILS(t.c, tern_hops_forward(t.c, x.l, 2, x.g, NULL, y), TERN_E_ARGUMENT, "h is NULL");
     CHECK_FAILS(t.c, tern_hops_forward(t.c, x.l, 2, x.g, h, NULL), TERN_E_ARGUMENT, "y is NULL");
-    CHECK(tern_hops_need(NULL, x.l, 1, x.g, &need) == TERN_E_ARGUMENT && tern_hops_forward(NULL, x.l, 1, x.g, h, y) == TERN_E_ARGUMENT, "no context");
+    CHECK(tern_hops_need(NULL, x.l, 1, x.g, &need) == TERN_E_ARGUMENT && tern_hops_forward(NULL, x.l, 1, x.g, h, y) == TERN_E_ARGUMENT,
+          "no context");
     x.l[2] = x.l[6];
     CHECK_FAILS(t.c, tern_hops_forward(t.c, x.l, 3, x.g, h, y), TERN_E_SHAPE, "hops: hop 2 reads 13 columns, and hop 1 makes 21");
     x.l[2].act = TERN_ACT_BIT;
@@ -1036,13 +1073,16 @@ static void test_ngram_ids(void)
     k->table.rows = 1 << 30; /* as many as no two should share one */
     CHECK_OK(t.c, tern_ngram_ids(t.c, &k->l, 12, 0, tokens, ids));
     CHECK(ids[1] == ids[4] && ids[1] == ids[8] && ids[2] == ids[5], "the same two tokens have one row");
-    CHECK(ids[1] != ids[7] && ids[1] != ids[2] && ids[0] != ids[3], "other two tokens have another: %d %d %d", (int)ids[0], (int)ids[1], (int)ids[7]);
+    CHECK(ids[1] != ids[7] && ids[1] != ids[2] && ids[0] != ids[3],
+          "other two tokens have another: %d %d %d", (int)ids[0], (int)ids[1], (int)ids[7]);
     CHECK(ids[14] == ids[17] && ids[14] == ids[21] && ids[13] != ids[16], "three tokens");
     for (i = 0; i < 12; i++) CHECK(ids[i] != ids[12 + i] && ids[i] >= 0 && ids[i] < 1 << 30, "two and three share a row");
     CHECK_OK(t.c, tern_ngram_ids(t.c, &k->l, 12, 3, tokens, again));
-    CHECK(again[0] == ids[0] && again[3] == ids[0] && again[4] == ids[4] && again[15] == ids[12] && again[16] == ids[13] && again[17] == ids[17] && again[9] != ids[9], "sequences of three");
+    CHECK(again[0] == ids[0] && again[3] == ids[0] && again[4] == ids[4] && again[15] == ids[12] && again[16] == ids[13]
+          && again[17] == ids[17] && again[9] != ids[9], "sequences of three");
     hash = test_hash_floats(TEST_HASH, (const float *)ids, 24);
-    CHECK(hash == UINT64_C(0xDA4F372EF58A5119), "the hash is 0x%016llX: rows of tables that were trained have other names", (unsigned long long)hash);
+    CHECK(hash == UINT64_C(0xDA4F372EF58A5119),
+          "the hash is 0x%016llX: rows of tables that were trained have other names", (unsigned long long)hash);
     k->l.seed = 8;
     CHECK_OK(t.c, tern_ngram_ids(t.c, &k->l, 12, 0, tokens, again));
     CHECK(again[1] != ids[1] && again[14] != ids[14], "the seed counts");
@@ -1088,7 +1128,8 @@ static double gram_loss(double *const w[3], const double *h, const int32_t *ids,
     return loss;
 }
 
-static void check_gram_slope(double *const w[3], double *h, const int32_t *ids, const float *dy, double *at, float got, const char *what, int64_t i)
+static void check_gram_slope(double *const w[3], double *h, const int32_t *ids, const float *dy, double *at, float got,
+                             const char *what, int64_t i)
 {
     const double was = *at;
     double slope;
@@ -1107,7 +1148,8 @@ static void gram_gradients(tern_context *c, record *r)
     for (rule = 0; rule < 2; rule++) {
         gram_kit *k = gram_open(c, rule ? TERN_ABSMEAN : TERN_DENSE, TERN_ACT_FLOAT);
         tern_param *const all[3] = {&k->table, &k->key, &k->value};
-        float *h = hold_floats(GRAM_TOKENS * GRAM_WIDTH), *dy = hold_floats(GRAM_TOKENS * GRAM_WIDTH), *y = hold_output(GRAM_TOKENS * GRAM_WIDTH), *dh = hold_output(GRAM_TOKENS * GRAM_WIDTH);
+        float *h = hold_floats(GRAM_TOKENS * GRAM_WIDTH), *dy = hold_floats(GRAM_TOKENS * GRAM_WIDTH),
+              *y = hold_output(GRAM_TOKENS * GRAM_WIDTH), *dh = hold_output(GRAM_TOKENS * GRAM_WIDTH);
         double *w[3], *hd = doubles_of(h, GRAM_TOKENS * GRAM_WIDTH), loss = 0;
         int32_t *ids = hold_ids(2 * GRAM_TOKENS, GRAM_ROWS), touched[GRAM_ROWS] = {0};
         void *saved = gram_reserve(c, k);
@@ -1124,9 +1166,11 @@ static void gram_gradients(tern_context *c, record *r)
         CHECK_OK(c, tern_ngram_backward(c, &k->l, GRAM_TOKENS, ids, h, saved, dy, dh));
         for (i = 0; i < GRAM_TOKENS * GRAM_WIDTH; i++) check_gram_slope(w, hd, ids, dy, &hd[i], dh[i], "h", i);
         for (p = 0; p < 3; p++)
-            for (i = 0; i < all[p]->rows * all[p]->cols; i++) check_gram_slope(w, hd, ids, dy, &w[p][i], ((float *)all[p]->buffer[TERN_GRAD].data)[i], all[p]->name, i);
+            for (i = 0; i < all[p]->rows * all[p]->cols; i++)
+                check_gram_slope(w, hd, ids, dy, &w[p][i], ((float *)all[p]->buffer[TERN_GRAD].data)[i], all[p]->name, i);
         for (i = 0; i < 2 * GRAM_TOKENS; i++) touched[ids[i]] = 1;
-        for (i = 0; i < GRAM_ROWS * GRAM_COLS; i++) if (!touched[i / GRAM_COLS]) CHECK(((float *)k->table.buffer[TERN_GRAD].data)[i] == 0.0f, "row %d was not touched", (int)(i / GRAM_COLS));
+        for (i = 0; i < GRAM_ROWS * GRAM_COLS; i++) if (!touched[i / GRAM_COLS])
+            CHECK(((float *)k->table.buffer[TERN_GRAD].data)[i] == 0.0f, "row %d was not touched", (int)(i / GRAM_COLS));
         gram_close(c, k);
         release();
     }
@@ -1157,7 +1201,8 @@ static void gated(tern_context *c, record *r)
         CHECK_OK(c, tern_gate(c, &a));
         record_words(r, a.gate, 3 * n);
         record_words(r, a.y, n * cols);
-        a.dy = hold_floats(n * cols); a.dh = hold_output(n * cols); a.dkey = hold_output(3 * n * cols); a.dvalue = hold_output(3 * n * cols);
+        a.dy = hold_floats(n * cols); a.dh = hold_output(n * cols); a.dkey = hold_output(3 * n * cols);
+        a.dvalue = hold_output(3 * n * cols);
         CHECK_OK(c, tern_gate(c, &a));
         record_words(r, a.dh, n * cols);
         record_words(r, a.dkey, 3 * n * cols);
@@ -1186,7 +1231,8 @@ static void quantized_vectors(tern_context *c, record *r)
         int64_t t, k, j;
         CHECK_OK(c, tern_param_alloc(c, &w, TERN_FOR_ADAMW));
         set_random(c, &w);
-        if (!ternary) memcpy((float *)w.buffer[TERN_SHADOW].data + 9 * cols, (float *)w.buffer[TERN_SHADOW].data + 4 * cols, (size_t)cols * 4); /* code 9 is code 4 */
+        if (!ternary) /* code 9 is code 4 */
+            memcpy((float *)w.buffer[TERN_SHADOW].data + 9 * cols, (float *)w.buffer[TERN_SHADOW].data + 4 * cols, (size_t)cols * 4);
         if (!ternary) memcpy(x, (float *)w.buffer[TERN_SHADOW].data + 9 * cols, (size_t)cols * 4);
         for (k = 0; k < codes; k++) CHECK_OK(c, tern_param_get(c, &w, k, NULL, NULL, values + k * cols));
         CHECK_OK(c, tern_vq_need(c, &l, n, &need));
@@ -1197,11 +1243,13 @@ static void quantized_vectors(tern_context *c, record *r)
             double best = 1e30, of_id = 0;
             for (k = 0; k < codes; k++) {
                 double d = 0;
-                for (j = 0; j < cols; j++) d += ((double)x[t * cols + j] - values[k * cols + j]) * ((double)x[t * cols + j] - values[k * cols + j]);
+                for (j = 0; j < cols; j++)
+                    d += ((double)x[t * cols + j] - values[k * cols + j]) * ((double)x[t * cols + j] - values[k * cols + j]);
                 if (d < best) best = d;
                 if (k == ids[t]) of_id = d;
             }
-            CHECK(of_id <= best * (1 + 1e-5) + 1e-9 && fabs(distance[t] - of_id) <= 1e-5 * of_id + 1e-9, "vector %d: code %d at %g, not %g", (int)t, (int)ids[t], of_id, best);
+            CHECK(of_id <= best * (1 + 1e-5) + 1e-9 && fabs(distance[t] - of_id) <= 1e-5 * of_id + 1e-9,
+                  "vector %d: code %d at %g, not %g", (int)t, (int)ids[t], of_id, best);
             CHECK(memcmp(y + t * cols, values + ids[t] * cols, (size_t)cols * 4) == 0, "y is not the code");
         }
         record_words(r, ids, n);
@@ -1269,7 +1317,8 @@ static void test_vq_revive(void)
 /* -- a small model of all that is in this room and the one before: each token's vector becomes a code, which has a row of its
       own beside it; then a hop, the memory of n-grams, a mixture of experts with a residual, and a head -- */
 
-enum { SMALL_TOKENS = 24, SMALL_WIDTH = 16, SMALL_IDS = 10, SMALL_CODES = 8, SMALL_ROWS = 40, SMALL_EXPERTS = 3, SMALL_INNER = 24, SMALL_PARAMS = 18 };
+enum { SMALL_TOKENS = 24, SMALL_WIDTH = 16, SMALL_IDS = 10, SMALL_CODES = 8, SMALL_ROWS = 40,
+       SMALL_EXPERTS = 3, SMALL_INNER = 24, SMALL_PARAMS = 18 };
 enum { SMALL_HOP, SMALL_GRAM, SMALL_MOE, SMALL_HEAD, SMALL_LAYERS };
 typedef struct small_model {
     tern_param p[SMALL_PARAMS], *items[SMALL_PARAMS];
@@ -1301,7 +1350,8 @@ static tern_param *small_param(tern_context *c, small_model *o, const char *name
 
 static void small_layers(tern_context *c, small_model *o, int32_t mask)
 {
-    static const char *const names[SMALL_EXPERTS][3] = {{"gate.0", "up.0", "down.0"}, {"gate.1", "up.1", "down.1"}, {"gate.2", "up.2", "down.2"}};
+    static const char *const names[SMALL_EXPERTS][3] = {
+        {"gate.0", "up.0", "down.0"}, {"gate.1", "up.1", "down.1"}, {"gate.2", "up.2", "down.2"}};
     int i;
     o->m.items = o->items;
     o->tokens.w = small_param(c, o, "tokens", SMALL_IDS, SMALL_WIDTH, mask);

@@ -96,9 +96,12 @@ static void optimizers(tern_context *c, record *r)
             random_gradients(&o);
             if (s.step == 3) for (i = 0; i < 600; i++) grad_of(&o.w)[i] *= 0.01f; /* below the clip: left alone */
             for (p = 0; p < 2; p++)
-                for (i = 0; i < o.items[p]->rows * o.items[p]->cols; i++) squares += (double)grad_of(o.items[p])[i] * grad_of(o.items[p])[i];
+                for (i = 0; i < o.items[p]->rows * o.items[p]->cols; i++)
+                    squares += (double)grad_of(o.items[p])[i] * grad_of(o.items[p])[i];
             if (s.clip > 0 && sqrt(squares) > s.clip) factor = s.clip / sqrt(squares);
-            for (p = 0; p < 2; p++) reference_step(&ref[p], grad_of(o.items[p]), o.items[p]->rows * o.items[p]->cols, &s, factor, p ? 0.0 : s.decay, buffers & 1 << TERN_MOMENT1);
+            for (p = 0; p < 2; p++)
+                reference_step(&ref[p], grad_of(o.items[p]), o.items[p]->rows * o.items[p]->cols, &s, factor, p ? 0.0 : s.decay,
+                               buffers & 1 << TERN_MOMENT1);
             CHECK_OK(c, tern_model_step(c, &o.m, &s));
             CHECK(fabs(norm2[0] - squares) < 1e-5 * squares, "norm2 %g, not %g", norm2[0], squares);
         }
@@ -232,8 +235,10 @@ static void test_bytes_per_weight(void)
     CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_ADAMW));
     CHECK_OK(t.c, tern_model_audit(t.c, &m, &a));
     for (b = 0; b < TERN_BUFFERS; b++) total += a.bytes[b];
-    printf("  BF16 shadow with AdamW: %.4f bytes per weight, of these %.4f scales\n", (double)total / (double)a.weights, (double)a.bytes[TERN_SCALES] / (double)a.weights);
-    CHECK((double)(total - a.bytes[TERN_SCALES]) <= (2 + 8 + 4 + 0.25) * (double)a.weights, "%g bytes per weight", (double)total / (double)a.weights);
+    printf("  BF16 shadow with AdamW: %.4f bytes per weight, of these %.4f scales\n",
+           (double)total / (double)a.weights, (double)a.bytes[TERN_SCALES] / (double)a.weights);
+    CHECK((double)(total - a.bytes[TERN_SCALES]) <= (2 + 8 + 4 + 0.25) * (double)a.weights,
+          "%g bytes per weight", (double)total / (double)a.weights);
     tern_param_free(t.c, &p, -1);
     test_close(&t);
 }
@@ -264,7 +269,8 @@ static void nonfinite_gradients(tern_context *c, record *unused)
         CHECK_OK(c, tern_model_step(c, &o.m, &s));
         CHECK_FAILS(c, tern_sync(c), TERN_E_DATA, "step 2 is not finite");
         record_pair(&after, &o); /* with gradients, zero again */
-        CHECK(before.size == after.size && memcmp(before.data, after.data, before.size) == 0, "%g in a gradient changed something", bad[i / 2]);
+        CHECK(before.size == after.size && memcmp(before.data, after.data, before.size) == 0,
+              "%g in a gradient changed something", bad[i / 2]);
         for (j = 0; j < 600; j++) CHECK(grad_of(&o.w)[j] == 0.0f, "a gradient stayed");
         free(before.data);
         free(after.data);
@@ -354,7 +360,8 @@ static void scale_gradients(tern_context *c, record *r)
                 const int64_t rows = shapes[s][0], cols = shapes[s][1], grains = k ? rows : 1, n = k ? cols : rows * cols;
                 const tern_type type = types[(s + k) % 3];
                 tern_matrix m = hold_matrix(c, rows, cols, k ? TERN_PER_ROW : TERN_PER_TENSOR, s % 2 ? TERN_BASE3 : TERN_2BIT, TERN_F32);
-                float *w = hold_floats(rows * cols), *dw = hold_floats(rows * cols), *alpha = hold_output(grains), *dalpha = hold_floats(grains), *before = hold_copy(dalpha, grains);
+                float *w = hold_floats(rows * cols), *dw = hold_floats(rows * cols), *alpha = hold_output(grains),
+                      *dalpha = hold_floats(grains), *before = hold_copy(dalpha, grains);
                 void *stored = ternarize_store(type, w, rows * cols);
                 tern_ternarize_args t = ternarize_args(&m, rule, stored);
                 tern_scale_grad_args a = TERN_ZERO;
@@ -373,13 +380,16 @@ static void scale_gradients(tern_context *c, record *r)
                 for (g = 0; g < grains; g++) {
                     const float *w0 = w + g * n, *dw0 = dw + g * n;
                     const double h = 1e-6, at = alpha[g];
-                    double want = (learned_product(rule, w0, dw0, n, at, at + h) - learned_product(rule, w0, dw0, n, at, at - h)) / (2 * h) / sqrt((double)n);
+                    double want = (learned_product(rule, w0, dw0, n, at, at + h) - learned_product(rule, w0, dw0, n, at, at - h))
+                                  / (2 * h) / sqrt((double)n);
                     if (plain) {
-                        for (want = 0.0, i = 0; i < n; i++) want += fabs(w0[i]) > (k ? at / 3 : at / 2) ? w0[i] > 0 ? dw0[i] : -dw0[i] : 0.0;
+                        for (want = 0.0, i = 0; i < n; i++)
+                            want += fabs(w0[i]) > (k ? at / 3 : at / 2) ? w0[i] > 0 ? dw0[i] : -dw0[i] : 0.0;
                         if (k) want /= 1.5;
                     }
-                    CHECK(fabs(dalpha[g] - before[g] - want) < 2e-5 * (1.0 + fabs(want)), "rule %d, %d x %d, plain %d: dalpha[%d] gets %g, not %g",
-                          (int)rule, (int)rows, (int)cols, plain, (int)g, dalpha[g] - before[g], want);
+                    CHECK(fabs(dalpha[g] - before[g] - want) < 2e-5 * (1.0 + fabs(want)),
+                          "rule %d, %d x %d, plain %d: dalpha[%d] gets %g, not %g", (int)rule, (int)rows, (int)cols, plain, (int)g,
+                          dalpha[g] - before[g], want);
                 }
                 record_words(r, dalpha, grains);
                 free(stored);
@@ -432,7 +442,8 @@ static void learned_step(tern_context *c, record *r)
             CHECK(fabsf(norm2[0] / squares - 1.0f) < 1e-5f, "the norm without the gradient of alpha: %g, not %g", norm2[0], squares);
             for (i = 0; i < alphas; i++) {
                 const float alpha = ((const float *)l.alpha.buffer[TERN_SHADOW].data)[i];
-                CHECK(fabsf(alpha - (before[i] - s.rate * expected[i])) < 1e-6f && alpha != before[i], "alpha[%d] went from %g to %g by a gradient of %g", (int)i, before[i], alpha, expected[i]);
+                CHECK(fabsf(alpha - (before[i] - s.rate * expected[i])) < 1e-6f && alpha != before[i],
+                      "alpha[%d] went from %g to %g by a gradient of %g", (int)i, before[i], alpha, expected[i]);
                 CHECK(grad_of(&l.alpha)[i] == 0.0f, "the gradient of alpha stayed");
             }
             fresh = param_of("fresh", 20, 30, TERN_GIVEN, l.w.grain); /* scale alpha or alpha / 1.5, threshold half of it */
@@ -446,7 +457,8 @@ static void learned_step(tern_context *c, record *r)
             for (i = 0; i < 20; i++) {
                 CHECK_OK(c, tern_param_get(c, &l.w, i, got, &scale, NULL));
                 CHECK_OK(c, tern_param_get(c, &fresh, i, want, &want_scale, NULL));
-                CHECK(memcmp(got, want, 30) == 0 && scale == want_scale, "row %d is not that of the new alpha: %g, not %g", (int)i, scale, want_scale);
+                CHECK(memcmp(got, want, 30) == 0 && scale == want_scale,
+                      "row %d is not that of the new alpha: %g, not %g", (int)i, scale, want_scale);
             }
             record_bytes(r, w, 2400);
             record_bytes(r, l.alpha.buffer[TERN_SHADOW].data, alphas * 4);
@@ -535,7 +547,8 @@ static void step_noise(tern_context *c, record *r)
             for (i = 0; i < 17; i++) CHECK_OK(c, tern_param_get(c, &p, i, trits[k] + i * 60, NULL, NULL));
             record_bytes(r, trits[k], (int64_t)bytes);
         }
-        CHECK((memcmp(trits[0], trits[1], bytes) != 0) == noisy && (memcmp(trits[1], trits[2], bytes) != 0) == noisy, "noise %d: the steps' trits", noisy);
+        CHECK((memcmp(trits[0], trits[1], bytes) != 0) == noisy && (memcmp(trits[1], trits[2], bytes) != 0) == noisy,
+              "noise %d: the steps' trits", noisy);
         CHECK(memcmp(trits[1], trits[3], bytes) == 0, "the same step again has other noise");
         CHECK(memcmp(trits[0], trits[4], bytes) == 0, "tern_param_set left noise");
         tern_param_free(c, &p, -1);
@@ -624,7 +637,8 @@ static void bf16_moments(tern_context *c, record *r)
     }
     CHECK_OK(c, tern_optimize(c, &a));
     for (i = 0; i < N; i++) {
-        CHECK((m1[i] == 0x3F80 || m1[i] == 0x3F81) && (m2[i] == 0x3F80 || m2[i] == 0x3F81), "moments %04x and %04x", (unsigned)m1[i], (unsigned)m2[i]);
+        CHECK((m1[i] == 0x3F80 || m1[i] == 0x3F81) && (m2[i] == 0x3F80 || m2[i] == 0x3F81),
+              "moments %04x and %04x", (unsigned)m1[i], (unsigned)m2[i]);
         up1 += m1[i] == 0x3F81;
         up2 += m2[i] == 0x3F81;
         both += m1[i] == 0x3F81 && m2[i] == 0x3F81;
@@ -634,7 +648,8 @@ static void bf16_moments(tern_context *c, record *r)
     CHECK(fabs(up1 / N - 0.25) < 0.015, "%g of the first moments went up, not 1/4", up1 / N);
     CHECK(fabs(up2 / N - 0.5) < 0.02, "%g of the second moments went up, not 1/2", up2 / N); /* (1 + 1/256)^2 is twice as far */
     CHECK(fabs(both / N - 0.125) < 0.015, "both moments went up %g of the time, not 1/8", both / N);
-    CHECK(weights / N > 0.05 && fabs(with_weight / weights - 0.75) < 0.04, "of %g weights that fell %g kept their moment, not 3/4", weights / N, with_weight / weights);
+    CHECK(weights / N > 0.05 && fabs(with_weight / weights - 0.75) < 0.04,
+          "of %g weights that fell %g kept their moment, not 3/4", weights / N, with_weight / weights);
     record_bytes(r, m1, N * 2);
     record_bytes(r, m2, N * 2);
 }
@@ -681,7 +696,8 @@ static void learn(tern_context *c, record *r, int first_recipe, int last_recipe)
     };
     int k;
     for (k = first_recipe; k <= last_recipe; k++) {
-        float *x = hold_floats(TOKENS * COLS), *y = hold_output(TOKENS * ROWS), *target = hold_zeros(TOKENS * ROWS), *dy = hold_output(TOKENS * ROWS);
+        float *x = hold_floats(TOKENS * COLS), *y = hold_output(TOKENS * ROWS), *target = hold_zeros(TOKENS * ROWS),
+              *dy = hold_output(TOKENS * ROWS);
         int8_t truth[ROWS * COLS];
         double first = 0.0, loss = 0.0;
         tern_linear l = TERN_ZERO;
@@ -727,7 +743,9 @@ static void learn(tern_context *c, record *r, int first_recipe, int last_recipe)
             CHECK_OK(c, tern_model_step(c, &m, &s));
         }
         CHECK(loss < recipes[k].most * first, "recipe %d: the loss went from %g to %g", k, first, loss);
-        for (i = 0; i < 3; i++) record_bytes(r, items[i]->buffer[TERN_SHADOW].data, items[i]->rows * items[i]->cols * tern__type_bytes(items[i]->buffer[TERN_SHADOW].type));
+        for (i = 0; i < 3; i++)
+            record_bytes(r, items[i]->buffer[TERN_SHADOW].data,
+                         items[i]->rows * items[i]->cols * tern__type_bytes(items[i]->buffer[TERN_SHADOW].type));
         tern_param_free(c, &bias, -1);
         learner_close(c, &o);
         release();
@@ -753,8 +771,10 @@ static double reference_rate(const tern_schedule *s, double step)
 static void test_schedules(void)
 {
     static const tern_schedule all[] = {
-        {TERN_COSINE, 7e-3f, 7e-4f, 100, 0, 2000}, {TERN_COSINE, 1, 0, 0, 77, 10}, {TERN_COSINE, 1, 1, 3, 0, 3}, {TERN_COSINE, 0.1f, 0.01f, 1, 0, UINT32_MAX},
-        {TERN_WSD, 7e-3f, 0, 100, 400, 2000}, {TERN_WSD, 0.3f, 0.1f, 10, 0, 20}, {TERN_WSD, 0.3f, 0.1f, 10, 10, 20}, {TERN_WSD, 1, 0.5f, 0, UINT32_MAX, UINT32_MAX}};
+        {TERN_COSINE, 7e-3f, 7e-4f, 100, 0, 2000}, {TERN_COSINE, 1, 0, 0, 77, 10},
+        {TERN_COSINE, 1, 1, 3, 0, 3}, {TERN_COSINE, 0.1f, 0.01f, 1, 0, UINT32_MAX},
+        {TERN_WSD, 7e-3f, 0, 100, 400, 2000}, {TERN_WSD, 0.3f, 0.1f, 10, 0, 20},
+        {TERN_WSD, 0.3f, 0.1f, 10, 10, 20}, {TERN_WSD, 1, 0.5f, 0, UINT32_MAX, UINT32_MAX}};
     test_context t = test_open(TERN_ISA_BEST, 1);
     uint64_t hash = TEST_HASH;
     size_t i;
@@ -789,10 +809,13 @@ static void test_schedule_refusals(void)
     s = good; s.floor = -1.0f; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "floor");
     s = good; s.floor = NAN; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "floor");
     s = good; s.peak = INFINITY; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "peak");
-    s = good; s.warmup = 6; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "15 steps have no room for 6 of warm-up and 10 of decay");
+    s = good; s.warmup = 6;
+    CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "15 steps have no room for 6 of warm-up and 10 of decay");
     s = good; s.decay = 16; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "16 of decay");
-    s = good; s.warmup = UINT32_MAX; s.decay = UINT32_MAX; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "4294967295 of decay");
-    s = good; s.kind = TERN_COSINE; s.warmup = 16; CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "16 of warm-up and 0 of decay");
+    s = good; s.warmup = UINT32_MAX; s.decay = UINT32_MAX;
+    CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "4294967295 of decay");
+    s = good; s.kind = TERN_COSINE; s.warmup = 16;
+    CHECK_FAILS(t.c, tern_schedule_rate(t.c, &s, 1, &rate), TERN_E_ARGUMENT, "16 of warm-up and 0 of decay");
     CHECK(rate == 7, "a refused schedule gave a rate");
     test_close(&t);
 }
@@ -842,8 +865,10 @@ static void accumulation(tern_context *c, record *r)
                     sum += term;
                     size += fabs(term);
                 }
-                CHECK(fabs(got - sum) <= TOKENS * size / (1 << 24), "in %d parts, gradient %d %d: %.9g, not %.9g", (int)parts[k], (int)i, (int)j, got, sum);
-                CHECK(fabs(got - want) <= 2 * TOKENS * size / (1 << 24), "in %d parts, gradient %d %d: %.9g, whole %.9g", (int)parts[k], (int)i, (int)j, got, want);
+                CHECK(fabs(got - sum) <= TOKENS * size / (1 << 24),
+                      "in %d parts, gradient %d %d: %.9g, not %.9g", (int)parts[k], (int)i, (int)j, got, sum);
+                CHECK(fabs(got - want) <= 2 * TOKENS * size / (1 << 24),
+                      "in %d parts, gradient %d %d: %.9g, whole %.9g", (int)parts[k], (int)i, (int)j, got, want);
             }
     }
     pair_close(c, &o);

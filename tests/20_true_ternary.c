@@ -226,7 +226,8 @@ static tern_flips reference_flip(state *s, const tern_flip_args *a, const float 
             double g = nearbyint((double)x);
             if (g > 1024) g = 1024;
             if (g < -1024) g = -1024;
-            move = floor((g * nearbyint(256.0 * (double)a->push) + half_of(a->seed, i / s->cols, i % s->cols, s->cols, a->step, a->stream)) / 65536.0);
+            move = floor((g * nearbyint(256.0 * (double)a->push) + half_of(a->seed, i / s->cols, i % s->cols, s->cols, a->step, a->stream))
+                         / 65536.0);
         }
         v = s->accum[i] - (int)move;
         if (v > 127) v = 127;
@@ -272,7 +273,8 @@ static void put_ends(tern_matrix *m)
     else memcpy(m->scales, exponents, (size_t)n);
 }
 
-static void check_flip(tern_context *c, record *r, int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_type scale, tern_flip_rule rule, int32_t theta, int32_t scale_step)
+static void check_flip(tern_context *c, record *r, int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_type scale,
+                       tern_flip_rule rule, int32_t theta, int32_t scale_step)
 {
     const int64_t count = rows * cols;
     tern_flip_args a = TERN_ZERO;
@@ -333,11 +335,12 @@ static void check_flip(tern_context *c, record *r, int64_t rows, int64_t cols, i
         if (!(*a.sum_abs > 0.0f)) continue;
         CHECK_OK(c, tern_flip(c, &a));
         want = reference_flip(&s, &a, grad);
-        CHECK(counts.flips - before.flips == want.flips && counts.grains - before.grains == want.grains && counts.saturated - before.saturated == want.saturated &&
-              counts.scales - before.scales == want.scales && counts.ends - before.ends == want.ends && counts.updates - before.updates == 1 && counts.skipped == before.skipped,
-              "%d flips in %d grains, %d saturated, %d scales, %d ends; not %d, %d, %d, %d, %d", (int)(counts.flips - before.flips), (int)(counts.grains - before.grains),
-              (int)(counts.saturated - before.saturated), (int)(counts.scales - before.scales), (int)(counts.ends - before.ends), (int)want.flips, (int)want.grains,
-              (int)want.saturated, (int)want.scales, (int)want.ends);
+        CHECK(counts.flips - before.flips == want.flips && counts.grains - before.grains == want.grains
+              && counts.saturated - before.saturated == want.saturated && counts.scales - before.scales == want.scales
+              && counts.ends - before.ends == want.ends && counts.updates - before.updates == 1 && counts.skipped == before.skipped,
+              "%d flips in %d grains, %d saturated, %d scales, %d ends; not %d, %d, %d, %d, %d", (int)(counts.flips - before.flips),
+              (int)(counts.grains - before.grains), (int)(counts.saturated - before.saturated), (int)(counts.scales - before.scales),
+              (int)(counts.ends - before.ends), (int)want.flips, (int)want.grains, (int)want.saturated, (int)want.scales, (int)want.ends);
         CHECK_OK(c, tern_unpack(c, &u));
         for (i = 0; i < count; i++) {
             CHECK(u.trits[i] == s.trits[i], "trit %d is %d, not %d", (int)i, u.trits[i], s.trits[i]);
@@ -366,8 +369,9 @@ static void flips(tern_context *c, record *r)
     for (i = 0; i < 4; i++)
         for (j = 0; j < TEST_SIZES; j++)
             for (k = 0; k < 4; k++)
-                check_flip(c, r, rows[i], test_sizes[j], grains[k], (i + j + k) % 2 ? TERN_BASE3 : TERN_2BIT, (i + k) % 2 ? TERN_LOG : TERN_POW2,
-                           (i + j) % 3 ? TERN_FLIP_PROPORTIONAL : TERN_FLIP_SIGN, thetas[(i + k + j) % 4], (i + j + k) % 5 ? 7 : 0);
+                check_flip(c, r, rows[i], test_sizes[j], grains[k], (i + j + k) % 2 ? TERN_BASE3 : TERN_2BIT,
+                           (i + k) % 2 ? TERN_LOG : TERN_POW2, (i + j) % 3 ? TERN_FLIP_PROPORTIONAL : TERN_FLIP_SIGN,
+                           thetas[(i + k + j) % 4], (i + j + k) % 5 ? 7 : 0);
     check_flip(c, r, 18, 1000, TERN_PER_ROW, TERN_BASE3, TERN_POW2, TERN_FLIP_PROPORTIONAL, 32, 3);
     check_flip(c, r, 18, 1000, TERN_PER_ROW, TERN_2BIT, TERN_LOG, TERN_FLIP_PROPORTIONAL, 32, 9);
 }
@@ -470,8 +474,8 @@ static void flip_nan(tern_context *c, record *r)
         CHECK(counts.updates == 1 && counts.flips == 0, "%d updates, %d flips", (int)counts.updates, (int)counts.flips);
         for (i = 0; i < ROWS * COLS; i++) {
             const int was = i % 7 - 3, least = rule ? 12 : 8, most = rule ? 12 : 9, moved = i % 4 == 1 ? was - accum[i] : accum[i] - was;
-            CHECK((i % 4 == 1 || i % 4 == 2 ? moved >= least && moved <= most : moved == 0) && grad[i] == 0.0f, "rule %d: accumulator %d went from %d to %d; gradient %g",
-                  rule, i, was, accum[i], grad[i]);
+            CHECK((i % 4 == 1 || i % 4 == 2 ? moved >= least && moved <= most : moved == 0) && grad[i] == 0.0f,
+                  "rule %d: accumulator %d went from %d to %d; gradient %g", rule, i, was, accum[i], grad[i]);
         }
         record_bytes(r, accum, ROWS * COLS);
         release();
@@ -483,7 +487,8 @@ static void test_flip_nan(void) { on_each_tier(flip_nan); }
 static void test_votes_at_the_ends(void)
 {
     static const int scales[] = {127, 126, -126, -128, 32767, 32740, -32256, -32200, -32768};
-    static const int wants[2][9] = {{126, 126, -125, -128, 32767, 32767, -32192, -32136, -32768}, {126, 125, -126, -128, 32703, 32676, -32256, -32256, -32768}};
+    static const int wants[2][9] = {
+        {126, 126, -125, -128, 32767, 32767, -32192, -32136, -32768}, {126, 125, -126, -128, 32703, 32676, -32256, -32256, -32768}};
     static const int ends[2][9] = {{0, 1, 0, 0, 1, 0, 0, 0, 0}, {0, 0, 1, 0, 0, 0, 1, 0, 0}};
     test_context t = test_open(TERN_ISA_BEST, 1);
     int i, down;
@@ -517,8 +522,8 @@ static void test_votes_at_the_ends(void)
             now = i < 4 ? *(const int8_t *)a.m.scales : *(const int16_t *)a.m.scales;
             stays = ends[down][i] ? down ? -9 : 9 : 0;
             CHECK(now == wants[down][i], "scale %d became %d, not %d", scales[i], now, wants[down][i]);
-            CHECK(counts.ends == ends[down][i] && counts.scales == (now != scales[i]) && vote[0] == stays, "scale %d: %d ends, %d scales, vote %d",
-                  scales[i], (int)counts.ends, (int)counts.scales, vote[0]);
+            CHECK(counts.ends == ends[down][i] && counts.scales == (now != scales[i]) && vote[0] == stays,
+                  "scale %d: %d ends, %d scales, vote %d", scales[i], (int)counts.ends, (int)counts.scales, vote[0]);
             release();
         }
     test_close(&t);
@@ -565,7 +570,8 @@ static void set_accumulators(tern_context *c, record *r)
                     double want = s > 0 ? theta * (w[i * COLS + j] - s * trits[j]) / (s / 2) : 0;
                     if (want > theta - 1) want = theta - 1;
                     if (want < 1 - theta) want = 1 - theta;
-                    CHECK(fabs(accum_of(&p)[i * COLS + j] - want) < 0.5001, "accumulator %d %d is %d, not %g", (int)i, (int)j, accum_of(&p)[i * COLS + j], want);
+                    CHECK(fabs(accum_of(&p)[i * COLS + j] - want) < 0.5001,
+                          "accumulator %d %d is %d, not %g", (int)i, (int)j, accum_of(&p)[i * COLS + j], want);
                 }
             }
             record_bytes(r, accum_of(&p), ROWS * COLS);
@@ -585,7 +591,8 @@ static void test_set_accumulators(void) { same_everywhere(set_accumulators, UINT
 static void test_flip_refusals(void)
 {
     test_context t = test_open(TERN_ISA_BEST, 1);
-    tern_param p = flip_param("w", 6, 20, TERN_PER_ROW), bad, dead = param_of("dead", 1, 6, TERN_DENSE, 0), a = param_of("a", 2, 20, TERN_DENSE, 0), b = param_of("b", 6, 2, TERN_DENSE, 0);
+    tern_param p = flip_param("w", 6, 20, TERN_PER_ROW), bad, dead = param_of("dead", 1, 6, TERN_DENSE, 0),
+               a = param_of("a", 2, 20, TERN_DENSE, 0), b = param_of("b", 6, 2, TERN_DENSE, 0);
     tern_param *items[1];
     tern_model m = TERN_ZERO;
     tern_step s = TERN_ZERO;
@@ -596,14 +603,19 @@ static void test_flip_refusals(void)
     uint64_t saved[512];
     int8_t own[120], first;
     static const float zeros[120] = {0};
-    bad = p; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, TERN_FOR_FLIPS | 1 << TERN_SHADOW), TERN_E_ARGUMENT, "w: a shadow and an accumulator");
+    bad = p;
+    CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, TERN_FOR_FLIPS | 1 << TERN_SHADOW), TERN_E_ARGUMENT, "w: a shadow and an accumulator");
     CHECK(!bad.buffer[TERN_TRITS].data, "something was allocated");
     bad = p; bad.theta = 1; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, TERN_FOR_FLIPS), TERN_E_ARGUMENT, "w: theta is 1");
     bad = p; bad.theta = 128; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, TERN_FOR_FLIPS), TERN_E_ARGUMENT, "w: theta is 128");
-    bad = p; bad.rule = TERN_SEQ; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, TERN_FOR_FLIPS), TERN_E_ARGUMENT, "w: a learned scale and an accumulator");
-    bad = p; bad.dead = &dead; bad.lambda = 0.1f; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, TERN_FOR_FLIPS), TERN_E_ARGUMENT, "w: a dead zone needs a shadow");
-    bad = p; bad.buffer[TERN_ACCUM].type = TERN_F32; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, TERN_FOR_FLIPS), TERN_E_ARGUMENT, "w: accumulator of type 1");
-    bad = dead; bad.buffer[TERN_ACCUM].data = own; CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, TERN_FOR_SGD), TERN_E_ARGUMENT, "dead: a dense parameter has no accumulator");
+    bad = p; bad.rule = TERN_SEQ;
+    CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, TERN_FOR_FLIPS), TERN_E_ARGUMENT, "w: a learned scale and an accumulator");
+    bad = p; bad.dead = &dead; bad.lambda = 0.1f;
+    CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, TERN_FOR_FLIPS), TERN_E_ARGUMENT, "w: a dead zone needs a shadow");
+    bad = p; bad.buffer[TERN_ACCUM].type = TERN_F32;
+    CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, TERN_FOR_FLIPS), TERN_E_ARGUMENT, "w: accumulator of type 1");
+    bad = dead; bad.buffer[TERN_ACCUM].data = own;
+    CHECK_FAILS(t.c, tern_param_alloc(t.c, &bad, TERN_FOR_SGD), TERN_E_ARGUMENT, "dead: a dense parameter has no accumulator");
 
     CHECK_OK(t.c, tern_param_alloc(t.c, &p, TERN_FOR_FLIPS));
     set_random(t.c, &p);
@@ -640,8 +652,10 @@ static void test_flip_refusals(void)
     CHECK_OK(t.c, tern_linear_need(t.c, &l, 3, &need));
     CHECK(need.saved <= sizeof saved, "saved takes %d bytes", (int)need.saved);
     CHECK_OK(t.c, tern_linear_forward(t.c, &l, 3, x, y, saved));
-    l.act = TERN_ACT_FLOAT; CHECK_FAILS(t.c, tern_linear_backward(t.c, &l, 3, x, saved, dy, dx), TERN_E_UNSUPPORTED, "w: act 1 beside an accumulator");
-    l.act = TERN_ACT_BIT; CHECK_FAILS(t.c, tern_linear_backward(t.c, &l, 3, x, saved, dy, dx), TERN_E_UNSUPPORTED, "w: act 3 beside an accumulator");
+    l.act = TERN_ACT_FLOAT;
+    CHECK_FAILS(t.c, tern_linear_backward(t.c, &l, 3, x, saved, dy, dx), TERN_E_UNSUPPORTED, "w: act 1 beside an accumulator");
+    l.act = TERN_ACT_BIT;
+    CHECK_FAILS(t.c, tern_linear_backward(t.c, &l, 3, x, saved, dy, dx), TERN_E_UNSUPPORTED, "w: act 3 beside an accumulator");
     l.act = TERN_ACT_INT8;
     CHECK_OK(t.c, tern_param_alloc(t.c, &a, TERN_FOR_GRADIENT));
     CHECK_OK(t.c, tern_param_alloc(t.c, &b, TERN_FOR_GRADIENT));
@@ -670,7 +684,14 @@ static const integer_case integer_cases[] = {
 enum { INTEGER_CASES = (int)(sizeof integer_cases / sizeof *integer_cases) };
 
 /* A layer with random weights, activations and dy, and its float64 gradients for the activations that it kept. */
-typedef struct integer_layer { tern_param w, bias; tern_linear l; float *x, *dy, *y, *dx; void *saved; double *want_dx, *want_dw, *size_dx; double size_dw; } integer_layer;
+typedef struct integer_layer {
+    tern_param w, bias;
+    tern_linear l;
+    float *x, *dy, *y, *dx;
+    void *saved;
+    double *want_dx, *want_dw, *size_dx;
+    double size_dw;
+} integer_layer;
 
 static void integer_open(tern_context *c, integer_layer *o, const integer_case *k)
 {
@@ -723,7 +744,8 @@ static void integer_open(tern_context *c, integer_layer *o, const integer_case *
         for (j = 0; j < k->cols; j++) {
             for (most = 0.0, i = 0; i < k->rows; i++) {
                 const tern__shape s = tern__shape_of(&m);
-                most = fmax(most, fabs((double)o->dy[t * k->rows + i] * (double)tern__load_scale(m.scale_type, m.scales, tern__scale_index(&m, &s, i, j / s.group))));
+                most = fmax(most, fabs((double)o->dy[t * k->rows + i]
+                                       * (double)tern__load_scale(m.scale_type, m.scales, tern__scale_index(&m, &s, i, j / s.group))));
             }
             o->size_dx[t * k->cols + j] = most / 127;
         }
@@ -755,12 +777,14 @@ static void integer_gradients(tern_context *c, record *r)
         CHECK_OK(c, tern_linear_backward(c, &o.l, q->n, o.x, o.saved, o.dy, o.dx));
         for (t = 0; t < q->n; t++)
             for (j = 0; j < q->cols; j++) {
-                const double bound = o.size_dx[t * q->cols + j] * (double)q->rows, off = fabs((double)o.dx[t * q->cols + j] - o.want_dx[t * q->cols + j]);
+                const double bound = o.size_dx[t * q->cols + j] * (double)q->rows,
+                             off = fabs((double)o.dx[t * q->cols + j] - o.want_dx[t * q->cols + j]);
                 CHECK(off <= bound, "case %d: dx[%d][%d] is off by %g, bound %g", k, (int)t, (int)j, off, bound);
             }
         for (i = 0; i < q->rows; i++)
             for (j = 0; j < q->cols; j++) {
-                const double bound = o.size_dw * (q->act == TERN_ACT_INT4 ? 8 : 127) * (double)q->n, off = fabs((double)dw[i * q->cols + j] - 1 - o.want_dw[i * q->cols + j]);
+                const double bound = o.size_dw * (q->act == TERN_ACT_INT4 ? 8 : 127) * (double)q->n,
+                             off = fabs((double)dw[i * q->cols + j] - 1 - o.want_dw[i * q->cols + j]);
                 CHECK(off <= bound, "case %d: dw[%d][%d] is off by %g, bound %g", k, (int)i, (int)j, off, bound);
             }
         for (i = 0; i < q->rows; i++) {
@@ -981,7 +1005,8 @@ static void check_fixed(tern_context *c, record *r, int64_t rows, int64_t cols, 
     for (t = 0; t < n; t++)
         for (i = 0; i < rows; i++) {
             const int32_t want = reference_fixed(&a, &s, u.trits, t, i);
-            CHECK(a.y[t * rows + i] == want, "%d x %d, variant %d, point %d: y[%d][%d] is %d, not %d", (int)rows, (int)cols, variant, a.point, (int)t, (int)i, a.y[t * rows + i], want);
+            CHECK(a.y[t * rows + i] == want, "%d x %d, variant %d, point %d: y[%d][%d] is %d, not %d", (int)rows, (int)cols, variant,
+                  a.point, (int)t, (int)i, a.y[t * rows + i], want);
         }
     record_words(r, a.y, n * rows);
     release();
@@ -993,7 +1018,8 @@ static void fixed_products(tern_context *c, record *r)
     static const int64_t tokens[] = {1, 3, 16, 19};
     int i, j, variant = 0;
     for (i = 0; i < 5; i++)
-        for (j = 0; j < TEST_SIZES; j++) check_fixed(c, r, test_sizes[j] > 1000 ? 33 : rows[i], test_sizes[j], tokens[(i + j) % 4], variant++);
+        for (j = 0; j < TEST_SIZES; j++)
+            check_fixed(c, r, test_sizes[j] > 1000 ? 33 : rows[i], test_sizes[j], tokens[(i + j) % 4], variant++);
 }
 static void test_fixed_products(void) { same_everywhere(fixed_products, UINT64_C(0x403E5EF3AC8A9D71)); }
 
@@ -1066,7 +1092,14 @@ static void test_fixed_modes(void) { on_each_tier(fixed_modes); }
 
 /* x [n, IN] -> norm, up, relu^2, norm, down -> classes; up and down by flips, a gain by AdamW. */
 enum { NET_IN = 20, NET_HIDDEN = 48, NET_OUT = 10, NET_N = 24 };
-typedef struct net { tern_param up, down, gain; tern_param *items[3]; tern_model m; tern_linear first, second; float x[NET_N * NET_IN]; int32_t targets[NET_N]; } net;
+typedef struct net {
+    tern_param up, down, gain;
+    tern_param *items[3];
+    tern_model m;
+    tern_linear first, second;
+    float x[NET_N * NET_IN];
+    int32_t targets[NET_N];
+} net;
 
 static void net_open(tern_context *c, net *o, tern_type scale)
 {
@@ -1106,7 +1139,8 @@ static void net_close(tern_context *c, net *o)
 /* The mean loss before a step; the step, too, where s is set. */
 static double net_step(tern_context *c, net *o, const tern_step *s)
 {
-    float hidden[NET_N * NET_HIDDEN], active[NET_N * NET_HIDDEN], logits[NET_N * NET_OUT], losses[NET_N], dy[NET_N * NET_OUT], dh[NET_N * NET_HIDDEN];
+    float hidden[NET_N * NET_HIDDEN], active[NET_N * NET_HIDDEN], logits[NET_N * NET_OUT], losses[NET_N], dy[NET_N * NET_OUT],
+          dh[NET_N * NET_HIDDEN];
     uint64_t saved1[1024], saved2[1024];
     tern_map_args map = TERN_ZERO;
     tern_loss_args loss = TERN_ZERO;
@@ -1201,8 +1235,9 @@ static void flip_training(tern_context *c, record *r)
         }
         last = net_step(c, &o, NULL);
         CHECK(last < 0.7 * first, "variant %d: the loss went from %.3f to %.3f", variant, first, last);
-        CHECK(counts.updates == 60 && counts.skipped == 0 && counts.flips > 0 && (counts.scales > 0) == (variant >= 2), "%d updates, %d skipped, %d flips, %d scales",
-              (int)counts.updates, (int)counts.skipped, (int)counts.flips, (int)counts.scales);
+        CHECK(counts.updates == 60 && counts.skipped == 0 && counts.flips > 0 && (counts.scales > 0) == (variant >= 2),
+              "%d updates, %d skipped, %d flips, %d scales", (int)counts.updates, (int)counts.skipped, (int)counts.flips,
+              (int)counts.scales);
         net_save(c, &o, &f);
         record_bytes(r, f.data, (int64_t)f.size);
         net_close(c, &o);
@@ -1356,7 +1391,8 @@ static void test_flip_embedding(void)
     CHECK_OK(t.c, tern_embedding_backward(t.c, &e, 3, ids, dy));
     CHECK_OK(t.c, tern_model_step(t.c, &m, &s));
     CHECK_FAILS(t.c, tern_sync(t.c), TERN_E_DATA, "flip: a gradient of step 1 is not finite");
-    CHECK(memcmp(before, accum_of(&w), sizeof before) == 0 && counts.skipped == 1 && counts.updates == 1 && grad_of(&w)[0] == 0.0f, "the update was not skipped");
+    CHECK(memcmp(before, accum_of(&w), sizeof before) == 0 && counts.skipped == 1 && counts.updates == 1 && grad_of(&w)[0] == 0.0f,
+          "the update was not skipped");
     tern_param_free(t.c, &w, -1);
     test_close(&t);
 }
@@ -1367,7 +1403,8 @@ static void test_strict(void)
 {
     test_context t = test_open(TERN_ISA_BEST, 1);
     static checkpoint text;
-    tern_param w = flip_param("w", 17, 20, TERN_PER_ROW), s = param_of("s", 4, 5, TERN_ABSMEAN, TERN_PER_TENSOR), g = param_of("g", 1, 20, TERN_DENSE, 0);
+    tern_param w = flip_param("w", 17, 20, TERN_PER_ROW), s = param_of("s", 4, 5, TERN_ABSMEAN, TERN_PER_TENSOR),
+               g = param_of("g", 1, 20, TERN_DENSE, 0);
     tern_param *items[3];
     tern_model m = TERN_ZERO;
     tern_audit a;
@@ -1387,8 +1424,10 @@ static void test_strict(void)
     text.size = 0;
     CHECK_OK(t.c, tern_model_list(t.c, &m, &sink));
     checkpoint_write(&text, "", 1);
-    CHECK(strcmp((const char *)text.data, "w, trits, base3, 340, 128, trainable\nw, scales, f32, 32, 128, persistent\nw, gradient, f32, 340, 1360, transient\n"
-                 "w, accumulator, i8, 340, 340, trainable\ng, shadow, f32, 20, 80, persistent\n") == 0, "the list is\n%s", (const char *)text.data);
+    CHECK(strcmp((const char *)text.data,
+                 "w, trits, base3, 340, 128, trainable\nw, scales, f32, 32, 128, persistent\nw, gradient, f32, 340, 1360, transient\n"
+                 "w, accumulator, i8, 340, 340, trainable\ng, shadow, f32, 20, 80, persistent\n") == 0,
+          "the list is\n%s", (const char *)text.data);
     text.size = sizeof text.data - 40;
     CHECK_FAILS(t.c, tern_model_list(t.c, &m, &sink), TERN_E_IO, "list: the sink refused the scales of w");
     CHECK_FAILS(t.c, tern_model_list(t.c, &m, NULL), TERN_E_ARGUMENT, "list: the sink");
@@ -1432,7 +1471,8 @@ static void test_flip_bytes(void)
     w.buffer[TERN_TRITS].type = TERN_BASE3;
     CHECK_OK(t.c, tern_param_alloc(t.c, &w, TERN_FOR_FLIPS));
     CHECK_OK(t.c, tern_model_audit(t.c, &m, &a));
-    CHECK((double)(a.packed_bytes + a.bytes[TERN_ACCUM]) <= 1.3 * (double)a.weights, "%g bytes per weight", (double)(a.packed_bytes + a.bytes[TERN_ACCUM]) / (double)a.weights);
+    CHECK((double)(a.packed_bytes + a.bytes[TERN_ACCUM]) <= 1.3 * (double)a.weights,
+          "%g bytes per weight", (double)(a.packed_bytes + a.bytes[TERN_ACCUM]) / (double)a.weights);
     printf("  %.4f bytes per weight last\n", (double)(a.packed_bytes + a.bytes[TERN_ACCUM]) / (double)a.weights);
     tern_param_free(t.c, &w, -1);
     test_close(&t);
@@ -1455,7 +1495,8 @@ static void test_sign_step(void)
             mean = mean == 0 ? loss : mean + floor((loss - mean) / 8);
             want = fmin(fmax(floor(5 * loss / mean + 0.5), 1), 20);
         }
-        CHECK(step == (int32_t)want && (double)p.mean == mean, "loss %g: step %d, mean %.0f; not %g, %.0f", losses[i], step, (double)p.mean, want, mean);
+        CHECK(step == (int32_t)want && (double)p.mean == mean,
+              "loss %g: step %d, mean %.0f; not %g, %.0f", losses[i], step, (double)p.mean, want, mean);
     }
     memset(&p, 0, sizeof p);
     CHECK_OK(t.c, tern_sign_step(t.c, &p, 0.0f, &step));

@@ -64,7 +64,8 @@ static tern_param *file_add(file_model *f, const char *name, int64_t rows, int64
 static void file_alloc(tern_context *c, file_model *f, int32_t mask)
 {
     int32_t i;
-    for (i = 0; i < f->m.count; i++) CHECK_OK(c, tern_param_alloc(c, f->items[i], mask | (f->items[i]->rule == TERN_DENSE ? 1 << TERN_SHADOW : 0)));
+    for (i = 0; i < f->m.count; i++)
+        CHECK_OK(c, tern_param_alloc(c, f->items[i], mask | (f->items[i]->rule == TERN_DENSE ? 1 << TERN_SHADOW : 0)));
 }
 
 static void file_free(tern_context *c, file_model *f)
@@ -122,10 +123,12 @@ static int file_equal(tern_context *c, const tern_param *a, const tern_param *b,
     }
     for (k = TERN_SHADOW; k < TERN_BUFFERS; k++)
         if (k != TERN_GRAD && ((mask >> k & 1) || (k == TERN_SHADOW && a->rule == TERN_DENSE)))
-            equal &= file_buffer_bytes(a, k) == file_buffer_bytes(b, k) && (!file_buffer_bytes(a, k) || memcmp(a->buffer[k].data, b->buffer[k].data, file_buffer_bytes(a, k)) == 0);
+            equal &= file_buffer_bytes(a, k) == file_buffer_bytes(b, k)
+                     && (!file_buffer_bytes(a, k) || memcmp(a->buffer[k].data, b->buffer[k].data, file_buffer_bytes(a, k)) == 0);
     if (a->buffer[TERN_TRITS].type == b->buffer[TERN_TRITS].type)
         for (k = TERN_TRITS; k <= TERN_SCALES; k++)
-            equal &= memcmp(a->buffer[k].data ? a->buffer[k].data : "", b->buffer[k].data ? b->buffer[k].data : "", file_buffer_bytes(a, k)) == 0;
+            equal &= memcmp(a->buffer[k].data ? a->buffer[k].data : "", b->buffer[k].data ? b->buffer[k].data : "",
+                            file_buffer_bytes(a, k)) == 0;
     free(t);
     free(s);
     return equal;
@@ -151,7 +154,8 @@ static void file_small(tern_context *c, file_model *f, int32_t mask)
 
 /* -- round trips -- */
 
-static void file_round_trip(tern_context *c, int64_t rows, int64_t cols, int32_t grain, tern_type scale, tern_type shadow, tern_type from, tern_type to)
+static void file_round_trip(tern_context *c, int64_t rows, int64_t cols, int32_t grain, tern_type scale, tern_type shadow,
+                            tern_type from, tern_type to)
 {
     file_model a, b;
     file_bytes f;
@@ -175,7 +179,8 @@ static void file_round_trip(tern_context *c, int64_t rows, int64_t cols, int32_t
     memcpy(unaligned + 1, f.data, f.size);
     CHECK_OK(c, tern_model_load(c, &b.m, unaligned + 1, f.size));
     for (i = 0; i < 2; i++)
-        CHECK(file_equal(c, &a.p[i], &b.p[i], TERN_FOR_TRAINING), "%s %d x %d, grain %d, scales %d, shadow %d, encodings %d, %d", a.p[i].name, (int)rows, (int)cols, (int)grain, (int)scale, (int)shadow, (int)from, (int)to);
+        CHECK(file_equal(c, &a.p[i], &b.p[i], TERN_FOR_TRAINING), "%s %d x %d, grain %d, scales %d, shadow %d, encodings %d, %d",
+              a.p[i].name, (int)rows, (int)cols, (int)grain, (int)scale, (int)shadow, (int)from, (int)to);
     free(unaligned);
     free(f.data);
     file_free(c, &a);
@@ -192,8 +197,8 @@ static void files_round_trip(void)
         for (k = 0; k < TEST_SIZES; k++)
             for (g = 0; g < (int)(sizeof grains / sizeof *grains); g++)
                 for (e = 0; e < 4; e++)
-                    file_round_trip(t.c, test_sizes[r], test_sizes[k], grains[g], every_scale_type[(r + e) % 4], (k + g) % 2 ? TERN_BF16 : TERN_F32,
-                                    e % 2 ? TERN_2BIT : TERN_BASE3, e / 2 ? TERN_2BIT : TERN_BASE3);
+                    file_round_trip(t.c, test_sizes[r], test_sizes[k], grains[g], every_scale_type[(r + e) % 4],
+                                    (k + g) % 2 ? TERN_BF16 : TERN_F32, e % 2 ? TERN_2BIT : TERN_BASE3, e / 2 ? TERN_2BIT : TERN_BASE3);
     file_round_trip(t.c, 513, 1037, 96, TERN_POW2, TERN_BF16, TERN_2BIT, TERN_BASE3);
     file_round_trip(t.c, 1037, 513, TERN_PER_ROW, TERN_F32, TERN_F32, TERN_BASE3, TERN_BASE3);
     test_close(&t);
@@ -395,7 +400,8 @@ static void files_resume(void)
 /* -- refusals -- */
 
 /* Loads a changed file. With its hash stated right a change may go unnoticed, but then all of it loads. */
-static void file_load_changed(tern_context *c, const file_model *b, const unsigned char *data, size_t size, int refused, const char *what, size_t at)
+static void file_load_changed(tern_context *c, const file_model *b, const unsigned char *data, size_t size, int refused,
+                              const char *what, size_t at)
 {
     const uint64_t before = file_hash(b);
     unsigned char *copy = (unsigned char *)malloc(size ? size : 1); /* its own block, so that sanitizers see its end */
@@ -457,7 +463,8 @@ static unsigned char *file_after(file_bytes *f, const char *text)
 }
 
 /* Sets one byte, loads, expects the text and puts the byte back. */
-static void file_refused(tern_context *c, const file_model *m, file_bytes *f, unsigned char *at, int value, tern_result code, const char *text)
+static void file_refused(tern_context *c, const file_model *m, file_bytes *f, unsigned char *at, int value, tern_result code,
+                         const char *text)
 {
     const uint64_t before = file_hash(m);
     const unsigned char old = *at;
@@ -488,7 +495,8 @@ static void files_logarithms(void)
     file_save(t.c, &m, 0, &f);
     scale = f.data + f.size - 32;
     memcpy(&l, m.p[0].buffer[TERN_SCALES].data, 2);
-    CHECK(file_number(file_after(&f, "a.scale") + 20, 4) == 25 && file_number(scale, 2) == (uint16_t)l, "L = %d in the file, %d in the parameter", (int)file_number(scale, 2), l);
+    CHECK(file_number(file_after(&f, "a.scale") + 20, 4) == 25 && file_number(scale, 2) == (uint16_t)l,
+          "L = %d in the file, %d in the parameter", (int)file_number(scale, 2), l);
     scale[0] = 1;
     file_refused(t.c, &m, &f, scale + 1, 0x80, TERN_E_FORMAT, "a.scale: logarithm 0 is -32767, not -32256 to 32767 or -32768");
     scale[0] = 255;
@@ -541,7 +549,8 @@ static void files_content(void)
     file_refused(t.c, &m, &f, tensors + 24, 0xE0, TERN_E_FORMAT, "past the end");
     file_refused(t.c, &m, &f, tensors - 1, 'S', TERN_E_MISSING, "no tensor a.trits");
     file_refused(t.c, &m, &f, file_after(&f, "ternary.a.rule") - 6, 'X', TERN_E_MISSING, "no parameter a");
-    file_refused(t.c, &m, &f, file_after(&f, "ternary.a.rule") + 12, 'X', TERN_E_SHAPE, "a: rule is unknown in the file and absmean in the parameter");
+    file_refused(t.c, &m, &f, file_after(&f, "ternary.a.rule") + 12, 'X', TERN_E_SHAPE,
+                 "a: rule is unknown in the file and absmean in the parameter");
     file_refused(t.c, &m, &f, file_after(&f, "ternary.b.rows") - 1, 'X', TERN_E_MISSING, "no key ternary.b.rows");
     file_refused(t.c, &m, &f, file_after(&f, "ternary.b.rows"), 11, TERN_E_FORMAT, "ternary.b.rows has GGUF type 11, not 10");
     file_refused(t.c, &m, &f, file_after(&f, "ternary.b.rows") + 4, 9, TERN_E_SHAPE, "b: rows is 9 in the file and 1 in the parameter");
@@ -567,7 +576,8 @@ static void files_content(void)
     CHECK_FAILS(t.c, tern_model_load(t.c, &m.m, f.data, f.size), TERN_E_SHAPE, "a: cols is 7 in the file and 6 in the parameter");
     m.p[0].cols = 7;
     m.p[0].buffer[TERN_SCALES].type = TERN_POW2;
-    CHECK_FAILS(t.c, tern_model_load(t.c, &m.m, f.data, f.size), TERN_E_SHAPE, "a.scale has GGML type 0 in the file and 24 in the parameter");
+    CHECK_FAILS(t.c, tern_model_load(t.c, &m.m, f.data, f.size), TERN_E_SHAPE,
+                "a.scale has GGML type 0 in the file and 24 in the parameter");
     m.p[0].buffer[TERN_SCALES].type = TERN_F32;
     strcpy(m.p[2].name, "d");
     CHECK_FAILS(t.c, tern_model_load(t.c, &m.m, f.data, f.size), TERN_E_MISSING, "no parameter d");
@@ -576,7 +586,8 @@ static void files_content(void)
     free(f.data);
     file_save(t.c, &m, 1 << TERN_SHADOW, &f);
     m.p[0].buffer[TERN_SHADOW].type = TERN_BF16;
-    CHECK_FAILS(t.c, tern_model_load(t.c, &m.m, f.data, f.size), TERN_E_SHAPE, "a.shadow has GGML type 0 in the file and 30 in the parameter");
+    CHECK_FAILS(t.c, tern_model_load(t.c, &m.m, f.data, f.size), TERN_E_SHAPE,
+                "a.shadow has GGML type 0 in the file and 30 in the parameter");
     m.p[0].buffer[TERN_SHADOW].type = TERN_F32;
     shadow = (int64_t)m.p[0].buffer[TERN_SHADOW].count;
     m.p[0].buffer[TERN_SHADOW].count = (size_t)shadow - 1;
@@ -595,7 +606,8 @@ static void files_other_keys(void)
         1, 0, 0, 0, 0, 0, 0, 0, 'x', 0, 0, 0, 0, 0, 0, 0, 0,
         1, 0, 0, 0, 0, 0, 0, 0, 'b', 9, 0, 0, 0, 3, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6,          /* three int16 */
         1, 0, 0, 0, 0, 0, 0, 0, 'c', 12, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8,                                       /* a float64 */
-        17, 0, 0, 0, 0, 0, 0, 0, 'g', 'e', 'n', 'e', 'r', 'a', 'l', '.', 'a', 'l', 'i', 'g', 'n', 'm', 'e', 'n', 't', 4, 0, 0, 0, 0, 1, 0, 0 /* 256 */
+        17, 0, 0, 0, 0, 0, 0, 0, 'g', 'e', 'n', 'e', 'r', 'a', 'l', '.', 'a', 'l', 'i', 'g', 'n', 'm', 'e', 'n', 't',
+        4, 0, 0, 0, 0, 1, 0, 0                                                                                  /* 256 */
     };
     const size_t first = 56;
     test_context t = test_open(TERN_ISA_BEST, 1);
@@ -915,21 +927,25 @@ static void file_export(tern_context *c, tern_export form, int32_t grain, tern_t
     for (i = 0; i + 18 < (int64_t)f.size && memcmp(f.data + i, "quantization_version", 20) != 0; i++) info = f.data + i;
     info += 1 + 20 + 4 + 4;
     CHECK(file_number(info, 8) == 1 && info[8] == 'w', "the tensor's name");
-    CHECK(file_number(info + 9, 4) == 2 && file_number(info + 13, 8) == (uint64_t)cols && file_number(info + 21, 8) == (uint64_t)rows, "its shape");
+    CHECK(file_number(info + 9, 4) == 2 && file_number(info + 13, 8) == (uint64_t)cols
+          && file_number(info + 21, 8) == (uint64_t)rows, "its shape");
     CHECK(file_number(info + 29, 4) == (uint64_t)form && file_number(info + 33, 8) == 0, "its type");
     data = f.data + f.size - padded - 64;
     for (i = 0; i < rows; i++) {
         CHECK_OK(c, tern_param_get(c, &m.p[0], i, row, scales, NULL));
         for (j = 0; j < blocks; j++) {
-            const float scale_here = scales[j * b->weights / group], error = tern__abs(tern__from_f16(tern__to_f16(scale_here)) - scale_here) / scale_here;
+            const float scale_here = scales[j * b->weights / group],
+                        error = tern__abs(tern__from_f16(tern__to_f16(scale_here)) - scale_here) / scale_here;
             file_decode(form, data + (i * blocks + j) * b->bytes, trits, &d);
             CHECK(memcmp(trits, row + j * b->weights, (size_t)b->weights) == 0, "%s: trits of row %d, block %d", b->name, (int)i, (int)j);
             CHECK(d == tern__from_f16(tern__to_f16(scale_here)), "%s: scale of row %d, block %d", b->name, (int)i, (int)j);
             worst = error > worst ? error : worst;
         }
     }
-    CHECK(reported == worst && (scale != TERN_POW2 || worst == 0.0f), "%s: largest error %g, reported %g", b->name, (double)worst, (double)reported);
-    for (i = 0; i < 9; i++) CHECK(file_number(data + padded + 4 * i, 4) == tern__bits(((float *)m.p[1].buffer[TERN_SHADOW].data)[i]), "bias %d", (int)i);
+    CHECK(reported == worst && (scale != TERN_POW2 || worst == 0.0f),
+          "%s: largest error %g, reported %g", b->name, (double)worst, (double)reported);
+    for (i = 0; i < 9; i++)
+        CHECK(file_number(data + padded + 4 * i, 4) == tern__bits(((float *)m.p[1].buffer[TERN_SHADOW].data)[i]), "bias %d", (int)i);
     free(f.data);
     file_free(c, &m);
 }
@@ -955,7 +971,8 @@ static void files_export(void)
     file_add(&m, "w", 1, 256, TERN_ABSMEAN, 128);
     file_alloc(t.c, &m, TERN_FOR_INFERENCE);
     file_fill(t.c, &m);
-    CHECK_FAILS(t.c, tern_model_export(t.c, &m.m, TERN_TQ2_0, &s, NULL), TERN_E_SHAPE, "w: groups of 128 are not whole TQ2_0 blocks of 256");
+    CHECK_FAILS(t.c, tern_model_export(t.c, &m.m, TERN_TQ2_0, &s, NULL), TERN_E_SHAPE,
+                "w: groups of 128 are not whole TQ2_0 blocks of 256");
     CHECK_OK(t.c, tern_model_export(t.c, &m.m, TERN_Q2_0, &s, NULL));
     free(f.data);
     s = file_sink(&f);
@@ -987,7 +1004,8 @@ static void files_rotated(void)
     file_save(t.c, &f, TERN_FOR_TRAINING, &b);
     file_rotated_model(t.c, &g, 5, 0);
     CHECK_OK(t.c, tern_model_load(t.c, &g.m, b.data, b.size));
-    CHECK(file_equal(t.c, &f.p[0], &g.p[0], 1 << TERN_SHADOW) && file_equal(t.c, &f.p[1], &g.p[1], 1 << TERN_SHADOW), "a rotated model came back otherwise");
+    CHECK(file_equal(t.c, &f.p[0], &g.p[0], 1 << TERN_SHADOW) && file_equal(t.c, &f.p[1], &g.p[1], 1 << TERN_SHADOW),
+          "a rotated model came back otherwise");
     before = file_hash(&g);
     g.p[0].rotate = 6;
     CHECK_FAILS(t.c, tern_model_load(t.c, &g.m, b.data, b.size), TERN_E_SHAPE, "a: rotate is 5 in the file and 6 in the parameter");

@@ -90,7 +90,8 @@ static inline void amx_dot(int c, int a, int b)
 /* gcc's code comes here with upper halves in use, and then each fmaf takes a hundred times as long. */
 #if defined(__x86_64__)
 #define AMX_CLEAR_UPPER() \
-    __asm__ volatile("vzeroupper" : : : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15")
+    __asm__ volatile("vzeroupper" : : : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", \
+                     "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15")
 #elif defined(__i386__)
 #define AMX_CLEAR_UPPER() __asm__ volatile("vzeroupper" : : : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7")
 #else
@@ -132,7 +133,8 @@ static __attribute__((noinline, unused)) void amx_pairs(int c, int a, int b)
         for (n = 0; n < amx.bytes[c]; n += 4) {
             float sum[2] = {0.0f, 0.0f}, old;
             for (k = 0; k < 2 * amx.rows[b]; k++)
-                sum[k % 2] = amx_flush(fmaf(amx_bf16(&amx.tile[a][m][k / 2 * 4], k % 2), amx_bf16(&amx.tile[b][k / 2][n], k % 2), sum[k % 2]));
+                sum[k % 2] =
+                    amx_flush(fmaf(amx_bf16(&amx.tile[a][m][k / 2 * 4], k % 2), amx_bf16(&amx.tile[b][k / 2][n], k % 2), sum[k % 2]));
             memcpy(&old, &amx.tile[c][m][n], 4);
             old = amx_flush(amx_flush(old) + amx_flush(sum[0] + sum[1]));
             memcpy(&amx.tile[c][m][n], &old, 4);

@@ -37,7 +37,8 @@ done
 # The CUDA backend, where there is an nvcc: a program in C finds its library, and a GPU or an error that says there is none.
 nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2> /dev/null || true)
 if [ -n "$nvcc" ]; then
-    CUDACXX=$nvcc cmake -S "$root" -B "$work/library_cuda" -DTERNARY_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=80 -DCMAKE_INSTALL_PREFIX="$work/prefix_cuda"
+    CUDACXX=$nvcc cmake -S "$root" -B "$work/library_cuda" -DTERNARY_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=80 \
+        -DCMAKE_INSTALL_PREFIX="$work/prefix_cuda"
     cmake --build "$work/library_cuda"
     cmake --install "$work/library_cuda"
     mkdir "$work/project_cuda"

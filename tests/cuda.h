@@ -126,8 +126,9 @@ typedef double *cudaEvent_t; /* when it came, in seconds */
 struct cuda_copy { void *to; const void *from; unsigned group; };
 struct cuda_block { size_t bytes; int device; }; /* of device memory */
 
-/* What a test breaks: a barrier (that of one line of code, of functions whose name begins so or of all, numbered as they are met), waits for copies, lanes of shuffles or of
-   mma, reads of 16 bytes, the shared memory of a launch, or waits for, fences before and publishing for products of warpgroups. */
+/* What a test breaks: a barrier (that of one line of code, of functions whose name begins so or of all, numbered as they are
+   met), waits for copies, lanes of shuffles or of mma, reads of 16 bytes, the shared memory of a launch, or waits for, fences
+   before and publishing for products of warpgroups. */
 enum cuda_sabotage_kind {
     CUDA_INTACT, CUDA_NO_BARRIER, CUDA_NO_WAIT, CUDA_WRONG_LANE, CUDA_WRONG_MMA, CUDA_READS_BEYOND, CUDA_LITTLE_SHARED,
     CUDA_NO_WGMMA_WAIT, CUDA_NO_WGMMA_FENCE, CUDA_NO_WGMMA_PUBLISH
@@ -140,7 +141,8 @@ struct cuda_sabotage {
     std::vector<int> barriers; /* the lines that were met */
 };
 
-/* 16 bytes of shared memory: the thread, counted from 1, that copied there, and how often it had published before; never, while under way. */
+/* 16 bytes of shared memory: the thread, counted from 1, that copied there, and how often it had published before; never, while
+   under way. */
 struct cuda_copied { unsigned thread, publishes; };
 enum : unsigned { CUDA_UNDER_WAY = UINT32_MAX };
 
@@ -342,7 +344,8 @@ inline void cuda_check_products()
         const cuda_warp *self = &test_cuda.warp[warp];
         threadIdx.x = warp * CUDA_WARP;
         if (!self->products.empty()) cuda_fault("returned before its products by tern__wgmma_s8");
-        if (self->asked != test_cuda.warp[warp / 4 * 4].asked) cuda_fault("other products by tern__wgmma_s8 than thread %u", warp / 4 * 4 * CUDA_WARP);
+        if (self->asked != test_cuda.warp[warp / 4 * 4].asked)
+            cuda_fault("other products by tern__wgmma_s8 than thread %u", warp / 4 * 4 * CUDA_WARP);
     }
 }
 
@@ -413,7 +416,8 @@ inline void cuda_run_grid(const char *kernel, bool together, dim3 grid, dim3 blo
     test_cuda.together = together;
     test_cuda.body = &body;
     test_cuda.shared_bytes = shared_bytes;
-    if (shared_bytes > 0 && cuda_sabotaged(CUDA_LITTLE_SHARED)) test_cuda.shared_bytes -= std::min<size_t>(shared_bytes, 32); /* past the padding of a tile */
+    if (shared_bytes > 0 && cuda_sabotaged(CUDA_LITTLE_SHARED))
+        test_cuda.shared_bytes -= std::min<size_t>(shared_bytes, 32); /* past the padding of a tile */
     test_cuda.launches++;
     blockDim = block;
     gridDim = grid;
@@ -577,7 +581,8 @@ inline void tern__cp_async16_or_zero(void *shared, const void *global, bool ther
     memset(shared, CUDA_POISON, 16);
     __asan_poison_memory_region(shared, 16);
     test_cuda.copied[offset / 16] = {threadIdx.x + 1, CUDA_UNDER_WAY};
-    self->copies.push_back({shared, there ? static_cast<const uint4 *>(global) + cuda_sabotaged(CUDA_READS_BEYOND) : nullptr, self->groups});
+    self->copies.push_back({shared, there ? static_cast<const uint4 *>(global) + cuda_sabotaged(CUDA_READS_BEYOND) : nullptr,
+                            self->groups});
 }
 inline void tern__cp_async16(void *shared, const void *global) { tern__cp_async16_or_zero(shared, global, true); }
 
@@ -628,7 +633,8 @@ inline void tern__wgmma_publish()
 inline const int8_t *cuda_piece(uint64_t b, unsigned n, unsigned k)
 {
     const unsigned start = static_cast<unsigned>(b & 0x3FFF) * 16, leading = static_cast<unsigned>(b >> 16 & 0x3FFF) * 16;
-    const unsigned stride = static_cast<unsigned>(b >> 32 & 0x3FFF) * 16, mode = static_cast<unsigned>(b >> 62), width = mode ? 256 >> mode : 16;
+    const unsigned stride = static_cast<unsigned>(b >> 32 & 0x3FFF) * 16, mode = static_cast<unsigned>(b >> 62),
+                   width = mode ? 256 >> mode : 16;
     unsigned at = start + n / 8 * stride + n % 8 * width + k / width * leading + k % width;
     if (mode) at ^= (at >> 7 & ((16u >> mode) - 1)) << 4;
     const size_t offset = at - static_cast<size_t>(CUDA_RESERVED);
@@ -659,7 +665,8 @@ inline bool cuda_held(const cuda_thread &thread, const void *registers, size_t b
 {
     const char *p = static_cast<const char *>(registers);
     for (const auto &held : thread.fenced)
-        if (p >= held.first && p + bytes <= held.first + held.second.size()) return memcmp(p, &held.second[static_cast<size_t>(p - held.first)], bytes) == 0;
+        if (p >= held.first && p + bytes <= held.first + held.second.size())
+            return memcmp(p, &held.second[static_cast<size_t>(p - held.first)], bytes) == 0;
     return false;
 }
 
@@ -864,7 +871,8 @@ inline void cuda_launch(const char *name, void (*kernel)(Parameters...), bool to
         if (grid.x < 1 || grid.x > INT32_MAX || grid.y < 1 || grid.y > 65535 || grid.z != 1) return cudaErrorInvalidConfiguration;
         if (shared_bytes > (limit == test_cuda.shared_limit.end() ? 48 * 1024 : limit->second)) return cudaErrorInvalidValue;
         if ((sizeof(Parameters) + ... + 0) > (test_cuda.driver < 12010 ? 4096 : 32764)) return cudaErrorInvalidValue;
-        if (together && grid.x * grid.y > cuda_resident(block.x, shared_bytes) * static_cast<size_t>(test_cuda.processors)) return cudaErrorCooperativeLaunchTooLarge;
+        if (together && grid.x * grid.y > cuda_resident(block.x, shared_bytes) * static_cast<size_t>(test_cuda.processors))
+            return cudaErrorCooperativeLaunchTooLarge;
         cuda_submit(stream, [=] { cuda_run_grid(name, together, grid, block, shared_bytes, [&] { std::apply(kernel, kept); }); });
         return cudaSuccess;
     });
@@ -908,7 +916,8 @@ inline cudaError_t cudaDriverGetVersion(int *version)
 {
     return cuda_call([&] { return *version = test_cuda.driver, cudaSuccess; });
 }
-template <typename Function> inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, Function * /* kernel */, int threads, size_t shared_bytes)
+template <typename Function>
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, Function * /* kernel */, int threads, size_t shared_bytes)
 {
     return cuda_call([&] { return *blocks = static_cast<int>(cuda_resident(static_cast<unsigned>(threads), shared_bytes)), cudaSuccess; });
 }

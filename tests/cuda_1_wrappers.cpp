@@ -99,7 +99,8 @@ template <int Tiles> static void test_wgmma(int threads)
             for (int c = 0; c < 8 * Tiles; c++)
                 for (int r = 0; r < 16; r++)
                     for (int k = 0; k < 32; k++)
-                        d[CPU][((i % 2 * Tiles + c / 8) * threads + warp * 32) * 4 + test_mma_d(r, c % 8)] += rows[test_mma_a(r, k)] * b[CPU][c * 128 + i / 2 * 32 + k];
+                        d[CPU][((i % 2 * Tiles + c / 8) * threads + warp * 32) * 4 + test_mma_d(r, c % 8)] +=
+                            rows[test_mma_a(r, k)] * b[CPU][c * 128 + i / 2 * 32 + k];
         }
     TERN__LAUNCH(test_wgmma_kernel<Tiles>, 1, threads, Tiles * 1024, test_stream(), a[GPU], b[GPU], d[GPU]);
     CHECK_SAME(d);
@@ -122,7 +123,8 @@ static void test_cuda_wgmma_s8()
 /* In each round a thread adds what one of the next block has left in the round before. */
 static __global__ void test_grid_kernel(int rounds, unsigned *word, int *x)
 {
-    const int self = (int)(blockIdx.x * blockDim.x + threadIdx.x), all = (int)(gridDim.x * blockDim.x), other = (self + (int)blockDim.x + 1) % all;
+    const int self = (int)(blockIdx.x * blockDim.x + threadIdx.x), all = (int)(gridDim.x * blockDim.x),
+              other = (self + (int)blockDim.x + 1) % all;
     for (int i = 0; i < rounds; i++) {
         x[(i + 1) % 2 * all + self] = x[i % 2 * all + self] + x[i % 2 * all + other];
         tern__grid_barrier(word);

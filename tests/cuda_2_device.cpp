@@ -194,7 +194,8 @@ static void test_cuda_fault_texts()
             const bool matrix = kind == TERN__REFUSED_WEIGHT || kind == TERN__REFUSED_TRIT;
             const tern__key key = tern__blame_of(d, kind).key | (tern__key)index;
             char place[64];
-            snprintf(place, sizeof place, matrix ? "[%lld][%lld]" : "%lld", (long long)(matrix ? index >> 18 : index), (long long)(index & 0x3FFFF));
+            snprintf(place, sizeof place, matrix ? "[%lld][%lld]" : "%lld",
+                     (long long)(matrix ? index >> 18 : index), (long long)(index & 0x3FFFF));
             CHECK(kind < 1 << TERN__KIND_BITS);
             CHECK_OK(tern_copy(c, d->fault, &key, sizeof key, TERN_TO_DEVICE));
             const tern_result result = tern_sync(c);
@@ -258,7 +259,9 @@ static long test_blocks, test_allocations_left = -1; /* of the host */
 static tern_allocator test_allocator()
 {
     tern_allocator a = {};
-    a.alloc = [](void *, size_t bytes) -> void * { return cuda_counted_down(test_allocations_left) ? nullptr : (test_blocks++, malloc(bytes)); };
+    a.alloc = [](void *, size_t bytes) -> void * {
+        return cuda_counted_down(test_allocations_left) ? nullptr : (test_blocks++, malloc(bytes));
+    };
     a.free = [](void *, void *p) { test_blocks--, free(p); };
     return a;
 }
@@ -283,7 +286,8 @@ template <typename Body> static void test_each_failing(long *countdown, int64_t 
             CHECK(result == TERN_OK && k > 0);
             return;
         }
-        if (result == TERN_OK || strlen(error.text) < 8) printf("  call %ld failed: result %d, \"%s\"\n", k, result, error.text), test_errors++;
+        if (result == TERN_OK || strlen(error.text) < 8)
+            printf("  call %ld failed: result %d, \"%s\"\n", k, result, error.text), test_errors++;
         CHECK(result == TERN_E_DEVICE || result == TERN_E_MEMORY);
         CHECK(cudaGetLastError() == cudaSuccess);
     }

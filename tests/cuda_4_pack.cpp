@@ -181,7 +181,9 @@ static void pack_check_options(const tern_matrix &shape, tern_rule rule, tern_ty
         for (int64_t i = 0; i < shape.rows * shape.cols; i++) w.set(i, test_uniform() * 2.0f);
         w.bytes.send();
     }
-    if (test_errors > before) printf("  %d x %d, grain %d, rule %d, weights %d, alpha %g, rho %g, noise %g\n", (int)shape.rows, (int)shape.cols, shape.grain, rule, type, set, rho, noise);
+    if (test_errors > before)
+        printf("  %d x %d, grain %d, rule %d, weights %d, alpha %g, rho %g, noise %g\n",
+               (int)shape.rows, (int)shape.cols, shape.grain, rule, type, set, rho, noise);
 }
 
 static void test_cuda_ternarize_options()
@@ -191,12 +193,15 @@ static void test_cuda_ternarize_options()
     for (const auto &s : shapes)
         for (float set : {0.0f, 0.4f, -0.1f})
             for (tern_rule rule : {TERN_LSQ, TERN_SEQ}) {
-                const tern_matrix shape = test_shape(s[0], s[1], rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW, pack_encodings[i % 2], pack_scale_types[i % 4]);
+                const tern_matrix shape = test_shape(s[0], s[1], rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW, pack_encodings[i % 2],
+                                                     pack_scale_types[i % 4]);
                 pack_check_options(shape, rule, pack_types[i++ / 2 % 3], set, 0.0f, i % 3 ? 0.0f : 0.3f);
             }
     for (tern_rule rule : {TERN_ABSMEAN, TERN_ABSMEAN_SIGMA, TERN_TWN})
         for (int32_t grain : {(int32_t)TERN_PER_TENSOR, (int32_t)TERN_PER_ROW, 7, 40})
-            for (float noise : {0.0f, 0.2f}) pack_check_options(test_shape(18, 45, grain, pack_encodings[i % 2], TERN_F32), rule, pack_types[i % 3], 1.0f, i++ % 4 ? 0.9f : 0.0f, noise);
+            for (float noise : {0.0f, 0.2f})
+                pack_check_options(test_shape(18, 45, grain, pack_encodings[i % 2], TERN_F32), rule, pack_types[i % 3], 1.0f,
+                                   i++ % 4 ? 0.9f : 0.0f, noise);
 }
 
 /* A learned scale that is not finite: its row becomes zeros and it stays; the first one is reported. */
@@ -224,7 +229,8 @@ static void test_cuda_ternarize_bad_alpha()
     p.set_scale(7, 0.0f);
     p.set_scale(17, 0.0f);
     CHECK(tern_sync(test_context[GPU]) == TERN_E_NONFINITE);
-    CHECK(!strcmp(tern_last_error(test_context[GPU])->text, "ternarize: alpha[7] is not a finite number below 2^96; its grain was taken as zero"));
+    CHECK(!strcmp(tern_last_error(test_context[GPU])->text,
+                  "ternarize: alpha[7] is not a finite number below 2^96; its grain was taken as zero"));
     CHECK_SAME(p.trits);
     CHECK_SAME(p.scales);
     CHECK(alpha.fetch()[7] == INFINITY && alpha.fetch()[17] != alpha.fetch()[17]);
@@ -247,7 +253,8 @@ static void test_cuda_ternarize_bad_scales()
             p.set_scale(31, 0.0f);
             for (int side = CPU; side <= GPU; side++)
                 CHECK(pack_ternarize(test_context[side], p.m[side], TERN_GIVEN, TERN_F32, w.bytes[side]) == TERN_OK);
-            snprintf(text, sizeof text, "ternarize: scales[%d] is negative or not a finite number below 2^96 and was taken as zero", (int)at);
+            snprintf(text, sizeof text,
+                     "ternarize: scales[%d] is negative or not a finite number below 2^96 and was taken as zero", (int)at);
             CHECK(tern_sync(test_context[GPU]) == TERN_E_NONFINITE);
             CHECK(!strcmp(tern_last_error(test_context[GPU])->text, text));
             CHECK_SAME(p.trits);

@@ -1,5 +1,6 @@
-/* Tests of [CUDA-5] in ternary_cuda.cu. Seen to fail, of products by wgmma, beside what cuda_faults.cpp breaks: other places or another descriptor of
-   the tile, a stage that is asked for too early, published behind the barrier or waited for too late, weights beyond a step's units, a wrong quad. */
+/* Tests of [CUDA-5] in ternary_cuda.cu. Seen to fail, of products by wgmma, beside what cuda_faults.cpp breaks: other places or
+   another descriptor of the tile, a stage that is asked for too early, published behind the barrier or waited for too late,
+   weights beyond a step's units, a wrong quad. */
 
 /* Activations of both sides. Memory behind the padding is what it was. */
 struct quantized {
@@ -12,7 +13,8 @@ struct quantized {
     void into(tern_matmul_args *a, int side) const { a->q = q[side]; a->scale = scale[side]; a->sum = sum[side]; }
 };
 
-static void check_quantize(int64_t n, int64_t cols, int32_t grain, tern_type encoding, bool norm, bool gain, bool poison, tern_act act = TERN_ACT_INT8)
+static void check_quantize(int64_t n, int64_t cols, int32_t grain, tern_type encoding, bool norm, bool gain, bool poison,
+                           tern_act act = TERN_ACT_INT8)
 {
     const tern_matrix m = test_shape(1, cols, grain, encoding, TERN_F32);
     mirror<float> x(n * cols, test_uniform), g(cols, test_uniform);
@@ -69,7 +71,8 @@ static void test_cuda_quantize_int4()
 static void check_bits(const tern_matrix &shape, int64_t n, bool bad, bool pieces = false)
 {
     test_matrix w(shape);
-    mirror<float> x(n * shape.cols, [] { return test_random() % 3 ? 0.0f : test_uniform(); }), bias(shape.rows, test_uniform), y(n * shape.rows);
+    mirror<float> x(n * shape.cols, [] { return test_random() % 3 ? 0.0f : test_uniform(); }), bias(shape.rows, test_uniform),
+                  y(n * shape.rows);
     mirror<float> dy(n * shape.rows, test_uniform), dw(shape.rows * shape.cols, test_uniform);
     quantized act(shape, n);
     if (bad) {
@@ -112,7 +115,8 @@ static void test_cuda_bits()
     test_fuse(false);
     for (int64_t cols : {1, 15, 17, 31, 127, 300})
         for (int32_t grain : {(int32_t)TERN_PER_ROW, (int32_t)TERN_PER_TENSOR, 33}) {
-            check_bits(test_shape(i % 2 ? 33 : 5, cols, grain, i % 3 ? TERN_BASE3 : TERN_2BIT, TERN_F32), i % 4 == 3 ? 19 : 3, i % 5 == 4, i % 3 == 1);
+            check_bits(test_shape(i % 2 ? 33 : 5, cols, grain, i % 3 ? TERN_BASE3 : TERN_2BIT, TERN_F32), i % 4 == 3 ? 19 : 3,
+                       i % 5 == 4, i % 3 == 1);
             i++;
         }
 }
@@ -130,7 +134,8 @@ static void test_cuda_bits_too_long()
     a.q = some[GPU];
     a.scale = a.y = (float *)some[GPU];
     a.sum = (const int32_t *)some[GPU];
-    CHECK(test_failed_with(test_context[GPU], tern_matmul(test_context[GPU], &a), TERN_E_UNSUPPORTED, "cuda: matmul: bits of rows of 5000000 bytes as int8; 4194304 is the most"));
+    CHECK(test_failed_with(test_context[GPU], tern_matmul(test_context[GPU], &a), TERN_E_UNSUPPORTED,
+                           "cuda: matmul: bits of rows of 5000000 bytes as int8; 4194304 is the most"));
 }
 
 static void test_cuda_quantize_bad_rows()
@@ -166,7 +171,8 @@ static void check_product(const tern_matrix &shape, int64_t n, bool with_bias)
     });
     if (!y.same("y")) {
         test_errors++;
-        printf("  in %d x %d, grain %d, %s, n = %d\n", (int)shape.rows, (int)shape.cols, (int)shape.grain, shape.encoding == TERN_BASE3 ? "base 3" : "2-bit", (int)n);
+        printf("  in %d x %d, grain %d, %s, n = %d\n",
+               (int)shape.rows, (int)shape.cols, (int)shape.grain, shape.encoding == TERN_BASE3 ? "base 3" : "2-bit", (int)n);
     }
 }
 
@@ -300,7 +306,8 @@ static void test_cuda_product_extremes()
         }
 }
 
-static void check_layer(int64_t rows, int64_t cols, int32_t grain, tern_type encoding, int64_t n, bool poison, tern_act kind = TERN_ACT_INT8)
+static void check_layer(int64_t rows, int64_t cols, int32_t grain, tern_type encoding, int64_t n, bool poison,
+                        tern_act kind = TERN_ACT_INT8)
 {
     const tern_matrix shape = test_shape(rows, cols, grain, encoding, TERN_F32);
     test_matrix w(shape);

@@ -43,7 +43,8 @@ static void dense_both(const dense_case &t)
     d.c_row = t.n + t.apart - 1;
     d.add = t.add;
     d.fused = t.fused;
-    mirror<float> a(t.m * t.k * t.apart, test_uniform), b(t.n * t.k * t.apart, test_uniform), bias(t.n, test_uniform), c(t.m * d.c_row, test_uniform);
+    mirror<float> a(t.m * t.k * t.apart, test_uniform), b(t.n * t.k * t.apart, test_uniform), bias(t.n, test_uniform),
+                  c(t.m * d.c_row, test_uniform);
     test_fuse(!t.fused); /* what must not fuse does not where it could */
     test_both([&](tern_context *context, int side) {
         tern_dense_args e = d;
@@ -161,7 +162,8 @@ static void test_cuda_matmul_floats()
 
 static void test_cuda_matmul_faults()
 {
-    const matmul_case with_bias = {9, 70, 300, 64, TERN_2BIT, TERN_F32, true}, without = {9, 33, 5, TERN_PER_ROW, TERN_BASE3, TERN_F32, false};
+    const matmul_case with_bias = {9, 70, 300, 64, TERN_2BIT, TERN_F32, true},
+                      without = {9, 33, 5, TERN_PER_ROW, TERN_BASE3, TERN_F32, false};
     matmul_both(with_bias, "3");
     matmul_both(with_bias, "842");
     matmul_both(without, "08");
@@ -237,7 +239,8 @@ static void test_cuda_matmul_gradients_fused()
     CHECK(tern_unpack(test_context[CPU], &u) == TERN_OK);
     x.m = w.on(GPU); x.n = n; x.dy = dy[GPU]; x.dx = dx[GPU];
     CHECK_OK(tern_matmul_dx(test_context[GPU], &x));
-    want_dx.add(rows, [&](int64_t t, int64_t r) { return dy[CPU][t * rows + r]; }, [&](int64_t r, int64_t c) { return values[(size_t)(r * cols + c)]; });
+    want_dx.add(rows, [&](int64_t t, int64_t r) { return dy[CPU][t * rows + r]; },
+                [&](int64_t r, int64_t c) { return values[(size_t)(r * cols + c)]; });
     CHECK(want_dx.near("dx", dx.fetch().data(), cols));
     a.m = w.on(GPU); a.n = n; a.dy = dy[GPU]; a.q = q[GPU]; a.scale = scale[GPU]; a.dw = dw[GPU];
     CHECK_OK(tern_matmul_dw(test_context[GPU], &a));
@@ -262,10 +265,12 @@ struct attention_data {
     mirror<float> q, k, v, y, p, dy, dq, dk, dv;
     explicit attention_data(const attention_case &c)
         : t(c), q_stride(c.heads * c.dim + c.apart), k_stride(c.kv_heads * c.dim + 2 * c.apart), v_stride(c.kv_heads * c.dim + 3 * c.apart),
-          q(c.batch * c.queries * q_stride, [] { return 3.0f * test_uniform(); }), k(c.batch * c.keys * k_stride, [] { return 3.0f * test_uniform(); }),
+          q(c.batch * c.queries * q_stride, [] { return 3.0f * test_uniform(); }),
+          k(c.batch * c.keys * k_stride, [] { return 3.0f * test_uniform(); }),
           v(c.batch * c.keys * v_stride, test_uniform), y(c.batch * c.queries * c.heads * c.dim, test_uniform),
           p(c.batch * c.heads * c.queries * c.keys, test_uniform), dy(c.batch * c.queries * c.heads * c.dim, test_uniform),
-          dq(c.batch * c.queries * q_stride, test_uniform), dk(c.batch * c.keys * k_stride, test_uniform), dv(c.batch * c.keys * v_stride, test_uniform)
+          dq(c.batch * c.queries * q_stride, test_uniform), dk(c.batch * c.keys * k_stride, test_uniform),
+          dv(c.batch * c.keys * v_stride, test_uniform)
     {
     }
     tern_attention_args args(int side, bool backward) const

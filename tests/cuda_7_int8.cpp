@@ -45,8 +45,9 @@ static void test_cuda_int8_layouts()
 /* Edges of tiles, pieces, chunks and stages; from 129 x 129 on tiles are the large ones. */
 static void test_cuda_int8_shapes()
 {
-    const int64_t shapes[][3] = {{1, 1, 1}, {1, 70, 300}, {15, 1, 33}, {64, 64, 64}, {65, 16, 65}, {127, 17, 128}, {16, 15, 200}, {1, 1, 4097},
-                                 {129, 129, 1}, {130, 257, 33}, {257, 129, 300}, {128, 512, 64}};
+    const int64_t shapes[][3] = {
+        {1, 1, 1}, {1, 70, 300}, {15, 1, 33}, {64, 64, 64}, {65, 16, 65}, {127, 17, 128}, {16, 15, 200}, {1, 1, 4097},
+        {129, 129, 1}, {130, 257, 33}, {257, 129, 300}, {128, 512, 64}};
     int i = 0;
     for (const auto &s : shapes) {
         int8_check(s[0], s[1], s[2], INT8_PLAIN, INT8_TRANSPOSED, i++ % 2);
@@ -86,7 +87,8 @@ static void test_cuda_int8_limits()
     d.b = a[GPU];
     d.c = c[GPU]; d.c_row = 1;
     CHECK(tern_dense_i8(context, &d) == TERN_E_UNSUPPORTED);
-    CHECK(!strcmp(tern_last_error(context)->text, "cuda: dense_i8: [274877906944 x 1] has 2147483648 tiles of 128; 2147483647 is the most"));
+    CHECK(!strcmp(tern_last_error(context)->text,
+                  "cuda: dense_i8: [274877906944 x 1] has 2147483648 tiles of 128; 2147483647 is the most"));
 }
 
 static void suite_cuda_int8()

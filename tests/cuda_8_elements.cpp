@@ -195,7 +195,8 @@ static void test_mapped(tern_map_fn fn, int64_t n, int64_t shift, int alias)
 {
     const int64_t all = n + shift;
     const bool two = fn == TERN_MAP_ADD || fn == TERN_MAP_MUL;
-    mirror<float> a(all, test_four), b(all, test_four), y(all, test_uniform), dy(all, test_uniform), da(all, test_uniform), db(all, test_uniform);
+    mirror<float> a(all, test_four), b(all, test_four), y(all, test_uniform), dy(all, test_uniform), da(all, test_uniform),
+                  db(all, test_uniform);
     tern_map_args m = {};
     m.fn = fn;
     m.count = n;
@@ -254,7 +255,8 @@ static void test_spoil(mirror<float> &x, int64_t n, int64_t cols)
 static void test_normed(int64_t n, int64_t cols, int64_t shift, int variant)
 {
     const int64_t all = n * cols + shift;
-    mirror<float> x(all, test_four), gain(cols, test_uniform), y(all, test_uniform), dy(all, test_uniform), dx(all, test_uniform), dgain(cols, test_uniform);
+    mirror<float> x(all, test_four), gain(cols, test_uniform), y(all, test_uniform), dy(all, test_uniform), dx(all, test_uniform),
+                  dgain(cols, test_uniform);
     tern_norm_args a = norm_of(n, cols);
     if (variant & NORM_BAD) test_spoil(x, n, cols);
     dgain[CPU][0] = -0.0f; /* stays so where no row can be used */
@@ -435,11 +437,13 @@ static void test_cuda_sum_halves()
 
 /* -- optimizers -- */
 
-enum { OPTIMIZE_SGD = 1, OPTIMIZE_BF16 = 2, OPTIMIZE_CLIP = 4, OPTIMIZE_NO_MOMENTUM = 8, OPTIMIZE_BF16_MOMENTS = 16, OPTIMIZE_NEAREST = 32, OPTIMIZE_VARIANTS = 64 };
+enum { OPTIMIZE_SGD = 1, OPTIMIZE_BF16 = 2, OPTIMIZE_CLIP = 4, OPTIMIZE_NO_MOMENTUM = 8, OPTIMIZE_BF16_MOMENTS = 16, OPTIMIZE_NEAREST = 32,
+       OPTIMIZE_VARIANTS = 64 };
 
 static void test_optimized(int64_t n, int64_t shift, int variant, float last_norm2)
 {
-    const bool bf16 = variant & OPTIMIZE_BF16, halves = variant & OPTIMIZE_BF16_MOMENTS, momentum = !(variant & OPTIMIZE_SGD && variant & OPTIMIZE_NO_MOMENTUM);
+    const bool bf16 = variant & OPTIMIZE_BF16, halves = variant & OPTIMIZE_BF16_MOMENTS,
+               momentum = !(variant & OPTIMIZE_SGD && variant & OPTIMIZE_NO_MOMENTUM);
     mirror<float> w32(n + shift, test_uniform), grad(n + shift, test_uniform), m1(n + shift), m2(n + shift), norm2(1, [] { return 9.0f; });
     mirror<uint16_t> w16(n + shift, [] { return tern__to_bf16(test_uniform()); }), h1(n + shift), h2(n + shift);
     for (uint32_t step = 1; step <= 3; step++) {
@@ -501,7 +505,8 @@ static void test_cuda_scale_grad()
                 const tern_type encoding = i % 2 ? TERN_BASE3 : TERN_2BIT;
                 pack_pair p(test_shape(s[0], s[1], rule == TERN_LSQ ? TERN_PER_TENSOR : TERN_PER_ROW, encoding, TERN_F32));
                 pack_weights w(types[i++ % 3], s[0], s[1]);
-                mirror<float> alpha(s[0], [] { return 0.6f + 0.2f * test_uniform(); }), dw(s[0] * s[1], test_uniform), dalpha(s[0], test_uniform);
+                mirror<float> alpha(s[0], [] { return 0.6f + 0.2f * test_uniform(); }), dw(s[0] * s[1], test_uniform),
+                              dalpha(s[0], test_uniform);
                 test_both([&](tern_context *c, int side) {
                     tern_ternarize_args t = {};
                     tern_scale_grad_args a = {};

@@ -7,7 +7,8 @@ static float test_tie() { return (float)((int)(test_random() % 3) - 1) * (test_r
 
 static void test_routed(int64_t n, int32_t count, int32_t k, tern_route_kind kind, bool ties, bool bad)
 {
-    mirror<float> logits(n * count, ties ? test_tie : test_four), weights(n * k, test_uniform), dweights(n * k, test_uniform), dlogits(n * count, test_uniform);
+    mirror<float> logits(n * count, ties ? test_tie : test_four), weights(n * k, test_uniform), dweights(n * k, test_uniform),
+                  dlogits(n * count, test_uniform);
     mirror<int32_t> ids(n * k), loads(count, [&] { return (int32_t)(test_random() % 9); });
     if (bad) {
         logits[CPU][(n / 2) * count + count - 1] = test_nan;
@@ -194,7 +195,8 @@ static void test_aggregated_rows(const graph_pair &g, int64_t cols, int64_t firs
 static void test_aggregated(const graph_pair &g, int64_t cols, int variant, bool turned)
 {
     const int64_t nodes = g.at[CPU].nodes, q_row = (cols + 15) / 16 * 16, parts = turned ? g.at[CPU].out.parts : g.at[CPU].in.parts;
-    mirror<float> x(nodes * cols, test_uniform), y(nodes * cols), scale(nodes, test_uniform), left(nodes, test_uniform), right(nodes, test_uniform), part(parts * cols + 1);
+    mirror<float> x(nodes * cols, test_uniform), y(nodes * cols), scale(nodes, test_uniform), left(nodes, test_uniform),
+                  right(nodes, test_uniform), part(parts * cols + 1);
     mirror<int8_t> q(nodes * q_row, [] { return (int)(test_random() % 255) - 127; });
     if (variant & AGGREGATE_BAD) {
         x[CPU][5 * cols + cols - 1] = test_infinity;
@@ -236,7 +238,8 @@ static void test_cuda_aggregate()
 
 static void test_gated(int64_t n, int64_t count, int64_t cols, bool bad)
 {
-    mirror<float> h(n * cols, test_uniform), key(count * n * cols, test_uniform), value(count * n * cols, test_uniform), gate(count * n), y(n * cols);
+    mirror<float> h(n * cols, test_uniform), key(count * n * cols, test_uniform), value(count * n * cols, test_uniform),
+                  gate(count * n), y(n * cols);
     mirror<float> dy(n * cols, test_uniform), dh(n * cols), dkey(count * n * cols), dvalue(count * n * cols);
     if (bad) {
         value[CPU][(n / 2) * cols + cols - 1] = test_infinity;

@@ -164,7 +164,8 @@ static void test_cuda_flip()
             i++;
         }
     test_flipped({test_shape(37, 70, 33, TERN_BASE3, TERN_F16), TERN_FLIP_PROPORTIONAL, 0, 3.0f}, 0, true);
-    test_flipped({test_shape(2000, 20, TERN_PER_TENSOR, TERN_2BIT, TERN_POW2), TERN_FLIP_SIGN, 2, 0.0f}, 0, false); /* more panels than one block takes at once */
+    /* More panels than one block takes at once. */
+    test_flipped({test_shape(2000, 20, TERN_PER_TENSOR, TERN_2BIT, TERN_POW2), TERN_FLIP_SIGN, 2, 0.0f}, 0, false);
 }
 
 static void suite_cuda_training()

@@ -119,9 +119,12 @@ static void test_cuda_linear_options()
     const tern_type shadows[] = {TERN_F32, TERN_BF16};
     test_fuse(false);
     for (tern_type shadow : shadows) {
-        both_params w(rows, cols, TERN_ABSMEAN, TERN_FOR_GRADIENT, 50, TERN_2BIT, TERN_F32, shadow), bias(1, rows, TERN_DENSE, TERN_FOR_GRADIENT);
-        both_params dead(1, rows, TERN_DENSE, TERN_FOR_GRADIENT), a(rank, cols, TERN_DENSE, TERN_FOR_GRADIENT), b(rows, rank, TERN_DENSE, TERN_FOR_GRADIENT);
-        mirror<float> x(n * cols, test_uniform), y(n * rows), dy(n * rows, test_uniform), dx(n * cols), m(rows * cols), floats(rows * cols, test_uniform);
+        both_params w(rows, cols, TERN_ABSMEAN, TERN_FOR_GRADIENT, 50, TERN_2BIT, TERN_F32, shadow),
+                    bias(1, rows, TERN_DENSE, TERN_FOR_GRADIENT);
+        both_params dead(1, rows, TERN_DENSE, TERN_FOR_GRADIENT), a(rank, cols, TERN_DENSE, TERN_FOR_GRADIENT),
+                    b(rows, rank, TERN_DENSE, TERN_FOR_GRADIENT);
+        mirror<float> x(n * cols, test_uniform), y(n * rows), dy(n * rows, test_uniform), dx(n * cols), m(rows * cols),
+                      floats(rows * cols, test_uniform);
         mirror<int8_t> saved(n * 1024);
         test_both([&](tern_context *c, int side) {
             tern_linear l = {};
@@ -212,7 +215,8 @@ struct grouped_data {
     mirror<float> *scale;
     mirror<int8_t> *q;
     mirror<int32_t> *sum;
-    grouped_data(int32_t count, int32_t sets, int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_act act, int64_t at, int64_t n, uint32_t load, int32_t mask)
+    grouped_data(int32_t count, int32_t sets, int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_act act, int64_t at,
+                 int64_t n, uint32_t load, int32_t mask)
         : loads(count, [&] { return test_random() % 3 ? (int32_t)(test_random() % (load + 1)) : 0; }), dead(1, rows, TERN_DENSE, mask, 0)
     {
         for (int32_t i = 0; i < count * (sets + 1); i++) { /* a step of one more */
@@ -267,7 +271,8 @@ struct grouped_data {
 };
 
 /* Against a product for each group and set by the CPU. */
-static void test_grouped_products(int32_t count, int32_t sets, int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_act act, int64_t at, int64_t n, uint32_t load)
+static void test_grouped_products(int32_t count, int32_t sets, int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_act act,
+                                  int64_t at, int64_t n, uint32_t load)
 {
     grouped_data d(count, sets, rows, cols, grain, encoding, act, at, n, load, TERN_FOR_INFERENCE);
     tern_context *c = test_context[GPU];
@@ -290,17 +295,20 @@ static void test_grouped_products(int32_t count, int32_t sets, int64_t rows, int
 
 /* The backward, against that of each group and set by the CPU: added to gradients of 1, of which one is absent, one of a dead
    zone and, with `shared`, one of two groups. */
-static void test_grouped_back(int32_t count, int32_t sets, int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_act act, int64_t at, int64_t n, uint32_t load, bool shared)
+static void test_grouped_back(int32_t count, int32_t sets, int64_t rows, int64_t cols, int32_t grain, tern_type encoding, tern_act act,
+                              int64_t at, int64_t n, uint32_t load, bool shared)
 {
     test_fuse(false);
     grouped_data d(count, sets, rows, cols, grain, encoding, act, at, n, load, TERN_FOR_GRADIENT);
     tern_context *c = test_context[GPU];
-    mirror<float> dy(sets * n * rows, test_uniform), dx(sets * n * cols, test_uniform), z(sets * n * cols), ones(rows * cols, [] { return 1.0f; });
+    mirror<float> dy(sets * n * rows, test_uniform), dx(sets * n * cols, test_uniform), z(sets * n * cols),
+                  ones(rows * cols, [] { return 1.0f; });
     const int32_t last = (count - 1) * d.a.step, dead = d.a.step + sets - 1; /* the last set's */
     for (int side : {CPU, GPU}) {
         for (both_params *p : d.params)
             if (p->at[side].rows == rows && p->at[side].buffer[TERN_GRAD].data)
-                CHECK(tern_copy(test_context[side], p->at[side].buffer[TERN_GRAD].data, ones[side], (size_t)(rows * cols) * 4, TERN_ON_DEVICE) == TERN_OK);
+                CHECK(tern_copy(test_context[side], p->at[side].buffer[TERN_GRAD].data, ones[side], (size_t)(rows * cols) * 4,
+                                TERN_ON_DEVICE) == TERN_OK);
         tern_param_free(test_context[side], &d.params[0]->at[side], 1 << TERN_GRAD);
     }
     if (shared) d.w[(size_t)last] = &d.params[(size_t)dead]->at[GPU];
@@ -404,7 +412,8 @@ static void test_cuda_parameters()
         const auto agree = [&] {
             CHECK(p.same());
             for (int64_t r = 0; r < rows; r++) {
-                CHECK_OK(tern_param_get(test_context[CPU], &p.at[CPU], r, trits.data(), &scales[(size_t)(r * groups)], &all[(size_t)(r * cols)]));
+                CHECK_OK(tern_param_get(test_context[CPU], &p.at[CPU], r, trits.data(), &scales[(size_t)(r * groups)],
+                                        &all[(size_t)(r * cols)]));
                 const std::vector<int8_t> expected = trits;
                 CHECK_OK(tern_param_get(test_context[GPU], &p.at[GPU], r, trits.data(), row_scales.data(), values.data()));
                 CHECK(trits == expected && memcmp(values.data(), &all[(size_t)(r * cols)], (size_t)cols * 4) == 0);
@@ -413,7 +422,8 @@ static void test_cuda_parameters()
             for (int side = CPU; side <= GPU; side++) {
                 CHECK(tern_param_stats(test_context[side], &p.at[side], 0.1f, &stats[side]) == TERN_OK);
                 all[77] += 1.0f;
-                CHECK(tern_param_verify(test_context[side], &p.at[side], all.data(), &verdict[side]) == TERN_OK && verdict[side].wrong == 1);
+                CHECK(tern_param_verify(test_context[side], &p.at[side], all.data(), &verdict[side]) == TERN_OK
+                      && verdict[side].wrong == 1);
                 all[77] -= 1.0f;
             }
             CHECK(memcmp(&stats[CPU], &stats[GPU], sizeof stats[CPU]) == 0);
@@ -421,7 +431,9 @@ static void test_cuda_parameters()
         };
         agree();
         for (int64_t i = 0; i < rows * cols; i++) given.push_back((int8_t)(test_random() % 3 - 1));
-        for (float &s : scales) s = f.scale_type == TERN_POW2 ? 0.25f : f.scale_type == TERN_LOG ? tern__from_log((int16_t)(test_random() % 1024)) : (float)(test_random() % 8);
+        for (float &s : scales)
+            s = f.scale_type == TERN_POW2 ? 0.25f
+              : f.scale_type == TERN_LOG ? tern__from_log((int16_t)(test_random() % 1024)) : (float)(test_random() % 8);
         test_both([&](tern_context *c, int side) { return tern_param_give(c, &p.at[side], given.data(), scales.data()); });
         agree();
         mirror<uint16_t> half(rows * cols, [] { return tern__to_bf16(test_uniform()); });
@@ -741,16 +753,25 @@ struct test_recipe {
 };
 enum { WITH_ALL_VOTES = TERN_FOR_FLIPS | 1 << TERN_VOTES };
 static const test_recipe test_recipes[] = {
-    {TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_F32, TERN_BF16, TERN_BF16, TERN_ACT_INT8, TERN_ADAMW, TERN_FOR_ADAMW, 0, 9, 0, 3, 0.1f, 0.25f, 0.2f, 0},
-    {TERN_LSQ, TERN_PER_TENSOR, TERN_BASE3, TERN_F16, TERN_BF16, TERN_F32, TERN_ACT_INT4, TERN_ADAMW, TERN_FOR_ADAMW, 0, 5, 0, 0, 0.1f, 0, 0.2f, 0},
-    {TERN_LSQ, TERN_PER_TENSOR, TERN_2BIT, TERN_F32, TERN_F32, TERN_BF16, TERN_ACT_FLOAT, TERN_SGD, TERN_FOR_ADAMW, TERN_PLAIN_ALPHA, 0, 0, 2, 0, 0.5f, 0, 0},
-    {TERN_SEQ, TERN_PER_ROW, TERN_BASE3, TERN_F32, TERN_F32, TERN_F32, TERN_ACT_BIT, TERN_ADAMW, TERN_FOR_ADAMW, 0, 0, 0, 0, 0.1f, 0, 0.2f, 0},
-    {TERN_SEQ, TERN_PER_ROW, TERN_2BIT, TERN_F16, TERN_BF16, TERN_BF16, TERN_ACT_INT8, TERN_SGD, TERN_FOR_ADAMW, TERN_NEAREST, 3, 0, 1, 0, 0, 0, 0},
+    {TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_F32, TERN_BF16, TERN_BF16, TERN_ACT_INT8,
+     TERN_ADAMW, TERN_FOR_ADAMW, 0, 9, 0, 3, 0.1f, 0.25f, 0.2f, 0},
+    {TERN_LSQ, TERN_PER_TENSOR, TERN_BASE3, TERN_F16, TERN_BF16, TERN_F32, TERN_ACT_INT4,
+     TERN_ADAMW, TERN_FOR_ADAMW, 0, 5, 0, 0, 0.1f, 0, 0.2f, 0},
+    {TERN_LSQ, TERN_PER_TENSOR, TERN_2BIT, TERN_F32, TERN_F32, TERN_BF16, TERN_ACT_FLOAT,
+     TERN_SGD, TERN_FOR_ADAMW, TERN_PLAIN_ALPHA, 0, 0, 2, 0, 0.5f, 0, 0},
+    {TERN_SEQ, TERN_PER_ROW, TERN_BASE3, TERN_F32, TERN_F32, TERN_F32, TERN_ACT_BIT,
+     TERN_ADAMW, TERN_FOR_ADAMW, 0, 0, 0, 0, 0.1f, 0, 0.2f, 0},
+    {TERN_SEQ, TERN_PER_ROW, TERN_2BIT, TERN_F16, TERN_BF16, TERN_BF16, TERN_ACT_INT8,
+     TERN_SGD, TERN_FOR_ADAMW, TERN_NEAREST, 3, 0, 1, 0, 0, 0, 0},
     {TERN_TWN, 16, TERN_BASE3, TERN_F16, TERN_BF16, TERN_F32, TERN_ACT_INT4, TERN_ADAMW, TERN_FOR_ADAMW, 0, 0, 0, 3, 0, 0.25f, 0.2f, 0},
-    {TERN_ABSMEAN_SIGMA, 7, TERN_2BIT, TERN_F32, TERN_F32, TERN_BF16, TERN_ACT_INT8, TERN_ADAMW, TERN_FOR_ADAMW, 0, 0, 0, 0, 0, 0, 0.2f, 0.9f},
-    {TERN_ABSMEAN_SIGMA, TERN_PER_TENSOR, TERN_BASE3, TERN_POW2, TERN_BF16, TERN_F32, TERN_ACT_BIT, TERN_SGD, TERN_FOR_ADAMW, TERN_NEAREST, 0, 0, 0, 0.1f, 0.25f, 0, 0},
-    {TERN_ABSMEAN, TERN_PER_TENSOR, TERN_2BIT, TERN_F32, TERN_F32, TERN_F32, TERN_ACT_INT8, TERN_ADAMW, TERN_FOR_ADAMW, 0, 0, 4, 0, 0.1f, 0, 0.2f, 0},
-    {TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_LOG, TERN_F32, TERN_F32, TERN_ACT_INT4, TERN_ADAMW, WITH_ALL_VOTES, 0, 7, 0, 0, 0, 0, 0, 0},
+    {TERN_ABSMEAN_SIGMA, 7, TERN_2BIT, TERN_F32, TERN_F32, TERN_BF16, TERN_ACT_INT8,
+     TERN_ADAMW, TERN_FOR_ADAMW, 0, 0, 0, 0, 0, 0, 0.2f, 0.9f},
+    {TERN_ABSMEAN_SIGMA, TERN_PER_TENSOR, TERN_BASE3, TERN_POW2, TERN_BF16, TERN_F32, TERN_ACT_BIT,
+     TERN_SGD, TERN_FOR_ADAMW, TERN_NEAREST, 0, 0, 0, 0.1f, 0.25f, 0, 0},
+    {TERN_ABSMEAN, TERN_PER_TENSOR, TERN_2BIT, TERN_F32, TERN_F32, TERN_F32, TERN_ACT_INT8,
+     TERN_ADAMW, TERN_FOR_ADAMW, 0, 0, 4, 0, 0.1f, 0, 0.2f, 0},
+    {TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_LOG, TERN_F32, TERN_F32, TERN_ACT_INT4,
+     TERN_ADAMW, WITH_ALL_VOTES, 0, 7, 0, 0, 0, 0, 0, 0},
     {TERN_TWN, 16, TERN_BASE3, TERN_F16, TERN_F32, TERN_F32, TERN_ACT_INT8, TERN_ADAMW, TERN_FOR_FLIPS, 0, 0, 0, 0, 0, 0, 0, 0},
     {TERN_DENSE, 0, TERN_2BIT, TERN_F32, TERN_F32, TERN_BF16, TERN_ACT_FLOAT, TERN_ADAMW, TERN_FOR_ADAMW, 0, 0, 0, 3, 0, 0, 0, 0},
 };
@@ -767,8 +788,8 @@ struct recipe_network {
     static int64_t width(int i) { return i == 0 ? 70 : i == 1 ? 33 : 20; }
 
     explicit recipe_network(const test_recipe &recipe) : t(recipe), saved{mirror<int8_t>(16384), mirror<int8_t>(16384)},
-        x(STEPS * N * width(0), [] { return test_random() % 4 ? test_uniform() : 0.0f; }), h(N * width(1)), y(N * width(2)), dy(STEPS * N * width(2), test_uniform),
-        dh(N * width(1)), dx(N * width(0)), loss(1), norm2(1), nan(1, [] { return NAN; })
+        x(STEPS * N * width(0), [] { return test_random() % 4 ? test_uniform() : 0.0f; }), h(N * width(1)), y(N * width(2)),
+        dy(STEPS * N * width(2), test_uniform), dh(N * width(1)), dx(N * width(0)), loss(1), norm2(1), nan(1, [] { return NAN; })
     {
         for (int i = 0; i < LAYERS; i++) open(i);
     }
@@ -787,9 +808,11 @@ struct recipe_network {
         const int64_t rows = width(i + 1), cols = width(i);
         const bool learned = tern__is_learned(t.rule), norm = t.act != TERN_ACT_BIT;
         mirror<float> floats(rows * cols, test_uniform), zeros(rows);
-        both_params *const p = w[i] = new both_params(rows, cols, learned ? TERN_ABSMEAN : t.rule, t.mask, t.grain, t.encoding, t.scale_type, t.shadow);
+        both_params *const p = w[i] =
+            new both_params(rows, cols, learned ? TERN_ABSMEAN : t.rule, t.mask, t.grain, t.encoding, t.scale_type, t.shadow);
         all.push_back(p);
-        both_params *const alpha = learned ? add(1, t.rule == TERN_SEQ ? rows : 1) : nullptr, *const dead = t.tequila > 0 ? add(1, rows) : nullptr;
+        both_params *const alpha = learned ? add(1, t.rule == TERN_SEQ ? rows : 1) : nullptr,
+                    *const dead = t.tequila > 0 ? add(1, rows) : nullptr;
         both_params *const gain = norm ? add(1, cols) : nullptr, *const bias = add(1, rows);
         both_params *const a = t.rank ? add(t.rank, cols) : nullptr, *const b = t.rank ? add(rows, t.rank) : nullptr;
         test_both([&](tern_context *c, int side) {

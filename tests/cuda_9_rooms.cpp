@@ -104,12 +104,18 @@ struct moe_case {
     int32_t mask;
 };
 static const moe_case moe_cases[] = {
-    {4, 2, 21, 13, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_ADD, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_ADAMW},
-    {3, 1, 17, 30, 0, 9, 0, TERN_ABSMEAN, 8, TERN_BASE3, TERN_ACT_INT8, TERN_MAP_RELU2, TERN_ROUTE_ALL, TERN_NORM_NONE, TERN_NORM_RMS, TERN_ABSMEAN, TERN_FOR_ADAMW},
-    {8, 8, 33, 16, 1, 40, 0, TERN_ABSMEAN, TERN_PER_TENSOR, TERN_2BIT, TERN_ACT_FLOAT, TERN_MAP_GELU, TERN_ROUTE_RENORMALIZED, TERN_NORM_RMS, TERN_NORM_RMS, TERN_DENSE, TERN_FOR_ADAMW},
-    {4, 2, 21, 18, 1, 0, 5, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_RMS, TERN_DENSE, TERN_FOR_ADAMW},
-    {6, 3, 19, 14, 0, 10, -4, TERN_ABSMEAN, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT8, TERN_MAP_GELU, TERN_ROUTE_ALL, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_ADAMW},
-    {5, 2, 40, 20, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT4, TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_ABSMEAN, TERN_FOR_FLIPS},
+    {4, 2, 21, 13, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8,
+     TERN_MAP_ADD, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_ADAMW},
+    {3, 1, 17, 30, 0, 9, 0, TERN_ABSMEAN, 8, TERN_BASE3, TERN_ACT_INT8,
+     TERN_MAP_RELU2, TERN_ROUTE_ALL, TERN_NORM_NONE, TERN_NORM_RMS, TERN_ABSMEAN, TERN_FOR_ADAMW},
+    {8, 8, 33, 16, 1, 40, 0, TERN_ABSMEAN, TERN_PER_TENSOR, TERN_2BIT, TERN_ACT_FLOAT,
+     TERN_MAP_GELU, TERN_ROUTE_RENORMALIZED, TERN_NORM_RMS, TERN_NORM_RMS, TERN_DENSE, TERN_FOR_ADAMW},
+    {4, 2, 21, 18, 1, 0, 5, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8,
+     TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_RMS, TERN_DENSE, TERN_FOR_ADAMW},
+    {6, 3, 19, 14, 0, 10, -4, TERN_ABSMEAN, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT8,
+     TERN_MAP_GELU, TERN_ROUTE_ALL, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_ADAMW},
+    {5, 2, 40, 20, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT4,
+     TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_ABSMEAN, TERN_FOR_FLIPS},
 };
 
 struct moe_pair {
@@ -121,7 +127,8 @@ struct moe_pair {
     static void expert(const moe_case &t, side_params *p, int32_t width, tern_expert out[2])
     {
         both_params *gate = t.gated ? p->add(width, t.cols, t.rule, t.mask, t.grain, t.encoding) : nullptr;
-        both_params *up = p->add(width, t.cols, t.rule, t.mask, t.grain, t.encoding), *down = p->add(t.cols, width, t.rule, t.mask, t.grain, t.encoding);
+        both_params *up = p->add(width, t.cols, t.rule, t.mask, t.grain, t.encoding),
+                    *down = p->add(t.cols, width, t.rule, t.mask, t.grain, t.encoding);
         for (int side = CPU; side <= GPU; side++) out[side] = {at(gate, side), at(up, side), at(down, side)};
     }
     explicit moe_pair(const moe_case &t)
@@ -135,7 +142,8 @@ struct moe_pair {
         }
         for (int32_t i = 0; t.low && i < t.count; i++) {
             const tern_rule rule = t.low < 0 ? TERN_ABSMEAN : TERN_DENSE;
-            both_params *a = params.add(abs(t.low), t.cols, rule, t.mask, t.grain, t.encoding), *b = params.add(t.width, abs(t.low), rule, t.mask, t.grain, t.encoding);
+            both_params *a = params.add(abs(t.low), t.cols, rule, t.mask, t.grain, t.encoding),
+                        *b = params.add(t.width, abs(t.low), rule, t.mask, t.grain, t.encoding);
             for (int side = CPU; side <= GPU; side++) low_a[side].push_back(at(a, side)), low_b[side].push_back(at(b, side));
         }
         if (t.always) expert(t, &params, t.always, always);
@@ -166,7 +174,8 @@ static void test_moe(const moe_case &t, int64_t n, tern_dispatch dispatch)
     tern_need need[2] = {};
     for (int side = CPU; side <= GPU; side++) {
         p.m[side].dispatch = dispatch;
-        CHECK(tern_moe_need(test_context[side], &p.m[side], n, &need[side]) == TERN_OK && tern_reserve(test_context[side], need[side].scratch) == TERN_OK);
+        CHECK(tern_moe_need(test_context[side], &p.m[side], n, &need[side]) == TERN_OK
+              && tern_reserve(test_context[side], need[side].scratch) == TERN_OK);
     }
     CHECK(need[CPU].saved == need[GPU].saved);
     mirror<float> x(n * t.cols, test_uniform), y(n * t.cols), z(n * t.cols), dy(n * t.cols, test_uniform), dx(n * t.cols);
@@ -201,21 +210,31 @@ static void test_cuda_moe()
 }
 
 /* Of few tokens, in one launch and by its parts on a table without the operation: the same bits, what is saved among them, and the same
-   faults, as on the CPU. bad: no token (0), one with NaN, or one that is too large. Seen to fail: turns of more than eight places, loads that are
-   wrong, sums that do not end with a segment, a fault of another kind. */
+   faults, as on the CPU. bad: no token (0), one with NaN, or one that is too large. Seen to fail: turns of more than eight places,
+   loads that are wrong, sums that do not end with a segment, a fault of another kind. */
 enum { MOE_GOOD, MOE_NAN, MOE_HUGE };
 struct fused_moe { moe_case c; int64_t n; int bad; long launches; };
 static const fused_moe fused_moes[] = {
-    {{1, 1, 1, 1, 0, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_RELU, TERN_ROUTE_SELECTED, TERN_NORM_NONE, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 1, MOE_GOOD, 1},
-    {{3, 2, 20, 17, 0, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT8, TERN_MAP_GELU, TERN_ROUTE_SELECTED, TERN_NORM_NONE, TERN_NORM_RMS, TERN_DENSE, TERN_FOR_INFERENCE}, 6, MOE_NAN, 1}, /* at the router */
-    {{40, 8, 127, 33, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 16, MOE_NAN, 1},
-    {{9, 3, 600, 70, 1, 20, 0, TERN_ABSMEAN, 40, TERN_BASE3, TERN_ACT_INT8, TERN_MAP_GELU, TERN_ROUTE_RENORMALIZED, TERN_NORM_RMS, TERN_NORM_RMS, TERN_ABSMEAN, TERN_FOR_INFERENCE}, 9, MOE_GOOD, 8},
-    {{2, 2, 4100, 16, 0, 0, 0, TERN_ABSMEAN, TERN_PER_TENSOR, TERN_2BIT, TERN_ACT_INT4, TERN_MAP_RELU2, TERN_ROUTE_ALL, TERN_NORM_NONE, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 15, MOE_HUGE, 1},
-    {{33, 16, 64, 48, 1, 0, 0, TERN_ABSMEAN, 16, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_ALL, TERN_NORM_RMS, TERN_NORM_NONE, TERN_ABSMEAN, TERN_FOR_INFERENCE}, 16, MOE_NAN, 1},
-    {{128, 2, 16, 16, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 3, MOE_GOOD, 1}, /* the most matrices */
-    {{5, 2, 40, 30, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 17, MOE_GOOD, 0}, /* too many tokens, */
-    {{33, 17, 24, 20, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 16, MOE_GOOD, 0}, /* places */
-    {{130, 1, 16, 16, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 3, MOE_GOOD, 0}, /* or matrices */
+    {{1, 1, 1, 1, 0, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8,
+      TERN_MAP_RELU, TERN_ROUTE_SELECTED, TERN_NORM_NONE, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 1, MOE_GOOD, 1},
+    {{3, 2, 20, 17, 0, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT8, /* at the router */
+      TERN_MAP_GELU, TERN_ROUTE_SELECTED, TERN_NORM_NONE, TERN_NORM_RMS, TERN_DENSE, TERN_FOR_INFERENCE}, 6, MOE_NAN, 1},
+    {{40, 8, 127, 33, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8,
+      TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 16, MOE_NAN, 1},
+    {{9, 3, 600, 70, 1, 20, 0, TERN_ABSMEAN, 40, TERN_BASE3, TERN_ACT_INT8,
+      TERN_MAP_GELU, TERN_ROUTE_RENORMALIZED, TERN_NORM_RMS, TERN_NORM_RMS, TERN_ABSMEAN, TERN_FOR_INFERENCE}, 9, MOE_GOOD, 8},
+    {{2, 2, 4100, 16, 0, 0, 0, TERN_ABSMEAN, TERN_PER_TENSOR, TERN_2BIT, TERN_ACT_INT4,
+      TERN_MAP_RELU2, TERN_ROUTE_ALL, TERN_NORM_NONE, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 15, MOE_HUGE, 1},
+    {{33, 16, 64, 48, 1, 0, 0, TERN_ABSMEAN, 16, TERN_2BIT, TERN_ACT_INT8,
+      TERN_MAP_SILU, TERN_ROUTE_ALL, TERN_NORM_RMS, TERN_NORM_NONE, TERN_ABSMEAN, TERN_FOR_INFERENCE}, 16, MOE_NAN, 1},
+    {{128, 2, 16, 16, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, /* the most matrices */
+      TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 3, MOE_GOOD, 1},
+    {{5, 2, 40, 30, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT8, /* too many tokens, */
+      TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 17, MOE_GOOD, 0},
+    {{33, 17, 24, 20, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, /* places */
+      TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 16, MOE_GOOD, 0},
+    {{130, 1, 16, 16, 1, 0, 0, TERN_ABSMEAN, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, /* or matrices */
+      TERN_MAP_SILU, TERN_ROUTE_SELECTED, TERN_NORM_RMS, TERN_NORM_NONE, TERN_DENSE, TERN_FOR_INFERENCE}, 3, MOE_GOOD, 0},
 };
 
 static void test_fused_moe(const fused_moe &t, tern_context *parts)
@@ -294,7 +313,8 @@ static void cuda_moe_graph(const moe_case &t, int64_t n, tern_dispatch dispatch,
     cudaGraphExec_t ready = nullptr;
     for (int side = CPU; side <= GPU; side++) {
         p.m[side].dispatch = dispatch;
-        CHECK(tern_moe_need(test_context[side], &p.m[side], n, &need) == TERN_OK && tern_reserve(test_context[side], need.scratch) == TERN_OK);
+        CHECK(tern_moe_need(test_context[side], &p.m[side], n, &need) == TERN_OK
+              && tern_reserve(test_context[side], need.scratch) == TERN_OK);
     }
     mirror<float> x(n * t.cols, test_uniform), y(n * t.cols), dy(n * t.cols, test_uniform), dx(n * t.cols);
     mirror<int8_t> saved((int64_t)need.saved);
@@ -353,7 +373,8 @@ static void test_cuda_moe_backward_by_its_parts()
             CHECK(tern_moe_need(c, &p.m[GPU], n, &need) == TERN_OK && tern_reserve(c, need.scratch) == TERN_OK);
             mirror<int8_t> saved((int64_t)need.saved);
             CHECK(tern_moe_forward(c, &p.m[GPU], n, x[GPU], y[GPU], saved[GPU]) == TERN_OK && (tern_sync(c) == TERN_OK) == (i != 10));
-            CHECK(tern_moe_backward(c, &p.m[GPU], n, x[GPU], saved[GPU], dy[GPU], dx[GPU]) == TERN_OK && (tern_sync(c) == TERN_OK) == (i != 10));
+            CHECK(tern_moe_backward(c, &p.m[GPU], n, x[GPU], saved[GPU], dy[GPU], dx[GPU]) == TERN_OK
+                  && (tern_sync(c) == TERN_OK) == (i != 10));
             snprintf(told[which], sizeof told[which], "%s", i == 10 ? tern_last_error(c)->text : "");
             got[which].push_back(dx.fetch());
             for (both_params *q : p.params.all) {
@@ -380,8 +401,11 @@ static void test_cuda_moe_from_dense()
     std::vector<tern_expert_floats> experts[2];
     char text[120];
     for (int side = CPU; side <= GPU; side++)
-        for (int32_t i = 0; i < t.count; i++) experts[side].push_back({floats[side] + 3 * i * size, floats[side] + (3 * i + 1) * size, floats[side] + (3 * i + 2) * size});
-    const auto set = [&](int side) { return tern_moe_from_dense(test_context[side], &p.m[side], TERN_F32, experts[side].data(), nullptr, nullptr, nullptr); };
+        for (int32_t i = 0; i < t.count; i++)
+            experts[side].push_back({floats[side] + 3 * i * size, floats[side] + (3 * i + 1) * size, floats[side] + (3 * i + 2) * size});
+    const auto set = [&](int side) {
+        return tern_moe_from_dense(test_context[side], &p.m[side], TERN_F32, experts[side].data(), nullptr, nullptr, nullptr);
+    };
     floats[CPU][bad] = test_nan;
     floats.send();
     for (int side = CPU; side <= GPU; side++) {
@@ -413,9 +437,11 @@ static void test_cuda_hop()
     test_fuse(false);
     for (const hop_case &t : hop_cases) {
         side_params params;
-        both_params *message = params.add(cols, cols, TERN_ABSMEAN, t.mask, TERN_PER_ROW, TERN_BASE3), *update = params.add(cols, cols, TERN_ABSMEAN, t.mask, 8, TERN_2BIT);
+        both_params *message = params.add(cols, cols, TERN_ABSMEAN, t.mask, TERN_PER_ROW, TERN_BASE3),
+                    *update = params.add(cols, cols, TERN_ABSMEAN, t.mask, 8, TERN_2BIT);
         both_params *bias = params.add(1, cols, TERN_DENSE, t.mask, 0, TERN_2BIT);
-        both_params *a = t.lora ? params.add(3, cols, TERN_DENSE, t.mask, 0, TERN_2BIT) : nullptr, *b = t.lora ? params.add(cols, 3, TERN_DENSE, t.mask, 0, TERN_2BIT) : nullptr;
+        both_params *a = t.lora ? params.add(3, cols, TERN_DENSE, t.mask, 0, TERN_2BIT) : nullptr,
+                    *b = t.lora ? params.add(cols, 3, TERN_DENSE, t.mask, 0, TERN_2BIT) : nullptr;
         tern_hop hop[2] = {};
         tern_need need[2] = {};
         for (int side = CPU; side <= GPU; side++) {
@@ -432,7 +458,8 @@ static void test_cuda_hop()
             l->lora_a = at(a, side);
             l->lora_b = at(b, side);
             l->lora_scale = 0.5f;
-            CHECK(tern_hop_need(test_context[side], l, &g.at[side], &need[side]) == TERN_OK && tern_reserve(test_context[side], need[side].scratch) == TERN_OK);
+            CHECK(tern_hop_need(test_context[side], l, &g.at[side], &need[side]) == TERN_OK
+                  && tern_reserve(test_context[side], need[side].scratch) == TERN_OK);
         }
         mirror<float> h(nodes * cols, test_uniform), y(nodes * cols), z(nodes * cols), dy(nodes * cols, test_uniform), dh(nodes * cols);
         mirror<int8_t> saved((int64_t)need[GPU].saved);
@@ -451,16 +478,29 @@ static void test_cuda_hop()
 
 /* In one launch, or two, and by its parts on a table without the operation: the same bits and the same faults, of every form.
    launches: hubs' segments, two of LoRA, what is sent, and one for all the rest. */
-struct hop_shape { int64_t cols, sent, out; hop_case c; int32_t grain; tern_type encoding; tern_act act; int bad; long launches; int plain = 0; }; /* plain: messages without norm */
+struct hop_shape {
+    int64_t cols, sent, out;
+    hop_case c;
+    int32_t grain;
+    tern_type encoding;
+    tern_act act;
+    int bad;
+    long launches;
+    int plain = 0; /* messages without norm */
+};
 static const hop_shape hop_shapes[] = {
     {1, 1, 1, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_ADD, 1, 1, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 4},
-    {16, 33, 16, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_SILU, 1, 1, 0}, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT4, 0, 6},
+    {16, 33, 16, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_SILU, 1, 1, 0},
+     TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT4, 0, 6},
     {127, 300, 70, {TERN_AGGREGATE_FIRST, TERN_GRAPH_MEAN, TERN_ACT_FLOAT, TERN_MAP_RELU2, 0, 1, 0}, 40, TERN_BASE3, TERN_ACT_INT8, 0, 4},
     {40, 0, 0, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_GELU, 1, 0, 0}, 0, TERN_2BIT, TERN_ACT_INT8, 0, 3},
     {256, 0, 256, {TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_RELU, 1, 0, 0}, 128, TERN_2BIT, TERN_ACT_INT8, 0, 4},
-    {48, 20, 0, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_ADD, 0, 1, 0}, TERN_PER_TENSOR, TERN_2BIT, TERN_ACT_INT8, 1, 4},
-    {17, 15, 9, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_RELU, 0, 0, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 2, 2},
-    {1100, 0, 5, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_ADD, 0, 0, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0}, /* too wide for one launch */
+    {48, 20, 0, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_ADD, 0, 1, 0},
+     TERN_PER_TENSOR, TERN_2BIT, TERN_ACT_INT8, 1, 4},
+    {17, 15, 9, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_RELU, 0, 0, 0},
+     TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 2, 2},
+    {1100, 0, 5, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_ADD, 0, 0, 0},
+     TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0}, /* too wide for one launch */
 };
 
 struct shaped_hop {
@@ -468,7 +508,8 @@ struct shaped_hop {
     const int64_t sent, out;
     both_params message, update, bias, gain, a, b;
     explicit shaped_hop(const hop_shape &shape) : t(shape), sent(t.sent ? t.sent : t.cols), out(t.out ? t.out : sent),
-        message(t.sent ? t.sent : 1, t.cols, TERN_ABSMEAN, TERN_FOR_INFERENCE, t.grain, t.encoding), update(out, sent, TERN_ABSMEAN, TERN_FOR_INFERENCE, t.grain, TERN_2BIT),
+        message(t.sent ? t.sent : 1, t.cols, TERN_ABSMEAN, TERN_FOR_INFERENCE, t.grain, t.encoding),
+        update(out, sent, TERN_ABSMEAN, TERN_FOR_INFERENCE, t.grain, TERN_2BIT),
         bias(1, out, TERN_DENSE, TERN_FOR_INFERENCE, 0), gain(1, t.cols, TERN_DENSE, TERN_FOR_INFERENCE, 0),
         a(3, t.cols, TERN_DENSE, TERN_FOR_INFERENCE, 0), b(out, 3, TERN_DENSE, TERN_FOR_INFERENCE, 0) {}
     tern_hop on(int side)
@@ -583,7 +624,8 @@ static void test_chained(const std::vector<hop_shape> &shapes, const graph_pair 
     CHECK(memcmp(x.y.back.data(), z.back.data(), z.count * sizeof(float)) == 0);
 #ifdef TEST_CUDA_H
     const long apart = test_cuda.launches - before - together;
-    if (launches ? together != launches : together != apart) test_errors++, printf("  %ld launches, not %ld; %ld apart\n", together, launches, apart);
+    if (launches ? together != launches : together != apart)
+        test_errors++, printf("  %ld launches, not %ld; %ld apart\n", together, launches, apart);
 #endif
     if (shapes.size() < 2 || x.y.count != x.h.count) return;
     CHECK_OK(x.forward(test_context[GPU], GPU, g, x.h[GPU]));
@@ -593,19 +635,32 @@ static void test_chained(const std::vector<hop_shape> &shapes, const graph_pair 
 }
 
 static const hop_shape
-    chain_projected = {37, 21, 37, {TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_RELU, 1, 0, 0}, TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT8, 0, 0, 0},
-    chain_overflows = {37, 21, 37, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 1},
-    chain_summed = {37, 70, 16, {TERN_AGGREGATE_FIRST, TERN_GRAPH_MEAN, TERN_ACT_INT8, TERN_MAP_SILU, 0, 0, 0}, 20, TERN_2BIT, TERN_ACT_INT4, 0, 0, 0},
-    chain_floats = {16, 20, 0, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_ADD, 0, 0, 0}, TERN_PER_TENSOR, TERN_2BIT, TERN_ACT_INT8, 0, 0, 1},
-    chain_bare = {20, 0, 0, {TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_GELU, 1, 0, 0}, 0, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0},
-    chain_bare_floats = {20, 0, 0, {TERN_AGGREGATE_FIRST, TERN_GRAPH_MEAN, TERN_ACT_FLOAT, TERN_MAP_RELU, 1, 0, 0}, 0, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0},
-    chain_back = {20, 33, 37, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_RELU2, 0, 0, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0},
-    chain_lora = {37, 21, 37, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_SILU, 1, 1, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0},
-    chain_same = {37, 37, 0, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_SILU, 1, 0, 0}, 8, TERN_BASE3, TERN_ACT_INT8, 0, 0, 0},
-    chain_bits = {37, 37, 0, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_BIT, 0, 0, 1},
-    chain_long = {1433, 16, 37, {TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 1},
-    chain_long_norm = {1025, 16, 37, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0},
-    chain_wide = {37, 700, 37, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0}, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0};
+    chain_projected = {37, 21, 37, {TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_RELU, 1, 0, 0},
+                       TERN_PER_ROW, TERN_BASE3, TERN_ACT_INT8, 0, 0, 0},
+    chain_overflows = {37, 21, 37, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0},
+                       TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 1},
+    chain_summed = {37, 70, 16, {TERN_AGGREGATE_FIRST, TERN_GRAPH_MEAN, TERN_ACT_INT8, TERN_MAP_SILU, 0, 0, 0},
+                    20, TERN_2BIT, TERN_ACT_INT4, 0, 0, 0},
+    chain_floats = {16, 20, 0, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_ADD, 0, 0, 0},
+                    TERN_PER_TENSOR, TERN_2BIT, TERN_ACT_INT8, 0, 0, 1},
+    chain_bare = {20, 0, 0, {TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_GELU, 1, 0, 0},
+                  0, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0},
+    chain_bare_floats = {20, 0, 0, {TERN_AGGREGATE_FIRST, TERN_GRAPH_MEAN, TERN_ACT_FLOAT, TERN_MAP_RELU, 1, 0, 0},
+                         0, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0},
+    chain_back = {20, 33, 37, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_RELU2, 0, 0, 0},
+                  TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0},
+    chain_lora = {37, 21, 37, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_FLOAT, TERN_MAP_SILU, 1, 1, 0},
+                  TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0},
+    chain_same = {37, 37, 0, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_SILU, 1, 0, 0},
+                  8, TERN_BASE3, TERN_ACT_INT8, 0, 0, 0},
+    chain_bits = {37, 37, 0, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0},
+                  TERN_PER_ROW, TERN_2BIT, TERN_ACT_BIT, 0, 0, 1},
+    chain_long = {1433, 16, 37, {TERN_PROJECT_FIRST, TERN_GRAPH_SYMMETRIC, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0},
+                  TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 1},
+    chain_long_norm = {1025, 16, 37, {TERN_PROJECT_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0},
+                       TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0},
+    chain_wide = {37, 700, 37, {TERN_AGGREGATE_FIRST, TERN_GRAPH_SUM, TERN_ACT_INT8, TERN_MAP_RELU, 0, 0, 0},
+                  TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 0, 0};
 
 static tern_backend without_hops()
 {
@@ -621,7 +676,8 @@ static void test_cuda_hops()
     CHECK(parts.result == TERN_OK);
     const graph_pair few(40, 150, {{3, 300}, {39, 700}}), many(201, 500, {{9, 600}}), no_hubs(33, 60, {});
     const std::vector<hop_shape> all = {chain_projected, chain_summed, chain_floats, chain_bare, chain_bare_floats, chain_back};
-    for (size_t count = 1; count <= all.size(); count++) test_chained({all.begin(), all.begin() + (std::ptrdiff_t)count}, few, parts.c, 0, count > 4 ? 2 : 1);
+    for (size_t count = 1; count <= all.size(); count++)
+        test_chained({all.begin(), all.begin() + (std::ptrdiff_t)count}, few, parts.c, 0, count > 4 ? 2 : 1);
     test_chained(all, many, parts.c, 0, 2); /* blocks have several turns */
     test_chained({chain_projected, chain_same, chain_same, chain_projected}, no_hubs, parts.c, 0, 1);
     test_chained({chain_bare_floats, chain_bare_floats, chain_bare_floats}, many, parts.c, 0, 1);
@@ -691,7 +747,8 @@ static void test_cuda_ngram()
     const int64_t n = 19, cols = 21, width = 10;
     side_params params;
     both_params *table = params.add(31, width, TERN_ABSMEAN, TERN_FOR_ADAMW, TERN_PER_ROW, TERN_BASE3);
-    both_params *key = params.add(cols, width, TERN_ABSMEAN, TERN_FOR_ADAMW, TERN_PER_ROW, TERN_2BIT), *value = params.add(cols, width, TERN_ABSMEAN, TERN_FOR_ADAMW, 4, TERN_2BIT);
+    both_params *key = params.add(cols, width, TERN_ABSMEAN, TERN_FOR_ADAMW, TERN_PER_ROW, TERN_2BIT),
+                *value = params.add(cols, width, TERN_ABSMEAN, TERN_FOR_ADAMW, 4, TERN_2BIT);
     mirror<float> h(n * cols, test_uniform), y(n * cols), dy(n * cols, test_uniform), dh(n * cols);
     mirror<int32_t> ids(2 * n);
     std::vector<int32_t> tokens;
@@ -703,7 +760,8 @@ static void test_cuda_ngram()
         l[side].table = at(table, side);
         l[side].key.w = at(key, side);
         l[side].value.w = at(value, side);
-        CHECK(tern_ngram_need(test_context[side], &l[side], n, &need[side]) == TERN_OK && tern_reserve(test_context[side], need[side].scratch) == TERN_OK);
+        CHECK(tern_ngram_need(test_context[side], &l[side], n, &need[side]) == TERN_OK
+              && tern_reserve(test_context[side], need[side].scratch) == TERN_OK);
     }
     CHECK(tern_ngram_ids(test_context[CPU], &l[CPU], n, 0, tokens.data(), ids[CPU]) == TERN_OK);
     ids.send();
@@ -751,9 +809,11 @@ static void test_cuda_ple()
 {
     const int64_t n = 9, cols = 33, width = 17;
     side_params params;
-    both_params *gate = params.add(width, cols, TERN_ABSMEAN, TERN_FOR_ADAMW, TERN_PER_ROW, TERN_2BIT), *project = params.add(cols, width, TERN_ABSMEAN, TERN_FOR_ADAMW, 8, TERN_BASE3);
+    both_params *gate = params.add(width, cols, TERN_ABSMEAN, TERN_FOR_ADAMW, TERN_PER_ROW, TERN_2BIT),
+                *project = params.add(cols, width, TERN_ABSMEAN, TERN_FOR_ADAMW, 8, TERN_BASE3);
     both_params *gain = params.add(1, cols, TERN_DENSE, TERN_FOR_ADAMW, 0, TERN_2BIT);
-    mirror<float> x(n * cols, test_uniform), rows(n * width, test_uniform), y(n * cols), dy(n * cols, test_uniform), dx(n * cols), drows(n * width);
+    mirror<float> x(n * cols, test_uniform), rows(n * width, test_uniform), y(n * cols), dy(n * cols, test_uniform), dx(n * cols),
+                  drows(n * width);
     mirror<int8_t> saved(n * 2048);
     test_fuse(false);
     test_both([&](tern_context *c, int side) {

@@ -454,8 +454,9 @@ static void test_product_by_tern__mma_bf16()
 
 /* -- tensor cores of warpgroups -- */
 
-/* Where 16 bytes of a column lie, a piece, as the manual draws it: eight columns side by side, `width` bytes of each, in which pieces change
-   places; `stride` bytes from eight columns to the next, `leading` from these bytes of a column to the next ones. */
+/* Where 16 bytes of a column lie, a piece, as the manual draws it: eight columns side by side, `width` bytes of each, in which
+   pieces change places; `stride` bytes from eight columns to the next, `leading` from these bytes of a column to the next
+   ones. */
 struct layout { unsigned width, leading, stride, mode; };
 static const layout layouts[] = {{16, 128, 512, 0}, {16, 256, 128, 0}, {128, 0, 1024, 1}, {64, 0, 512, 2}, {32, 512, 256, 3}};
 
@@ -467,12 +468,13 @@ static unsigned place(const layout &l, unsigned column, unsigned piece)
 static uint64_t descriptor(const layout &l, const void *tile, unsigned piece)
 {
     const uint64_t start = tern__shared_address(tile) + (l.width < 64 ? piece * 16 / l.width * l.leading : piece * 16);
-    return start / 16 | static_cast<uint64_t>(l.leading / 16) << 16 | static_cast<uint64_t>(l.stride / 16) << 32 | static_cast<uint64_t>(l.mode) << 62;
+    return start / 16 | static_cast<uint64_t>(l.leading / 16) << 16 | static_cast<uint64_t>(l.stride / 16) << 32
+           | static_cast<uint64_t>(l.mode) << 62;
 }
 
 enum wgmma_fault {
-    DONE, NOT_COPIED, NOT_PUBLISHED, NOT_FENCED, A_BEHIND_FENCE, D_BEHIND_FENCE, A_EARLY, D_EARLY, B_EARLY, NOT_WAITED, WAITED_FOR_ONE, NOT_COMMITTED,
-    ONE_WARP_LESS, ONE_LANE_ELSEWHERE, NO_SUCH_DESCRIPTOR, OUTSIDE
+    DONE, NOT_COPIED, NOT_PUBLISHED, NOT_FENCED, A_BEHIND_FENCE, D_BEHIND_FENCE, A_EARLY, D_EARLY, B_EARLY,
+    NOT_WAITED, WAITED_FOR_ONE, NOT_COMMITTED, ONE_WARP_LESS, ONE_LANE_ELSEWHERE, NO_SUCH_DESCRIPTOR, OUTSIDE
 };
 
 /* y [64 x 16] += a [64 x 64] times b, 16 columns of 64 inputs: two products of 32 inputs, one tile in shared memory. */
@@ -491,7 +493,8 @@ __global__ void product_wgmma(wgmma_fault f, layout placed, layout described, co
         const int8_t *four = a + (t / 32 * 16 + lane / 4 + i % 2 * 8) * 64 + i / 4 * 32 + i % 4 / 2 * 16 + lane % 4 * 4;
         rows[i / 4][0][i % 4] = packed(four);
     }
-    for (unsigned i = 0; i < 8; i++) sums[0][i / 4][i % 4] = y[(t / 32 * 16 + lane / 4 + i % 4 / 2 * 8) * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2];
+    for (unsigned i = 0; i < 8; i++)
+        sums[0][i / 4][i % 4] = y[(t / 32 * 16 + lane / 4 + i % 4 / 2 * 8) * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2];
     for (unsigned k = 0; k < 2; k++) {
         uint64_t d = descriptor(described, tile, 2 * k);
         if (f != NOT_FENCED) tern__wgmma_fence(rows[k], sums);
@@ -511,7 +514,8 @@ __global__ void product_wgmma(wgmma_fault f, layout placed, layout described, co
     if (f == D_EARLY && t == 40) sums[0][0][0] = 0;
     if (f == B_EARLY && t == 40) tile[place(placed, 9, 3)] ^= 1;
     if (f != NOT_WAITED && f != WAITED_FOR_ONE) tern__wgmma_wait<0>(sums);
-    for (unsigned i = 0; i < 8; i++) y[(t / 32 * 16 + lane / 4 + i % 4 / 2 * 8) * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sums[0][i / 4][i % 4];
+    for (unsigned i = 0; i < 8; i++)
+        y[(t / 32 * 16 + lane / 4 + i % 4 / 2 * 8) * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sums[0][i / 4][i % 4];
 }
 
 static bool multiplies_by_wgmma(wgmma_fault f, const layout &placed, const layout &described, unsigned threads = 128)
@@ -533,9 +537,10 @@ static bool multiplies_by_wgmma(wgmma_fault f, const layout &placed, const layou
 static void test_product_by_tern__wgmma_s8()
 {
     static const std::pair<wgmma_fault, const char *> faults[] = {
-        {NOT_COPIED, "reads what thread 0 has not published"}, {NOT_PUBLISHED, "reads what thread 0 has not published"}, {NOT_FENCED, "has not fenced a"},
-        {A_BEHIND_FENCE, "thread 40 has not fenced a"}, {D_BEHIND_FENCE, "thread 40 has not fenced d"}, {A_EARLY, "a changed"}, {D_EARLY, "d changed"},
-        {B_EARLY, "shared memory changed"}, {NOT_WAITED, "returned before its products"}, {WAITED_FOR_ONE, "returned before its products"},
+        {NOT_COPIED, "reads what thread 0 has not published"}, {NOT_PUBLISHED, "reads what thread 0 has not published"},
+        {NOT_FENCED, "has not fenced a"}, {A_BEHIND_FENCE, "thread 40 has not fenced a"}, {D_BEHIND_FENCE, "thread 40 has not fenced d"},
+        {A_EARLY, "a changed"}, {D_EARLY, "d changed"}, {B_EARLY, "shared memory changed"},
+        {NOT_WAITED, "returned before its products"}, {WAITED_FOR_ONE, "returned before its products"},
         {NOT_COMMITTED, "returned before its products"}, {ONE_WARP_LESS, "thread 64: other products by tern__wgmma_s8 than thread 0"},
         {ONE_LANE_ELSEWHERE, "has another tile"}, {NO_SUCH_DESCRIPTOR, "a matrix descriptor"}, {OUTSIDE, "outside of shared memory"}
     };

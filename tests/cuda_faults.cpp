@@ -44,13 +44,15 @@ static const scenario products[] = {
     {"quantize", [] { check_quantize(40, 1100, TERN_PER_ROW, TERN_2BIT, true, true, false); }, {4}},
     {"few tokens", [] { check_product(test_shape(33, 300, TERN_PER_ROW, TERN_2BIT, TERN_F32), 3, true); }, {2}}, /* before the next group */
     {"few tokens, groups", [] { check_product(test_shape(33, 300, 20, TERN_BASE3, TERN_F32), 12, true); }, {}},
-    {"many tokens", [] { use_wgmma(0); check_product(test_shape(33, 500, TERN_PER_ROW, TERN_2BIT, TERN_F32), 40, true); use_wgmma(1); }, {}},
+    {"many tokens",
+     [] { use_wgmma(0); check_product(test_shape(33, 500, TERN_PER_ROW, TERN_2BIT, TERN_F32), 40, true); use_wgmma(1); }, {}},
     {"many tokens, groups", [] { check_product(test_shape(33, 500, 250, TERN_BASE3, TERN_F32), 20, true); }, {}},
     {"layer", [] { check_layer(40, 1300, 100, TERN_BASE3, 3, false); }, {4}}, /* of sums, before the next */
     {"int8", [] { int8_check(70, 65, 300, INT8_PLAIN, INT8_TRANSPOSED, 0); }, {}},
     {"warpgroups", [] { check_product(test_shape(33, 1000, TERN_PER_ROW, TERN_2BIT, TERN_F32), 70, true); }, {}},
     {"warpgroups, groups of inputs", [] { check_product(test_shape(33, 500, 100, TERN_2BIT, TERN_F32), 40, true); }, {}},
-    {"warpgroups, groups of tokens", [] { test_grouped_products(6, 1, 300, 130, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 270, 100); }, {}, "tern__wgmma_"},
+    {"warpgroups, groups of tokens", [] { test_grouped_products(6, 1, 300, 130, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 270, 100); }, {},
+     "tern__wgmma_"},
 };
 
 static void check_attention()
@@ -125,7 +127,8 @@ static void check_hop(bool layers)
 static void check_hops(bool layers)
 {
     const graph_pair g(100, 150, {{5, 300}});
-    const std::vector<hop_shape> ternary = {chain_projected, chain_same, chain_same, chain_projected}, bare = {chain_bare_floats, chain_bare_floats, chain_bare_floats};
+    const std::vector<hop_shape> ternary = {chain_projected, chain_same, chain_same, chain_projected},
+        bare = {chain_bare_floats, chain_bare_floats, chain_bare_floats};
     chain_of_hops x(layers ? ternary : bare, 100, layers ? 0 : CHAIN_NAN);
     tern__gpu_of(&test_context[GPU]->run)->processors = 2;
     const long before = test_cuda.launches;
@@ -136,8 +139,9 @@ static void check_hops(bool layers)
 
 static void check_mixture(tern_rule router, tern_type encoding, int32_t grain)
 {
-    const fused_moe t = {{20, 4, 260, 40, 1, 0, 0, TERN_ABSMEAN, grain, encoding, TERN_ACT_INT8, TERN_MAP_SILU, TERN_ROUTE_RENORMALIZED, TERN_NORM_RMS, TERN_NORM_NONE, router,
-                          TERN_FOR_INFERENCE}, 16, MOE_NAN, 1};
+    const fused_moe t = {{20, 4, 260, 40, 1, 0, 0, TERN_ABSMEAN, grain, encoding, TERN_ACT_INT8,
+                          TERN_MAP_SILU, TERN_ROUTE_RENORMALIZED, TERN_NORM_RMS, TERN_NORM_NONE, router, TERN_FOR_INFERENCE},
+                         16, MOE_NAN, 1};
     test_fuse(false);
     tern__gpu_of(&test_context[GPU]->run)->processors = 2; /* of which each has a block */
     test_fused_moe(t, test_context[GPU]);
@@ -147,9 +151,11 @@ static void check_mixture(tern_rule router, tern_type encoding, int32_t grain)
 static const scenario fused[] = {
     {"hop", [] { check_hop(true); }, {1}, "tern__hop_"}, /* a warp quantizes the rows that it summed */
     {"hop without layers", [] { check_hop(false); }, {}, "tern__hop_"},
-    {"groups, where tiles begin", [] { test_grouped_products(7, 2, 40, 70, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 3, 12, 9); }, {}, "tern__count_tiles"},
+    {"groups, where tiles begin", [] { test_grouped_products(7, 2, 40, 70, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 3, 12, 9); }, {},
+     "tern__count_tiles"},
     {"groups of few", [] { test_grouped_products(7, 2, 140, 300, 20, TERN_BASE3, TERN_ACT_INT8, 3, 40, 20); }, {}, "tern__few_tokens"},
-    {"groups of many", [] { test_grouped_products(3, 2, 130, 500, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 90, 70); }, {}, "tern__many_tokens"},
+    {"groups of many", [] { test_grouped_products(3, 2, 130, 500, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 0, 90, 70); }, {},
+     "tern__many_tokens"},
     {"mixture", [] { check_mixture(TERN_DENSE, TERN_2BIT, TERN_PER_ROW); }, {}, "tern__mixture"},
     {"hops", [] { check_hops(true); }, {}, "tern__hops_nodes"},
     {"hops without layers", [] { check_hops(false); }, {}, "tern__hops_nodes"},
@@ -157,8 +163,10 @@ static const scenario fused[] = {
 };
 
 static const scenario grouped_back[] = {
-    {"groups, backward", [] { test_grouped_back(3, 2, 70, 150, 20, TERN_BASE3, TERN_ACT_INT8, 3, 40, 30, false); }, {}, "tern__product_tile"},
-    {"groups, where their rows begin", [] { test_grouped_back(4, 2, 20, 40, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 3, 30, 15, true); }, {}, "tern__count_tiles"},
+    {"groups, backward", [] { test_grouped_back(3, 2, 70, 150, 20, TERN_BASE3, TERN_ACT_INT8, 3, 40, 30, false); }, {},
+     "tern__product_tile"},
+    {"groups, where their rows begin", [] { test_grouped_back(4, 2, 20, 40, TERN_PER_ROW, TERN_2BIT, TERN_ACT_INT8, 3, 30, 15, true); }, {},
+     "tern__count_tiles"},
 };
 
 /* Each call of the runtime that a layer of those rooms makes fails in its turn: the layer says so. */
@@ -214,7 +222,8 @@ static void check_barriers(const scenario &s)
     CHECK(!lines.empty());
     for (size_t i = 1; i <= lines.size(); i++) {
         const bool seen = fault_seen(s, CUDA_NO_BARRIER, i - 1) == FAULT_SEEN, spare = std::count(s.spare.begin(), s.spare.end(), i) > 0;
-        if (seen == spare) test_errors++, printf("  %s: barrier %zu, line %d, is %s\n", s.name, i, lines[i - 1], seen ? "not spare" : "not missed");
+        if (seen == spare)
+            test_errors++, printf("  %s: barrier %zu, line %d, is %s\n", s.name, i, lines[i - 1], seen ? "not spare" : "not missed");
     }
 }
 

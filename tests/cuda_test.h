@@ -14,7 +14,10 @@
 /* On a device too, tests can do without fused products, which the scalar tier of the CPU has not. */
 #ifndef TEST_CUDA_H
 static __device__ int test_fused = 1;
-static __device__ __forceinline__ float test_fma(float a, float b, float c) { return test_fused ? __fmaf_rn(a, b, c) : __fadd_rn(__fmul_rn(a, b), c); }
+static __device__ __forceinline__ float test_fma(float a, float b, float c)
+{
+    return test_fused ? __fmaf_rn(a, b, c) : __fadd_rn(__fmul_rn(a, b), c);
+}
 #define __fmaf_rn(a, b, c) test_fma(a, b, c)
 static void test_fuse(int fuse)
 {

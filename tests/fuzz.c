@@ -7,7 +7,8 @@
 enum { FUZZ_PARAMS = 6 };
 typedef struct fuzz_model { tern_context *c; tern_param p[FUZZ_PARAMS], *items[FUZZ_PARAMS]; tern_model m; } fuzz_model;
 
-static void fuzz_add(fuzz_model *f, const char *name, int64_t rows, int64_t cols, tern_rule rule, int32_t grain, tern_type scales, int32_t buffers)
+static void fuzz_add(fuzz_model *f, const char *name, int64_t rows, int64_t cols, tern_rule rule, int32_t grain, tern_type scales,
+                     int32_t buffers)
 {
     tern_param *p = &f->p[f->m.count];
     f->items[f->m.count++] = p;

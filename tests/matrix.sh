@@ -28,7 +28,8 @@ fi
 compilers="gcc;-std=c99 g++;-std=c++11 clang;-std=c99 clang++;-xc++;-std=c++11
 gcc;-std=c11 g++;-std=c++17 clang;-std=c11 clang++;-xc++;-std=c++17"
 # SWITCH>OTHER,...: with the switch the others decide nothing
-switches="TERNARY_NO_SIMD>TERNARY_NO_SSE41,TERNARY_NO_AVX2,TERNARY_NO_AVX_VNNI,TERNARY_NO_AVX512_VNNI,TERNARY_NO_AVX512_VBMI,TERNARY_NO_AMX_INT8
+switches="TERNARY_NO_SIMD>TERNARY_NO_SSE41,TERNARY_NO_AVX2,TERNARY_NO_AVX_VNNI,TERNARY_NO_AVX512_VNNI,\
+TERNARY_NO_AVX512_VBMI,TERNARY_NO_AMX_INT8
 TERNARY_NO_AVX512_VNNI>TERNARY_NO_AVX512_VBMI,TERNARY_NO_AMX_INT8 TERNARY_NO_AVX512_VBMI>TERNARY_NO_AMX_INT8 TERNARY_NO_AMX_INT8
 TERNARY_NO_SSE41 TERNARY_NO_AVX2 TERNARY_NO_AVX_VNNI TERNARY_STATIC TERNARY_NO_STDIO TERNARY_NO_THREADS
 TERNARY_MALLOC=malloc;-DTERNARY_FREE=free;-include;stdlib.h TERNARY_ASSERT=assert;-include;assert.h
@@ -67,15 +68,22 @@ switch_sets() {
             }
         }
         function force(set, i, state, m) { set[i] = state + 0; for (m = 1; m <= n; m++) if (hidden[m, i]) set[m] = 0 }
-        function emit(set, i, text) { for (i = 1; i <= n; i++) if (set[i]) text = text define[i]; print "tests/units.c", compiler[turn], "-O0 -DTERNARY_IMPLEMENTATION" text }
+        function emit(set, i, text) {
+            for (i = 1; i <= n; i++) if (set[i]) text = text define[i]
+            print "tests/units.c", compiler[turn], "-O0 -DTERNARY_IMPLEMENTATION" text
+        }
         END {
             compilers = split(compilers, compiler, " ")
             srand(seed)
             for (m = 1; m <= n; m++) for (i = 1; i <= n; i++) if (index(hides[m], "," name[i] ",")) hidden[m, i] = 1
-            for (i = 1; i <= n; i++) for (turn = 1; turn <= compilers; turn++) for (state = 0; state < 2; state++) { open[turn, i, state]; left++ }
+            for (i = 1; i <= n; i++) for (turn = 1; turn <= compilers; turn++) for (state = 0; state < 2; state++) {
+                open[turn, i, state]
+                left++
+            }
             for (i = 1; i <= n; i++) for (j = i + 1; j <= n; j++) for (k = j + 1; k <= n; k++) for (s = 0; s < 8; s++) {
                 a = s % 2; b = int(s / 2) % 2; c = int(s / 4)
-                if (a && (hidden[i, j] || hidden[i, k]) || b && (hidden[j, i] || hidden[j, k]) || c && (hidden[k, i] || hidden[k, j])) continue
+                if (a && (hidden[i, j] || hidden[i, k]) || b && (hidden[j, i] || hidden[j, k]) ||
+                    c && (hidden[k, i] || hidden[k, j])) continue
                 open[i, j, k, a b c]
                 left++
             }

@@ -28,7 +28,8 @@ check() {
 
 # One implementation; the other unit is compiled with other switches, which must not change any layout.
 two_units() {
-    compile -DTERNARY_NO_FILES -DTERNARY_NO_THREADS -DTERNARY_NO_TRAINING -DTERNARY_NO_MOE -DTERNARY_NO_GRAPH -DUNIT=1 -c tests/units.c -o $out/user.o &&
+    compile -DTERNARY_NO_FILES -DTERNARY_NO_THREADS -DTERNARY_NO_TRAINING -DTERNARY_NO_MOE -DTERNARY_NO_GRAPH -DUNIT=1 \
+        -c tests/units.c -o $out/user.o &&
     compile -DTERNARY_IMPLEMENTATION -DUNIT=2 -c tests/units.c -o $out/implementation.o &&
     compile $out/user.o $out/implementation.o -o $out/two_units && $out/two_units
 }
@@ -70,7 +71,8 @@ node_classifier_runs() (
     binary=$PWD/$out/node_classifier
     mkdir -p $out/nodes && cd $out/nodes && $binary --seeds 2 > log && cat log && grep -q '^<circle' node_classifier.svg || exit 1
     awk -F 'seeds[)] *' 'NF > 1 { rows++; if ($2 + 0 < 93.7) bad = 1 } END { exit rows != 2 || bad }' log || exit 1
-    printf '0 0 train 1,2\n1 1 train 3\n2 1 test 3,4\n' > nodes && printf '# u v\n0 1\n1 2\n' > edges && $binary nodes edges --ternary --seeds 1 || exit 1
+    printf '0 0 train 1,2\n1 1 train 3\n2 1 test 3,4\n' > nodes && printf '# u v\n0 1\n1 2\n' > edges &&
+    $binary nodes edges --ternary --seeds 1 || exit 1
     printf '0 3\n' > edges && ! $binary nodes edges && ! $binary nodes && ! $binary edges edges
 )
 language_model_runs() {
@@ -81,17 +83,20 @@ language_model_runs() {
 # with the batches drawn from the start again, with the step counted from the start again, without the handler.
 language_model_resumes() {
     mkdir -p $out/whole $out/parts $out/signal
-    tiny="$out/language_model --text README.md --layers 1 --heads 2 --width 32 --context 16 --batch 3 --accumulate 2 --schedule wsd --generate 10"
+    tiny="$out/language_model --text README.md --layers 1 --heads 2 --width 32 --context 16 --batch 3 --accumulate 2 \
+        --schedule wsd --generate 10"
     $tiny --steps 20 --out $out/whole && $tiny --steps 20 --stop 10 --out $out/parts &&
     $tiny --steps 20 --out $out/parts --resume $out/parts/training.state || return 1
     for file in model.gguf loss.svg loss.csv; do cmp $out/whole/$file $out/parts/$file || return 1; done
-    ! $tiny --steps 21 --out $out/parts --resume $out/parts/training.state && ! $tiny --steps 20 --out $out/parts --resume README.md || return 1
+    ! $tiny --steps 21 --out $out/parts --resume $out/parts/training.state &&
+    ! $tiny --steps 20 --out $out/parts --resume README.md || return 1
 
     $tiny --steps 100000 --out $out/signal > $out/signal/log &
     while ! [ -s $out/signal/log ] && kill -0 $!; do sleep 0.1; done
     kill $! && { wait $!; [ $? = 143 ]; } || return 1
     step=$(sed -n 's/^Stopped after step \([0-9]*\) .*/\1/p' $out/signal/log)
-    mv $out/signal/training.state $out/signal/caught && $tiny --steps 100000 --stop "$step" --out $out/signal && cmp $out/signal/caught $out/signal/training.state
+    mv $out/signal/training.state $out/signal/caught && $tiny --steps 100000 --stop "$step" --out $out/signal &&
+    cmp $out/signal/caught $out/signal/training.state
 }
 
 # Every option of a recipe: the file reloads with the bits of the training, and is another one than without the option; what
@@ -109,13 +114,16 @@ language_model_recipes() (
         $scalar $recipe && ! cmp -s $out/recipe/default $out/recipe/model.gguf || exit 1
     done
     refused() { text=$1; shift; ! $scalar "$@" > $out/refused 2>&1 && grep "$text" $out/refused; }
-    refused 'rule lsq learns one scale for the tensor' --rule lsq --grain row && refused 'rule seq learns a scale for each row' --rule seq --grain 16 &&
+    refused 'rule lsq learns one scale for the tensor' --rule lsq --grain row &&
+    refused 'rule seq learns a scale for each row' --rule seq --grain 16 &&
     refused 'a dense parameter has neither' --float --rotate && refused 'arenas beside dense weights' --float --arenas 0.1 &&
-    refused 'rho needs scales' --rho 0.9 --scales f16 && refused 'lambda above 0' --tequila -1 && refused 'does not take' --rule foo || exit 1
+    refused 'rho needs scales' --rho 0.9 --scales f16 && refused 'lambda above 0' --tequila -1 &&
+    refused 'does not take' --rule foo || exit 1
     most="--rotate --tequila 1e-2 --arenas 0.1 --noise 0.1 --activations int4 --moments bf16"
     for recipe in "$most --rule lsq --scales f16" "$most --rho 0.9 --grain 16 --float-ends"; do
         $tiny $recipe --out $out/recipe && $tiny $recipe --stop 5 --out $out/recipes &&
-        $tiny $recipe --out $out/recipes --resume $out/recipes/training.state && cmp $out/recipe/model.gguf $out/recipes/model.gguf || exit 1
+        $tiny $recipe --out $out/recipes --resume $out/recipes/training.state &&
+        cmp $out/recipe/model.gguf $out/recipes/model.gguf || exit 1
     done
 )
 
@@ -125,12 +133,14 @@ language_model_recipes() (
 # zone's bias or the shared expert in training alone, with a rounding that counts the calls of a process.
 language_model_experts() (
     mkdir -p $out/experts $out/expert_parts
-    tiny="$out/language_model --text LICENSE --layers 2 --heads 2 --width 32 --context 16 --batch 3 --accumulate 2 --steps 12 --generate 10 --experts 6"
+    tiny="$out/language_model --text LICENSE --layers 2 --heads 2 --width 32 --context 16 --batch 3 --accumulate 2 \
+        --steps 12 --generate 10 --experts 6"
     scalar="env TERNARY_ISA=scalar $tiny"
     $tiny --out $out/experts > $out/experts/log && cat $out/experts/log && # its table compares the tiers
     grep '^experts          6 of width 64 in each block, 2 for a byte, for which 41344 parameters work' $out/experts/log &&
     [ "$(grep -c '^step .* loads [0-9.]* to [0-9.]*, entropy [0-9.]*   ' $out/experts/log)" = 12 ] &&
-    [ "$(grep -c '^block . *loads from [0-9.]* to [0-9.]* of an even share, their entropy 1[.][67][0-9]* of 1.792,' $out/experts/log)" = 2 ] || exit 1
+    [ "$(grep -c '^block . *loads from [0-9.]* to [0-9.]* of an even share, their entropy 1[.][67][0-9]* of 1.792,' \
+        $out/experts/log)" = 2 ] || exit 1
     for recipe in "--float --top-k 1" "--float-ends --tequila 1e-2 --rule lsq --expert-width 24 --top-k 3" "--true-ternary --shared"; do
         echo "experts $recipe"
         $scalar $recipe --out $out/experts && $scalar $recipe --stop 5 --out $out/expert_parts &&
@@ -138,7 +148,8 @@ language_model_experts() (
         for file in model.gguf loss.svg loss.csv; do cmp $out/experts/$file $out/expert_parts/$file || exit 1; done
     done
     $tiny --true-ternary --shared --stop 5 --out $out/experts && cmp $out/experts/training.state $out/expert_parts/training.state || exit 1
-    $tiny --balance 0 --out $out/experts > /dev/null && cp $out/experts/model.gguf $out/expert_parts && $tiny --out $out/experts > /dev/null &&
+    $tiny --balance 0 --out $out/experts > /dev/null && cp $out/experts/model.gguf $out/expert_parts &&
+    $tiny --out $out/experts > /dev/null &&
     ! cmp -s $out/experts/model.gguf $out/expert_parts/model.gguf || exit 1
     refused() { text=$1; shift; ! $tiny --out $out/experts "$@" > $out/refused 2>&1 && grep "$text" $out/refused; }
     refused 'expert.0.up: what experts share is not rotated' --rotate && refused 'experts cannot add shadow weights' --arenas 0.1 &&
@@ -151,11 +162,13 @@ language_model_beside() (
     mkdir -p $out/beside
     tiny="$out/language_model --text README.md --layers 1 --heads 2 --width 32 --context 16 --batch 3 --generate 10 --out $out/beside"
     $tiny --steps 20 --true-ternary && mv $out/beside/loss.csv $out/beside/other && ! grep other $out/beside/loss.svg &&
-    $tiny --steps 10 --beside $out/beside/other && grep 'validation with true-ternary weights: [0-9.]* nats after 20 steps' $out/beside/loss.svg &&
+    $tiny --steps 10 --beside $out/beside/other &&
+    grep 'validation with true-ternary weights: [0-9.]* nats after 20 steps' $out/beside/loss.svg &&
     [ "$(grep -c 'class="dot other"' $out/beside/loss.svg)" = 11 ] && [ "$(grep -c '^training,' $out/beside/loss.csv)" = 10 ] || exit 1
     sed '$d' $out/beside/other > $out/beside/cut
     for file in README.md $out/beside/cut $out/beside/none; do
-        ! $tiny --steps 10 --beside $file > $out/refused 2>&1 && grep 'is not the loss.csv of a training' $out/refused && ! grep '^step' $out/refused || exit 1
+        ! $tiny --steps 10 --beside $file > $out/refused 2>&1 && grep 'is not the loss.csv of a training' $out/refused &&
+        ! grep '^step' $out/refused || exit 1
     done
 )
 
@@ -164,7 +177,8 @@ language_model_beside() (
 # with a rounding that counts the backwards of a process, without the pace of the sign rule in the state, without the audit.
 language_model_true_ternary() (
     mkdir -p $out/flips $out/flip_parts
-    tiny="$out/language_model --true-ternary --text README.md --layers 2 --heads 2 --width 32 --context 16 --batch 3 --accumulate 2 --steps 12 --generate 10"
+    tiny="$out/language_model --true-ternary --text README.md --layers 2 --heads 2 --width 32 --context 16 --batch 3 \
+        --accumulate 2 --steps 12 --generate 10"
     scalar="env TERNARY_ISA=scalar $tiny"
     $tiny --out $out/flips || exit 1 # its table compares the tiers
     for recipe in "" "--grain tensor --activations int4 --scales pow2" "--flips sign --grain 16"; do
@@ -173,7 +187,8 @@ language_model_true_ternary() (
         $tiny $recipe --stop 5 --out $out/flip_parts || exit 1
         for threads in 1 2; do
             for tier in "" TERNARY_ISA=scalar; do
-                env $tier $tiny $recipe --threads $threads --stop 5 --out $out/flips && cmp $out/flips/training.state $out/flip_parts/training.state || exit 1
+                env $tier $tiny $recipe --threads $threads --stop 5 --out $out/flips &&
+                cmp $out/flips/training.state $out/flip_parts/training.state || exit 1
             done
         done
         $scalar $recipe --out $out/flip_parts --resume $out/flip_parts/training.state || exit 1
@@ -190,14 +205,18 @@ language_model_true_ternary() (
 image_classifier_true_ternary() (
     mkdir -p $out/idx && cd $out/idx || exit 1
     images() { printf '\000\000\010\003\000\000'$1'\000\000\000\034\000\000\000\034'; head -c $(($2 * 784)) ../../../ternary.h; }
-    labels() { printf '\000\000\010\001\000\000'$1; for i in $(seq $(($2 / 10))); do printf '\000\001\002\003\004\005\006\007\010\011'; done; }
+    labels() {
+        printf '\000\000\010\001\000\000'$1
+        for i in $(seq $(($2 / 10))); do printf '\000\001\002\003\004\005\006\007\010\011'; done
+    }
     images '\002\010' 520 > train-images-idx3-ubyte && labels '\002\010' 520 > train-labels-idx1-ubyte &&
     images '\000\062' 50 > t10k-images-idx3-ubyte && labels '\000\062' 50 > t10k-labels-idx1-ubyte || exit 1
     lines() { sed -n 's/^\(true ternary .*\)   time left.*/\1/p; s/^\(true ternary *[0-9.]*%\).*/\1/p' "$@"; }
     ../image_classifier --true-ternary . > log && lines log > whole && cat whole && [ "$(wc -l < whole)" = 11 ] || exit 1
     TERNARY_ISA=scalar ../image_classifier --true-ternary . > first &
     while ! grep -q epoch first && kill -0 $!; do sleep 0.1; done
-    kill $! && { wait $!; [ $? = 143 ]; } && ../image_classifier --true-ternary --resume image_classifier.state . > rest && lines first rest | cmp - whole
+    kill $! && { wait $!; [ $? = 143 ]; } && ../image_classifier --true-ternary --resume image_classifier.state . > rest &&
+    lines first rest | cmp - whole
 )
 
 # Creatures that learn find at least five times the food, and less poison, than before; that life has one hash on every machine.
@@ -205,7 +224,8 @@ image_classifier_true_ternary() (
 # the other sign, with a rounding by the clock, with two random places in one call (another hash on aarch64 and s390x).
 npc_brain_lives() {
     for tier in "" TERNARY_ISA=scalar; do
-        env $tier $out/npc_brain --headless 2000 --steps 1 > $out/life && cat $out/life && grep 'hash 8ff31eb86b048560$' $out/life || return 1
+        env $tier $out/npc_brain --headless 2000 --steps 1 > $out/life && cat $out/life &&
+        grep 'hash 8ff31eb86b048560$' $out/life || return 1
     done
     awk '/^frame 2000/ { better = $3 >= 5 * $(NF - 2) && $6 < $NF } END { exit !better }' $out/life &&
     $out/npc_brain --headless 400 --record $out/life && TERNARY_ISA=scalar $out/npc_brain --replay $out/life || return 1
@@ -222,17 +242,24 @@ mpi_ranks() {
     ranks 2 train_mpi two.gguf 200 && ranks 1 train_mpi turns.gguf 200 2 && cmp $out/two.gguf $out/turns.gguf &&
     ranks 1 train_mpi one.gguf 20 && ranks 2 train_mpi two.gguf 20 2 $out/one.gguf > $out/ranks && cat $out/ranks && ranks_agree
 }
-has_mpi() { { command -v mpicc && command -v mpirun; } > /dev/null || { echo "skipped: no mpicc and mpirun (Open MPI) for examples/train_mpi.c"; return 1; }; }
+has_mpi() {
+    { command -v mpicc && command -v mpirun; } > /dev/null ||
+    { echo "skipped: no mpicc and mpirun (Open MPI) for examples/train_mpi.c"; return 1; }
+}
 ranks() { OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 mpirun --oversubscribe -n "$1" $out/"$2" "$out/$3" $4 $5 $6 $7; }
 ranks_agree() { awk '/^largest difference/ { found = 1; bad = $NF > 1e-6 } END { exit !found || bad }' $out/ranks; }
 # Trains, tunes, saves and reloads itself; from its own file as base it comes to the same table, and a sweep to its picture.
 # Seen to fail: where either load leaves the network as it was opened, where a training's images depend on those before it.
 finetune_runs() {
     mkdir -p $out/tuned
-    tune() { $out/finetune --out $out/tuned --steps 5 --rank 4 "$@" > $out/tuned/log && grep -E '^(packed|LoRA|rank|all).*%' $out/tuned/log; }
+    tune() {
+        $out/finetune --out $out/tuned --steps 5 --rank 4 "$@" > $out/tuned/log &&
+        grep -E '^(packed|LoRA|rank|all).*%' $out/tuned/log
+    }
     tune > $out/tuned/first && tune --base $out/tuned/finetune_base.gguf > $out/tuned/again && cat $out/tuned/first &&
     [ "$(wc -l < $out/tuned/first)" = 4 ] && cmp $out/tuned/first $out/tuned/again || return 1
-    tune --sweep --base $out/tuned/finetune_base.gguf > $out/tuned/sweep && [ "$(wc -l < $out/tuned/sweep)" = 12 ] && grep '</svg>' $out/tuned/finetune.svg
+    tune --sweep --base $out/tuned/finetune_base.gguf > $out/tuned/sweep && [ "$(wc -l < $out/tuned/sweep)" = 12 ] &&
+    grep '</svg>' $out/tuned/finetune.svg
 }
 bench_compiles() { compile bench/bench.c -o $out/bench -ldl; }
 bench_runs() { $out/bench --quick --csv; }
@@ -240,7 +267,11 @@ bench_runs() { $out/bench --quick --csv; }
 # The tier amx-int8 with a tile unit in software, against the scalar tier.
 amx_in_software() {
     compile -DTEST_AMX -DTEST_THREADS=1,3 tests/tests.c -o $out/amx || return 1
-    for part in tiles kernels product shape tokens linear moe_bf16 workers selftest; do $out/amx $part > $out/part || { cat $out/part; return 1; }; cat $out/part; tail -n 1 $out/part | grep -q "^[1-9]" || return 1; done
+    for part in tiles kernels product shape tokens linear moe_bf16 workers selftest; do
+        $out/amx $part > $out/part || { cat $out/part; return 1; }
+        cat $out/part
+        tail -n 1 $out/part | grep -q "^[1-9]" || return 1
+    done
 }
 
 # The emulator that tests the CUDA backend without a GPU sees the faults that it is there to see.
@@ -258,7 +289,8 @@ cuda_tests() {
 # An example, made small by what sed replaces in it, with the emulator for its GPU and the scalar tier, whose build is soon done.
 emulated() {
     sed "$2" "examples/$1.c" > $out/"$1"_small.c &&
-    { [ -s $out/ternary_cuda.o ] || g++ -std=c++17 -O1 -ffp-contract=off -include tests/cuda.h -I. -x c++ -c ternary_cuda.cu -o $out/ternary_cuda.o; } &&
+    { [ -s $out/ternary_cuda.o ] ||
+      g++ -std=c++17 -O1 -ffp-contract=off -include tests/cuda.h -I. -x c++ -c ternary_cuda.cu -o $out/ternary_cuda.o; } &&
     compile -DUSE_CUDA -DTERNARY_NO_SIMD $out/"$1"_small.c $out/ternary_cuda.o -o $out/"$1"_cuda -lstdc++
 }
 # A state goes from the CPU to the GPU and back as it is, and a true-ternary training goes on here and there with the bits of one
@@ -268,29 +300,34 @@ language_model_cuda_runs() {
     emulated language_model '' && head -c 1000 LICENSE > $out/text && mkdir -p $out/cpu $out/gpu || return 1
     tiny="$out/language_model_cuda --text $out/text --layers 1 --heads 2 --width 16 --context 8 --batch 2 --steps 10 --generate 4"
     for recipe in "" "--experts 2" "--true-ternary"; do $tiny $recipe --cuda --out $out || return 1; done
-    for recipe in "" "--rule lsq --grain tensor --tequila 1e-2 --moments bf16" "--rule seq --scales f16 --float-shadows" "--true-ternary --experts 2"; do
+    for recipe in "" "--rule lsq --grain tensor --tequila 1e-2 --moments bf16" "--rule seq --scales f16 --float-shadows" \
+        "--true-ternary --experts 2"; do
         echo "there and back $recipe"
         $tiny $recipe --stop 4 --out $out/cpu && $tiny $recipe --stop 4 --cuda --resume $out/cpu/training.state --out $out/gpu &&
         cmp $out/cpu/training.state $out/gpu/training.state || return 1
     done
-    $tiny $recipe --stop 7 --cuda --resume $out/cpu/training.state --out $out/gpu && $tiny $recipe --stop 9 --resume $out/gpu/training.state --out $out/gpu &&
+    $tiny $recipe --stop 7 --cuda --resume $out/cpu/training.state --out $out/gpu &&
+    $tiny $recipe --stop 9 --resume $out/gpu/training.state --out $out/gpu &&
     $tiny $recipe --stop 9 --out $out/cpu && cmp $out/cpu/training.state $out/gpu/training.state
 }
 # The others compare with the CPU themselves what the CPU must find again; a life is lived again there, and the weights of two
 # ranks are those of the CPU but for rounding. Each was seen to fail with a ReLU that is a thousandth too large on the GPU alone.
 examples_cuda_run() (
     command -v g++ > /dev/null || { echo "skipped: no g++ for the CUDA emulator"; return 0; }
-    small='s/HIDDEN = [0-9]*/HIDDEN = 16/; s/BATCH = [0-9]*/BATCH = 24/; s/PERIOD = [0-9]*/PERIOD = 25/; s/(10000)/(96)/; s/(2000)/(40)/; s/16, 150,/16, 10,/; s/repeats = .*/repeats = 1;/'
+    small='s/HIDDEN = [0-9]*/HIDDEN = 16/; s/BATCH = [0-9]*/BATCH = 24/; s/PERIOD = [0-9]*/PERIOD = 25/
+        s/(10000)/(96)/; s/(2000)/(40)/; s/16, 150,/16, 10,/; s/repeats = .*/repeats = 1;/'
     for example in image_classifier finetune node_classifier npc_brain; do emulated $example "$small" || exit 1; done
     mkdir -p $out/tuned && $out/finetune_cuda --cuda --out $out/tuned --steps 4 --rank 2 > $out/tuned/log && cat $out/tuned/log &&
     [ "$(grep -c 'reloaded by the tier cuda, gives the same bits' $out/tuned/log)" = 1 ] && # LoRA beside the trits
     [ "$(grep -c 'reloaded by the tier [^c].*, gives the same bits' $out/tuned/log)" = 2 ] &&
     $out/npc_brain_cuda --headless 60 --steps 1 --record $out/gpu_life --cuda && $out/npc_brain_cuda --replay $out/gpu_life &&
     cd $out && same() { "$@" > gpu_log && cat gpu_log && grep 'same bits on the tiers cuda and' gpu_log; } &&
-    same ./image_classifier_cuda --cuda && same ./image_classifier_cuda --cuda --true-ternary && same ./node_classifier_cuda --cuda --seeds 1 || exit 1
+    same ./image_classifier_cuda --cuda && same ./image_classifier_cuda --cuda --true-ternary &&
+    same ./node_classifier_cuda --cuda --seeds 1 || exit 1
     cd ../.. && has_mpi || exit 0
     export OMPI_CC="$CC" && CC=mpicc && emulated train_mpi "$small" && ranks 1 train_mpi_cuda cpu.gguf 6 2 &&
-    ranks 2 train_mpi_cuda gpu.gguf 6 2 $out/cpu.gguf --cuda > $out/ranks && cat $out/ranks && grep 'same bits on the tier' $out/ranks && ranks_agree
+    ranks 2 train_mpi_cuda gpu.gguf 6 2 $out/cpu.gguf --cuda > $out/ranks && cat $out/ranks &&
+    grep 'same bits on the tier' $out/ranks && ranks_agree
 )
 bench_cuda_runs() {
     command -v g++ > /dev/null || { echo "skipped: no g++ for the CUDA emulator"; return 0; }
@@ -318,10 +355,12 @@ references() {
     done | grep .
 }
 
-# Plain text: no character beyond ASCII, no tab but in the Makefile, no space before the end of a line, no path of one machine.
+# Plain text: no character beyond ASCII, no tab but in the Makefile, no space before the end of a line, no path of one machine;
+# in code no line beyond 140 columns.
 plain_text() {
     files=$(find ternary.h ternary_cuda.cu README.md LICENSE CMakeLists.txt tests examples bench -type f)
-    ! LC_ALL=C grep -n '[^ -~]' $files && ! grep -nE ' $|/(home|Users|work)/' $files
+    ! LC_ALL=C grep -n '[^ -~]' $files && ! grep -nE ' $|/(home|Users|work)/' $files &&
+    ! grep -nE '.{141}' $(find ternary.h ternary_cuda.cu tests examples bench -type f ! -name '*.svg')
 }
 
 check "table of contents" contents
@@ -336,7 +375,9 @@ check "TERNARY_STATIC twice in one program" static_twice
 check "exported symbols" symbols
 check "fast-math is refused" fast_math_refused
 check "the README's programs" readme_snippets
-for name in quickstart image_classifier finetune language_model node_classifier npc_brain; do check "examples/$name.c compiles" example $name; done
+for name in quickstart image_classifier finetune language_model node_classifier npc_brain; do
+    check "examples/$name.c compiles" example $name
+done
 check "examples/quickstart.c runs" quickstart_runs
 check "examples/node_classifier.c runs, and refuses wrong files" node_classifier_runs
 check "examples/finetune.c runs, reloads and goes on from its file" finetune_runs

@@ -77,14 +77,16 @@ static int blas_calls;
 #ifdef __cplusplus
 extern "C"
 #endif
-void cblas_sgemm(int order, int turn_a, int turn_b, int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc)
+void cblas_sgemm(int order, int turn_a, int turn_b, int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb,
+                 float beta, float *c, int ldc)
 {
     int i, j, l;
     blas_calls += order == 101;
     for (i = 0; i < m; i++)
         for (j = 0; j < n; j++) {
             float sum = 0.0f;
-            for (l = 0; l < k; l++) sum += (turn_a == 112 ? a[l * lda + i] : a[i * lda + l]) * (turn_b == 112 ? b[j * ldb + l] : b[l * ldb + j]);
+            for (l = 0; l < k; l++)
+                sum += (turn_a == 112 ? a[l * lda + i] : a[i * lda + l]) * (turn_b == 112 ? b[j * ldb + l] : b[l * ldb + j]);
             c[i * ldc + j] = alpha * sum + (beta == 0.0f ? 0.0f : beta * c[i * ldc + j]);
         }
 }
@@ -95,7 +97,8 @@ static int is_far(float got, double want) { return !(got - want < 5e-3 && want -
 static int blas_errors(int n, int rows, int cols)
 {
     float *w = (float *)malloc(sizeof(float) * (size_t)(rows * cols)), *x = (float *)malloc(sizeof(float) * (size_t)(n * cols));
-    float *dy = (float *)malloc(sizeof(float) * (size_t)(n * rows)), *out = (float *)malloc(sizeof(float) * (size_t)(n * cols + n * rows + rows * cols));
+    float *dy = (float *)malloc(sizeof(float) * (size_t)(n * rows)),
+          *out = (float *)malloc(sizeof(float) * (size_t)(n * cols + n * rows + rows * cols));
     tern_dense_args d = TERN_ZERO;
     tern_context *c;
     int errors = 0, t, r, i;
