@@ -2293,7 +2293,6 @@ enum {
    other, and facc[panel][token][row] = (float)acc * scale, summed in the order of the groups. */
 typedef struct tern__dot {
     const uint8_t *panel; int64_t panel_stride; /* bytes from panel to panel */
-    int64_t left;                               /* bytes from here to the end of the panel */
     int64_t units, last_units, groups;          /* 64 bytes: 16 inputs each (2-bit) or 20 (base-3); of a group, of the last */
     const int8_t *q; int64_t q_stride;          /* -128..127, or bits */
     const int32_t *sum; int64_t sum_stride;     /* sums of a token's q, one for each group */
@@ -2310,7 +2309,6 @@ static inline tern__dot tern__dot_group(const tern__dot *d, int64_t g, int32_t i
     tern__dot one = *d;
     const int64_t at = g * d->units;
     one.panel += at * 64;
-    one.left -= at * 64;
     one.q += at * inputs;
     one.sum += g;
     if (g == d->groups - 1) one.units = d->last_units;
@@ -2334,7 +2332,7 @@ typedef struct tern__emit {
    padding is 0. After an odd number of panels the next 16 columns of p are spoiled. */
 typedef struct tern__float_dot {
     const uint8_t *panel; int64_t panel_stride; /* where input 0 lies; bytes from panel to panel */
-    int64_t from, inputs, left;                 /* left: bytes from input 0 to the end of the panel */
+    int64_t from, inputs;
     const float *x;                             /* [inputs][tokens] */
     float *p;                                   /* [tokens][TERN__STRIP] */
     int32_t base3, panels, tokens, first;
@@ -3957,22 +3955,20 @@ static void tern__tile_tokens(const tern__dot *all, const tern__quads *k, int64_
     }
 }
 
-/* Slow loops defeat the hardware prefetcher, so every stream of weights asks 4 KB ahead: behind the end of its
-   panel for the one that this stream reads next, `panels` on. Into L2, which has more misses in flight than L1:
-   on a Zen 4 with one thread 21 GB/s in place of 17 (beside float activations nothing is that fast). */
-static inline __attribute__((always_inline)) void tern__prefetch(const tern__dot *d, const uint8_t *unit, int64_t i, int32_t panels)
+/* Slow loops defeat the hardware prefetcher, so every stream of weights asks ahead, also behind the end of its panel: what lies
+   there is what it reads next (tern__matmul_range). Into L2, which has more misses in flight than L1: on a Zen 4 with one
+   thread 21 GB/s in place of 17 (beside float activations nothing is that fast). */
+static inline __attribute__((always_inline)) void tern__prefetch(const uint8_t *unit, int64_t ahead)
 {
-    const int64_t ahead = TERN__AHEAD + (i * 64 + TERN__AHEAD >= d->left ? (panels - 1) * d->panel_stride : 0);
     __builtin_prefetch((const void *)((uintptr_t)unit + (uintptr_t)ahead), 0, 2);
 }
 
 /* The units that are decoded next, while the tiles of this chunk are at work. */
 static void tern__prefetch_chunk(const tern__dot *d, int32_t p, int32_t panels, int64_t u, int64_t units)
 {
-    const int64_t at = p * d->panel_stride + u * 64 + (u * 64 >= d->left ? (panels - 1) * d->panel_stride : 0);
-    for (int32_t i = 0; i < panels; i++)
-        for (int64_t j = 0; j < units; j++)
-            __builtin_prefetch((const void *)((uintptr_t)d->panel + (uintptr_t)(at + i * d->panel_stride + j * 64)));
+    for (int32_t i = p; i < p + panels; i++)
+        for (int64_t j = u; j < u + units; j++)
+            __builtin_prefetch((const void *)((uintptr_t)d->panel + (uintptr_t)(i * d->panel_stride + j * 64)));
 }
 
 static void tern__dot_quads(const tern__dot *d, const tern__quads *k)
@@ -4979,7 +4975,7 @@ static inline __attribute__((always_inline)) TARGET void                        
         const uint8_t *unit = panel + u * 64 + h;                                                        \
         const int8_t *q = token + u * Q * 4;                                                             \
         for (int64_t i = u; i < end; i++, unit += 64, q += Q * 4) {                                      \
-            tern__prefetch(d, unit, i, d->panels);                                                       \
+            tern__prefetch(unit, TERN__AHEAD);                                                           \
             TERN__UNROLL for (int j = 0; j < J; j++) {                                                   \
                 I code[5];                                                                               \
                 tern__peel_##X(base3, tern__load_int_##Y(unit + j * 4 * W), code);                       \
@@ -5090,11 +5086,9 @@ static void tern__float_panels(const tern__float_dot *f, const tern__float_tiles
     part.panel_stride = part.panels == panels ? stride : 0;
     for (int64_t at = f->from; at < end; at += part.inputs) {
         const int64_t u = at / inputs, left = (end + inputs - 1) / inputs - u, units = left < chunk ? left : chunk;
-        const int64_t turn = (u + units) * 64 + TERN__AHEAD > f->left ? (panels - 1) * f->panel_stride : 0;
         for (int32_t i = 0; i < panels; i++) {
             const uint8_t *panel = f->panel + i * f->panel_stride + u * 64;
-            for (int64_t j = 0; j < units; j++)
-                __builtin_prefetch((const void *)((uintptr_t)panel + (uintptr_t)(TERN__AHEAD + turn + j * 64)));
+            for (int64_t j = 0; j < units; j++) __builtin_prefetch((const void *)((uintptr_t)panel + (uintptr_t)(TERN__AHEAD + j * 64)));
             (f->base3 ? k->decode_base3 : k->decode_2bit)(panel, units, code + i * stride);
             memset(code + i * stride + units * inputs * 16, 0, 4); /* the loads at bytes 1 to 3 reach here */
         }
@@ -5229,7 +5223,7 @@ static void tern__bit_chunk(const tern__dot *d, const tern__bit_way *way, int32_
     const int64_t stride = base3 ? TERN__BIT_UNITS * 64 : d->panel_stride;
     for (int32_t p = 0; p < d->panels; p++) {
         const uint8_t *panel = d->panel + p * d->panel_stride + u * 64;
-        for (int64_t i = 0; i < units && (dense || base3); i++) tern__prefetch(d, panel + i * 64, u + i, d->panels);
+        for (int64_t i = 0; i < units && (dense || base3); i++) tern__prefetch(panel + i * 64, TERN__AHEAD);
         if (base3) {
             way->decode(panel, units, quads);
             memset(quads + units * 5 * 64, 0, 3 * 64);
@@ -5723,21 +5717,23 @@ TERN__AVX512_INLINE void tern__peel_avx512(const tern__peel kind, __m512i v, __m
 }
 
 /* Scales 16 groups ahead, as tern__prefetch does for weights. */
-TERN__AVX512_INLINE void tern__prefetch_scale(const tern__dot *d, int64_t panel, int64_t g, int32_t panels)
+TERN__AVX512_INLINE void tern__prefetch_scale(const tern__dot *d, int64_t panel, int64_t g)
 {
-    const int64_t ahead = (g + 16) * TERN__ROWS * tern__type_bytes(d->scale_type)
-                          + (g + 16 >= d->groups ? (panels - 1) * d->scale_stride : 0);
-    __builtin_prefetch((const void *)((uintptr_t)d->scale + (uintptr_t)(panel * d->scale_stride + ahead)));
+    const int64_t at = panel * d->scale_stride + (g + 16) * TERN__ROWS * tern__type_bytes(d->scale_type);
+    __builtin_prefetch((const void *)((uintptr_t)d->scale + (uintptr_t)at));
 }
 
 /* P panels (several streams of memory are faster than one) with T tokens straight from the packed units. 2-bit codes
    are multiplied where they lie, 4^s times too large, one sum for each s: |sum| <= 16384 units * 4 * 128 * 127 < 2^30.
+   For one token and without groups they ask no further ahead than four streams together need, so that the hardware, which
+   has more misses in flight, comes first: on a Zen 4 from DRAM 27 GB/s in place of 22. What is slower loses by it.
    The loops have fixed bounds and a guard, since clang 14 leaves acc in memory where a bound of one makes a loop
    vanish early. */
 TERN__AVX512_INLINE void tern__direct_avx512(const tern__peel kind, const int P, const int T, const tern__dot *d, int32_t panel,
                                              int32_t token)
 {
     const int Q = kind ? 5 : 4, C = kind ? 2 : 4; /* quads of a unit, and sums that take them in turn */
+    const int64_t ahead = kind || P < 4 || d->groups > 1 ? TERN__AHEAD : TERN__AHEAD / 4;
     const uint8_t *unit = d->panel + panel * d->panel_stride;
     const int8_t *q = d->q + token * d->q_stride;
     int64_t i = 0;
@@ -5750,7 +5746,7 @@ TERN__AVX512_INLINE void tern__direct_avx512(const tern__peel kind, const int P,
         for (; i < end; i++, unit += 64)
             TERN__UNROLL for (int p = 0; p < 4; p++) if (p < P) {
                 __m512i code[5];
-                tern__prefetch(d, unit + p * d->panel_stride, i, P);
+                tern__prefetch(unit + p * d->panel_stride, ahead);
                 tern__peel_avx512(kind, tern__load_int_avx512(unit + p * d->panel_stride), code);
                 TERN__UNROLL for (int s = 0; s < Q; s++)
                     TERN__UNROLL for (int t = 0; t < 6; t++) if (t < T)
@@ -5758,7 +5754,7 @@ TERN__AVX512_INLINE void tern__direct_avx512(const tern__peel kind, const int P,
             }
         TERN__UNROLL for (int p = 0; p < 4; p++) if (p < P) {
             const __m512 scale = tern__scale_avx512(d, panel + p, g * 16);
-            if (d->facc) tern__prefetch_scale(d, panel + p, g, P);
+            if (d->facc) tern__prefetch_scale(d, panel + p, g);
             TERN__UNROLL for (int t = 0; t < 6; t++) if (t < T) {
                 const int64_t to = ((int64_t)(panel + p) * d->tokens + token + t) * 16;
                 __m512i sum = _mm512_set1_epi32(-d->sum[(token + t) * d->sum_stride + g]);
@@ -6317,23 +6313,49 @@ static const tern__kernels tern__kernels_amx_bf16 = {
 
 /* -- ternary matmul on quantized activations -- */
 
-/* Tokens [t0, t1) of panels [p0, p1). Each token block passes over all panels while it is in cache. */
+/* `count` panels from p on with some tokens, `side` in a call: next to each other, or `apart`, so that each stream of a call
+   goes on in the next. acc, and facc with groups, take what call after call leaves. */
+static void tern__matmul_dots(const tern__kernels *k, const tern_matmul_args *a, const tern__shape *s, int64_t p, int64_t count,
+                              int64_t side, int64_t apart, tern__dot d)
+{
+    const int64_t scales = a->m.grain > 0 ? s->groups * TERN__ROWS * tern__type_bytes(a->m.scale_type) : 0;
+    int64_t i;
+    for (i = 0; i * side < count; i++) {
+        const int64_t step = i < apart ? apart : 1, first = p + (i < apart ? i : i * side);
+        d.panel = (const uint8_t *)a->m.trits + first * s->panel_bytes;
+        d.panel_stride = step * s->panel_bytes;
+        d.panels = (int32_t)tern__min(side, count - i * side);
+        d.scale = (const uint8_t *)a->m.scales + first * scales;
+        d.scale_stride = step * scales;
+        if (a->act == TERN_ACT_BIT) k->dot_bits(&d, a->m.encoding);
+        else (a->m.encoding == TERN_BASE3 ? k->dot_base3 : k->dot_2bit)(&d);
+        d.acc += side * d.tokens * TERN__ROWS;
+        if (d.facc) d.facc += side * d.tokens * TERN__ROWS;
+    }
+}
+
+/* Tokens [t0, t1) of panels [p0, p1). Each token block passes over all panels while it is in cache. With up to three tokens
+   it is reading that takes time, of two or more panels side by side: these lie as far apart as they can, since hardware
+   prefetchers start anew with each stream, and run far ahead of long ones alone; results wait for many panels, for scales and y
+   in between cost as much again (together 22 GB/s in place of 27 with one token on a Zen 4). With more tokens kernels read
+   one panel after the other. */
 static void tern__matmul_range(const tern__kernels *k, const tern_matmul_args *a, const tern__shape *s, int64_t p0, int64_t p1,
                                int64_t t0, int64_t t1)
 {
     const tern_matrix *m = &a->m;
     int32_t acc[TERN__PAIRS * TERN__ROWS] TERN__ALIGN64;
     float facc[TERN__PAIRS * TERN__ROWS] TERN__ALIGN64, scale[TERN__ROWS], bias[TERN__ROWS];
-    int64_t t, p, r, tokens;
-    int32_t i;
+    int64_t t, p, j, r, tokens, count;
     for (t = t0; t < t1; t += tokens) {
-        int64_t panels;
+        int64_t side;
         tokens = tern__min(k->tokens, t1 - t);
-        panels = tokens * TERN__PANELS <= TERN__PAIRS ? TERN__PANELS : TERN__PANELS / 2;
-        for (p = p0; p < p1; p += panels) {
+        side = tokens * TERN__PANELS <= TERN__PAIRS ? TERN__PANELS : TERN__PANELS / 2;
+        for (p = p0; p < p1; p += count) {
+            int64_t apart;
             tern__dot d;
-            d.panel = (const uint8_t *)m->trits + p * s->panel_bytes;
-            d.panel_stride = d.left = s->panel_bytes;
+            memset(&d, 0, sizeof d);
+            count = tern__min(tokens < 4 ? TERN__PAIRS / 2 / tokens : side, p1 - p);
+            apart = tokens < 4 ? count / side : 0;
             d.units = s->group_units;
             d.last_units = tern__group_run(m, s, s->groups - 1);
             d.groups = s->groups;
@@ -6341,24 +6363,21 @@ static void tern__matmul_range(const tern__kernels *k, const tern_matmul_args *a
             d.q_stride = s->stride;
             d.sum = a->sum + t * s->groups;
             d.sum_stride = s->groups;
-            d.panels = (int32_t)tern__min(panels, p1 - p);
             d.tokens = (int32_t)tokens;
             d.acc = acc;
             d.facc = m->grain > 0 ? facc : NULL;
             d.scale_type = m->scale_type;
-            d.scale_stride = s->groups * TERN__ROWS * tern__type_bytes(m->scale_type);
-            d.scale = (const uint8_t *)m->scales + (m->grain > 0 ? p * d.scale_stride : 0);
-            if (a->act == TERN_ACT_BIT) k->dot_bits(&d, m->encoding);
-            else (m->encoding == TERN_BASE3 ? k->dot_base3 : k->dot_2bit)(&d);
-            for (i = 0; i < d.panels; i++) {
-                const int64_t row = (p + i) * TERN__ROWS;
+            tern__matmul_dots(k, a, s, p, count, side, apart, d);
+            for (j = 0; j < count; j++) {
+                const int64_t at = (j < apart * side ? j % apart * side + j / apart : j) * tokens * TERN__ROWS;
+                const int64_t row = (p + j) * TERN__ROWS;
                 tern__emit e;
                 e.rows = (int32_t)tern__min(TERN__ROWS, m->rows - row);
                 e.tokens = d.tokens;
-                e.acc = acc + i * d.tokens * TERN__ROWS;
-                e.facc = d.facc ? facc + i * d.tokens * TERN__ROWS : NULL;
+                e.acc = acc + at;
+                e.facc = d.facc ? facc + at : NULL;
                 e.scale = a->scale + t;
-                e.s = !d.facc ? tern__panel_scales(m, s, p + i, 0, scale) : NULL;
+                e.s = !d.facc ? tern__panel_scales(m, s, p + j, 0, scale) : NULL;
                 for (r = 0; a->bias && r < TERN__ROWS; r++) bias[r] = r < e.rows ? a->bias[row + r] : 0.0f;
                 e.bias = a->bias ? bias : NULL;
                 e.y = a->y + t * m->rows + row;
@@ -6414,7 +6433,6 @@ static void tern__fixed_dots(const tern__kernels *k, const tern_matmul_fixed_arg
         const int64_t skipped = (g * s->group_units + at / s->unit) * TERN__UNIT;
         len = tern__min(most, cols - at);
         d.units = d.last_units = tern__ceil_div(len, s->unit);
-        d.left = s->panel_bytes - skipped;
         tern__fixed_order(a->x + t * a->m.cols + g * s->group + at, a->m.cols, len, d.units * s->unit, tokens, w->q, w->sum);
         for (i = 0; i < panels; i += TERN__PANELS) {
             int32_t *dot = w->dot + i * tokens * TERN__ROWS;
@@ -6522,17 +6540,17 @@ static void tern__floats_store(const float *sum, const float *scale, const float
     memcpy(y, v, bytes);
 }
 
-/* Up to 12 tokens from t on, and up to 32 panels from p on. Sums run in order within segments of 2048 inputs;
+/* Up to 12 tokens from t on, and up to 32 panels from p on, every step-th. Sums run in order within segments of 2048 inputs;
    segment sums are added in order, then multiplied by their row's scale, then added over the groups. */
-static void tern__matmul_strip(const tern__kernels *k, const tern_matmul_args *a, const tern__shape *s, int64_t p, int32_t panels,
-                               int64_t t, int32_t tokens)
+static void tern__matmul_strip(const tern__kernels *k, const tern_matmul_args *a, const tern__shape *s, int64_t p, int64_t step,
+                               int32_t panels, int64_t t, int32_t tokens)
 {
     const tern_matrix *m = &a->m;
     const int64_t most = TERN__X_FLOATS / tokens & ~(int64_t)15;
     float x[TERN__X_FLOATS] TERN__ALIGN64, part[TERN__FEW * TERN__STRIP] TERN__ALIGN64, whole[TERN__FEW * TERN__STRIP] TERN__ALIGN64;
     int64_t g, at, len, i;
     tern__float_dot f;
-    f.panel_stride = s->panel_bytes;
+    f.panel_stride = step * s->panel_bytes;
     f.base3 = m->encoding == TERN_BASE3;
     f.panels = panels;
     f.tokens = tokens;
@@ -6541,7 +6559,6 @@ static void tern__matmul_strip(const tern__kernels *k, const tern_matmul_args *a
         const int64_t cols = tern__group_cols(m, s, g), skipped = g * s->group_units * TERN__UNIT;
         const float *sum = cols > TERN__SEGMENT ? whole : part;
         f.panel = (const uint8_t *)m->trits + p * s->panel_bytes + skipped;
-        f.left = s->panel_bytes - skipped;
         for (at = 0; at < cols; at += len) {
             const float *from = a->x + t * m->cols + g * s->group + at;
             const int64_t in_segment = at % TERN__SEGMENT;
@@ -6556,10 +6573,10 @@ static void tern__matmul_strip(const tern__kernels *k, const tern_matmul_args *a
                 for (i = 0; i < tokens * TERN__STRIP; i++) whole[i] = at < TERN__SEGMENT ? part[i] : whole[i] + part[i];
         }
         for (i = 0; i < panels; i++) {
-            const int64_t row = (p + i) * TERN__ROWS;
+            const int64_t row = (p + i * step) * TERN__ROWS;
             const float *bias = a->bias && g == s->groups - 1 ? a->bias + row : NULL;
             float buffer[TERN__ROWS];
-            const float *scale = tern__panel_scales(m, s, p + i, g, buffer);
+            const float *scale = tern__panel_scales(m, s, p + i * step, g, buffer);
             int32_t j;
             for (j = 0; j < tokens; j++)
                 tern__floats_store(sum + j * TERN__STRIP + i * TERN__ROWS, scale, bias, g > 0, tern__min(TERN__ROWS, m->rows - row),
@@ -6568,15 +6585,18 @@ static void tern__matmul_strip(const tern__kernels *k, const tern_matmul_args *a
     }
 }
 
-/* Tokens [t0, t1) of panels [p0, p1). One token leaves nothing to share: its strips are what a kernel reads side by side. */
+/* Tokens [t0, t1) of panels [p0, p1). One token leaves nothing to share: its strips are what a kernel reads side by side,
+   as far apart as in tern__matmul_dots. */
 static void tern__matmul_floats(const tern__kernels *k, const tern_matmul_args *a, const tern__shape *s, int64_t p0, int64_t p1,
                                 int64_t t0, int64_t t1)
 {
-    const int64_t most = t1 - t0 == 1 ? 8 : TERN__STRIP / TERN__ROWS;
-    int64_t t, p, tiles = tern__ceil_div(t1 - t0, TERN__FEW), tokens; /* tiles of nearly equal size */
+    const int64_t most = t1 - t0 == 1 ? 8 : TERN__STRIP / TERN__ROWS, apart = (p1 - p0) / most;
+    int64_t t, i, tiles = tern__ceil_div(t1 - t0, TERN__FEW), tokens; /* tiles of nearly equal size */
     for (t = t0; t < t1; t += tokens, tiles--) {
         tokens = tern__ceil_div(t1 - t, tiles);
-        for (p = p0; p < p1; p += most) tern__matmul_strip(k, a, s, p, (int32_t)tern__min(most, p1 - p), t, (int32_t)tokens);
+        for (i = 0; i * most < p1 - p0; i++)
+            tern__matmul_strip(k, a, s, p0 + (i < apart ? i : i * most), i < apart ? apart : 1,
+                               (int32_t)tern__min(most, p1 - p0 - i * most), t, (int32_t)tokens);
     }
 }
 

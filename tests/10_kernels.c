@@ -79,7 +79,7 @@ static kernels_dot kernels_dot_new(int base3, int64_t units, int32_t panels, int
         k.sum[t * sum_stride] = sum;
     }
     k.d.panel = k.panel + shift;
-    k.d.panel_stride = k.d.left = units * TERN__UNIT;
+    k.d.panel_stride = units * TERN__UNIT;
     k.d.units = k.d.last_units = units;
     k.d.groups = 1;
     k.d.q = k.q + shift;
@@ -887,7 +887,6 @@ static void kernels_compare_floats(int base3, int32_t panels, int32_t tokens, in
     f.panel_stride = packed.d.panel_stride;
     f.from = from;
     f.inputs = inputs;
-    f.left = units * TERN__UNIT;
     f.x = x;
     f.p = kernels_sums[0];
     f.base3 = base3;
