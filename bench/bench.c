@@ -2350,6 +2350,10 @@ static void targets_table(void)
     target_ratio("the same in the log lattice, from L2", "matmul 2-bit row", "matmul 2-bit log group 128", "L2", "avx512-vnni", 0.85);
     target_ratio("2-bit groups of 128 x 64 tokens, avx512-vnni, rate of rows", "matmul 2-bit row", "matmul 2-bit group 128", "N=64",
                  "avx512-vnni", 0.85);
+    target("ternarize and pack by tensor, all bytes read, of DRAM read", "ternarize absmean tensor", "", best->name, 0.60);
+    target("the same of bf16 shadows", "ternarize absmean bf16 tensor", "", best->name, 0.60);
+    target("ternarize and pack by row, of DRAM read", "ternarize absmean", "", best->name, 0.60);
+    target("the same of bf16 shadows", "ternarize absmean bf16", "", best->name, 0.60);
     target_share("training step but for its update (optimizer, ternarize, pack)", "step: update", "step", best->name, 0.90);
     target_peer("dX of 2560x2560 x 2048 tokens, best tier, of OpenBLAS", "matmul_dx", "2560x2560 N=2048");
     target_peer("dW of the same, int8 activations", "matmul_dw int8", "2560x2560 N=2048");
