@@ -2561,7 +2561,7 @@ static float tern__sum_block(const tern__kernels *k, const tern_ternarize_args *
 {
     float buffer[TERN__BLOCK] TERN__ALIGN64;
     if (a->type == TERN_BF16) return k->sum_above(TERN_BF16, n, (const uint16_t *)a->w + i, ask, delta, count);
-    return k->sum_above(TERN_F32, n, tern__load_block(k, a, i, n, buffer), a->type == TERN_F16 ? NULL : ask, delta, count);
+    return k->sum_above(TERN_F32, n, tern__load_block(k, a, i, n, buffer), ask, delta, count);
 }
 
 static float tern__sum_row(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, const uint8_t *ask,
@@ -2708,7 +2708,7 @@ static int32_t tern__needs_statistic(const tern_ternarize_args *a, int64_t i)
     return a->rule != TERN_GIVEN && !(tern__is_learned(a->rule) && a->alpha[i] != 0.0f);
 }
 
-/* Whether n weights from element i are good, or may not be. */
+/* Whether n weights from element i are good beyond doubt. */
 static int32_t tern__sure(const tern__kernels *k, const tern_ternarize_args *a, int64_t i, int64_t n, const uint8_t *ask)
 {
     int64_t count = 0;
@@ -2956,8 +2956,8 @@ static void tern__add_noise(const tern__ternarize_work *w, int64_t row, int64_t 
     for (j = 0; j < n; j++) x[j] = tern__decisive(w->a, first + j, x[j], scale, threshold);
 }
 
-/* A group of a panel; suspect as for tern__apply_rule. Of the panel that comes next its share is asked for, as one stretch
-   of memory: half of it by a pass over these weights, where there is one, and the rest while they are packed. */
+/* A group of a panel; suspect as for tern__apply_rule. Of the panel that comes next a whole one asks for its share, as one
+   stretch of memory: half of it by a pass over these weights, where there is one, and the rest while they are packed. */
 static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_work *w, int64_t panel, int64_t g, int32_t *suspect)
 {
     const tern_ternarize_args *a = w->a;
@@ -2966,17 +2966,19 @@ static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_
     const int64_t col = g * w->s.group, cols = tern__group_cols(m, &w->s, g), bytes = tern__type_bytes(a->type);
     const int32_t narrow = a->type == TERN_BF16 || a->type == TERN_F16, copied = a->type == TERN_F16 || a->noise > 0.0f;
     const int32_t whole = m->grain == TERN_PER_TENSOR, passes = suspect || (!whole && tern__is_statistic(a->rule));
-    const uint8_t *ask = (const uint8_t *)a->w + (tern__max(0, row - TERN__ROWS) * m->cols + rows * col) * bytes;
+    const int32_t asks = panel > 0 && rows == TERN__ROWS && !copied;
+    const uint8_t *ask = (const uint8_t *)a->w + (asks ? (row - TERN__ROWS) * m->cols + rows * col : 0) * bytes;
     uint8_t *unit = (uint8_t *)m->trits + panel * w->s.panel_bytes + g * w->s.group_units * TERN__UNIT;
     float buffer[TERN__ROWS * TERN__NARROW] TERN__ALIGN64, threshold[TERN__ROWS];
     tern__packing p;
     int64_t r, i;
     for (r = 0; r < rows; r++) {
         const int64_t first = (row + r) * m->cols + col;
-        if (whole && suspect && !tern__sure(k, a, first, cols, ask)) *suspect = 1;
+        const uint8_t *next = asks ? ask : NULL;
+        if (whole && suspect && !tern__sure(k, a, first, cols, next)) *suspect = 1;
         threshold[r] = w->threshold;
-        if (!whole) threshold[r] = tern__apply_rule(k, a, first, cols, tern__scale_index(m, &w->s, row + r, g), ask, suspect);
-        if (passes) ask += cols * bytes / 2;
+        if (!whole) threshold[r] = tern__apply_rule(k, a, first, cols, tern__scale_index(m, &w->s, row + r, g), next, suspect);
+        if (asks && passes) ask += cols * bytes / 2;
     }
     for (; r < TERN__ROWS; r++) {
         threshold[r] = FLT_MAX;
@@ -2987,7 +2989,7 @@ static void tern__ternarize_group(const tern__kernels *k, const tern__ternarize_
     p.stride = copied ? (int64_t)TERN__NARROW : m->cols;
     p.threshold = threshold;
     p.ask = ask;
-    p.halves = copied ? 0 : passes ? 1 : 2;
+    p.halves = !asks ? 0 : passes ? 1 : 2;
     p.base3 = m->encoding == TERN_BASE3;
     for (i = 0; i < cols; i += p.n) {
         const int64_t at = row * m->cols + col + i;
@@ -3955,9 +3957,10 @@ static void tern__tile_tokens(const tern__dot *all, const tern__quads *k, int64_
     }
 }
 
-/* Slow loops defeat the hardware prefetcher, so every stream of weights asks ahead, also behind the end of its panel: what lies
-   there is what it reads next (tern__matmul_range). Into L2, which has more misses in flight than L1: on a Zen 4 with one
-   thread 21 GB/s in place of 17 (beside float activations nothing is that fast). */
+/* Slow loops defeat the hardware prefetcher, so every stream of weights asks ahead. What lies behind the end of its panel is
+   what it reads next, or where panels beside each other are read at once was read already (tern__matmul_range). Into L2,
+   which has more misses in flight than L1: on a Zen 4 with one thread 21 GB/s in place of 17 (beside float activations
+   nothing is that fast). */
 static inline __attribute__((always_inline)) void tern__prefetch(const uint8_t *unit, int64_t ahead)
 {
     __builtin_prefetch((const void *)((uintptr_t)unit + (uintptr_t)ahead), 0, 2);
@@ -4278,11 +4281,12 @@ static inline __attribute__((always_inline)) TARGET void tern__some_units_##X(co
 {                                                                                                        \
     const int both = bf16 && !base3 && W == 16;                                                          \
     const I none = MM##set1_epi8(base3 ? 121 : 85);                                                      \
+    const uint8_t *end = ask;                                                                            \
     I sum[8][4];                                                                                         \
     for (int r = 0; r < 4; r++)                                                                          \
         for (int64_t u = 0; u < units; u += 1 + both) {                                                  \
             sum[u][r] = tern__four_rows_##X(base3, bf16, row, at + u * (base3 ? 20 : 16), bound, 4 * r); \
-            for (const uint8_t *end = ask + (1 + both) * share; ask < end; ask += 64) __builtin_prefetch(ask, 0, 2); \
+            for (end += (1 + both) * share; ask < end; ask += 64) __builtin_prefetch(ask, 0, 2);         \
         }                                                                                                \
     for (int64_t u = 0; u < units; u += 1 + both) tern__store_units_##X(both, sum[u], none, unit + 64 * u); \
 }                                                                                                        \
@@ -4299,7 +4303,7 @@ static inline __attribute__((always_inline)) TARGET void tern__last_units_##X(co
         last[r] = tail[r];                                                                               \
     }                                                                                                    \
     tern__some_units_##X(base3, bf16, last, 0, 1, bound, unit, 0, units);                                \
-    memcpy(unit, units, (size_t)(n > 20 || (!base3 && n > 16) ? 128 : 64));                              \
+    memcpy(unit, units, (size_t)(!base3 && n > 16 ? 128 : 64));                                          \
 }                                                                                                        \
 static inline __attribute__((always_inline)) TARGET void tern__units_##X(const int base3, const int bf16, const tern__packing *p) \
 {                                                                                                        \
@@ -6337,8 +6341,8 @@ static void tern__matmul_dots(const tern__kernels *k, const tern_matmul_args *a,
 /* Tokens [t0, t1) of panels [p0, p1). Each token block passes over all panels while it is in cache. With up to three tokens
    it is reading that takes time, of two or more panels side by side: these lie as far apart as they can, since hardware
    prefetchers start anew with each stream, and run far ahead of long ones alone; results wait for many panels, for scales and y
-   in between cost as much again (together 22 GB/s in place of 27 with one token on a Zen 4). With more tokens kernels read
-   one panel after the other. */
+   in between cost as much again (together 22 GB/s in place of 27 with one token on a Zen 4). With more tokens
+   multiplying takes the time, and panels one after the other are read faster next to each other. */
 static void tern__matmul_range(const tern__kernels *k, const tern_matmul_args *a, const tern__shape *s, int64_t p0, int64_t p1,
                                int64_t t0, int64_t t1)
 {
@@ -6586,7 +6590,7 @@ static void tern__matmul_strip(const tern__kernels *k, const tern_matmul_args *a
 }
 
 /* Tokens [t0, t1) of panels [p0, p1). One token leaves nothing to share: its strips are what a kernel reads side by side,
-   as far apart as in tern__matmul_dots. */
+   as far apart as in tern__matmul_range, which with more tokens does no harm. */
 static void tern__matmul_floats(const tern__kernels *k, const tern_matmul_args *a, const tern__shape *s, int64_t p0, int64_t p1,
                                 int64_t t0, int64_t t1)
 {
